@@ -1,0 +1,174 @@
+"""GenEval's verdict on one image: pure rules over detected instances.
+
+Source: the judging protocol of GenEval (arXiv 2310.11513). Boxes are (left, top, right, bottom) in pixels, y down.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL.Image import Image
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One detected object: class name, confidence in [0, 1], box, mask (H, W) bool, colour where it is known."""
+
+    label: str
+    score: float
+    box: Box
+    mask: np.ndarray
+    color: str | None = None
+
+
+class Judge(Protocol):
+    """What the rules need of a detector."""
+
+    def detect(self, image: Image) -> list[Instance]:
+        """All instances in an RGB image, of any class and confidence."""
+        ...
+
+    def colors(self, image: Image, instances: Sequence[Instance]) -> list[str | None]:
+        """The name of each instance's colour, None where it has none of the known ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """GenEval's thresholds; a judge with another scale of confidence brings its own."""
+
+    min_score: float = 0.3
+    min_score_counting: float = 0.9
+    max_instances: int = 16  # of one class, the most confident ones
+    box_shrink: float = 0.1  # of the two boxes' summed sizes: offsets below count as none
+    min_direction: float = 0.5  # of the unit offset: how far an axis must lead
+
+
+GENEVAL_RULES = Rules()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an image fulfils its record; `reason` names every clause that failed and is empty otherwise."""
+
+    correct: bool
+    reason: str
+
+
+def directions(box: Box, other: Box, rules: Rules = GENEVAL_RULES) -> frozenset[str]:
+    """Where `box` stands relative to `other`: any of "left of", "right of", "above", "below"."""
+    corners, other_corners = np.reshape(box, (2, 2)), np.reshape(other, (2, 2))  # rows: top left, bottom right
+    offset = corners.mean(axis=0) - other_corners.mean(axis=0)
+    length = float(np.hypot(*offset))
+    if length == 0:
+        return frozenset()
+    sizes = np.ptp(corners, axis=0) + np.ptp(other_corners, axis=0)
+    x, y = np.sign(offset) * np.maximum(np.abs(offset) - rules.box_shrink * sizes, 0.0) / length
+    found = {
+        "left of": x < -rules.min_direction,
+        "right of": x > rules.min_direction,
+        "above": y < -rules.min_direction,
+        "below": y > rules.min_direction,
+    }
+    return frozenset(name for name, holds in found.items() if holds)
+
+
+def confident(instances: Sequence[Instance], tag: str, rules: Rules = GENEVAL_RULES) -> dict[str, list[Instance]]:
+    """Instances by class, the most confident first, without those the rules do not trust."""
+    least = rules.min_score_counting if tag == "counting" else rules.min_score
+    by_class: dict[str, list[Instance]] = {}
+    for instance in sorted(instances, key=lambda item: -item.score):
+        group = by_class.setdefault(instance.label, [])
+        if instance.score > least and len(group) < rules.max_instances:
+            group.append(instance)
+    return by_class
+
+
+def _position_fault(
+    clause: dict, taken: Sequence[Instance], groups: Sequence[Sequence[Instance] | None], rules: Rules
+) -> str | None:
+    wanted, target = clause["position"]
+    if groups[target] is None:
+        return f"no target for the {clause['class']} to be {wanted}"
+    for instance in taken:
+        for other in groups[target]:
+            found = directions(instance.box, other.box, rules)
+            if wanted not in found:
+                seen = " and ".join(sorted(found)) or "in no clear direction from"
+                return f"expected the {clause['class']} {wanted} the {other.label}, found it {seen} it"
+    return None
+
+
+def _clause_fault(
+    clause: dict,
+    taken: Sequence[Instance],
+    groups: Sequence[Sequence[Instance] | None],
+    image: Image,
+    judge: Judge,
+    rules: Rules,
+) -> str | None:
+    """Why an `include` clause fails on the instances taken for it, or None."""
+    label, count = clause["class"], clause["count"]
+    if len(taken) < count:
+        return f"expected {label} >= {count}, found {len(taken)}"
+    if "color" in clause:
+        colors = judge.colors(image, taken)
+        if colors.count(clause["color"]) < count:
+            seen = ", ".join(color or "none" for color in colors)
+            return f"expected {clause['color']} {label} >= {count}, found {colors.count(clause['color'])} ({seen})"
+    if "position" in clause:
+        return _position_fault(clause, taken, groups, rules)
+    return None
+
+
+def evaluate_image(
+    image: Image, record: dict, instances: Sequence[Instance], judge: Judge, rules: Rules = GENEVAL_RULES
+) -> Verdict:
+    """Judge what was detected in an image against a GenEval record (`tag`, `include`, optional `exclude`).
+
+    Clauses are judged in order; one that fails leaves no target for a later clause's position.
+
+    Raises:
+        ValueError: a position refers to a clause that does not come before it.
+    """
+    by_class = confident(instances, record["tag"], rules)
+    groups: list[Sequence[Instance] | None] = []
+    faults = []
+    for clause in record["include"]:
+        if "position" in clause and not 0 <= clause["position"][1] < len(groups):
+            raise ValueError(
+                f"record {record.get('prompt', record)!r}: position {clause['position']} refers to clause "
+                f"{clause['position'][1]}, but only {len(groups)} clauses come before it"
+            )
+        taken = by_class.get(clause["class"], [])[: clause["count"]]
+        fault = _clause_fault(clause, taken, groups, image, judge, rules)
+        groups.append(taken if fault is None else None)
+        if fault is not None:
+            faults.append(fault)
+    for clause in record.get("exclude") or ():
+        found = len(by_class.get(clause["class"], []))
+        if found >= clause["count"]:
+            faults.append(f"expected {clause['class']} < {clause['count']}, found {found}")
+    return Verdict(correct=not faults, reason="; ".join(faults))
+
+
+def task_scores(scored: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean of (tag, score) pairs per tag, one pair an image."""
+    by_tag: dict[str, list[float]] = {}
+    for tag, score in scored:
+        by_tag.setdefault(tag, []).append(score)
+    return {tag: float(np.mean(scores)) for tag, scores in by_tag.items()}
+
+
+def overall_score(scored: Sequence[tuple[str, float]]) -> float:
+    """GenEval's overall score: the mean of the task scores, not of the images.
+
+    Raises:
+        ValueError: nothing was scored.
+    """
+    if not scored:
+        raise ValueError("no image was judged, so there is no overall score; was the run limited to 0 documents?")
+    return float(np.mean(list(task_scores(scored).values())))

@@ -1,0 +1,195 @@
+"""The task `geneval_scenes`: GenEval's six skills on scenes of coloured shapes, judged by the exact detector.
+
+A document is one prompt; the model answers with `{"text": "", "images": [path, ...]}` as JSON, one path an image.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from eval_tasks.geneval_judge import Instance, evaluate_image, overall_score
+from eval_tasks.scene_detector import SceneDetector
+from evotok_plugin.data.scene_text import scene_prompts
+
+logger = logging.getLogger(__name__)
+
+# Corpora draw from the streams [seed, 0], [seed, 1], ...: this one is none of theirs, whatever their seed.
+_STREAM = 7_001
+
+
+# Documents -----------------------------------------------------------------------------------------------------
+
+
+def derangement(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
+    """For every prompt the index of another document with a different prompt, each index once.
+
+    Raises:
+        ValueError: one prompt makes up more than half of them, so no such assignment exists.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    largest = max(map(len, groups.values()), default=0)
+    if 2 * largest > len(prompts):
+        raise ValueError(f"one prompt occurs {largest} times among {len(prompts)}: the others cannot be its partners")
+    # Equal prompts stand together; moving on by the longest such run leaves no prompt with itself.
+    names = list(groups)
+    ring = [index for position in rng.permutation(len(names)) for index in groups[names[position]]]
+    partner = [0] * len(ring)
+    for position, index in enumerate(ring):
+        partner[index] = ring[(position + largest) % len(ring)]
+    return partner
+
+
+def make_documents(skills: Sequence[dict], seed: int) -> list[dict]:
+    """The task's documents: the skills in turn, so that a limit takes of each.
+
+    A skill with fewer different prompts than wanted repeats them; every document is drawn anew.
+
+    Args:
+        skills: rows `{"skill": name, "prompts": number}`.
+        seed: of the prompts and of the baseline's partners.
+    """
+    rng = np.random.default_rng([seed, _STREAM])
+    by_skill = []
+    for row in skills:
+        different = scene_prompts(row["skill"], row["prompts"], rng)
+        by_skill.append([different[n % len(different)] for n in range(row["prompts"])])
+    longest = max(map(len, by_skill))
+    records = [records[n] for n in range(longest) for records in by_skill if n < len(records)]
+    partners = derangement([record["prompt"] for record in records], rng)
+    # Clauses mix types ("position": ["left of", 0]), which columns cannot hold: they travel as JSON.
+    return [
+        {
+            "index": index,
+            "tag": record["tag"],
+            "prompt": record["prompt"],
+            "record": json.dumps(record),
+            "baseline_record": json.dumps(records[partner]),
+        }
+        for index, (record, partner) in enumerate(zip(records, partners, strict=True))
+    ]
+
+
+def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
+    """Draw the prompts from the task's own rows (skill, number of prompts, seed)."""
+    return datasets.Dataset.from_list(make_documents(list(rows), rows[0]["seed"]))
+
+
+def doc_to_visual(doc: dict) -> list:
+    """A drawing prompt shows no image."""
+    return []
+
+
+# Scoring -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def judge() -> SceneDetector:
+    return SceneDetector()
+
+
+def parse_images(answer: str) -> list[Path]:
+    """The image paths of a model's answer.
+
+    Raises:
+        ValueError: not the JSON that drawing tasks expect, or no image in it.
+        FileNotFoundError: an image is missing; it is never counted as a failed drawing.
+    """
+    expected = 'expected {"text": "", "images": ["/path/to/image.png", ...]} as JSON'
+    try:
+        images = json.loads(answer)["images"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{expected}, got {answer[:200]!r}; does this model draw?") from error
+    if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
+        raise ValueError(f"{expected}, got {answer[:200]!r}")
+    paths = [Path(path) for path in images]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} drawn images are gone, first {missing[0]}; if the answers come from "
+            "lmms-eval's --use_cache, delete that cache and draw again"
+        )
+    return paths
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an RGB image whole.
+
+    Raises:
+        ValueError: the file is no image or is truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"drawn image {path} cannot be read ({error}); draw it again") from error
+
+
+def _describe(instance: Instance) -> dict:
+    box = [round(float(side), 2) for side in instance.box]
+    return {"class": instance.label, "color": instance.color, "score": round(instance.score, 3), "box": box}
+
+
+def judge_image(path: Path, record: dict, baseline_record: dict) -> dict:
+    """One image's judgement, against its own record and against another prompt's."""
+    image, detector = open_image(path), judge()
+    instances = detector.detect(image)
+    own = evaluate_image(image, record, instances, detector, detector.rules)
+    other = evaluate_image(image, baseline_record, instances, detector, detector.rules)
+    return {
+        "image": str(path),
+        "tag": record["tag"],
+        "prompt": record["prompt"],
+        "correct": own.correct,
+        "reason": own.reason,
+        "instances": [_describe(instance) for instance in instances],
+        "baseline_tag": baseline_record["tag"],
+        "baseline_prompt": baseline_record["prompt"],
+        "baseline_correct": other.correct,
+    }
+
+
+def process_results(doc: dict, results: Sequence[str]) -> dict:
+    """lmms-eval's scoring of one document: the skill's own metric, and the judgements for the two overall ones."""
+    record, baseline_record = json.loads(doc["record"]), json.loads(doc["baseline_record"])
+    judgements = [judge_image(path, record, baseline_record) for path in parse_images(results[0])]
+    for judgement in judgements:
+        judgement["index"] = doc["index"]
+    judged_as_other = [(judgement["baseline_tag"], float(judgement["baseline_correct"])) for judgement in judgements]
+    score = float(np.mean([judgement["correct"] for judgement in judgements]))
+    return {
+        "overall": {"score": score, "judgements": judgements},
+        "baseline": {"score": float(np.mean([value for _, value in judged_as_other])), "scored": judged_as_other},
+        record["tag"]: score,
+    }
+
+
+def write_judgements(judgements: Sequence[dict], folder: Path, task: str) -> Path:
+    """Write one JSON line a judgement to `folder/judgements/<time>_<task>.jsonl`."""
+    path = folder / "judgements" / f"{time.strftime('%Y%m%d_%H%M%S')}_{task}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(judgements, key=lambda judgement: judgement["index"])
+    path.write_text("".join(json.dumps(judgement) + "\n" for judgement in ordered))
+    return path
+
+
+def aggregate_overall(items: Sequence[dict], args=None) -> float:
+    """The mean of the task scores; writes the judgements beside the results when there is an output folder."""
+    judgements = [judgement for item in items for judgement in item["judgements"]]
+    folder = getattr(args, "output_path", None)
+    if folder:
+        logger.info("judgements: %s", write_judgements(judgements, Path(folder), "geneval_scenes"))
+    return overall_score([(judgement["tag"], float(judgement["correct"])) for judgement in judgements])
+
+
+def aggregate_baseline(items: Sequence[dict]) -> float:
+    """The same score for images drawn for other prompts: what a drawer that ignores its prompt would get."""
+    return overall_score([tuple(scored) for item in items for scored in item["scored"]])

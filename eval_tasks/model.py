@@ -1,0 +1,353 @@
+"""The model in lmms-eval: one object that reads and draws, for all tasks of a run mixed in one list of requests."""
+
+import difflib
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_AUTO_BATCH_SIZE = 16
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+# What a request asks for ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How an answer is generated: the keys of a task's `generation_kwargs` that `model.generate` shall see."""
+
+    max_new_tokens: int = 128
+    do_sample: bool | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    until: tuple[str, ...] = ()
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        sampled = self.temperature > 0 if self.do_sample is None else self.do_sample
+        kwargs = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampled}
+        if sampled:
+            kwargs |= {"temperature": self.temperature or 1.0, "top_k": self.top_k, "top_p": self.top_p}
+        return kwargs
+
+    def cut(self, text: str) -> str:
+        """The answer up to the first stop string."""
+        ends = [end for stop in self.until if stop and (end := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How images are drawn; the names of `generate_images`."""
+
+    num_images: int = 1
+    guidance_scale: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One answer to give: where it goes in the list, whose it is, and the options it asks for."""
+
+    place: int
+    task: str
+    doc_id: int
+    repeat: int  # lmms-eval repeats a request by listing it again
+    context: str
+    messages: Callable[[], ChatMessages]
+    options: ReadingOptions | DrawingOptions
+
+
+def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are options of `kind`; tasks of all origins bring others, meant for other models."""
+    return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
+
+
+def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
+    """The seed of one image: the same in every run, whatever the batch, the rank or the limit."""
+    digest = hashlib.sha256(f"{seed}|{task}|{doc_id}|{sample}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 2
+
+
+# Loading -------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(pretrained: str | Path) -> Path:
+    """The folder of a model, checked before anything large is loaded.
+
+    Raises:
+        ValueError: no folder, or one of another kind of model.
+    """
+    wanted = "--model_args pretrained=DIR needs the output folder of scripts/finetune.sh"
+    if not pretrained:
+        raise ValueError(f"{wanted}, got none")
+    folder = Path(pretrained).expanduser()
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{wanted}, but {str(pretrained)!r} {what}")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if model_type != "evotok_llava":
+        raise ValueError(f"{wanted}, but {str(pretrained)!r} holds a model of type {model_type!r}, not 'evotok_llava'")
+    return folder
+
+
+def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> tuple[Any, Any]:
+    """The model on its device, ready to generate, and its processor."""
+    folder = check_checkpoint(pretrained)
+    from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
+
+    model = EvoTokLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return model, EvoTokLlavaProcessor.from_pretrained(folder)
+
+
+def _parse_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
+    """A named dtype; else float32 on a CPU, where bfloat16 can be 200 times slower, and the checkpoint's on a GPU."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def _parse_batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
+    value = max_batch_size or _AUTO_BATCH_SIZE if batch_size == "auto" else batch_size
+    if not str(value).isdigit() or int(value) < 1:
+        raise ValueError(f"batch_size must be a number of at least 1 or 'auto', got {batch_size!r}")
+    return int(value)
+
+
+class EvoTokLmms(lmms):
+    """`lmms-eval --model evotok --model_args pretrained=DIR,guidance_scale=3,dtype=float32,...`
+
+    A request whose `generation_kwargs` say `modality: image` is drawn, its answer is the JSON
+    `{"text": "", "images": [absolute paths]}`; any other is read and answered with text.
+
+    Args:
+        pretrained: output folder of `scripts/finetune.sh`.
+        device: "cpu", "cuda:0", ...; by default what Accelerate picks, and always that with several processes.
+        dtype: float32, bfloat16 or float16; by default float32 on a CPU, the checkpoint's on a GPU.
+        batch_size: questions answered, and images drawn, together; "auto" is `max_batch_size` (16 unless given).
+        images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
+            `./outputs/lmms_eval_images` for this model and these settings.
+        guidance_scale, temperature, top_k, top_p: of drawing, unless a task or `--gen_kwargs` sets them.
+        seed: of drawing; an image depends on it, on its task, document and sample number, and on nothing else.
+        load: `load_checkpoint`, or a stand-in for it.
+
+    Raises:
+        ValueError: `pretrained` is no such folder, or an unknown or impossible argument.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        images_dir: str | None = None,
+        guidance_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        load: Callable[[str, torch.dtype | str, torch.device], tuple[Any, Any]] = load_checkpoint,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        for name in unknown:
+            known = [key for key in EvoTokLmms.__init__.__annotations__ if key not in ("load", "unknown", "return")]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"--model_args: unknown argument {name!r}; {hint}")
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        chosen = device is not None and self._world_size == 1
+        self._device = torch.device(device) if chosen else self.accelerator.device
+        self._batch_size = _parse_batch_size(batch_size, max_batch_size)
+        self.seed = int(seed)
+        self.drawing = {
+            "guidance_scale": float(guidance_scale),
+            "temperature": float(temperature),
+            "top_k": int(top_k),
+            "top_p": float(top_p),
+        }
+        self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
+        # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
+        self._model, self._processor = load(pretrained, _parse_dtype(dtype, self._device), self._device)
+
+    def _default_images_dir(self, pretrained: str) -> Path:
+        """One folder a model and setting, so that runs with other settings do not overwrite each other's images."""
+        folder = Path(pretrained).expanduser().resolve()
+        settings = json.dumps([str(folder), self.seed, self.drawing], sort_keys=True)
+        name = "__".join(folder.parts[-2:]).replace("/", "")
+        return Path("outputs/lmms_eval_images") / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    # lmms-eval's interface -----------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answer all requests of a run, in their order; padding clones get an empty answer and leave no file."""
+        wanted = list(self._parse(requests))
+        answers = [""] * len(requests)
+        with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
+            for batch in self._batches(wanted):
+                give = self._draw if isinstance(batch[0].options, DrawingOptions) else self._read
+                for request, answer in zip(batch, give(batch), strict=True):
+                    answers[request.place] = answer
+                progress.update(len(batch))
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("evotok answers by generating; tasks that score given answers are not supported")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise NotImplementedError("evotok does not support multi-round tasks")
+
+    # Requests ------------------------------------------------------------------------------------------------
+
+    def _parse(self, requests: Sequence[Instance]) -> Iterator[_Request]:
+        seen: Counter = Counter()
+        for place, request in enumerate(requests):
+            if request.metadata.get("__padding_only__"):
+                continue
+            context, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
+
+            def messages(doc_to_messages=doc_to_messages, task=task, split=split, doc_id=doc_id) -> ChatMessages:
+                return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+
+            options = self._options(gen_kwargs)
+            yield _Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
+            seen[task, doc_id] += 1
+
+    def _options(self, gen_kwargs: dict[str, Any]) -> ReadingOptions | DrawingOptions:
+        if gen_kwargs.get("modality") == "image":
+            return DrawingOptions(**{**self.drawing, **_known(DrawingOptions, gen_kwargs)})
+        known = _known(ReadingOptions, gen_kwargs)
+        until = known.get("until", ())
+        return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
+
+    def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
+        """Requests with equal options, the longest texts first: little padding, and too large a batch fails soon."""
+        for options in dict.fromkeys(request.options for request in requests):
+            group = [request for request in requests if request.options == options]
+            group.sort(key=lambda request: -len(request.context))
+            num_images = options.num_images if isinstance(options, DrawingOptions) else 1
+            size = max(1, self.batch_size // num_images)
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    # Reading -------------------------------------------------------------------------------------------------
+
+    def _read(self, batch: Sequence[_Request]) -> list[str]:
+        options = batch[0].options
+        conversations = [_readable(request) for request in batch]
+        inputs = self._processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(device=self.device, dtype=self._model.dtype)
+        ids = self._model.generate(**inputs, **options.generate_kwargs())
+        texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [options.cut(text).strip() for text in texts]
+
+    # Drawing -------------------------------------------------------------------------------------------------
+
+    def _draw(self, batch: Sequence[_Request]) -> list[str]:
+        options = batch[0].options
+        samples = [
+            [request.repeat * options.num_images + n for n in range(options.num_images)] for request in batch
+        ]
+        images = self._model.generate_images(
+            [_prompt(request) for request in batch],
+            processor=self._processor,
+            num_images=options.num_images,
+            guidance_scale=options.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=[
+                image_seed(self.seed, request.task, request.doc_id, sample)
+                for request, numbers in zip(batch, samples, strict=True)
+                for sample in numbers
+            ],
+            batch_size=self.batch_size,
+        )
+        drawn = iter(images)
+        return [
+            json.dumps({"text": "", "images": [self._save(next(drawn), request, sample) for sample in numbers]})
+            for request, numbers in zip(batch, samples, strict=True)
+        ]
+
+    def _save(self, image: Image.Image, request: _Request, sample: int) -> str:
+        path = self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return str(path)
+
+
+def _readable(request: _Request) -> list[dict]:
+    """A document as Hugging Face messages with RGB images.
+
+    Raises:
+        ValueError: it holds video or audio.
+    """
+    messages = request.messages()
+    _, videos, audios = messages.extract_media()
+    if videos or audios:
+        raise ValueError(f"{request.task}, document {request.doc_id}: evotok reads images, this one has video or audio")
+    conversation = messages.to_hf_messages()
+    for message in conversation:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = _rgb(part["image"])
+    return conversation
+
+
+def _rgb(image: Image.Image | str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    with Image.open(image) as opened:
+        return opened.convert("RGB")
+
+
+def _prompt(request: _Request) -> str:
+    """The text of a drawing request.
+
+    Raises:
+        ValueError: it comes with images: editing is something else.
+    """
+    messages = request.messages()
+    if any(messages.extract_media()):
+        raise ValueError(f"{request.task}, document {request.doc_id}: evotok draws from text, this one brings media")
+    texts = [part.text for message in messages.messages for part in message.content]
+    return "\n".join(texts)

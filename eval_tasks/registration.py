@@ -1,0 +1,107 @@
+"""lmms-eval's entry point: registers the model `evotok` and makes our task folder visible.
+
+lmms-eval loads the entry points of all plug-ins under one try/except and imports `lmms_eval.tasks` (seconds) only
+when it evaluates. So this module imports next to nothing, never raises, and adds the tasks when, and only when,
+`lmms_eval.tasks` is imported.
+"""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
+DATA_ROOT_VARIABLE = "EVOTOK_DATA_ROOT"
+_TASKS_MODULE = "lmms_eval.tasks"
+_MARK = "_evotok_registered"
+
+
+def register():
+    """Entry point of the group `lmms_eval.models`: returns the model's `ModelManifest`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    try:
+        _patch_tasks_when_imported()
+    except Exception as error:  # raising here would unregister every plug-in that comes after ours
+        logger.warning("evotok's tasks are not visible (%s); pass --include_path %s", error, TASKS_FOLDER)
+    return ModelManifest(model_id="evotok", chat_class_path="eval_tasks.model.EvoTokLmms")
+
+
+# Our task folder -----------------------------------------------------------------------------------------------
+
+
+def _patch_tasks_when_imported() -> None:
+    module = sys.modules.get(_TASKS_MODULE)
+    if module is not None and hasattr(module, "TaskManager"):
+        _patch(module)
+    elif not any(isinstance(finder, _TasksFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TasksFinder())
+
+
+class _TasksFinder(importlib.abc.MetaPathFinder):
+    """Finds `lmms_eval.tasks` as Python itself would, with a loader that patches the module it has loaded."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _TASKS_MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _PatchingLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _PatchingLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        try:
+            _patch(module)
+        except Exception as error:  # lmms-eval must go on without our tasks
+            logger.warning("evotok's tasks are not visible (%s); pass --include_path %s", error, TASKS_FOLDER)
+
+
+def _patch(tasks: ModuleType) -> None:
+    """Add our folder to the task index, and let `EVOTOK_DATA_ROOT` redirect data sets; once."""
+    if getattr(tasks.TaskManager, _MARK, False):
+        return
+    index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
+
+    @functools.wraps(index_tasks)
+    def initialize_tasks(self, include_path=None, *args, **kwargs):
+        folders = [include_path] if isinstance(include_path, (str, os.PathLike)) else list(include_path or ())
+        if TASKS_FOLDER not in (Path(folder).resolve() for folder in folders):
+            folders.append(str(TASKS_FOLDER))  # last: names of lmms-eval's own tasks and of the user's win
+        return index_tasks(self, folders, *args, **kwargs)
+
+    @functools.wraps(download)
+    def download_from_data_root(self, *args, **kwargs):
+        self.DATASET_PATH = local_dataset(self.DATASET_PATH)
+        return download(self, *args, **kwargs)
+
+    tasks.TaskManager.initialize_tasks = initialize_tasks
+    tasks.ConfigurableTask.download = download_from_data_root
+    setattr(tasks.TaskManager, _MARK, True)
+
+
+# Local data ----------------------------------------------------------------------------------------------------
+
+
+def local_dataset(dataset_path: str | None) -> str | None:
+    """Where a task's data lies: `$EVOTOK_DATA_ROOT/<dataset_path>` if there is such a folder, else as it was.
+
+    Only names of the hub's form (`owner/name`) are looked up; without the variable nothing changes.
+    """
+    root = os.environ.get(DATA_ROOT_VARIABLE)
+    if not root or not isinstance(dataset_path, str) or "/" not in dataset_path or os.path.isabs(dataset_path):
+        return dataset_path
+    folder = Path(root).expanduser().resolve() / dataset_path
+    if folder.is_dir():
+        logger.info("data set %s is read from %s", dataset_path, folder)
+        return str(folder)
+    logger.warning("%s is set but %s does not exist; %s is looked up as usual", DATA_ROOT_VARIABLE, folder, dataset_path)
+    return dataset_path

@@ -1,0 +1,64 @@
+"""The figures of an lmms-eval run, read from its output folder; lmms-eval itself exits with 0 when it fails."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# `20260731_120000_results.json`; tasks leave other *_results.json beside it.
+_RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
+
+
+def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path:
+    """The last results file below a folder.
+
+    Args:
+        not_before: seconds since the epoch; older files belong to an earlier run.
+
+    Raises:
+        ValueError: there is none, which is how a failed lmms-eval run shows.
+    """
+    found = [path for path in Path(output_dir).rglob("*_results.json") if _RESULTS_NAME.fullmatch(path.name)]
+    recent = [path for path in found if path.stat().st_mtime >= not_before]
+    if not recent:
+        older = f" ({len(found)} of earlier runs are there)" if found else ""
+        raise ValueError(
+            f"no lmms-eval results in {output_dir}{older}: the run failed. lmms-eval exits with 0 even then; its "
+            "error stands above 'Error during evaluation' in its output"
+        )
+    return max(recent, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def read_results(
+    output_dir: str | Path, tasks: Sequence[str] = (), not_before: float = 0.0
+) -> dict[str, dict[str, float]]:
+    """The newest run's metrics, {task: {metric: value}}.
+
+    Args:
+        tasks: names that must be among the results.
+        not_before: start of the run (`time.time()`), so that an earlier run's file is not taken for this one's.
+
+    Raises:
+        ValueError: no results, an unreadable file, or a task without any figure.
+    """
+    path = newest_results_file(output_dir, not_before)
+    try:
+        by_task = json.loads(path.read_text())["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
+    results = {task: _metrics(values) for task, values in by_task.items()}
+    empty = [task for task in {**dict.fromkeys(tasks), **results} if not results.get(task)]
+    if empty or not results:
+        raise ValueError(f"{path} has no figures for {', '.join(empty) or 'any task'}; it has {sorted(results)}")
+    return results
+
+
+def _metrics(values: dict) -> dict[str, float]:
+    """Numbers by metric name; keys are `metric,filter`, where the filter `none` goes without saying."""
+    numbers = {}
+    for key, value in values.items():
+        metric, _, selection = key.partition(",")
+        if "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        numbers[metric if selection in ("", "none") else key] = float(value)
+    return numbers

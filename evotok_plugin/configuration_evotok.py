@@ -1,0 +1,134 @@
+"""Configuration of the EvoTok tokenizer: three presets are three values of it."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Seconds a hundred steps on two CPU cores: the embedded default, on 48x48 scenes.
+    "tiny": {
+        "image_size": 48,
+        "patch_size": 8,
+        "encoder_hidden_size": 128,
+        "encoder_num_layers": 4,
+        "encoder_num_heads": 4,
+        "encoder_intermediate_size": 384,
+        "codebook_dim": 16,
+        "codebook_size": 256,
+        "num_quantizers": 8,
+        "semantic_depth": 8,
+        "pixel_latent_channels": 64,
+        "decoder_channels": 24,
+        "decoder_channel_multipliers": (1, 2, 3, 4),
+        "decoder_num_res_blocks": 1,
+        "decoder_norm_groups": 8,
+        "semantic_hidden_size": 128,
+        "semantic_num_layers": 2,
+        "semantic_num_heads": 4,
+        "semantic_head_dim": 32,
+        "semantic_dim": 128,
+        "codebook_warmup_steps": 0,
+    },
+    # One 24 GB GPU: siglip2-base-patch16-256.
+    "base": {
+        "encoder_hidden_size": 768,
+        "encoder_num_layers": 11,
+        "encoder_num_heads": 12,
+        "encoder_intermediate_size": 3072,
+        "codebook_size": 16384,
+        "decoder_channels": 96,
+        "semantic_hidden_size": 768,
+        "semantic_head_dim": 64,
+        "semantic_dim": 768,
+    },
+    "paper": {},
+}
+
+
+class EvoTokConfig(PreTrainedConfig):
+    """Sizes of encoder, quantizer and both decoders; the defaults are the paper's (arXiv 2603.12108).
+
+    Attributes:
+        image_size, patch_size: pixels; `grid_size` = image_size / patch_size positions a side.
+        encoder_num_layers: layers that are run. The features are the output of the teacher's last layer but one, so
+            this is one less than the teacher has.
+        num_quantizers, codebook_size, codebook_dim: levels L, codes a level K, dimensions of a code C.
+        pixel_depth, semantic_depth: how many levels are summed for the pixel and for the semantic decoder.
+        decoder_channel_multipliers: one a resolution, finest first; `patch_size` = 2 ** (their number - 1).
+        semantic_dim: D, width of the semantic features; the teacher's width.
+        ema_decay, restart_threshold, codebook_warmup_steps: how codebooks learn; see `ResidualVectorQuantizer`.
+    """
+
+    model_type = "evotok"
+
+    image_size: int = 256
+    patch_size: int = 16
+    num_channels: int = 3
+    encoder_hidden_size: int = 1024
+    encoder_num_layers: int = 23
+    encoder_num_heads: int = 16
+    encoder_intermediate_size: int = 4096
+    codebook_dim: int = 32
+    codebook_size: int = 32768
+    num_quantizers: int = 16
+    pixel_depth: int = 4
+    semantic_depth: int = 16
+    pixel_latent_channels: int = 256
+    decoder_channels: int = 128
+    decoder_channel_multipliers: tuple[int, ...] | list[int] = (1, 1, 2, 2, 4)
+    decoder_num_res_blocks: int = 2
+    decoder_norm_groups: int = 32
+    semantic_hidden_size: int = 1024
+    semantic_num_layers: int = 3
+    semantic_num_heads: int = 12
+    semantic_head_dim: int = 85
+    semantic_dim: int = 1024
+    ema_decay: float = 0.99
+    restart_threshold: float = 1.0
+    codebook_warmup_steps: int = 2000
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.decoder_channel_multipliers = list(self.decoder_channel_multipliers)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        scale = 2 ** (len(self.decoder_channel_multipliers) - 1)
+        if scale != self.patch_size:
+            raise ValueError(
+                f"{len(self.decoder_channel_multipliers)} decoder_channel_multipliers enlarge {scale} times, "
+                f"but patch_size is {self.patch_size}; give log2(patch_size) + 1 of them"
+            )
+        for name in ("pixel_depth", "semantic_depth"):
+            if not 1 <= getattr(self, name) <= self.num_quantizers:
+                raise ValueError(f"{name} must lie in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}")
+        if self.codebook_size > 65536:
+            raise ValueError(f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}")
+        if self.encoder_hidden_size % self.encoder_num_heads:
+            raise ValueError(
+                f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Positions a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """N, positions an image."""
+        return self.grid_size**2
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "EvoTokConfig":
+        """The configuration `tiny`, `base` or `paper`, with fields replaced.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")
+        return cls(**{**_PRESETS[name], **overrides})

@@ -1,0 +1,176 @@
+"""The embedded scene corpus: coloured shapes on a plain ground, drawn on the fly from a seed.
+
+A scene is a small value (`Scene`), so that captions, questions, pictures and judgements all follow from the same
+facts. Objects stand in the cells of a 3x3 grid, a little off their cells' centres, so they never overlap.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLORS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (245, 225, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 215),
+    "purple": (145, 50, 175),
+    "black": (20, 20, 20),
+    "white": (250, 250, 250),
+}
+GROUNDS = ((150, 150, 150), (180, 180, 180))
+SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GRID = 3
+CELL_NAMES = (
+    "top left", "top", "top right",
+    "left", "center", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+RELATIONS = ("left of", "right of", "above", "below")
+
+_JITTER = 0.02  # of the image side; with the sizes below an object stays inside its cell
+_SIZES = (0.23, 0.28)
+_SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape. `x`, `y` (centre) and `size` (side of its bounding box) are fractions of the image side."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    size: float
+
+    @property
+    def cell(self) -> int:
+        """Row-major index of the grid cell that holds the centre."""
+        return min(GRID - 1, int(self.y * GRID)) * GRID + min(GRID - 1, int(self.x * GRID))
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[SceneObject, ...]
+    ground: tuple[int, int, int] = GROUNDS[0]
+
+
+def place(rng: np.random.Generator, shape: str, color: str, cell: int) -> SceneObject:
+    """An object of the given kind in `cell` (0..8, row-major), with random jitter and size."""
+    dx, dy = rng.uniform(-_JITTER, _JITTER, size=2)
+    return SceneObject(
+        shape=shape,
+        color=color,
+        x=(cell % GRID + 0.5) / GRID + float(dx),
+        y=(cell // GRID + 0.5) / GRID + float(dy),
+        size=float(rng.uniform(*_SIZES)),
+    )
+
+
+def relation(first: SceneObject, second: SceneObject) -> str | None:
+    """How `first` stands to `second` ("left of", ...), or None where no direction dominates."""
+    row, column = divmod(first.cell, GRID)
+    other_row, other_column = divmod(second.cell, GRID)
+    dx, dy = column - other_column, row - other_row
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) > abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def _cells_in_relation(rng: np.random.Generator, wanted: str) -> tuple[int, int]:
+    """Two cells of one row or one column, the first `wanted` of the second."""
+    low, high = sorted(rng.choice(GRID, size=2, replace=False).tolist())
+    line = int(rng.integers(GRID))
+    first, second = (low, high) if wanted in ("left of", "above") else (high, low)
+    if wanted in ("left of", "right of"):
+        return line * GRID + first, line * GRID + second
+    return first * GRID + line, second * GRID + line
+
+
+def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
+    """A random scene that a prompt of this GenEval skill can describe.
+
+    Raises:
+        ValueError: `skill` is not one of `SKILLS`.
+    """
+    if skill not in SKILLS:
+        raise ValueError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
+    colors = list(COLORS)
+    ground = GROUNDS[int(rng.integers(len(GROUNDS)))]
+    if skill in ("single_object", "colors"):
+        kinds = [(str(rng.choice(SHAPES)), str(rng.choice(colors)))]
+    elif skill == "counting":
+        shape, color, count = str(rng.choice(SHAPES)), str(rng.choice(colors)), int(rng.integers(2, 5))
+        one_color = rng.random() < 0.75
+        kinds = [(shape, color if one_color else str(rng.choice(colors))) for _ in range(count)]
+    else:
+        shapes, both = rng.choice(SHAPES, size=2, replace=False), rng.choice(colors, size=2, replace=False)
+        kinds = list(zip(map(str, shapes), map(str, both), strict=True))
+    if skill == "position":
+        cells = _cells_in_relation(rng, str(rng.choice(RELATIONS)))
+    else:
+        cells = rng.choice(GRID * GRID, size=len(kinds), replace=False).tolist()
+    return Scene(tuple(place(rng, s, c, cell) for (s, c), cell in zip(kinds, cells, strict=True)), ground)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground: tuple[int, int, int]) -> None:
+    fill, half = COLORS[item.color], item.size / 2
+    left, top, right, bottom = ((v * side) for v in (item.x - half, item.y - half, item.x + half, item.y + half))
+    if item.shape == "circle":
+        draw.ellipse((left, top, right, bottom), fill=fill)
+    elif item.shape == "square":
+        draw.rectangle((left, top, right, bottom), fill=fill)
+    elif item.shape == "triangle":
+        draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=fill)
+    elif item.shape == "cross":
+        arm = 0.33 * (right - left)
+        draw.rectangle((left + arm, top, right - arm, bottom), fill=fill)
+        draw.rectangle((left, top + arm, right, bottom - arm), fill=fill)
+    elif item.shape == "ring":
+        draw.ellipse((left, top, right, bottom), fill=fill)
+        inset = 0.26 * (right - left)
+        draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=ground)
+    else:
+        raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
+
+
+def render(scene: Scene, image_size: int = 48) -> Image.Image:
+    """Draw a scene, anti-aliased, as an RGB image of `image_size` x `image_size` pixels."""
+    side = image_size * _SUPERSAMPLE
+    canvas = Image.new("RGB", (side, side), scene.ground)
+    draw = ImageDraw.Draw(canvas)
+    for item in scene.objects:
+        _draw_shape(draw, item, side, scene.ground)
+    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
+
+
+def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, image_size: int = 48) -> None:
+    """Write the corpus that the embedded default trains on.
+
+    `folder/{train,val}/` hold `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` a line) and LLaVA
+    JSON: `pretrain.json` (descriptions, read and drawn) and `finetune.json` (questions and GenEval prompts).
+    """
+    from evotok_plugin.data import scene_text
+
+    for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
+        rng = np.random.default_rng([seed, stream])
+        root = Path(folder) / split
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        captions, pretrain, finetune = [], [], []
+        for n in range(count):
+            skill = SKILLS[n % len(SKILLS)]
+            scene = sample_scene(rng, skill)
+            name = f"images/{n:06d}.png"
+            render(scene, image_size).save(root / name, compress_level=1)
+            captions.append({"image": name, "captions": scene_text.captions(scene, skill, rng)})
+            pretrain += scene_text.pretrain_records(scene, skill, name, rng)
+            finetune += scene_text.finetune_records(scene, skill, name, rng)
+        (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+        (root / "pretrain.json").write_text(json.dumps(pretrain))
+        (root / "finetune.json").write_text(json.dumps(finetune))

@@ -1,0 +1,148 @@
+"""EvoTok: one residual sequence of codes a position; its first levels rebuild pixels, all levels give meaning.
+
+B batch, N positions, L levels, l levels given, C codebook_dim, D semantic_dim.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.utils import ModelOutput
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.pixel_decoder import PixelDecoder
+from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.semantic_decoder import SemanticDecoder
+
+
+@dataclass
+class EvoTokOutput(ModelOutput):
+    """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L), and the scalar
+    `commitment_loss`."""
+
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    codes: Tensor | None = None
+    commitment_loss: Tensor | None = None
+
+
+@dataclass
+class EvoTokEncoderOutput(ModelOutput):
+    """`latents` (B, N, C) as they enter the quantizer and `codes` (B, N, l)."""
+
+    latents: Tensor | None = None
+    codes: Tensor | None = None
+
+
+class EvoTokModel(PreTrainedModel):
+    """Encoder, residual quantizer, pixel decoder and semantic decoder."""
+
+    config_class = EvoTokConfig
+    config: EvoTokConfig
+    base_model_prefix = "evotok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _supports_sdpa = True
+
+    def __init__(self, config: EvoTokConfig) -> None:
+        super().__init__(config)
+        self.encoder = EvoTokEncoder(config)
+        self.quantizer = ResidualVectorQuantizer(
+            num_quantizers=config.num_quantizers,
+            codebook_size=config.codebook_size,
+            codebook_dim=config.codebook_dim,
+            ema_decay=config.ema_decay,
+            restart_threshold=config.restart_threshold,
+            warmup_steps=config.codebook_warmup_steps,
+        )
+        self.pixel_decoder = PixelDecoder(config)
+        self.semantic_decoder = SemanticDecoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init = nn.init
+        if isinstance(module, SiglipVisionEmbeddings):
+            init.normal_(module.position_embedding.weight, std=module.embed_dim**-0.5)
+            # Not saved with the weights, so it must be right after loading, too.
+            module.position_ids.copy_(torch.arange(module.num_positions).expand(1, -1))
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SemanticDecoder):
+            init.normal_(module.class_token, std=self.config.initializer_range)
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, ResidualVectorQuantizer):
+            init.normal_(module.codebooks)
+
+    def forward(self, pixel_values: Tensor) -> EvoTokOutput:
+        """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1]."""
+        quantized = self.quantizer(self.encoder(pixel_values))
+        return EvoTokOutput(
+            pixels=self._to_pixels(quantized.latents_at(self.config.pixel_depth)),
+            features=self.semantic_decoder(quantized.latents_at(self.config.semantic_depth)),
+            codes=quantized.codes,
+            commitment_loss=quantized.commitment_loss,
+        )
+
+    def _to_pixels(self, latents: Tensor) -> Tensor:
+        side = self.config.grid_size
+        grid = latents.to(self.dtype).transpose(1, 2).unflatten(2, (side, side))
+        return self.pixel_decoder(grid)
+
+    def encode(self, pixel_values: Tensor, depth: int | None = None) -> EvoTokEncoderOutput:
+        """Pixels (B, 3, H, W) in [-1, 1] to codes (B, N, l); with `depth` only the first levels are searched.
+
+        Raises:
+            ValueError: images of another size than the model's, or no such depth.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (self.config.num_channels, size, size):
+            raise ValueError(
+                f"expected pixel_values (B, {self.config.num_channels}, {size}, {size}), got {tuple(pixel_values.shape)}; "
+                "EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
+            )
+        latents = self.encoder(pixel_values)
+        return EvoTokEncoderOutput(latents=latents, codes=self.quantizer(latents, depth).codes)
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.config.num_quantizers:
+            raise ValueError(
+                f"expected codes (B, N, l) with 1 <= l <= {self.config.num_quantizers}, got {tuple(codes.shape)}"
+            )
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """Sum of the levels given: (B, N, l) -> (B, N, C)."""
+        self._check_codes(codes)
+        return self.quantizer.codes_to_latents(codes)
+
+    def level_latents(self, codes: Tensor) -> Tensor:
+        """Each level's own code vector: (B, N, l) -> (B, N, l, C)."""
+        self._check_codes(codes)
+        return self.quantizer.level_latents(codes)
+
+    def decode_pixels(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, l) to pixels (B, 3, H, W), about [-1, 1]; the decoder was trained with l = pixel_depth."""
+        return self._to_pixels(self.codes_to_latents(codes))
+
+    def decode_semantics(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, l) to semantic features (B, N, D); the decoder was trained with l = semantic_depth."""
+        return self.semantic_decoder(self.codes_to_latents(codes).to(self.dtype))
+
+    def fingerprint(self) -> str:
+        """sha256 over names, shapes and values of what turns images into codes: it identifies a tokenizer's codes."""
+        digest = hashlib.sha256()
+        for prefix, part in (("encoder", self.encoder), ("quantizer", self.quantizer)):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{prefix}.{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Latents to pixels: the convolutional decoder of VQGAN's family (Esser et al. 2021), sizes from the configuration.
+
+B batch, C codebook_dim, h w positions, H W pixels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+
+
+class ResidualBlock(nn.Module):
+    """Two GroupNorm - SiLU - 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(norm_groups, in_channels, eps=1e-6)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(norm_groups, out_channels, eps=1e-6)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.query, self.key, self.value, self.proj = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        query, key, value = (
+            layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)
+        return x + self.proj(attended.unflatten(2, x.shape[2:]))
+
+
+class UpStage(nn.Module):
+    """The residual blocks of one resolution, with attention at the lowest, then doubling the resolution."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, norm_groups: int, attention: bool, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels, norm_groups) for i in range(num_blocks)
+        )
+        self.attention = nn.ModuleList(
+            AttentionBlock(out_channels, norm_groups) if attention else nn.Identity() for _ in range(num_blocks)
+        )
+        self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            x = attention(block(x))
+        if self.upsample is not None:
+            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class PixelDecoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, H, W), not clamped."""
+
+    def __init__(self, config: EvoTokConfig) -> None:
+        super().__init__()
+        groups, widths = config.decoder_norm_groups, [config.decoder_channels * m for m in config.decoder_channel_multipliers]
+        lowest = widths[-1]
+        self.from_latent = nn.Conv2d(config.codebook_dim, config.pixel_latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.pixel_latent_channels, lowest, 3, padding=1)
+        self.middle = nn.Sequential(
+            ResidualBlock(lowest, lowest, groups), AttentionBlock(lowest, groups), ResidualBlock(lowest, lowest, groups)
+        )
+        stages, channels = [], lowest
+        for index, width in enumerate(reversed(widths)):
+            last = index == len(widths) - 1
+            stages.append(
+                UpStage(channels, width, config.decoder_num_res_blocks + 1, groups, attention=index == 0, upsample=not last)
+            )
+            channels = width
+        self.stages = nn.Sequential(*stages)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, config.num_channels, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight by whose gradients adversarial terms are balanced."""
+        return self.conv_out.weight
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.stages(self.middle(self.conv_in(self.from_latent(latents))))
+        return self.conv_out(F.silu(self.norm_out(x)))

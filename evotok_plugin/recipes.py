@@ -1,0 +1,153 @@
+"""Recipes: a typed dataclass is the schema, a YAML file is the run, command-line flags override it."""
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "recipes"
+
+
+def _known_names(schema: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(schema) if field.init]
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """A path as given, or a bare name looked up among the recipes that come with the project.
+
+    Raises:
+        ValueError: there is no such file; the message lists the names that exist.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ValueError(f"recipe {str(path)!r} does not exist; give a YAML file or one of: {_recipe_names()}")
+    named = RECIPES_FOLDER / f"{name_or_path}.yaml"
+    if not named.is_file():
+        raise ValueError(f"unknown recipe {str(name_or_path)!r}; expected a YAML file or one of: {_recipe_names()}")
+    return named
+
+
+def _recipe_names() -> str:
+    return ", ".join(sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))) or "(none installed)"
+
+
+def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
+    """Refuse unknown keys, suggesting the nearest known one.
+
+    Raises:
+        ValueError: a key of `values` is not a field of `schema`.
+    """
+    known = _known_names(schema)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+
+
+def load_recipe(
+    path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None, **defaults: Any
+) -> T:
+    """Build `schema` from (in rising priority) `defaults`, the YAML recipe, and `overrides`.
+
+    Raises:
+        ValueError: no such recipe, not a YAML mapping, an unknown key, or a value of the wrong type.
+    """
+    return schema(**recipe_values(path_or_name, schema, overrides, **defaults))
+
+
+def recipe_values(
+    path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None, **defaults: Any
+) -> dict[str, Any]:
+    """The keyword arguments that `load_recipe` gives to `schema`."""
+    values: dict[str, Any] = dict(defaults)
+    if path_or_name is not None:
+        path = find_recipe(path_or_name)
+        try:
+            loaded = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {path}: not valid YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
+        check_keys(loaded, schema, f"recipe {path}")
+        values.update(loaded)
+    values.update(overrides or {})
+    check_keys(values, schema, "command line")
+    hints = typing.get_type_hints(schema)
+    return {key: _coerce(value, hints[key], key) for key, value in values.items()}
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError(f"expected true or false, got {value!r}") from None
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type inside an Optional, else the hint itself."""
+    inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    is_union = type(None) in typing.get_args(hint)
+    return inner[0] if is_union and inner else hint
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """YAML reads `1e-3` as a string and flags arrive as strings: bring both to the field's type."""
+    kind = _plain_type(hint)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint)):
+        if type(None) not in typing.get_args(hint):
+            raise ValueError(f"{key}: expected a {getattr(kind, '__name__', kind)}, got nothing")
+        return None
+    try:
+        if kind is bool:
+            return _parse_bool(value)
+        if kind is int and not isinstance(value, bool):
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError(f"expected a whole number, got {value}")
+            return int(value)
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)):
+            return str(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser, schema: type) -> None:
+    """One `--field` per field of `schema`, absent from the result unless given; booleans also bare (`--bf16`)."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if not field.init:
+            continue
+        kind = _plain_type(hints[field.name])
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata.get("help", "")}
+        if kind is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+        elif typing.get_origin(kind) in (list, tuple) or kind in (list, tuple):
+            options |= {"nargs": "+"}
+        parser.add_argument(f"--{field.name}", **options)
+
+
+def as_plain(instance: Any) -> dict[str, Any]:
+    """A dataclass instance as YAML-ready values."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in ((name, getattr(instance, name)) for name in _known_names(type(instance)))
+    }
+
+
+def save_resolved(instance: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML (it loads again through `load_recipe`)."""
+    Path(path).write_text(yaml.safe_dump(as_plain(instance), sort_keys=False))

@@ -1,0 +1,175 @@
+"""`evotok-llava chat | draw`: ask a trained model about images, and have it draw."""
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from tqdm import tqdm
+
+from llava_ext.checkpointing import default_model_folder, load_model
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _open_model(arguments: argparse.Namespace):
+    folder = arguments.model or default_model_folder()
+    print(f"model: {folder}", file=sys.stderr)
+    model, processor = load_model(folder)
+    return model.to(_pick_device(arguments.device)).eval(), processor
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image {str(path)!r} does not exist") from None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
+
+
+def image_grid(images: list[Image.Image], columns: int, scale: int = 1, gap: int = 4) -> Image.Image:
+    """Images of one size, row by row on white; `scale` enlarges small ones without smoothing."""
+    width, height = images[0].width * scale, images[0].height * scale
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        place = ((index % columns) * (width + gap), (index // columns) * (height + gap))
+        canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+    return canvas
+
+
+def labelled_rows(rows: dict[str, list[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
+    """One row of images a label, the label above its row."""
+    strips = {label: image_grid(images, len(images), scale, gap) for label, images in rows.items()}
+    text_height, width = 16, max(strip.width for strip in strips.values())
+    canvas = Image.new("RGB", (width, sum(s.height + text_height + gap for s in strips.values())), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for label, strip in strips.items():
+        pen.text((2, top + 2), label, fill="black")
+        canvas.paste(strip, (0, top + text_height))
+        top += strip.height + text_height + gap
+    return canvas
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Draw images for a prompt and write them, one by one and as a grid."""
+    model, processor = _open_model(arguments)
+    bar: tqdm | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or tqdm(total=total, desc="drawing", unit="position", file=sys.stderr)
+        bar.update(done - bar.n)
+
+    images = model.generate_images(
+        arguments.prompt,
+        processor=processor,
+        num_images=arguments.num_images,
+        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        on_progress=show,
+    )
+    if bar is not None:
+        bar.close()
+    out = Path(arguments.output)
+    out.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "_", arguments.prompt.lower()).strip("_")[:60]
+    for index, image in enumerate(images):
+        path = out / f"{slug}_seed{arguments.seed + index}.png"
+        image.save(path)
+        print(path)
+    if len(images) > 1:
+        path = out / f"{slug}_grid.png"
+        image_grid(images, columns=min(4, len(images)), scale=max(1, 256 // images[0].width)).save(path)
+        print(path)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Answer one question, or, without one, a conversation line by line."""
+    images = [open_image(path) for path in arguments.image]
+    model, processor = _open_model(arguments)
+    history: list[dict] = []
+    pending = images
+    interactive = arguments.question is None
+    while True:
+        question = arguments.question
+        if interactive:
+            try:
+                question = input("you: ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not question:
+                continue
+        content = [{"type": "image", "image": image} for image in pending]
+        history.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        pending = []
+        inputs = processor.apply_chat_template(history, add_generation_prompt=True, tokenize=True)
+        inputs = inputs.to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        history.append({"role": "assistant", "content": answer})
+        print(answer)
+        if not interactive:
+            return
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evotok-llava", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", help="model folder (default: the newest of this working folder's outputs)")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+    asking = commands.add_parser("chat", parents=[common], help="ask about images")
+    asking.add_argument("question", nargs="?", help="without it, a conversation is read from the terminal")
+    asking.add_argument("--image", action="append", default=[], help="image file; may be given several times")
+    asking.add_argument("--max_new_tokens", type=int, default=64)
+    asking.set_defaults(run=chat)
+
+    drawing = commands.add_parser("draw", parents=[common], help="draw images for a prompt")
+    drawing.add_argument("prompt")
+    drawing.add_argument("-n", "--num_images", type=int, default=1)
+    drawing.add_argument("-o", "--output", default="out", help="folder for the images")
+    drawing.add_argument("--guidance_scale", type=float, default=3.0)
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--temperature", type=float, default=1.0)
+    drawing.add_argument("--top_k", type=int, default=0)
+    drawing.add_argument("--top_p", type=float, default=1.0)
+    drawing.set_defaults(run=draw)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; user errors end as one line and exit code 2."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.logging.set_verbosity_error()
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Configuration of the multimodal LLM that reads and draws images through one EvoTok tokenizer."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from evotok_plugin import EvoTokConfig
+from llava_ext.vocabulary import ResidualVocabulary
+
+
+class EvoTokLlavaConfig(PreTrainedConfig):
+    """A text backbone, an image tokenizer, and the ids by which images stand in a sequence.
+
+    Attributes:
+        text_config: configuration of any causal LM that transformers knows.
+        vision_config: configuration of the EvoTok tokenizer.
+        image_token_id: placeholder of one position of an image that is read.
+        image_start_token_id, image_end_token_id: delimiters around every image, read or drawn.
+        residual_token_offset: first id of the reserved range of residual tokens.
+        head_hidden_size, head_num_layers, head_num_heads: sizes of the depth transformer.
+    """
+
+    model_type = "evotok_llava"
+    sub_configs = {"text_config": AutoConfig, "vision_config": EvoTokConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 0
+    image_start_token_id: int = 1
+    image_end_token_id: int = 2
+    residual_token_offset: int = 3
+    head_hidden_size: int = 2560
+    head_num_layers: int = 6
+    head_num_heads: int = 40
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        text = self.text_config if self.text_config is not None else {"model_type": "qwen2"}
+        if isinstance(text, dict):
+            text = AutoConfig.for_model(**text)
+        self.text_config = text
+        vision = self.vision_config if self.vision_config is not None else {}
+        self.vision_config = EvoTokConfig(**vision) if isinstance(vision, dict) else vision
+        self.tie_word_embeddings = bool(self.tie_word_embeddings or text.tie_word_embeddings)
+        if self.head_hidden_size % self.head_num_heads:
+            raise ValueError(
+                f"head_hidden_size {self.head_hidden_size} is not a multiple of head_num_heads {self.head_num_heads}"
+            )
+        delimiters = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
+        inside = [i for i in delimiters if 0 <= i - self.residual_token_offset < self.residual_vocabulary.size]
+        if inside or len(set(delimiters)) < 3:
+            raise ValueError(
+                f"image token ids {delimiters} must differ and lie outside the residual range that starts at "
+                f"{self.residual_token_offset} and holds {self.residual_vocabulary.size} ids"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def residual_vocabulary(self) -> ResidualVocabulary:
+        """The residual tokens: as many levels as the pixel decoder reads."""
+        vision = self.vision_config
+        return ResidualVocabulary(self.residual_token_offset, vision.pixel_depth, vision.codebook_size)

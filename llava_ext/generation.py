@@ -1,0 +1,175 @@
+"""Drawing: one LLM step an image position, one cached depth step a level, classifier-free guidance in one batch.
+
+R rows drawn together, G = 2 R rows with guidance (conditional first), L levels, K codebook_size, D LLM width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from llava_ext.image_head import LevelCache
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a code is chosen from its logits; `top_k=0` and `top_p=1` switch those filters off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={self.temperature}, "
+                f"top_k={self.top_k}, top_p={self.top_p}"
+            )
+
+
+def sample(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw one code a row: logits (R, K) -> (R,).
+
+    Every row has its own generator and the draw is `argmax(probability / exponential noise)`, so a row does not
+    depend on the rows beside it. Temperature 0 takes the most likely code.
+    """
+    if options.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / options.temperature
+    if 0 < options.top_k < logits.shape[-1]:
+        kth = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if options.top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        # The most likely codes whose mass before them is still below top_p.
+        outside = ordered.cumsum(dim=-1) - ordered >= options.top_p
+        probabilities = probabilities.masked_fill(outside.gather(-1, index.argsort(dim=-1)), 0.0)
+    noise = torch.stack(
+        [torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators]
+    )
+    return (probabilities / noise.to(probabilities.device)).argmax(dim=-1)
+
+
+class ImageGenerationMixin:
+    """`generate_images` for a model with a language model, a write projector and a depth transformer head."""
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        prompt: str | Sequence[str],
+        processor,
+        num_images: int = 1,
+        guidance_scale: float = 3.0,
+        seed: int | Sequence[int] = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_size: int = 16,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image]:
+        """Draw images for prompts.
+
+        Args:
+            prompt: one prompt or several.
+            processor: the model's `EvoTokLlavaProcessor`.
+            num_images: images a prompt.
+            guidance_scale: 1 draws from the prompt alone; larger follows it more closely, at twice the cost.
+            seed: an int (image i gets seed + i) or one int per image; an image depends on its prompt and seed only.
+            batch_size: images drawn together.
+            on_progress: called with (positions drawn, positions in all).
+
+        Returns:
+            `len(prompts) * num_images` PIL images, those of one prompt together.
+
+        Raises:
+            ValueError: no prompt, a guidance scale below 1, or seeds that do not match the number of images.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError("expected at least one prompt and none empty; say what to draw")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1, got {guidance_scale}")
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+        total = len(prompts) * num_images
+        seeds = [seed + i for i in range(total)] if isinstance(seed, int) else [int(s) for s in seed]
+        if len(seeds) != total:
+            raise ValueError(f"got {len(seeds)} seeds for {total} images ({len(prompts)} prompts x {num_images})")
+        options = SamplingOptions(temperature, top_k, top_p)
+        rows = [p for p in prompts for _ in range(num_images)]
+        positions = self.config.vision_config.num_positions
+        done, images = 0, []
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, total, batch_size):
+                part = slice(start, start + batch_size)
+                report = (lambda k, done=done, n=len(rows[part]): on_progress(done + k * n, total * positions)) \
+                    if on_progress else None
+                codes = self.generate_codes(
+                    rows[part], processor, guidance_scale, seeds[part], options, on_position=report
+                )
+                images += processor.image_processor.to_pil(self.vision_tower.decode_pixels(codes))
+                done += len(rows[part]) * positions
+        finally:
+            self.train(was_training)
+        return images
+
+    def generate_codes(
+        self,
+        prompts: list[str],
+        processor,
+        guidance_scale: float,
+        seeds: list[int],
+        options: SamplingOptions,
+        on_position: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Draw the codes (R, N, L) of one image a prompt."""
+        num_rows, guided = len(prompts), guidance_scale != 1
+        inputs = processor.drawing_prompts(prompts + [""] * num_rows if guided else prompts)
+        ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+        outputs = self.language_model(
+            inputs_embeds=self.get_input_embeddings()(ids),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        positions = []
+        for index in range(self.config.vision_config.num_positions):
+            hidden = outputs.last_hidden_state[:, -1]  # (G, D)
+            positions.append(self._draw_position(hidden, guidance_scale, options, generators))
+            if on_position is not None:
+                on_position(index + 1)
+            if index + 1 == self.config.vision_config.num_positions:
+                break
+            step = self.embed_written(positions[-1])[:, None]
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            outputs = self.language_model(
+                inputs_embeds=torch.cat([step, step]) if guided else step,
+                attention_mask=mask,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                past_key_values=outputs.past_key_values,
+                use_cache=True,
+            )
+        return torch.stack(positions, dim=1)
+
+    def _draw_position(
+        self, hidden: Tensor, guidance_scale: float, options: SamplingOptions, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Draw the levels of one position from its hidden states (G, D): codes (R, L)."""
+        num_rows, cache = len(generators), LevelCache()
+        conditioning, codes = hidden, []
+        for level in range(self.image_head.num_levels):
+            logits = self.image_head.step(level, conditioning, cache)
+            if logits.shape[0] > num_rows:
+                conditional, unconditional = logits[:num_rows], logits[num_rows:]
+                logits = unconditional + guidance_scale * (conditional - unconditional)
+            codes.append(sample(logits, options, generators))
+            latents = self.vision_tower.codes_to_latents(torch.stack(codes, dim=1)[None])[0].to(hidden.dtype)
+            conditioning = torch.cat([latents] * (hidden.shape[0] // num_rows))
+        return torch.stack(codes, dim=1)

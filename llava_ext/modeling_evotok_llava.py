@@ -1,0 +1,224 @@
+"""One multimodal LLM that reads images (semantic features in) and draws them (residual codes out).
+
+B batch, T flat tokens, S steps after folding, P written positions, N positions an image, L levels, D LLM width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from evotok_plugin import EvoTokModel
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
+from llava_ext.generation import ImageGenerationMixin
+from llava_ext.image_head import DepthTransformerHead
+from llava_ext.projector import Projector
+
+
+@dataclass
+class EvoTokLlavaOutput(ModelOutput):
+    """Result of a forward pass.
+
+    Attributes:
+        loss: sum of both losses, present with `labels`.
+        logits: (B, S', vocabulary) over text tokens; None with `labels`, where only learned steps are classified.
+        text_loss, image_loss: mean cross-entropy over learned text tokens, and over learned positions and levels.
+        past_key_values: the backbone's cache.
+        last_hidden_state: (B, S, D).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    past_key_values: object | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, GenerationMixin):
+    """A causal LM with an EvoTok tokenizer before and a depth transformer behind it."""
+
+    config_class = EvoTokLlavaConfig
+    config: EvoTokLlavaConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EvoTokLlavaConfig) -> None:
+        super().__init__(config)
+        width, vision = config.text_config.hidden_size, config.vision_config
+        self.vision_tower = EvoTokModel(vision)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        self.read_projector = Projector(vision.semantic_dim, width)
+        self.write_projector = Projector(vision.codebook_dim, width)
+        self.image_head = DepthTransformerHead(
+            llm_hidden_size=width,
+            codebook_dim=vision.codebook_dim,
+            codebook_size=vision.codebook_size,
+            num_levels=vision.pixel_depth,
+            hidden_size=config.head_hidden_size,
+            num_layers=config.head_num_layers,
+            num_heads=config.head_num_heads,
+        )
+        self.vocabulary = config.residual_vocabulary
+        self.vision_tower.requires_grad_(False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DepthTransformerHead):
+            nn.init.normal_(module.level_embedding, std=self.config.initializer_range)
+
+    def train(self, mode: bool = True) -> "EvoTokLlavaForConditionalGeneration":
+        """The tokenizer stays in evaluation mode: its codebooks never move here."""
+        super().train(mode)
+        self.vision_tower.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    # From images to embeddings -------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None) -> Tensor:
+        """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L)."""
+        with torch.no_grad():
+            if image_codes is None:
+                image_codes = self.vision_tower.encode(pixel_values).codes
+            features = self.vision_tower.decode_semantics(image_codes)
+        return self.read_projector(features.to(self.read_projector.linear_1.weight.dtype))
+
+    def embed_written(self, codes: Tensor) -> Tensor:
+        """LLM inputs (P, D) of written positions from their codes (P, L)."""
+        latents = self.vision_tower.codes_to_latents(codes[None])[0]
+        return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype))
+
+    def _embed(
+        self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None
+    ) -> Tensor:
+        embeddings = self.get_input_embeddings()(folded.input_ids.masked_fill(folded.written, 0))
+        if pixel_values is not None or image_codes is not None:
+            features = self.get_image_features(pixel_values, image_codes)
+            where = folded.input_ids == self.config.image_token_id
+            embeddings = merge_features(embeddings, where, features.flatten(0, 1), "image")
+        if folded.codes.shape[0]:
+            embeddings = merge_features(embeddings, folded.written, self.embed_written(folded.codes), "drawn image")
+        return embeddings
+
+    # Forward -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> EvoTokLlavaOutput:
+        """One pass over a batch that may mix reading, drawing and text.
+
+        Args:
+            input_ids: (B, T) flat sequence: text, delimiters, image placeholders and residual tokens.
+            attention_mask: (B, T); padding on the right or on the left.
+            labels: (B, T), -100 where nothing is learned.
+            pixel_values: images that are read, (I, 3, H, W) in [-1, 1], in the order of their placeholders.
+            image_codes: the same images as cached codes (I, N, L), instead of `pixel_values`.
+
+        Raises:
+            ValueError: placeholders and images do not match, or an image's residual tokens are not whole.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if pixel_values is not None and image_codes is not None:
+            raise ValueError("give images either as pixel_values or as image_codes, and not both")
+        folded = None
+        if inputs_embeds is None:
+            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels)
+            inputs_embeds = self._embed(folded, pixel_values, image_codes)
+            attention_mask = None if attention_mask is None else folded.attention_mask
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = outputs.last_hidden_state  # (B, S, D)
+        result = EvoTokLlavaOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
+        if labels is None:
+            result.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            return result
+        if folded is None:
+            raise ValueError("labels need input_ids: what is learned at a step depends on its token")
+        result.text_loss = self._text_loss(hidden, folded)
+        result.image_loss = self._image_loss(hidden, folded)
+        result.loss = result.text_loss + result.image_loss
+        if self.training:
+            result.loss = result.loss + self._touch_unused(hidden, folded, pixel_values is None and image_codes is None)
+        return result
+
+    def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
+        targets = folded.labels[:, 1:]
+        where = (targets != -100) & ~folded.written[:, 1:]
+        logits = self.lm_head(hidden[:, :-1][where]).float()
+        return F.cross_entropy(logits, targets[where], reduction="sum") / max(1, logits.shape[0])
+
+    def _image_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
+        learned = folded.labels[folded.written] != -100  # (P,)
+        codes = folded.codes[learned]
+        if not codes.shape[0]:
+            return hidden.new_zeros((), dtype=torch.float32)
+        where = folded.written[:, 1:] & (folded.labels[:, 1:] != -100)
+        latents = self.vision_tower.level_latents(codes[None])[0]  # (P, L, C)
+        return self.image_head.loss(hidden[:, :-1][where], latents.to(hidden.dtype), codes)
+
+    def _touch_unused(self, hidden: Tensor, folded: FoldedSequence, reads_nothing: bool) -> Tensor:
+        """Zero times the modules this batch did not use, so that every rank reduces the same gradients."""
+        vision, zero = self.config.vision_config, hidden.new_zeros(())
+        if reads_nothing:
+            zero = zero + self.read_projector(hidden.new_zeros(1, vision.semantic_dim)).sum()
+        if not folded.codes.shape[0]:
+            levels = hidden.new_zeros(1, vision.pixel_depth, vision.codebook_dim)
+            zero = zero + self.write_projector(levels[:, 0]).sum()
+            zero = zero + sum(logits.sum() for logits in self.image_head(hidden[:1, 0], levels))
+        return 0.0 * zero
+
+    # Text generation -----------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, image_codes=None, is_first_iteration=False, **kwargs
+    ):
+        if is_first_iteration and bool(self.vocabulary.is_residual(input_ids).any()):
+            raise ValueError("generate() continues text; a drawn image in the prompt is not supported, read it instead")
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration:
+            inputs.update(pixel_values=pixel_values, image_codes=image_codes)
+        return inputs

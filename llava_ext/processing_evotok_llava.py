@@ -1,0 +1,266 @@
+"""Conversations and images to the model's flat token sequence, and ids back to text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from llava_ext.conversation import ConversationTemplate
+from llava_ext.vocabulary import ResidualVocabulary
+
+IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_pad|>", "<|image_start|>", "<|image_end|>"
+IMAGE_TOKENS = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+LLAVA_IMAGE = "<image>"
+
+
+@dataclass
+class EncodedConversation:
+    """One conversation as ids and labels, both (T,); -100 marks what is not learned."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+class EvoTokLlavaProcessor(ProcessorMixin):
+    """Image processor, tokenizer and the layout of images in a sequence.
+
+    An image that is read becomes `<|image_start|>`, one `<|image_pad|>` a position, `<|image_end|>`; an image that
+    is drawn has its residual tokens instead of the placeholders.
+    """
+
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_positions: int = 256,
+        residual_token_offset: int = 0,
+        num_levels: int = 4,
+        codebook_size: int = 32768,
+        chat_template=None,
+        **kwargs,
+    ) -> None:
+        self.num_positions = num_positions
+        self.residual_token_offset = residual_token_offset
+        self.num_levels = num_levels
+        self.codebook_size = codebook_size
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(missing)}; build the processor with EvoTokLlavaProcessor.from_parts"
+            )
+        self.image_token_id, self.image_start_id, self.image_end_id = (vocabulary[token] for token in IMAGE_TOKENS)
+        self.vocabulary = ResidualVocabulary(residual_token_offset, num_levels, codebook_size)
+        self._template: ConversationTemplate | None = None
+
+    @classmethod
+    def from_parts(cls, image_processor, tokenizer, vision_config, text_vocab_size: int) -> "EvoTokLlavaProcessor":
+        """Build the processor for a text backbone: adds the image tokens, reserves the residual range behind both
+        the tokenizer's ids and the backbone's embedding rows (`text_vocab_size`)."""
+        tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
+        return cls(
+            image_processor,
+            tokenizer,
+            num_positions=vision_config.num_positions,
+            residual_token_offset=max(text_vocab_size, len(tokenizer)),
+            num_levels=vision_config.pixel_depth,
+            codebook_size=vision_config.codebook_size,
+        )
+
+    @property
+    def template(self) -> ConversationTemplate:
+        if self._template is None:
+            self._template = ConversationTemplate(self.tokenizer)
+        return self._template
+
+    def to_dict(self, *args, **kwargs) -> dict:
+        """What is saved: the constructor's arguments alone."""
+        values = super().to_dict(*args, **kwargs)
+        for derived in ("_template", "vocabulary", "image_token_id", "image_start_id", "image_end_id"):
+            values.pop(derived, None)
+        return values
+
+    # Sequences -----------------------------------------------------------------------------------------------
+
+    def encode_conversation(
+        self, messages: Sequence[dict], drawn_codes: Sequence[Tensor | None], add_generation_prompt: bool = False
+    ) -> EncodedConversation:
+        """Messages `{"role", "content": str}` whose contents hold one `<image>` per image, to ids and labels.
+
+        Args:
+            drawn_codes: for every image in order its codes (N, l >= num_levels) when it is drawn, None when it is
+                read.
+
+        Raises:
+            ValueError: the number of `<image>` and of images differ, or codes have another number of positions.
+        """
+        contents = [str(message["content"]) for message in messages]
+        found = sum(content.count(LLAVA_IMAGE) for content in contents)
+        if found != len(drawn_codes):
+            raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {len(drawn_codes)} images were given")
+        rendered = self.template.render(
+            [
+                {"role": message["role"], "content": content.replace(LLAVA_IMAGE, IMAGE_TOKEN)}
+                for message, content in zip(messages, contents, strict=True)
+            ],
+            add_generation_prompt,
+        )
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        spans, current = rendered.assistant_spans, 0
+        ids, labels, images = [], [], iter(drawn_codes)
+        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            while current < len(spans) and start >= spans[current][1]:
+                current += 1
+            learned = current < len(spans) and start >= spans[current][0]
+            piece = self._image_ids(next(images)) if token == self.image_token_id else [token]
+            ids += piece
+            labels += piece if learned else [-100] * len(piece)
+        return EncodedConversation(torch.tensor(ids), torch.tensor(labels))
+
+    def _image_ids(self, codes: Tensor | None) -> list[int]:
+        if codes is None:
+            inside = [self.image_token_id] * self.num_positions
+        else:
+            if codes.shape[0] != self.num_positions:
+                raise ValueError(f"expected codes of {self.num_positions} positions, got {codes.shape[0]}")
+            inside = self.vocabulary.to_ids(codes[:, : self.num_levels].long()).flatten().tolist()
+        return [self.image_start_id, *inside, self.image_end_id]
+
+    def pad(self, sequences: Sequence[Tensor], value: int, side: str = "left") -> Tensor:
+        """Stack sequences (T_i,) to (B, T) with `value` on the given side."""
+        return torch.nn.utils.rnn.pad_sequence(list(sequences), True, value, padding_side=side)
+
+    # Inference -----------------------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self,
+        conversation: list,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        padding: bool = True,
+        **kwargs,
+    ):
+        """Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
+
+        Contents are strings or lists of `{"type": "text", "text"}` and `{"type": "image", "image": PIL image}`.
+
+        Returns:
+            a `BatchFeature` with `input_ids`, `attention_mask` (B, T) and, with images, `pixel_values`
+            (I, 3, H, W); with `tokenize=False` the rendered text(s).
+
+        Raises:
+            ValueError: an unknown content type or an image without a picture.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if batched else [conversation]
+        images, rows = [], []
+        for messages in conversations:
+            plain, found = _flatten_messages(messages)
+            images += found
+            rows.append(plain)
+        if not tokenize:
+            texts = [self.template.render(messages, add_generation_prompt).text for messages in rows]
+            return texts if batched else texts[0]
+        counts = [sum(m["content"].count(LLAVA_IMAGE) for m in messages) for messages in rows]
+        if sum(counts) != len(images):
+            raise ValueError(f"{sum(counts)} {LLAVA_IMAGE} in the text but {len(images)} images were given")
+        encoded = [
+            self.encode_conversation(messages, [None] * count, add_generation_prompt).input_ids
+            for messages, count in zip(rows, counts, strict=True)
+        ]
+        batch = self._batch(encoded)
+        if images:
+            batch["pixel_values"] = self.image_processor(images, return_tensors="pt").pixel_values
+        return batch
+
+    def __call__(self, text: str | Sequence[str], images: Sequence | None = None, **kwargs) -> BatchFeature:
+        """User turns (with one `<image>` an image) to left-padded model inputs that wait for the answer."""
+        texts = [text] if isinstance(text, str) else list(text)
+        images = list(images or [])
+        conversations = []
+        for turn in texts:
+            pieces = turn.split(LLAVA_IMAGE)
+            content = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+            for piece in pieces[1:]:
+                if not images:
+                    raise ValueError(f"more {LLAVA_IMAGE} in the text than images given")
+                content += [{"type": "image", "image": images.pop(0)}, {"type": "text", "text": piece.lstrip("\n")}]
+            conversations.append([{"role": "user", "content": content}])
+        if images:
+            raise ValueError(f"{len(images)} more images than {LLAVA_IMAGE} in the text")
+        return self.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True)
+
+    def drawing_prompts(self, prompts: Sequence[str]) -> BatchFeature:
+        """Prompts to left-padded ids that end with `<|image_start|>`: the next step is the image's first position.
+
+        An empty prompt gives the unconditional row of classifier-free guidance.
+        """
+        start = torch.tensor([self.image_start_id])
+        rows = [
+            torch.cat(
+                [self.encode_conversation([{"role": "user", "content": p}], [], add_generation_prompt=True).input_ids,
+                 start]
+            )
+            for p in prompts
+        ]
+        return self._batch(rows)
+
+    def _batch(self, rows: list[Tensor]) -> BatchFeature:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        mask = self.pad([torch.ones_like(row) for row in rows], 0)
+        return BatchFeature({"input_ids": self.pad(rows, pad), "attention_mask": mask})
+
+    # Back to text --------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+        """Ids to text; residual tokens appear as `<|evo:LEVEL:CODE|>`, or not at all with `skip_special_tokens`."""
+        ids = torch.as_tensor(token_ids).flatten()
+        residual = self.vocabulary.is_residual(ids)
+        text, run = [], []
+        for token, is_residual in zip(ids.tolist(), residual.tolist(), strict=True):
+            if not is_residual:
+                run.append(token)
+                continue
+            if run:
+                text.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
+                run = []
+            if not skip_special_tokens:
+                text.append(self.vocabulary.to_text(token))
+        if run:
+            text.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
+        return "".join(text)
+
+    def batch_decode(self, sequences, **kwargs) -> list[str]:
+        return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+
+def _flatten_messages(messages: Sequence[dict]) -> tuple[list[dict], list]:
+    """Messages with part lists to messages with strings (`<image>` where an image stood), and the images."""
+    plain, images = [], []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            plain.append({"role": message["role"], "content": content})
+            continue
+        lines = []
+        for part in content:
+            if part["type"] == "text":
+                lines.append(part["text"])
+            elif part["type"] == "image":
+                picture = part.get("image", part.get("url"))
+                if picture is None:
+                    raise ValueError('an {"type": "image"} part needs its picture under "image"')
+                images.append(picture)
+                lines.append(LLAVA_IMAGE)
+            else:
+                raise ValueError(f"unknown content type {part['type']!r}; expected 'text' or 'image'")
+        plain.append({"role": message["role"], "content": "\n".join(lines)})
+    return plain, images

@@ -1,0 +1,139 @@
+"""The schema of a training run: Hugging Face's TrainingArguments and what a LLaVA user expects beside them."""
+
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from evotok_plugin.recipes import RECIPES_FOLDER
+
+DEEPSPEED_FOLDER = RECIPES_FOLDER.parent / "deepspeed"
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class StageConfig(TrainingArguments):
+    """One training stage. A recipe names what differs from these defaults, a flag what differs from the recipe.
+
+    `{workspace}` in a path stands for the value of `workspace`.
+    """
+
+    workspace: str = field(default="outputs", metadata=_help("folder that `{workspace}` in paths stands for"))
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("an EvoTok-LLaVA folder to go on from, or a causal LM to start from")
+    )
+    vision_tower: str | None = field(
+        default=None, metadata=_help("EvoTok tokenizer folder; needed when starting from a causal LM")
+    )
+    data_path: list[str] | None = field(default=None, metadata=_help("LLaVA JSON or JSONL file(s)"))
+    image_folder: str | None = field(default=None, metadata=_help("folder that the records' image paths start from"))
+    code_cache: str | None = field(default=None, metadata=_help("folder for the images' codes; made when absent"))
+    max_bad_fraction: float = field(default=0.001, metadata=_help("share of unusable samples that is tolerated"))
+    model_max_length: int = field(default=2048, metadata=_help("tokens a sample may have; longer ones are cut"))
+    prompt_dropout: float = field(default=0.1, metadata=_help("share of drawing samples whose prompt is emptied"))
+    tune_projectors: bool = field(default=True, metadata=_help("train both projectors"))
+    tune_image_head: bool = field(default=True, metadata=_help("train the depth transformer"))
+    tune_language_model: bool = field(default=True, metadata=_help("train the text backbone"))
+    head_hidden_size: int = field(default=2560, metadata=_help("width of a new depth transformer"))
+    head_num_layers: int = field(default=6, metadata=_help("layers of a new depth transformer"))
+    head_num_heads: int = field(default=40, metadata=_help("heads of a new depth transformer"))
+    lora_enable: bool = field(default=False, metadata=_help("train LoRA adapters in place of the backbone"))
+    lora_r: int = field(default=64, metadata=_help("LoRA rank"))
+    lora_alpha: float = field(default=16.0, metadata=_help("LoRA scale"))
+    lora_dropout: float = field(default=0.05, metadata=_help("LoRA dropout"))
+    attn_implementation: str = field(
+        default="auto", metadata=_help("auto (flash_attention_2 where it can run, else sdpa), or one of transformers'")
+    )
+    group_by_modality_length: bool = field(default=True, metadata=_help("batches of one kind: read, draw or text"))
+    warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
+    overwrite: bool = field(default=False, metadata=_help("train again although output_dir holds a finished run"))
+
+    remove_unused_columns: bool = False
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: None | str | list[str] = "tensorboard"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data_path, str):
+            self.data_path = [self.data_path]
+        for name in ("model_name_or_path", "vision_tower", "image_folder", "code_cache", "output_dir"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.replace("{workspace}", self.workspace))
+        self.data_path = [path.replace("{workspace}", self.workspace) for path in self.data_path or []]
+        self._check()
+        if self.warmup_ratio is not None:
+            self.warmup_steps = self.warmup_ratio
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = str(find_deepspeed_config(self.deepspeed))
+        _prepare_processes(self)
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "tensorboard"))
+        super().__post_init__()
+        if self.deepspeed and self.use_cpu:
+            import deepspeed
+
+            # ZeRO-3 partitions while the model loads and asks deepspeed.comm for the number of ranks.
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size != launched:
+            raise ValueError(
+                f"the launcher started {launched} processes but training sees {self.world_size}; "
+                "start it with scripts/*.sh and NPROC, or with torchrun"
+            )
+
+    def _check(self) -> None:
+        for name in ("model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; pass --{name} or put it into the recipe")
+        if not self.data_path:
+            raise ValueError("data_path is not set; pass --data_path FILE.json or put it into the recipe")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
+        if not (self.tune_projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
+            raise ValueError("nothing would train: enable one of tune_projectors, tune_image_head, tune_language_model")
+
+
+def find_deepspeed_config(name_or_path: str) -> Path:
+    """A DeepSpeed JSON by path, or by bare name among those of the project (`zero2`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in (Path(name_or_path), DEEPSPEED_FOLDER / f"{name_or_path}.json"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
+    raise ValueError(f"DeepSpeed configuration {name_or_path!r} not found; expected a JSON file or one of: {known}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _prepare_processes(config: StageConfig) -> None:
+    """Let the same engine run with an accelerator or without, under a launcher or not."""
+    if config.deepspeed and "RANK" not in os.environ:
+        # Without a launcher DeepSpeed would look for MPI.
+        single: dict[str, Any] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in single.items()})
+    if torch.cuda.is_available() and not config.use_cpu:
+        return
+    config.use_cpu = True
+    config.tf32 = None
+    config.dataloader_pin_memory = False
+    if config.deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed.ops
+
+        # An all-reduce kernel for inference only, which would otherwise be compiled for minutes at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

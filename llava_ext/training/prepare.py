@@ -1,0 +1,143 @@
+"""Make what the embedded default needs: scenes, text tokenizer, text backbone, SigLIP teacher, EvoTok tokenizer.
+
+Every step is skipped when its result is there. Nothing is downloaded.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from evotok_plugin.recipes import find_recipe
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class EmbeddedSizes:
+    """How much the embedded default trains."""
+
+    num_train: int
+    num_val: int
+    backbone_steps: int
+    teacher_steps: int
+    tokenizer_steps: int
+
+
+FULL = EmbeddedSizes(num_train=12000, num_val=240, backbone_steps=500, teacher_steps=300, tokenizer_steps=900)
+FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps=20, tokenizer_steps=60)
+SEED = 0
+
+
+def make(folder: Path, what: str, build: Callable[[Path], None]) -> None:
+    """Run `build` into a temporary folder and move it in place; a finished folder is left alone."""
+    if (folder / DONE).is_file():
+        print(f"{what}: {folder} is there already", flush=True)
+        return
+    print(f"{what} -> {folder}", flush=True)
+    started = time.monotonic()
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    build(temporary)
+    (temporary / DONE).write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
+    from evotok_plugin.data.scenes import write_corpus
+
+    make(
+        workspace / "scenes",
+        f"drawing {sizes.num_train} scenes",
+        lambda out: write_corpus(out, sizes.num_train, sizes.num_val, SEED),
+    )
+
+
+def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
+    def build(out: Path) -> None:
+        from evotok_plugin.data.scene_text import text_records
+        from llava_ext.training.text_backbone import corpus_texts, train_backbone, train_text_tokenizer
+
+        texts = corpus_texts(workspace / "scenes", text_records(2000, SEED))
+        tokenizer = train_text_tokenizer(texts, out)
+        train_backbone(tokenizer, out, sizes.backbone_steps, SEED)
+
+    make(workspace / "backbone", "training the BPE and the text backbone", build)
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def make_teacher(workspace: Path, sizes: EmbeddedSizes) -> None:
+    make(
+        workspace / "teacher",
+        "training the SigLIP teacher",
+        lambda out: _run(
+            "evotok_plugin.training.teacher", "--data", str(workspace / "scenes" / "train"),
+            "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out), "--max_steps", str(sizes.teacher_steps),
+        ),
+    )  # fmt: skip
+
+
+def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
+    make(
+        workspace / "evotok",
+        "training the EvoTok tokenizer",
+        lambda out: _run(
+            "evotok_plugin.cli", "train", "--recipe", "tokenizer_tiny", "--data", str(workspace / "scenes" / "train"),
+            "--teacher", str(workspace / "teacher"), "--output_dir", str(out), "--max_steps", str(sizes.tokenizer_steps),
+        ),
+    )  # fmt: skip
+
+
+STEPS = {
+    "scenes": make_scenes,
+    "backbone": make_text_backbone,
+    "teacher": make_teacher,
+    "evotok": make_evotok,
+}
+
+
+def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
+    """Whether a training command would train on what this module makes."""
+    own = {"--model_name_or_path", "--vision_tower", "--data_path"}
+    if own & {argument.split("=")[0] for argument in overrides}:
+        return False
+    values = yaml.safe_load(find_recipe(recipe).read_text()) or {}
+    return "{workspace}/backbone" in str(values.get("model_name_or_path"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workspace", default="outputs", help="where everything is put")
+    parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
+    parser.add_argument("--only", choices=STEPS, help="one step instead of all")
+    parser.add_argument("--recipe", help="do nothing unless this training recipe uses the embedded default")
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        if arguments.recipe and not uses_embedded_default(arguments.recipe, rest):
+            return 0
+        for name, step in STEPS.items():
+            if arguments.only in (None, name):
+                step(Path(arguments.workspace), FAST if arguments.fast else FULL)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The embedded text backbone: a byte-level BPE and a small Qwen2-type LM, both from the scene corpus's text alone."""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.data.scene_text import text_records
+from llava_ext.data.dataset import Collator, ConversationDataset
+from llava_ext.data.records import parse_record
+from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
+from llava_ext.training.trainer import MetricsFile, ProgressBar
+
+logger = logging.getLogger(__name__)
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
+    "{% else %}<|user|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_text_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 640) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (no unknown tokens, any text round-trips) and save it with its chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = [PAD, USER, ASSISTANT, END, *IMAGE_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
+    """Everything that is said about the scenes."""
+    for record in records:
+        for turn in record["conversations"]:
+            yield turn["value"]
+    for file in ("pretrain.json", "finetune.json"):
+        for record in json.loads((scene_folder / "train" / file).read_text()):
+            for turn in record["conversations"]:
+                yield turn["value"]
+
+
+def train_backbone(
+    tokenizer: PreTrainedTokenizerFast, folder: str | Path, num_steps: int, seed: int = 0, batch_size: int = 32
+) -> None:
+    """Train the small LM on text-only conversations about scenes, and save it as a plain causal LM folder."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    vision = EvoTokConfig.preset("tiny")
+    processor = EvoTokLlavaProcessor.from_parts(
+        EvoTokImageProcessor(size=vision.image_size), tokenizer, vision, config.vocab_size
+    )
+    rows = text_records(num_steps * batch_size, seed)
+    dataset = ConversationDataset([parse_record(row, None) for row in rows], processor, max_length=512)
+    use_cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, num_steps // 20),
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=not use_cuda,
+        dataloader_pin_memory=use_cuda,
+        seed=seed,
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=Collator(processor))
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(ProgressBar())
+    trainer.add_callback(MetricsFile())
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

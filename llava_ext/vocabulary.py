@@ -1,0 +1,83 @@
+"""Residual tokens in the LLM's vocabulary: the only place with arithmetic on residual token ids."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TEXT_FORM = re.compile(r"<\|evo:(\d+):(\d+)\|>")
+
+
+@dataclass(frozen=True)
+class ResidualVocabulary:
+    """The bijection (level, code) <-> token id: `id = offset + level * codebook_size + code`.
+
+    The ids occupy a reserved range that may lie anywhere in the id space, not only at its end.
+    """
+
+    offset: int
+    num_levels: int
+    codebook_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "num_levels", "codebook_size"):
+            if getattr(self, name) < (0 if name == "offset" else 1):
+                raise ValueError(f"residual vocabulary: {name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def size(self) -> int:
+        """How many residual tokens there are."""
+        return self.num_levels * self.codebook_size
+
+    def to_ids(self, codes: Tensor) -> Tensor:
+        """Codes (..., l), level l on the last axis, to token ids of the same shape.
+
+        Raises:
+            ValueError: more levels than the vocabulary has, or a code outside the codebook.
+        """
+        levels = codes.shape[-1]
+        if levels > self.num_levels:
+            raise ValueError(f"codes have {levels} levels but the vocabulary has residual tokens for {self.num_levels}")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+            raise ValueError(
+                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
+            )
+        return codes + self.offset + torch.arange(levels, device=codes.device) * self.codebook_size
+
+    def is_residual(self, ids: Tensor) -> Tensor:
+        """Which ids are residual tokens: a mask of the ids' shape."""
+        return (ids >= self.offset) & (ids < self.offset + self.size)
+
+    def levels(self, ids: Tensor) -> Tensor:
+        """The level of each residual id; undefined for other ids."""
+        return (ids - self.offset) // self.codebook_size
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """The code of each residual id within its level; undefined for other ids."""
+        return (ids - self.offset) % self.codebook_size
+
+    def to_text(self, token_id: int) -> str:
+        """The text form of one residual id, `<|evo:LEVEL:CODE|>`."""
+        if not self.offset <= token_id < self.offset + self.size:
+            raise ValueError(
+                f"{token_id} is not a residual token id; those are {self.offset}..{self.offset + self.size - 1}"
+            )
+        level, code = divmod(token_id - self.offset, self.codebook_size)
+        return f"<|evo:{level}:{code}|>"
+
+    def from_text(self, text: str) -> list[int]:
+        """The ids of all residual tokens written in `text`, in order.
+
+        Raises:
+            ValueError: a level or code that does not exist.
+        """
+        ids = []
+        for match in _TEXT_FORM.finditer(text):
+            level, code = int(match[1]), int(match[2])
+            if level >= self.num_levels or code >= self.codebook_size:
+                raise ValueError(
+                    f"{match[0]}: expected a level below {self.num_levels} and a code below {self.codebook_size}"
+                )
+            ids.append(self.offset + level * self.codebook_size + code)
+        return ids

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Stage 2: the LLM learns too. Without arguments: goes on from the last `bash scripts/pretrain.sh`.
+#   bash scripts/finetune.sh [--recipe paper | my.yaml] [--model_name_or_path outputs/pretrain --data_path f.json ...]
+set -euo pipefail
+. "$(dirname "$0")/lib/environment.sh"
+train_stage finetune "$@"

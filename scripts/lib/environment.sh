@@ -1,0 +1,70 @@
+# Sourced by the scripts: go to the checkout, find or make the Python environment, choose a launcher.
+# An active virtual environment (or conda environment) is used as it is; otherwise `.venv` in the checkout is made.
+
+caller_folder="$PWD"
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+use_environment() {
+  if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+    if [ ! -x "$repository/.venv/bin/python" ]; then
+      "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: Python 3.11 or newer is needed, found $("${PYTHON:-python3}" --version 2>&1); set PYTHON=/path/to/python3.11" >&2
+        exit 2
+      }
+      echo "making the virtual environment .venv" >&2
+      "${PYTHON:-python3}" -m venv "$repository/.venv"
+    fi
+    # shellcheck disable=SC1091
+    . "$repository/.venv/bin/activate"
+  fi
+  install_project
+}
+
+# Installs once per state of pyproject.toml and constraints.txt.
+install_project() {
+  local stamp state
+  stamp="$(python -c 'import sys; print(sys.prefix)')/.evotok-installed"
+  state="$(cat "$repository/pyproject.toml" "$repository/constraints.txt" | cksum) $repository"
+  [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
+  echo "installing the project and its libraries (once; several minutes)" >&2
+  python -m pip install --quiet --disable-pip-version-check \
+    -c "$repository/constraints.txt" -e "$repository[all,test]" >&2 || {
+    echo "error: installation failed; see the messages above" >&2
+    exit 2
+  }
+  echo "$state" > "$stamp"
+}
+
+# launch MODULE ARGUMENTS...: one process, or torchrun when NPROC > 1 or several nodes are asked for
+# (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as torchrun takes them).
+launch() {
+  local processes="${NPROC:-1}"
+  if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+    python -m "$@"
+  elif [ "${NNODES:-1}" = 1 ]; then
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" torchrun --standalone --nproc_per_node "$processes" -m "$@"
+  else
+    torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK to this node\'s number}" \
+      --master_addr "${MASTER_ADDR:?set MASTER_ADDR to the first node\'s address}" --master_port "${MASTER_PORT:-29500}" \
+      --nproc_per_node "$processes" -m "$@"
+  fi
+}
+
+# train_stage DEFAULT_RECIPE ARGUMENTS...: makes what the embedded default needs, then runs the stage.
+train_stage() {
+  local recipe="$1"
+  shift
+  local rest=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --recipe) recipe="${2:?--recipe needs a name or a file}"; shift 2 ;;
+      --recipe=*) recipe="${1#--recipe=}"; shift ;;
+      *) rest+=("$1"); shift ;;
+    esac
+  done
+  python -m llava_ext.training.prepare --recipe "$recipe" ${rest[@]+"${rest[@]}"}
+  launch llava_ext.training.train --recipe "$recipe" ${rest[@]+"${rest[@]}"}
+}
+
+use_environment
+cd "$caller_folder"

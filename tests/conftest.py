@@ -1,0 +1,92 @@
+"""Shared across the suite: one thread (tests are small), tiny random models built once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE trained on a little scene text, saved as a folder."""
+    from evotok_plugin.data.scene_text import text_records
+    from llava_ext.training.text_backbone import train_text_tokenizer
+
+    texts = [turn["value"] for record in text_records(200, seed=0) for turn in record["conversations"]]
+    folder = tmp_path_factory.mktemp("text_tokenizer")
+    train_text_tokenizer(texts, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_folder(tiny_tokenizer_folder, tmp_path_factory):
+    """A random Qwen2-type causal LM of two layers with the BPE beside it."""
+    return make_backbone(tiny_tokenizer_folder, tmp_path_factory.mktemp("backbone"))
+
+
+def make_backbone(tokenizer_folder, folder, model_type: str = "qwen2"):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    extra = {"head_dim": 16} if model_type == "qwen3" else {}
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_evotok_folder(tmp_path_factory):
+    """A random tiny EvoTok tokenizer with its image processor."""
+    from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
+
+    torch.manual_seed(0)
+    config = EvoTokConfig.preset("tiny")
+    folder = tmp_path_factory.mktemp("evotok")
+    EvoTokModel(config).save_pretrained(folder)
+    EvoTokImageProcessor(size=config.image_size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mllm(tiny_backbone_folder, tiny_evotok_folder):
+    """A random EvoTok-LLaVA model and its processor; tests must not change its weights."""
+    from llava_ext.checkpointing import assemble
+
+    torch.manual_seed(0)
+    model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory):
+    """A small scene corpus."""
+    from evotok_plugin.data.scenes import write_corpus
+
+    folder = tmp_path_factory.mktemp("scenes")
+    write_corpus(folder, num_train=24, num_val=6, seed=3)
+    return folder
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from llava_ext.embedding_merge import fold_residual_tokens, merge_features
+from llava_ext.vocabulary import ResidualVocabulary
+
+VOCABULARY = ResidualVocabulary(offset=100, num_levels=3, codebook_size=10)
+IMAGE = VOCABULARY.to_ids(torch.tensor([[1, 2, 3], [4, 5, 6]])).flatten().tolist()
+
+
+def batch(rows, side):
+    longest = max(map(len, rows))
+    pads = [[0] * (longest - len(row)) for row in rows]
+    ids = [pad + row if side == "left" else row + pad for row, pad in zip(rows, pads)]
+    mask = [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_folding_keeps_order_and_padding_side(side):
+    ids, mask = batch([[7, 8, *IMAGE, 9], [5, 6]], side)
+    folded = fold_residual_tokens(VOCABULARY, ids, mask, None)
+    rows = [row[m.bool()].tolist() for row, m in zip(folded.input_ids, folded.attention_mask)]
+    assert rows == [[7, 8, IMAGE[0], IMAGE[3], 9], [5, 6]]
+    edge = 0 if side == "left" else -1
+    assert folded.attention_mask[1, edge] == 0 and folded.attention_mask.sum(1).tolist() == [5, 2]
+    assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert folded.input_ids[folded.written].tolist() == [IMAGE[0], IMAGE[3]]
+
+
+def test_labels_follow_their_tokens():
+    ids, mask = batch([[7, *IMAGE, 9], [5, 6]], "right")
+    labels = torch.where(ids == 9, ids, -100)
+    folded = fold_residual_tokens(VOCABULARY, ids, mask, labels)
+    assert folded.labels.tolist() == [[-100, -100, -100, 9], [-100] * 4]
+
+
+def test_text_alone_passes_through_untouched():
+    ids, mask = batch([[7, 8, 9]], "right")
+    folded = fold_residual_tokens(VOCABULARY, ids, mask, None)
+    assert torch.equal(folded.input_ids, ids) and not folded.written.any() and folded.codes.shape == (0, 3)
+
+
+@pytest.mark.parametrize("broken", [IMAGE[:-1], IMAGE[1:] + IMAGE[:1]])
+def test_an_image_cut_in_half_is_an_error(broken):
+    with pytest.raises(ValueError, match="cut in half"):
+        fold_residual_tokens(VOCABULARY, torch.tensor([[7, *broken]]), None, None)
+
+
+def test_merge_counts_places_and_features():
+    embeddings, where = torch.zeros(1, 3, 2), torch.tensor([[True, False, True]])
+    merged = merge_features(embeddings, where, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "image")
+    assert merged.tolist() == [[[1, 2], [0, 0], [3, 4]]]
+    with pytest.raises(ValueError, match="2 image placeholders .* 1 image positions"):
+        merge_features(embeddings, where, torch.zeros(1, 2), "image")
