@@ -36,7 +36,7 @@ def doc_to_visual(doc: dict) -> list:
 
 
 def doc_to_text(doc: dict) -> str:
-    """Hint (if any), question, lettered options, and the instruction to answer with a letter."""
+    """Hint (if any), question, lettered options, and the instruction that the model was trained with."""
     hint = "" if _is_absent(doc["hint"]) else f"{doc['hint']}\n"
     return multiple_choice(f"{hint}{doc['question']}", list(options(doc).values()))
 

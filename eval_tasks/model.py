@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
-logger = logging.getLogger(__name__)
-
 _AUTO_BATCH_SIZE = 16
+# A model that has learned little says such characters; upstream's XLSX writers abort the whole run on one.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -278,15 +278,13 @@ class EvoTokLmms(lmms):
         ).to(device=self.device, dtype=self._model.dtype)
         ids = self._model.generate(**inputs, **options.generate_kwargs())
         texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [options.cut(text).strip() for text in texts]
+        return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
 
     # Drawing -------------------------------------------------------------------------------------------------
 
     def _draw(self, batch: Sequence[_Request]) -> list[str]:
         options = batch[0].options
-        samples = [
-            [request.repeat * options.num_images + n for n in range(options.num_images)] for request in batch
-        ]
+        samples = [[request.repeat * options.num_images + n for n in range(options.num_images)] for request in batch]
         images = self._model.generate_images(
             [_prompt(request) for request in batch],
             processor=self._processor,

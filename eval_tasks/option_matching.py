@@ -10,11 +10,7 @@ def _letter(answer: str, letters: set[str]) -> str | None:
     words = answer.split()
     # "A" that begins a sentence is an article more often than an option.
     is_sentence = len(words) > 3
-    found = {
-        bare
-        for word in words
-        if (bare := word.strip(_WRAPPING)) in letters and not (is_sentence and word == "A")
-    }
+    found = {bare for word in words if (bare := word.strip(_WRAPPING)) in letters and not (is_sentence and word == "A")}
     return found.pop() if len(found) == 1 else None
 
 

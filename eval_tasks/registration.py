@@ -103,5 +103,7 @@ def local_dataset(dataset_path: str | None) -> str | None:
     if folder.is_dir():
         logger.info("data set %s is read from %s", dataset_path, folder)
         return str(folder)
-    logger.warning("%s is set but %s does not exist; %s is looked up as usual", DATA_ROOT_VARIABLE, folder, dataset_path)
+    logger.warning(
+        "%s is set but %s does not exist; %s is looked up as usual", DATA_ROOT_VARIABLE, folder, dataset_path
+    )
     return dataset_path

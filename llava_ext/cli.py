@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
+from evotok_plugin.data.folder import open_picture
+from evotok_plugin.pictures import image_grid
 from llava_ext.checkpointing import default_model_folder, load_model
 
 
@@ -25,45 +26,6 @@ def _open_model(arguments: argparse.Namespace):
     print(f"model: {folder}", file=sys.stderr)
     model, processor = load_model(folder)
     return model.to(_pick_device(arguments.device)).eval(), processor
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file.
-
-    Raises:
-        ValueError: it is missing or broken.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"image {str(path)!r} does not exist") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
-
-
-def image_grid(images: list[Image.Image], columns: int, scale: int = 1, gap: int = 4) -> Image.Image:
-    """Images of one size, row by row on white; `scale` enlarges small ones without smoothing."""
-    width, height = images[0].width * scale, images[0].height * scale
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        place = ((index % columns) * (width + gap), (index // columns) * (height + gap))
-        canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
-    return canvas
-
-
-def labelled_rows(rows: dict[str, list[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
-    """One row of images a label, the label above its row."""
-    strips = {label: image_grid(images, len(images), scale, gap) for label, images in rows.items()}
-    text_height, width = 16, max(strip.width for strip in strips.values())
-    canvas = Image.new("RGB", (width, sum(s.height + text_height + gap for s in strips.values())), "white")
-    pen, top = ImageDraw.Draw(canvas), 0
-    for label, strip in strips.items():
-        pen.text((2, top + 2), label, fill="black")
-        canvas.paste(strip, (0, top + text_height))
-        top += strip.height + text_height + gap
-    return canvas
 
 
 def draw(arguments: argparse.Namespace) -> None:
@@ -104,7 +66,7 @@ def draw(arguments: argparse.Namespace) -> None:
 
 def chat(arguments: argparse.Namespace) -> None:
     """Answer one question, or, without one, a conversation line by line."""
-    images = [open_image(path) for path in arguments.image]
+    images = [open_picture(path) for path in arguments.image]
     model, processor = _open_model(arguments)
     history: list[dict] = []
     pending = images

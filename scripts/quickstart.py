@@ -92,8 +92,8 @@ def draw_skills() -> None:
     import numpy as np
 
     from evotok_plugin.data.scene_text import scene_prompts
+    from evotok_plugin.pictures import labelled_rows
     from llava_ext.checkpointing import load_model
-    from llava_ext.cli import labelled_rows
 
     model, processor = load_model(WORKSPACE / "finetune")
     rng = np.random.default_rng(7)

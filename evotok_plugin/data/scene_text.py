@@ -24,7 +24,7 @@ from evotok_plugin.data.scenes import (
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 OPTION_LETTERS = "ABCD"
-MULTIPLE_CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
+MULTIPLE_CHOICE_PROMPT = "Answer with one of the options."
 DESCRIBE_PROMPT = "Describe the image."
 
 
@@ -233,7 +233,7 @@ def options(question: Question, rng: np.random.Generator) -> tuple[list[str], st
 
 
 def multiple_choice(text: str, choices: Sequence[str]) -> str:
-    """A question in MMBench's layout: question, lettered options, the instruction to answer by letter."""
+    """A question in MMBench's layout: question, lettered options, the instruction to name one of them."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(OPTION_LETTERS, choices, strict=False)]
     return "\n".join([text, *lines, MULTIPLE_CHOICE_PROMPT])
 
@@ -288,21 +288,21 @@ def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
 
 
 def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[tuple[str, str]]:
-    """Question and answer pairs, three quarters of them with options."""
+    """Question and answer pairs, two thirds of them with options."""
     pairs = []
     for _ in range(num_questions):
         question = sample_question(scene, rng)
-        if rng.random() < 0.75:
-            choices, letter = options(question, rng)
-            pairs.append((multiple_choice(question.text, choices), letter))
+        if rng.random() < 0.67:
+            text = multiple_choice(question.text, options(question, rng)[0])
         else:
-            pairs.append((question.text, question.answer))
+            text = question.text
+        pairs.append((text, question.answer))
     return pairs
 
 
 def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
     """One reading record of several questions and one drawing record: the instruction data of stage 2."""
-    pairs = question_turns(scene, rng, num_questions=5)
+    pairs = question_turns(scene, rng, num_questions=3)
     pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
     prompt = prompt_record(scene, skill)["prompt"] if rng.random() < 0.6 else rich_prompt(scene, skill, rng)
     return [_record(name, "read", _turns(*pairs)), _record(name, "draw", _turns((prompt, "<image>")))]
@@ -314,7 +314,7 @@ def text_records(count: int, seed: int) -> list[dict]:
     records = []
     for n in range(count):
         scene = sample_scene(rng, SKILLS[n % len(SKILLS)])
-        pairs = question_turns(scene, rng, num_questions=4)
+        pairs = question_turns(scene, rng, num_questions=3)
         pairs[0] = (f"The image shows {description(scene)}.\n{pairs[0][0]}", pairs[0][1])
         records.append({"id": f"text-{n:06d}", "conversations": _turns(*pairs)})
     return records

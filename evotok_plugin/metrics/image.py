@@ -1,0 +1,34 @@
+"""Reconstruction quality: PSNR and SSIM on images in [-1, 1] (data range 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_RANGE = 2.0
+
+
+def psnr(images: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio an image in dB: (B, 3, H, W) twice -> (B,); inputs are clamped to [-1, 1]."""
+    error = (images.float().clamp(-1, 1) - target.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(_RANGE**2 / error.clamp(min=1e-10))
+
+
+def _gaussian_window(size: int = 11, sigma: float = 1.5) -> Tensor:
+    x = torch.arange(size) - (size - 1) / 2
+    weights = torch.exp(-x.square() / (2 * sigma**2))
+    return torch.outer(weights, weights) / weights.sum() ** 2
+
+
+def ssim(images: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity an image (Wang et al. 2004; 11x11 Gaussian window, valid region): (B,)."""
+    a, b = images.float().clamp(-1, 1), target.float().clamp(-1, 1)
+    channels = a.shape[1]
+    window = _gaussian_window().to(a).expand(channels, 1, -1, -1)
+    mean = lambda x: F.conv2d(x, window, groups=channels)  # noqa: E731
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
+    value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    value = value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return value.mean(dim=(1, 2, 3))

@@ -1,0 +1,108 @@
+"""Fixtures: lmms-eval imported once, and a model that answers by given functions instead of weights."""
+
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BatchFeature
+
+from eval_tasks import registration
+
+
+class FakeProcessor:
+    """Turns a conversation into a row number and generated character codes into text."""
+
+    def __init__(self) -> None:
+        self.rows = []
+        self.batch_sizes = []
+
+    def apply_chat_template(self, conversations, **kwargs) -> BatchFeature:
+        assert kwargs == {
+            "add_generation_prompt": True,
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+            "padding": True,
+        }
+        self.rows, first = [*self.rows, *conversations], len(self.rows)
+        self.batch_sizes.append(len(conversations))
+        ids = torch.arange(first, first + len(conversations))[:, None]
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def batch_decode(self, ids, skip_special_tokens) -> list[str]:
+        assert skip_special_tokens
+        return ["".join(chr(code) for code in row if code) for row in ids.tolist()]
+
+
+class FakeModel(nn.Module):
+    """`answer(text, images)` reads, `drawer(prompt, seed)` draws."""
+
+    dtype = torch.float32
+
+    def __init__(self, processor, answer, drawer) -> None:
+        super().__init__()
+        self.processor, self.answer, self.drawer = processor, answer, drawer
+        self.generate_kwargs, self.draw_kwargs = [], []
+
+    def generate(self, input_ids, attention_mask, **kwargs):
+        self.generate_kwargs.append(kwargs)
+        texts = []
+        for row in input_ids[:, -1].tolist():
+            parts = [part for message in self.processor.rows[row] for part in message["content"]]
+            text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+            texts.append(self.answer(text, [part["image"] for part in parts if part["type"] == "image"]))
+        width = max(map(len, texts), default=0)
+        codes = torch.tensor([[ord(c) for c in text] + [0] * (width - len(text)) for text in texts])
+        return torch.cat([input_ids, codes.long()], dim=1)
+
+    def generate_images(self, prompt, processor, num_images, seed, **kwargs) -> list[Image.Image]:
+        assert processor is self.processor and len(seed) == len(prompt) * num_images
+        self.draw_kwargs.append({"prompt": prompt, "num_images": num_images, "seed": seed, **kwargs})
+        rows = [text for text in prompt for _ in range(num_images)]
+        return [self.drawer(text, number) for text, number in zip(rows, seed, strict=True)]
+
+
+def blank(prompt: str, seed: int) -> Image.Image:
+    return Image.new("RGB", (48, 48), (150, 150, 150))
+
+
+@pytest.fixture(scope="session")
+def lmms_eval_tasks():
+    """`lmms_eval.tasks`, imported the way the command line does: after our entry point has run."""
+    registration.register()
+    import lmms_eval.evaluator  # noqa: F401  (13 s)
+    import lmms_eval.tasks
+
+    return lmms_eval.tasks
+
+
+@pytest.fixture
+def make_lm(tmp_path, lmms_eval_tasks):
+    """Builds the adapter around a fake model."""
+    from eval_tasks.model import EvoTokLmms
+
+    def make(answer=lambda text, images: "A", drawer=blank, **kwargs) -> EvoTokLmms:
+        processor = FakeProcessor()
+        model = FakeModel(processor, answer, drawer)
+        kwargs = {"device": "cpu", "images_dir": str(tmp_path / "images"), **kwargs}
+        return EvoTokLmms("somewhere", load=lambda *_: (model, processor), **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def evaluate(tmp_path, lmms_eval_tasks):
+    """lmms-eval's own evaluation of an adapter on tasks, with an output folder: its results by task."""
+
+    def run(lm, tasks, limit=None, include_path=None, output_path=tmp_path / "results") -> dict:
+        from lmms_eval.evaluator import simple_evaluate
+
+        manager = lmms_eval_tasks.TaskManager(include_path=include_path, include_defaults=False, model_name="evotok")
+        cli_args = argparse.Namespace(output_path=str(output_path), process_with_media=False, reasoning_tags=None)
+        return simple_evaluate(
+            model=lm, tasks=tasks, limit=limit, task_manager=manager, cli_args=cli_args, bootstrap_iters=0
+        )
+
+    return run

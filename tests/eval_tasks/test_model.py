@@ -1,0 +1,212 @@
+"""The adapter: dispatch, batches, seeds, files, options, padding, errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+DRAW = {"modality": "image", "num_images": 2, "until": []}
+
+
+@pytest.fixture
+def instance(lmms_eval_tasks):
+    """Builds lmms-eval requests; a text becomes the only document of its task."""
+    from lmms_eval.api.instance import Instance
+
+    def make(lm, task, doc_id, text, gen_kwargs, media=()):
+        def doc_to_messages(doc):
+            content = [{"type": kind, "url": value} for kind, value in media]
+            return [{"role": "user", "content": [*content, {"type": "text", "text": doc}]}]
+
+        lm.task_dict.setdefault(task, {}).setdefault("test", {})[doc_id] = text
+        return Instance(
+            "generate_until",
+            (text, doc_to_messages, gen_kwargs, doc_id, task, "test"),
+            idx=0,
+            metadata={"task": task, "doc_id": doc_id, "repeats": 1},
+        )
+
+    return make
+
+
+def seeded(prompt: str, seed: int) -> Image.Image:
+    return Image.new("RGB", (4, 4), (seed % 251, seed // 251 % 251, len(prompt) % 251))
+
+
+def test_one_list_of_reading_and_drawing_requests(make_lm, instance, tmp_path):
+    lm = make_lm(lambda text, images: text.upper(), seeded, batch_size=4)
+    requests = []
+    for n in range(7):
+        requests.append(instance(lm, "read", n, "x" * n + f"say {n}", {"max_new_tokens": 8, "until": ["\n\n"]}))
+        requests.append(instance(lm, "draw", n, f"draw {n}", DRAW))
+    answers = lm.generate_until(requests)
+    for n in range(7):
+        assert answers[2 * n] == "X" * n + f"SAY {n}"
+        drawn = json.loads(answers[2 * n + 1])
+        expected = [tmp_path / f"images/draw/{n:05d}_{sample}.png" for sample in range(2)]
+        assert drawn == {"text": "", "images": [str(path) for path in expected]}
+        assert all(path.is_file() for path in expected)
+    assert lm._processor.batch_sizes == [4, 3]
+    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [2, 2, 2, 1]
+    assert lm._model.draw_kwargs[0]["guidance_scale"] == 3.0 and lm._model.draw_kwargs[0]["batch_size"] == 4
+
+
+def test_images_depend_on_task_document_sample_and_seed_alone(make_lm, instance):
+    def drawn(lm, documents, task="draw"):
+        answers = lm.generate_until([instance(lm, task, n, f"draw {n}", DRAW) for n in documents])
+        return {
+            (n, sample): Image.open(path).tobytes()
+            for n, answer in zip(documents, answers, strict=True)
+            for sample, path in enumerate(json.loads(answer)["images"])
+        }
+
+    everything = drawn(make_lm(drawer=seeded, batch_size=8), range(5))
+    assert len(set(everything.values())) == 10
+    some = drawn(make_lm(drawer=seeded), [3, 1])
+    assert some == {key: everything[key] for key in some}
+    assert not set(drawn(make_lm(drawer=seeded, seed=1), range(5)).values()) & set(everything.values())
+    assert not set(drawn(make_lm(drawer=seeded), range(5), "other").values()) & set(everything.values())
+
+
+def test_repeated_requests_are_further_samples(make_lm, instance):
+    lm = make_lm(drawer=seeded)
+    request = instance(lm, "draw", 0, "draw", DRAW)
+    answers = lm.generate_until([request, request])
+    assert [path[-6:] for answer in answers for path in json.loads(answer)["images"]] == [
+        "_0.png",
+        "_1.png",
+        "_2.png",
+        "_3.png",
+    ]
+    assert len({seed for call in lm._model.draw_kwargs for seed in call["seed"]}) == 4
+
+
+def test_padding_clones_leave_nothing(make_lm, instance, tmp_path):
+    lm = make_lm(drawer=seeded)
+    real, clone = instance(lm, "draw", 0, "draw", DRAW), instance(lm, "draw", 1, "draw", DRAW)
+    clone.metadata["__padding_only__"] = True
+    answers = lm.generate_until([real, clone])
+    assert answers[1] == "" and len(list((tmp_path / "images/draw").iterdir())) == 2
+
+
+def test_only_known_generation_kwargs_arrive(make_lm, instance):
+    lm = make_lm(lambda text, images: " B\x07\n###rest", seeded, guidance_scale=2, temperature=0.5)
+    upstream = {
+        "until": "###", "max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1,
+        "do_sample": False, "image_aspect_ratio": "original",
+    }  # fmt: skip
+    sampled = {"max_new_tokens": 5, "temperature": 0.7, "until": []}
+    requests = [
+        instance(lm, "read", 0, "x", upstream),
+        instance(lm, "read", 1, "x", sampled),
+        instance(lm, "draw", 0, "x", {**DRAW, "guidance_scale": 5, "image_aspect_ratio": "original"}),
+        instance(lm, "draw", 1, "x", DRAW),
+    ]
+    assert lm.generate_until(requests)[0] == "B"
+    greedy, drawn = lm._model.generate_kwargs, lm._model.draw_kwargs
+    assert greedy[0] == {"max_new_tokens": 5, "num_beams": 1, "do_sample": False}
+    assert greedy[1]["do_sample"] and greedy[1]["temperature"] == 0.7
+    assert [call["guidance_scale"] for call in drawn] == [5, 2.0]
+    assert [call["temperature"] for call in drawn] == [0.5, 0.5]
+
+
+def test_images_reach_the_model_as_rgb(make_lm, instance, tmp_path):
+    seen = []
+    lm = make_lm(lambda text, images: seen.extend(images) or "A")
+    grey = Image.new("L", (4, 4))
+    grey.save(tmp_path / "grey.png")
+    media = [("image", grey), ("image", str(tmp_path / "grey.png"))]
+    lm.generate_until([instance(lm, "read", 0, "x", {}, media)])
+    assert [image.mode for image in seen] == ["RGB", "RGB"]
+
+
+def test_media_that_it_cannot_take(make_lm, instance):
+    lm = make_lm()
+    with pytest.raises(ValueError, match="read, document 0.*video"):
+        lm.generate_until([instance(lm, "read", 0, "x", {}, [("video", "film.mp4")])])
+    with pytest.raises(ValueError, match="draws from text"):
+        lm.generate_until([instance(lm, "draw", 0, "x", DRAW, [("image", Image.new("RGB", (4, 4)))])])
+    with pytest.raises(NotImplementedError):
+        lm.loglikelihood([])
+    with pytest.raises(NotImplementedError):
+        lm.generate_until_multi_round([])
+
+
+def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
+    from eval_tasks.model import EvoTokLmms
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
+    cases = {
+        "": "got none",
+        str(tmp_path / "nowhere"): "is no folder",
+        str(tmp_path / "empty"): "has no config.json",
+        str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
+    }
+    for pretrained, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            EvoTokLmms(pretrained, device="cpu")
+
+
+def test_model_args(make_lm):
+    assert make_lm(batch_size="12").batch_size == 12
+    assert make_lm(batch_size="auto").batch_size == 16
+    assert make_lm(batch_size="auto", max_batch_size=3).batch_size == 3
+    for wrong in ("many", 0):
+        with pytest.raises(ValueError, match="batch_size must be"):
+            make_lm(batch_size=wrong)
+    with pytest.raises(ValueError, match="did you mean 'guidance_scale'"):
+        make_lm(guidance=3)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        make_lm(dtype="fp7")
+
+
+def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
+    from eval_tasks.model import EvoTokLmms
+
+    monkeypatch.chdir(tmp_path)
+    loaded = []
+
+    def build(**kwargs):
+        return EvoTokLmms("runs/finetune", load=lambda *args: loaded.append(args) or (None, None), **kwargs)
+
+    plain, bf16, guided = (
+        build(device="cpu"),
+        build(device="cpu", dtype="bfloat16"),
+        build(device="cpu", guidance_scale=5),
+    )
+    assert [call[1] for call in loaded[:2]] == [torch.float32, torch.bfloat16]
+    assert plain.images_dir.parent == tmp_path / "outputs/lmms_eval_images"
+    assert plain.images_dir.name.startswith("runs__finetune-")
+    assert plain.images_dir == bf16.images_dir != guided.images_dir
+    assert not plain.images_dir.exists()  # nothing drawn, nothing made
+
+
+def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, tiny_mllm, tmp_path):
+    from eval_tasks.model import EvoTokLmms
+
+    def answers(batch_size):
+        folder = tmp_path / str(batch_size)
+        lm = EvoTokLmms(
+            "random", load=lambda *_: tiny_mllm, device="cpu", batch_size=batch_size, images_dir=str(folder)
+        )
+        requests = []
+        for n in range(3):
+            picture = Image.new("RGB", (60, 48), (80 * n, 0, 0))
+            text = "What color is the circle? " * (n + 1)
+            requests.append(instance(lm, "read", n, text, {"max_new_tokens": 4}, [("image", picture)]))
+            requests.append(instance(lm, "draw", n, f"a photo of {n} circles", DRAW))
+        found = lm.generate_until(requests)
+        paths = [path for answer in found[1::2] for path in json.loads(answer)["images"]]
+        return found[::2], np.stack([np.asarray(Image.open(path), dtype=int) for path in paths])
+
+    (texts, images), (batched_texts, batched_images) = answers(1), answers(4)
+    assert texts == batched_texts
+    assert np.abs(images - batched_images).max() <= 1  # one grey level: convolutions of a batch round differently
+    assert len({image.tobytes() for image in images}) == 6 and Image.open(tmp_path / "4/draw/00000_0.png").size == (
+        48,
+        48,
+    )

@@ -1,0 +1,54 @@
+"""Reading lmms-eval's results."""
+
+import json
+import os
+
+import pytest
+
+from eval_tasks.results import read_results
+
+RESULTS = {
+    "results": {
+        "mmbench_scenes": {
+            "alias": "mmbench_scenes",
+            "overall,none": 0.75,
+            "overall_stderr,none": 0.01,
+            "overall_stderr_clt,none": "N/A",
+            "chance,none": 0.27,
+            "submission,none": None,
+        },
+        "other": {"alias": "other", "acc,strict": 1, "acc,none": 0.5},
+    }
+}
+
+
+def write(folder, name, results, age=0.0):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+    time = path.stat().st_mtime - age
+    os.utime(path, (time, time))
+    return time
+
+
+def test_newest_file_as_plain_figures(tmp_path):
+    write(tmp_path / "a__b", "20260101_000000_results.json", {"results": {"old": {"x,none": 1.0}}}, age=100)
+    write(tmp_path / "a__b", "20260102_000000_results.json", RESULTS)
+    write(tmp_path / "submissions", "mmbench_en_dev_static_results.json", {"overall_acc": 1})
+    assert read_results(tmp_path, tasks=["mmbench_scenes"]) == {
+        "mmbench_scenes": {"overall": 0.75, "chance": 0.27},
+        "other": {"acc,strict": 1.0, "acc": 0.5},
+    }
+
+
+def test_failed_runs_are_told(tmp_path):
+    with pytest.raises(ValueError, match="the run failed"):
+        read_results(tmp_path)
+    written = write(tmp_path, "20260102_000000_results.json", RESULTS, age=100)
+    with pytest.raises(ValueError, match="1 of earlier runs"):
+        read_results(tmp_path, not_before=written + 50)
+    with pytest.raises(ValueError, match="no figures for geneval_scenes"):
+        read_results(tmp_path, tasks=["geneval_scenes"])
+    (tmp_path / "20260103_000000_results.json").write_text("{")
+    with pytest.raises(ValueError, match="not an lmms-eval results file"):
+        read_results(tmp_path)
