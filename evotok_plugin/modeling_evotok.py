@@ -71,7 +71,7 @@ class EvoTokModel(PreTrainedModel):
             # Not saved with the weights, so it must be right after loading, too.
             module.position_ids.copy_(torch.arange(module.num_positions).expand(1, -1))
         elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):

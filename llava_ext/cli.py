@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from evotok_plugin.data.folder import open_picture
 from evotok_plugin.pictures import image_grid
+from evotok_plugin.progress import progress_interval
 from llava_ext.checkpointing import default_model_folder, load_model
 
 
@@ -35,7 +36,7 @@ def draw(arguments: argparse.Namespace) -> None:
 
     def show(done: int, total: int) -> None:
         nonlocal bar
-        bar = bar or tqdm(total=total, desc="drawing", unit="position", file=sys.stderr)
+        bar = bar or tqdm(total=total, desc="drawing", unit="position", file=sys.stderr, mininterval=progress_interval())
         bar.update(done - bar.n)
 
     images = model.generate_images(

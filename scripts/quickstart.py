@@ -104,6 +104,10 @@ def draw_skills() -> None:
 
 
 def evaluate(fast: bool) -> None:
+    """Both tasks through lmms-eval; its exit code does not tell failure, so its results are read at once."""
+    from eval_tasks.results import read_results
+
+    started = time.time()
     limit = ["--limit", str(EVAL_LIMIT_FAST)] if fast else []
     run(
         sys.executable, "-m", "lmms_eval", "--model", "evotok",
@@ -111,6 +115,7 @@ def evaluate(fast: bool) -> None:
         "--tasks", "mmbench_scenes,geneval_scenes", "--batch_size", "64",
         "--output_path", str(WORKSPACE / "lmms_eval"), "--log_samples", *limit,
     )  # fmt: skip
+    read_results(WORKSPACE / "lmms_eval", tasks=("mmbench_scenes", "geneval_scenes"), not_before=started)
 
 
 def collect(seconds: dict[str, float]) -> dict:
@@ -152,6 +157,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="far fewer steps: shows that all works, learns little")
     fast = parser.parse_args().fast
+    try:
+        return run_all(fast)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_all(fast: bool) -> int:
     quickstart = Quickstart(fast)
     for step in ("scenes", "backbone", "teacher", "evotok"):
         quickstart.stage(step, lambda step=step: prepare(step, fast))

@@ -32,8 +32,8 @@ CELL_NAMES = (
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 
-_JITTER = 0.02  # of the image side; with the sizes below an object stays inside its cell
-_SIZES = (0.23, 0.28)
+_JITTER = 0.01  # of the image side; with the sizes below an object stays inside its cell
+_SIZES = (0.26, 0.30)
 _SUPERSAMPLE = 4
 
 
@@ -134,7 +134,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground:
         draw.rectangle((left, top + arm, right, bottom - arm), fill=fill)
     elif item.shape == "ring":
         draw.ellipse((left, top, right, bottom), fill=fill)
-        inset = 0.26 * (right - left)
+        inset = 0.25 * (right - left)
         draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=ground)
     else:
         raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")

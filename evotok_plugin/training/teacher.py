@@ -25,6 +25,7 @@ from transformers import (
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.folder import as_bytes, open_picture, to_pixel_values
+from evotok_plugin.progress import progress_interval
 
 
 def load_teacher(folder: str) -> PreTrainedModel:
@@ -109,7 +110,7 @@ def train_teacher(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / max_steps))),
     )
-    bar = tqdm(range(max_steps), desc="teacher", unit="step")
+    bar = tqdm(range(max_steps), desc="teacher", unit="step", mininterval=progress_interval())
     for _ in bar:
         chosen = [rows[i] for i in rng.choice(len(rows), size=min(batch_size, len(rows)), replace=False)]
         pictures = torch.stack([as_bytes(open_picture(data / row["image"])) for row in chosen])

@@ -41,6 +41,7 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.pictures import image_grid
+from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import save_resolved
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.teacher import load_teacher, teacher_features
@@ -175,9 +176,9 @@ class TokenizerTrainer:
 
     def _check_finite(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            if not math.isfinite(float(value)):
+            if not math.isfinite(value := float(value.detach())):
                 raise ValueError(
-                    f"step {self.step}: the {name} loss is {float(value)}; training stops, the last checkpoint in "
+                    f"step {self.step}: the {name} loss is {value}; training stops, the last checkpoint in "
                     f"{self.folder / _CHECKPOINT} is kept. Lower --learning_rate, or check the data"
                 )
 
@@ -222,8 +223,8 @@ class TokenizerTrainer:
             self._init_codebooks()
         first = self.step
         bar = tqdm(
-            total=self.config.max_steps, initial=first, desc="tokenizer", unit="step", disable=self.rank > 0
-        )
+            total=self.config.max_steps, initial=first, desc="tokenizer", unit="step", disable=self.rank > 0, mininterval=progress_interval(),
+        )  # fmt: skip
         started, seen = time.monotonic(), 0
         for batch in self._batches():
             terms = self.train_step(to_pixel_values(batch, self.device))

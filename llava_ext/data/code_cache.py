@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.progress import progress_interval
 from llava_ext.data.records import BadSamples
 
 
@@ -68,7 +69,7 @@ def write_code_cache(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
     kept, broken, parts = [], {}, []
-    bar = tqdm(total=len(names), desc="encoding images", unit="img", disable=not show_progress)
+    bar = tqdm(total=len(names), desc="encoding images", unit="img", disable=not show_progress, mininterval=progress_interval())
     for start in range(0, len(names), batch_size):
         pictures = []
         for name in names[start : start + batch_size]:

@@ -98,6 +98,7 @@ def train_backbone(
         logging_steps=20,
         save_strategy="no",
         report_to="none",
+        dataloader_num_workers=0,
         remove_unused_columns=False,
         use_cpu=not use_cuda,
         dataloader_pin_memory=use_cuda,

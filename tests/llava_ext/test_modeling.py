@@ -1,0 +1,183 @@
+"""The multimodal model against naive expectations: mixed batches, folding, save and load, generation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from evotok_plugin.data.scenes import render, sample_scene
+from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
+from llava_ext.data.dataset import Collator, Sample
+
+
+def picture(rng) -> Image.Image:
+    return render(sample_scene(rng, "two_object"))
+
+
+def encode(model, processor, image):
+    return model.vision_tower.encode(processor.image_processor(image).pixel_values).codes[0]
+
+
+def conversation(processor, kind, codes):
+    """One sample of a kind, as the data set makes it."""
+    texts = {
+        "read": [("<image>\nWhat is it?", "a ring"), ("Which color?", "red")],
+        "draw": [("a photo of a ring", "<image>")],
+        "both": [("<image>\nDraw it again.", "here: <image>")],
+        "text": [("What is a ring?", "a round shape")],
+    }[kind]
+    messages = [m for q, a in texts for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    drawn = {"read": [None], "draw": [codes], "both": [None, codes], "text": []}[kind]
+    encoded = processor.encode_conversation(messages, drawn)
+    return Sample(encoded.input_ids, encoded.labels, [codes] * drawn.count(None))
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_mllm):
+    import numpy as np
+
+    model, processor = tiny_mllm
+    codes = encode(model, processor, picture(np.random.default_rng(1)))
+    return [conversation(processor, kind, codes) for kind in ("read", "draw", "both", "text")]
+
+
+def learned_counts(model, sample):
+    residual = model.vocabulary.is_residual(sample.labels)
+    return int(((sample.labels != -100) & ~residual).sum()), int(residual.sum()) // model.vocabulary.num_levels
+
+
+def test_a_mixed_batch_has_the_losses_of_its_samples(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    collate = Collator(processor)
+    with torch.no_grad():
+        together = model(**collate(samples))
+        single = [model(**collate([sample])) for sample in samples]
+    counts = [learned_counts(model, sample) for sample in samples]
+    for index, name in enumerate(("text_loss", "image_loss")):
+        weights = torch.tensor([float(count[index]) for count in counts])
+        mean = (torch.stack([out[name] for out in single]) * weights).sum() / weights.sum()
+        torch.testing.assert_close(together[name], mean, atol=1e-5, rtol=1e-5)
+    assert counts[0][1] == 0 and counts[1][1] == 36 and counts[3][1] == 0
+    torch.testing.assert_close(together.loss, together.text_loss + together.image_loss)
+
+
+def test_image_loss_equals_a_position_by_position_computation(tiny_mllm, samples):
+    """The head sees the hidden state before each position and the true codes of the levels before."""
+    model, processor = tiny_mllm
+    batch = Collator(processor)([samples[1]])
+    ids = batch["input_ids"][0]
+    start = int((ids == processor.image_start_id).nonzero()[0])
+    codes = model.vocabulary.codes(ids[start + 1 : start + 1 + 36 * 4]).view(36, 4)
+    with torch.no_grad():
+        before = model.get_input_embeddings()(ids[: start + 1])
+        written = model.write_projector(model.vision_tower.codes_to_latents(codes[None])[0])
+        hidden = model.language_model(inputs_embeds=torch.cat([before, written])[None]).last_hidden_state[0]
+        losses = []
+        for position in range(36):
+            latents = model.vision_tower.level_latents(codes[None])[0, position][None]
+            logits = model.image_head(hidden[start + position][None], latents)
+            losses += [F.cross_entropy(level, codes[position, i][None]) for i, level in enumerate(logits)]
+        expected = torch.stack(losses).mean()
+        torch.testing.assert_close(model(**batch).image_loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_levels_equal_teacher_forcing(tiny_mllm):
+    from llava_ext.image_head import LevelCache
+
+    model, _ = tiny_mllm
+    head, hidden = model.image_head, torch.randn(5, 32)
+    codes = torch.randint(0, model.vocabulary.codebook_size, (5, 4))
+    latents = model.vision_tower.level_latents(codes[None])[0]
+    with torch.no_grad():
+        forced, cache = head(hidden, latents), LevelCache()
+        for level in range(4):
+            conditioning = hidden if level == 0 else latents[:, :level].sum(dim=1)
+            torch.testing.assert_close(head.step(level, conditioning, cache), forced[level], atol=1e-5, rtol=1e-5)
+
+
+def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(tiny_backbone_folder, tiny_evotok_folder, samples):
+    from llava_ext.checkpointing import assemble
+
+    torch.manual_seed(0)
+    model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
+    model.train()
+    assert not model.vision_tower.training
+    model(**Collator(processor)([samples[3]])).loss.backward()  # text alone: still every trained part takes part
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith("vision_tower."), name
+
+
+def test_pixels_and_cached_codes_read_the_same(tiny_mllm, samples, rng):
+    model, processor = tiny_mllm
+    image = picture(rng)
+    sample = conversation(processor, "read", encode(model, processor, image))
+    batch = Collator(processor)([sample])
+    with torch.no_grad():
+        from_codes = model(**batch).loss
+        batch.pop("image_codes")
+        from_pixels = model(**batch, pixel_values=processor.image_processor(image).pixel_values).loss
+    torch.testing.assert_close(from_codes, from_pixels)
+
+
+def test_images_and_placeholders_must_match(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    batch = Collator(processor)([samples[0]])
+    batch["image_codes"] = batch["image_codes"].repeat(2, 1, 1)
+    with pytest.raises(ValueError, match="36 image placeholders .* 72 image positions"):
+        model(**batch)
+
+
+def test_save_and_load_round_trip(tiny_mllm, samples, tmp_path):
+    model, processor = tiny_mllm
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(loaded, EvoTokLlavaForConditionalGeneration)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    batch = Collator(processor)(samples)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, loaded.eval()(**batch).loss)
+    text = "a ring"
+    assert again(text)["input_ids"].tolist() == processor(text)["input_ids"].tolist()
+    assert again.vocabulary == processor.vocabulary == loaded.vocabulary
+
+
+def test_generate_batch_equals_single_and_leaves_the_prompt_out(tiny_mllm, rng):
+    model, processor = tiny_mllm
+    questions = ["What is it?", "How many rings are there in this image?"]
+    images = [picture(rng), picture(rng)]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": i}, {"type": "text", "text": q}]}]
+        for i, q in zip(images, questions)
+    ]
+    settings = {"max_new_tokens": 6, "do_sample": False}
+
+    def answer(batch):
+        inputs = processor.apply_chat_template(batch, add_generation_prompt=True, tokenize=True)
+        ids = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        return [row[row != model.generation_config.pad_token_id].tolist() for row in ids]
+
+    assert answer(chats) == answer(chats[:1]) + answer(chats[1:])
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "llama"])
+def test_other_backbones(backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
+    from conftest import make_backbone
+
+    from llava_ext.checkpointing import assemble
+
+    model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
+    codes = torch.randint(0, model.vocabulary.codebook_size, (36, 8))
+    loss = model(**Collator(processor)([conversation(processor, kind, codes) for kind in ("read", "draw")])).loss
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert len(model.generate_images("a ring", processor, seed=1)) == 1
+
+
+def test_config_refuses_ids_inside_the_residual_range():
+    with pytest.raises(ValueError, match="outside the residual range"):
+        EvoTokLlavaConfig(residual_token_offset=0, image_token_id=5, image_start_token_id=6, image_end_token_id=7)
