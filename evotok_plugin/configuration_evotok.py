@@ -14,7 +14,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "encoder_num_heads": 4,
         "encoder_intermediate_size": 384,
         "codebook_dim": 16,
-        "codebook_size": 256,
+        "codebook_size": 128,
         "num_quantizers": 8,
         "semantic_depth": 8,
         "pixel_latent_channels": 64,
@@ -30,6 +30,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         # A run of hundreds of steps, not hundreds of thousands: codebooks must follow the encoder quickly.
         "ema_decay": 0.95,
         "codebook_warmup_steps": 0,
+        "restart_threshold": 0.2,
+        "restart_by_error": True,
     },
     # One 24 GB GPU: siglip2-base-patch16-256.
     "base": {
@@ -58,7 +60,7 @@ class EvoTokConfig(PreTrainedConfig):
         pixel_depth, semantic_depth: how many levels are summed for the pixel and for the semantic decoder.
         decoder_channel_multipliers: one a resolution, finest first; `patch_size` = 2 ** (their number - 1).
         semantic_dim: D, width of the semantic features; the teacher's width.
-        ema_decay, restart_threshold, codebook_warmup_steps: how codebooks learn; see `ResidualVectorQuantizer`.
+        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see `ResidualVectorQuantizer`.
     """
 
     model_type = "evotok"
@@ -88,6 +90,7 @@ class EvoTokConfig(PreTrainedConfig):
     ema_decay: float = 0.99
     restart_threshold: float = 1.0
     codebook_warmup_steps: int = 2000
+    restart_by_error: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

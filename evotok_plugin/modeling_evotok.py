@@ -58,6 +58,7 @@ class EvoTokModel(PreTrainedModel):
             ema_decay=config.ema_decay,
             restart_threshold=config.restart_threshold,
             warmup_steps=config.codebook_warmup_steps,
+            restart_by_error=config.restart_by_error,
         )
         self.pixel_decoder = PixelDecoder(config)
         self.semantic_decoder = SemanticDecoder(config)

@@ -37,6 +37,23 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     return result
 
 
+def _sample_by_error(vectors: Tensor, codebook: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """Indices of `count` vectors, drawn in proportion to their squared distance from their code."""
+    errors = (vectors - codebook[chosen]).square().sum(dim=1)
+    return torch.multinomial(errors + 1e-12, count, replacement=True)
+
+
+def _spread_codes(vectors: Tensor, count: int, num_rounds: int = 8) -> Tensor:
+    """Start for k-means: a few uniform picks, then picks where the codes so far are far off (k-means++ in rounds)."""
+    share = -(-count // num_rounds)
+    codebook = vectors[torch.randint(vectors.shape[0], (share,), device=vectors.device)]
+    while codebook.shape[0] < count:
+        wanted = min(share, count - codebook.shape[0])
+        index = _sample_by_error(vectors, codebook, nearest_codes(vectors, codebook), wanted)
+        codebook = torch.cat([codebook, vectors[index]])
+    return codebook.clone()
+
+
 @dataclass
 class Quantized:
     """Result of quantizing latents `z`.
@@ -64,7 +81,8 @@ class ResidualVectorQuantizer(nn.Module):
     In training mode every call also moves the codebooks (van den Oord et al. 2017, appendix A.1): EMA of how often a
     code is chosen and of the vectors that chose it. A code whose average count falls below `restart_threshold` is
     set to a random vector of the batch; codes in use are left alone. During the first `warmup_steps` calls nothing
-    is averaged, only restarted. With several processes counts and sums are those of the joint batch.
+    is averaged, only restarted. With `restart_by_error` vectors far from their code are likelier to be taken, so
+    that codes do not crowd where images are plain. With several processes counts and sums are those of the joint batch.
     """
 
     def __init__(
@@ -75,10 +93,12 @@ class ResidualVectorQuantizer(nn.Module):
         ema_decay: float = 0.99,
         restart_threshold: float = 1.0,
         warmup_steps: int = 0,
+        restart_by_error: bool = False,
     ) -> None:
         super().__init__()
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.ema_decay, self.restart_threshold, self.warmup_steps = ema_decay, restart_threshold, warmup_steps
+        self.restart_by_error = restart_by_error
         self.register_buffer("codebooks", torch.randn(num_quantizers, codebook_size, codebook_dim))
         # Learning state is no part of the model: it is made when training starts and saved by the trainer.
         self._counts: Tensor | None = None
@@ -136,7 +156,7 @@ class ResidualVectorQuantizer(nn.Module):
         self._ensure_state()
         counts = torch.bincount(chosen, minlength=self.codebook_size).to(vectors.dtype)
         sums = torch.zeros_like(self.codebooks[level]).index_add_(0, chosen, vectors)
-        candidates = vectors[torch.randint(vectors.shape[0], (self.codebook_size,), device=vectors.device)]
+        candidates = vectors[self._draw_candidates(vectors, self.codebooks[level], chosen)]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
@@ -151,6 +171,12 @@ class ResidualVectorQuantizer(nn.Module):
         self.codebooks[level][dead] = candidates[dead]
         self._sums[level][dead] = candidates[dead] * self.restart_threshold
         self._counts[level][dead] = self.restart_threshold
+
+    def _draw_candidates(self, vectors: Tensor, codebook: Tensor, chosen: Tensor) -> Tensor:
+        """Which vectors of the batch dead codes may move to: uniform, or likelier where the error is large."""
+        if not self.restart_by_error:
+            return torch.randint(vectors.shape[0], (self.codebook_size,), device=vectors.device)
+        return _sample_by_error(vectors, codebook, chosen, self.codebook_size)
 
     def learning_state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the codebooks."""
@@ -168,8 +194,7 @@ class ResidualVectorQuantizer(nn.Module):
         """Set every codebook by k-means on the residuals of sample latents (M, C), level after level."""
         residual = latents.detach().float().reshape(-1, latents.shape[-1])
         for level in range(self.num_quantizers):
-            pick = torch.randint(residual.shape[0], (self.codebook_size,), device=residual.device)
-            codebook = residual[pick].clone()
+            codebook = _spread_codes(residual, self.codebook_size)
             for _ in range(num_iterations):
                 chosen = nearest_codes(residual, codebook)
                 counts = torch.bincount(chosen, minlength=self.codebook_size).to(residual.dtype)

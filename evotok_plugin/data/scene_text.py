@@ -314,7 +314,7 @@ def text_records(count: int, seed: int) -> list[dict]:
     records = []
     for n in range(count):
         scene = sample_scene(rng, SKILLS[n % len(SKILLS)])
-        pairs = question_turns(scene, rng, num_questions=3)
-        pairs[0] = (f"The image shows {description(scene)}.\n{pairs[0][0]}", pairs[0][1])
+        told = f"The image shows {description(scene)}."
+        pairs = [(f"{told}\n{DESCRIBE_PROMPT}", description(scene)), *question_turns(scene, rng, num_questions=2)]
         records.append({"id": f"text-{n:06d}", "conversations": _turns(*pairs)})
     return records

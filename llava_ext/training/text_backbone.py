@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.data.scene_text import text_records
-from llava_ext.data.dataset import Collator, ConversationDataset
+from llava_ext.data.dataset import Collator, ConversationDataset, Sample
 from llava_ext.data.records import parse_record
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 from llava_ext.training.trainer import MetricsFile, ProgressBar
@@ -60,6 +61,20 @@ def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
                 yield turn["value"]
 
 
+class EveryToken(Dataset):
+    """Conversations in which every token is learned, as in language-model pre-training."""
+
+    def __init__(self, conversations: ConversationDataset) -> None:
+        self._conversations = conversations
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._conversations[index]
+        return Sample(sample.input_ids, sample.input_ids, [])
+
+
 def train_backbone(
     tokenizer: PreTrainedTokenizerFast, folder: str | Path, num_steps: int, seed: int = 0, batch_size: int = 32
 ) -> None:
@@ -105,7 +120,7 @@ def train_backbone(
         seed=seed,
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=Collator(processor))
+    trainer = Trainer(model=model, args=arguments, train_dataset=EveryToken(dataset), data_collator=Collator(processor))
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar())
