@@ -64,11 +64,15 @@ def run(*command: str) -> None:
         sys.exit(result.returncode)
 
 
-def prepare(step: str, fast: bool) -> None:
-    run(
-        sys.executable, "-m", "llava_ext.training.prepare", "--workspace", str(WORKSPACE), "--only", step,
-        *(["--fast"] if fast else []),
-    )  # fmt: skip
+def prepare(fast: bool) -> None:
+    run(sys.executable, "-m", "llava_ext.training.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else []))
+
+
+def prepared_seconds() -> dict[str, float]:
+    """How long each part of `prepare` took, as it noted itself."""
+    from llava_ext.training.prepare import DONE, STEPS
+
+    return {name: json.loads((WORKSPACE / name / DONE).read_text())["seconds"] for name in STEPS}
 
 
 def train(stage: str, fast: bool) -> None:
@@ -166,14 +170,14 @@ def main() -> int:
 
 def run_all(fast: bool) -> int:
     quickstart = Quickstart(fast)
-    for step in ("scenes", "backbone", "teacher", "evotok"):
-        quickstart.stage(step, lambda step=step: prepare(step, fast))
+    quickstart.stage("prepare", lambda: prepare(fast))
     for name in ("pretrain", "finetune"):
         quickstart.stage(name, lambda name=name: train(name, fast))
     quickstart.stage("reconstruction", reconstruct)
     quickstart.stage("drawing", draw_skills)
     quickstart.stage("lmms_eval", lambda: evaluate(fast))
-    print_table(collect(quickstart.seconds))
+    seconds = {name: value for name, value in quickstart.seconds.items() if name != "prepare"}
+    print_table(collect({**prepared_seconds(), **seconds}))
     quickstart.finish()
     return 0
 
