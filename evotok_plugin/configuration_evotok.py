@@ -14,7 +14,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "encoder_num_heads": 4,
         "encoder_intermediate_size": 384,
         "codebook_dim": 16,
-        "codebook_size": 128,
+        "codebook_size": 32,
         "num_quantizers": 8,
         "semantic_depth": 8,
         "pixel_latent_channels": 64,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # Scores are made in blocks of at most this many vectors by this many codes, never vectors x codes.
 _VECTOR_BLOCK, _CODE_BLOCK = 1024, 4096
+_FORGOTTEN = 1e-4  # EMA count below which a code keeps its place
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _ensure_state(self) -> None:
         if self._counts is None:
-            self._counts = torch.full(self.codebooks.shape[:2], self.restart_threshold, device=self.codebooks.device)
-            self._sums = self.codebooks * self._counts[..., None]
+            self._counts = torch.ones(self.codebooks.shape[:2], device=self.codebooks.device)
+            self._sums = self.codebooks.clone()
 
     @torch.no_grad()
     def _learn(self, level: int, vectors: Tensor, chosen: Tensor) -> None:
@@ -165,12 +166,13 @@ class ResidualVectorQuantizer(nn.Module):
         self._counts[level].lerp_(counts, 1 - self.ema_decay)
         if not warming_up:
             self._sums[level].lerp_(sums, 1 - self.ema_decay)
-            self.codebooks[level] = self._sums[level] / self._counts[level].clamp(min=1e-6)[:, None]
+            seen = self._counts[level] > _FORGOTTEN  # the rest has faded; dividing would only give noise
+            self.codebooks[level][seen] = self._sums[level][seen] / self._counts[level][seen, None]
         # A code that this batch used is alive, whatever its average says.
         dead = (self._counts[level] < self.restart_threshold) & (counts == 0)
         self.codebooks[level][dead] = candidates[dead]
-        self._sums[level][dead] = candidates[dead] * self.restart_threshold
-        self._counts[level][dead] = self.restart_threshold
+        self._sums[level][dead] = candidates[dead]
+        self._counts[level][dead] = 1.0
 
     def _draw_candidates(self, vectors: Tensor, codebook: Tensor, chosen: Tensor) -> Tensor:
         """Which vectors of the batch dead codes may move to: uniform, or likelier where the error is large."""

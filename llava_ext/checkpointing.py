@@ -90,38 +90,32 @@ def assemble(
     Raises:
         ValueError: a folder that does not hold what is needed.
     """
-    model_type_of(language_model)
     if model_type_of(vision_tower) != "evotok":
         raise ValueError(f"{str(vision_tower)!r} is no EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})")
-    backbone = AutoModelForCausalLM.from_pretrained(
-        language_model, dtype=dtype, attn_implementation=attn_implementation
-    )
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    tower = EvoTokModel.from_pretrained(vision_tower, dtype=dtype)
-    processor = EvoTokLlavaProcessor.from_parts(
-        EvoTokImageProcessor.from_pretrained(vision_tower), tokenizer, tower.config, backbone.config.vocab_size
-    )
+    try:
+        backbone = AutoModelForCausalLM.from_pretrained(
+            language_model, dtype=dtype, attn_implementation=attn_implementation
+        )
+        tokenizer = AutoTokenizer.from_pretrained(language_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text model {str(language_model)!r} cannot be loaded: {error}") from error
+    tower = EvoTokModel.from_pretrained(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
+    images = EvoTokImageProcessor.from_pretrained(vision_tower)
+    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size)
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     _start_from_mean(backbone, tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
+    backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
     config = EvoTokLlavaConfig(
         text_config=backbone.config.to_dict(),
         vision_config=tower.config.to_dict(),
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_id,
         image_end_token_id=processor.image_end_id,
-        residual_token_offset=max(processor.residual_token_offset, backbone.config.vocab_size),
+        residual_token_offset=processor.residual_token_offset,
         head_hidden_size=head_hidden_size,
         head_num_layers=head_num_layers,
         head_num_heads=head_num_heads,
-    )
-    processor = EvoTokLlavaProcessor(
-        processor.image_processor,
-        tokenizer,
-        num_positions=processor.num_positions,
-        residual_token_offset=config.residual_token_offset,
-        num_levels=processor.num_levels,
-        codebook_size=processor.codebook_size,
     )
     # A skeleton without memory receives the loaded parts; only what is new is then filled with random numbers.
     with torch.device("meta"):

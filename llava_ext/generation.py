@@ -147,7 +147,8 @@ class ImageGenerationMixin:
                 on_position(index + 1)
             if index + 1 == self.config.vision_config.num_positions:
                 break
-            step = self.embed_written(positions[-1])[:, None]
+            place = torch.full((num_rows,), index, device=self.device)
+            step = self.embed_written(positions[-1], place)[:, None]
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
             outputs = self.language_model(
                 inputs_embeds=torch.cat([step, step]) if guided else step,

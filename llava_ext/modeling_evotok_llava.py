@@ -51,6 +51,7 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
     accepts_loss_kwargs = False
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["vision_tower"]  # rounded codebooks would choose other codes
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -61,8 +62,8 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         self.vision_tower = EvoTokModel(vision)
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
-        self.read_projector = Projector(vision.semantic_dim, width)
-        self.write_projector = Projector(vision.codebook_dim, width)
+        self.read_projector = Projector(vision.semantic_dim, width, vision.num_positions)
+        self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
         self.image_head = DepthTransformerHead(
             llm_hidden_size=width,
             codebook_dim=vision.codebook_dim,
@@ -81,6 +82,8 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         super()._init_weights(module)
         if isinstance(module, DepthTransformerHead):
             nn.init.normal_(module.level_embedding, std=self.config.initializer_range)
+        elif isinstance(module, Projector):
+            nn.init.normal_(module.position_embedding, std=self.config.initializer_range)
 
     def train(self, mode: bool = True) -> "EvoTokLlavaForConditionalGeneration":
         """The tokenizer stays in evaluation mode: its codebooks never move here."""
@@ -106,14 +109,15 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L)."""
         with torch.no_grad():
             if image_codes is None:
-                image_codes = self.vision_tower.encode(pixel_values).codes
+                image_codes = self.vision_tower.encode(pixel_values.to(self.vision_tower.dtype)).codes
             features = self.vision_tower.decode_semantics(image_codes)
-        return self.read_projector(features.to(self.read_projector.linear_1.weight.dtype))
+        positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+        return self.read_projector(features.to(self.read_projector.linear_1.weight.dtype), positions)
 
-    def embed_written(self, codes: Tensor) -> Tensor:
-        """LLM inputs (P, D) of written positions from their codes (P, L)."""
+    def embed_written(self, codes: Tensor, positions: Tensor) -> Tensor:
+        """LLM inputs (P, D) of written positions from their codes (P, L) and places (P,) in the image."""
         latents = self.vision_tower.codes_to_latents(codes[None])[0]
-        return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype))
+        return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
     def _embed(
         self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None
@@ -123,8 +127,13 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             features = self.get_image_features(pixel_values, image_codes)
             where = folded.input_ids == self.config.image_token_id
             embeddings = merge_features(embeddings, where, features.flatten(0, 1), "image")
-        if folded.codes.shape[0]:
-            embeddings = merge_features(embeddings, folded.written, self.embed_written(folded.codes), "drawn image")
+        if num_written := folded.codes.shape[0]:
+            size = self.config.vision_config.num_positions
+            if num_written % size:
+                raise ValueError(f"{num_written} drawn positions are no whole images of {size} positions")
+            positions = torch.arange(num_written, device=embeddings.device) % size
+            written = self.embed_written(folded.codes, positions)
+            embeddings = merge_features(embeddings, folded.written, written, "drawn image")
         return embeddings
 
     # Forward -------------------------------------------------------------------------------------------------
@@ -203,11 +212,12 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
     def _touch_unused(self, hidden: Tensor, folded: FoldedSequence, reads_nothing: bool) -> Tensor:
         """Zero times the modules this batch did not use, so that every rank reduces the same gradients."""
         vision, zero = self.config.vision_config, hidden.new_zeros(())
+        first = torch.zeros(1, dtype=torch.long, device=hidden.device)
         if reads_nothing:
-            zero = zero + self.read_projector(hidden.new_zeros(1, vision.semantic_dim)).sum()
+            zero = zero + self.read_projector(hidden.new_zeros(1, vision.semantic_dim), first).sum()
         if not folded.codes.shape[0]:
             levels = hidden.new_zeros(1, vision.pixel_depth, vision.codebook_dim)
-            zero = zero + self.write_projector(levels[:, 0]).sum()
+            zero = zero + self.write_projector(levels[:, 0], first).sum()
             zero = zero + sum(logits.sum() for logits in self.image_head(hidden[:1, 0], levels))
         return 0.0 * zero
 

@@ -30,9 +30,6 @@ class EvoTokLlavaProcessor(ProcessorMixin):
     is drawn has its residual tokens instead of the placeholders.
     """
 
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         image_processor=None,

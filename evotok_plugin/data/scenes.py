@@ -14,15 +14,13 @@ from PIL import Image, ImageDraw
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {
     "red": (220, 40, 40),
-    "orange": (245, 140, 20),
     "yellow": (245, 225, 40),
     "green": (40, 160, 60),
     "blue": (40, 80, 215),
-    "purple": (145, 50, 175),
     "black": (20, 20, 20),
     "white": (250, 250, 250),
 }
-GROUNDS = ((150, 150, 150), (180, 180, 180))
+GROUND = (165, 165, 165)
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GRID = 3
 CELL_NAMES = (
@@ -56,7 +54,7 @@ class SceneObject:
 @dataclass(frozen=True)
 class Scene:
     objects: tuple[SceneObject, ...]
-    ground: tuple[int, int, int] = GROUNDS[0]
+    ground: tuple[int, int, int] = GROUND
 
 
 def place(rng: np.random.Generator, shape: str, color: str, cell: int) -> SceneObject:
@@ -102,7 +100,6 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
     if skill not in SKILLS:
         raise ValueError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
     colors = list(COLORS)
-    ground = GROUNDS[int(rng.integers(len(GROUNDS)))]
     if skill in ("single_object", "colors"):
         kinds = [(str(rng.choice(SHAPES)), str(rng.choice(colors)))]
     elif skill == "counting":
@@ -116,7 +113,7 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
         cells = _cells_in_relation(rng, str(rng.choice(RELATIONS)))
     else:
         cells = rng.choice(GRID * GRID, size=len(kinds), replace=False).tolist()
-    return Scene(tuple(place(rng, s, c, cell) for (s, c), cell in zip(kinds, cells, strict=True)), ground)
+    return Scene(tuple(place(rng, s, c, cell) for (s, c), cell in zip(kinds, cells, strict=True)))
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground: tuple[int, int, int]) -> None:

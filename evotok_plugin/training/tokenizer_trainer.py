@@ -253,7 +253,14 @@ class TokenizerTrainer:
         positions = [
             first + self.rank * share + i for first in range(start, stop, self.config.batch_size) for i in range(share)
         ]
-        return DataLoader(self.stream, batch_size=share, sampler=positions, num_workers=self.config.num_workers)
+        # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
+        return DataLoader(
+            self.stream,
+            batch_size=share,
+            sampler=positions,
+            num_workers=self.config.num_workers,
+            generator=torch.Generator(),
+        )
 
     @torch.no_grad()
     def _init_codebooks(self) -> None:

@@ -74,7 +74,7 @@ class StageConfig(TrainingArguments):
         if isinstance(self.deepspeed, str):
             self.deepspeed = str(find_deepspeed_config(self.deepspeed))
         _prepare_processes(self)
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "tensorboard"))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(self.output_dir, "tensorboard")
         super().__post_init__()
         if self.deepspeed and self.use_cpu:
             import deepspeed

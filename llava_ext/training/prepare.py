@@ -32,7 +32,7 @@ class EmbeddedSizes:
     tokenizer_steps: int
 
 
-FULL = EmbeddedSizes(num_train=12000, num_val=240, backbone_steps=120, teacher_steps=200, tokenizer_steps=500)
+FULL = EmbeddedSizes(num_train=16000, num_val=240, backbone_steps=120, teacher_steps=300, tokenizer_steps=600)
 FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps=20, tokenizer_steps=60)
 SEED = 0
 

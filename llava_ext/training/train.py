@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -103,21 +104,18 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     dtype = torch.bfloat16 if config.bf16 and config.device.type == "cuda" else torch.float32
     logger.info("attention: %s; weights: %s; device: %s", attention, dtype, config.device)
     source = config.model_name_or_path
-    if os.path.isdir(source) or "/" not in source:
-        if not os.path.isdir(source):
-            raise ValueError(f"model folder {source!r} does not exist; {_where_models_come_from(config)}")
+    if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
             return load_model(source, dtype, attention)
-    elif source.startswith((".", "/")) or config.workspace in source:
-        raise ValueError(f"model folder {source!r} does not exist; {_where_models_come_from(config)}")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
+        raise ValueError(
+            f"model folder {source!r} does not exist; `bash scripts/pretrain.sh --workspace {config.workspace}` makes one, "
+            "or name a folder or hub id with --model_name_or_path"
+        )
     if not config.vision_tower:
         raise ValueError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
     sizes = (config.head_hidden_size, config.head_num_layers, config.head_num_heads)
     return assemble(source, config.vision_tower, *sizes, dtype=dtype, attn_implementation=attention)
-
-
-def _where_models_come_from(config: StageConfig) -> str:
-    return f"`bash scripts/pretrain.sh --workspace {config.workspace}` makes one"
 
 
 def build_dataset(

@@ -36,7 +36,7 @@ def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
     codes = model.generate_codes(PROMPTS[:1], processor, 1.0, [0], SamplingOptions(temperature=0))[0]
     ids = processor.drawing_prompts(PROMPTS[:1])["input_ids"]
     with torch.no_grad():
-        written = model.embed_written(codes)
+        written = model.embed_written(codes, torch.arange(36))
         embeds = torch.cat([model.get_input_embeddings()(ids)[0], written])[None]
         hidden = model.language_model(inputs_embeds=embeds).last_hidden_state[0, ids.shape[1] - 1 : -1]
         logits = model.image_head(hidden, model.vision_tower.level_latents(codes[None])[0])

@@ -71,7 +71,7 @@ def test_image_loss_equals_a_position_by_position_computation(tiny_mllm, samples
     codes = model.vocabulary.codes(ids[start + 1 : start + 1 + 36 * 4]).view(36, 4)
     with torch.no_grad():
         before = model.get_input_embeddings()(ids[: start + 1])
-        written = model.write_projector(model.vision_tower.codes_to_latents(codes[None])[0])
+        written = model.embed_written(codes, torch.arange(36))
         hidden = model.language_model(inputs_embeds=torch.cat([before, written])[None]).last_hidden_state[0]
         losses = []
         for position in range(36):

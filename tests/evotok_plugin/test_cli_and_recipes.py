@@ -1,0 +1,121 @@
+import argparse
+import csv
+import json
+from dataclasses import dataclass, field
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from evotok_plugin.cli import main
+from evotok_plugin.recipes import add_arguments, load_recipe, save_resolved
+
+
+@pytest.fixture
+def images(scene_folder):
+    return sorted((scene_folder / "val" / "images").iterdir())
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_encode_writes_codes_with_their_names(capsys, images, tiny_evotok_folder, tmp_path):
+    out = tmp_path / "codes.safetensors"
+    assert run(capsys, "encode", images[0].parent, "-o", out, "--model", tiny_evotok_folder)[0] == 0
+    with safe_open(out, "pt") as file:
+        assert file.get_tensor("codes").shape == (6, 36, 8) and str(file.get_tensor("codes").dtype) == "torch.uint16"
+        assert json.loads(file.metadata()["names"]) == [str(path) for path in images]
+
+
+def test_reconstruct_puts_originals_over_reconstructions(capsys, images, tiny_evotok_folder, tmp_path):
+    out = tmp_path / "r.png"
+    code, text, _ = run(capsys, "reconstruct", *images[:3], "-o", out, "--model", tiny_evotok_folder)
+    assert code == 0 and text.count("PSNR") == 3
+    assert Image.open(out).size == (3 * 100 - 4, 2 * 100 - 4)
+
+
+def test_evolve_writes_a_strip_and_a_curve(capsys, images, tiny_evotok_folder, tmp_path):
+    assert run(capsys, "evolve", images[0], "-o", tmp_path, "--model", tiny_evotok_folder)[0] == 0
+    rows = list(csv.DictReader((tmp_path / "evolution.csv").open()))
+    assert [int(row["depth"]) for row in rows] == list(range(1, 9))
+    assert Image.open(tmp_path / "evolution.png").width == 9 * 100 - 4
+
+
+def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder, tmp_path):
+    out = tmp_path / "e.json"
+    code, text, _ = run(capsys, "evaluate", images[0].parent, "-o", out, "--model", tiny_evotok_folder)
+    results = json.loads(out.read_text())
+    assert code == 0 and f"PSNR {results['psnr']:.2f} dB" in text
+    assert results["images"] == 6 and len(results["code_usage"]) == 8 and -1 <= results["ssim"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reconstruct", "absent.png"], "'absent.png' does not exist"),
+        (["reconstruct", "{broken}"], "cannot be read"),
+        (["evaluate", "{broken}"], "1 of 1 images are broken"),
+        (["evolve", "{image}", "--model", "{folder}"], "no model folder"),
+        (["evolve", "{image}", "--model", "{backbone}"], "holds a qwen2 model, expected evotok"),
+        (["reconstruct", "{image}", "--depth", "12"], "depth must lie in 1..8"),
+        (["train", "--recipe", "nothing"], "unknown recipe 'nothing'"),
+        (["train", "--recipe", "{typo}"], "unknown key 'batch_sise'; did you mean 'batch_size'"),
+        (["train", "--recipe", "tokenizer_photos", "--data", "absent", "--output_dir", "{folder}"], "'absent' does not exist"),
+        (["train", "--recipe", "tokenizer_photos", "--data", "x"], "output_dir"),
+    ],
+)
+def test_user_errors_are_one_line(capsys, images, tiny_evotok_folder, tiny_backbone_folder, tmp_path, arguments, message):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "typo.yaml").write_text("batch_sise: 3\n")
+    places = {
+        "broken": tmp_path / "broken.png", "image": images[0], "folder": tmp_path, "typo": tmp_path / "typo.yaml",
+        "backbone": tiny_backbone_folder,
+    }  # fmt: skip
+    arguments = [argument.format(**places) for argument in arguments]
+    if arguments[0] != "train" and "--model" not in arguments:
+        arguments += ["--model", str(tiny_evotok_folder)]
+    code, _, error = run(capsys, *arguments)
+    assert code == 2 and error.strip().splitlines()[-1].startswith("error: ") and message in error
+
+
+@dataclass(kw_only=True)
+class Schema:
+    name: str = "x"
+    rate: float = 0.1
+    steps: int | None = None
+    flag: bool = False
+    paths: list[str] = field(default_factory=list)
+
+
+def test_flags_override_the_recipe_and_types_are_the_schema_s(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rate: 1e-3\nsteps: 7\nflag: true\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Schema)
+    given = vars(parser.parse_args(["--steps", "9", "--paths", "a", "b", "--flag", "False"]))
+    assert load_recipe(recipe, Schema, given) == Schema(rate=1e-3, steps=9, flag=False, paths=["a", "b"])
+    assert vars(parser.parse_args(["--flag"])) == {"flag": "true"}
+    assert load_recipe(recipe, Schema, {"steps": "none"}).steps is None
+    save_resolved(Schema(steps=3), tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rat: 1", "unknown key 'rat'; did you mean 'rate'"),
+        ("steps: 1.5", "steps: expected a whole number"),
+        ("rate: fast", "rate: could not convert"),
+        ("flag: maybe", "flag: expected true or false"),
+        ("- a\n- b", "expected 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused(tmp_path, text, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe, Schema)

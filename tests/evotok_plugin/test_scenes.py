@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+
+from evotok_plugin.data import scene_text, scenes
+
+
+@pytest.mark.parametrize("skill", scenes.SKILLS)
+def test_objects_stay_inside_cells_of_their_own(skill, rng):
+    for _ in range(100):
+        scene = scenes.sample_scene(rng, skill)
+        cells = [item.cell for item in scene.objects]
+        assert len(set(cells)) == len(cells)
+        for item in scene.objects:
+            left, top = (item.cell % 3) / 3, (item.cell // 3) / 3
+            assert left <= item.x - item.size / 2 and item.x + item.size / 2 <= left + 1 / 3
+            assert top <= item.y - item.size / 2 and item.y + item.size / 2 <= top + 1 / 3
+
+
+@pytest.mark.parametrize("skill", scenes.SKILLS)
+def test_prompts_are_true_of_their_scenes(skill, rng):
+    for _ in range(100):
+        scene = scenes.sample_scene(rng, skill)
+        record = scene_text.prompt_record(scene, skill)
+        assert record["tag"] == skill and record["prompt"].startswith("a photo of ")
+        for clause in record["include"]:
+            fitting = [
+                item
+                for item in scene.objects
+                if item.shape == clause["class"] and item.color == clause.get("color", item.color)
+            ]
+            assert len(fitting) >= clause["count"]
+        for clause in record.get("exclude", ()):
+            assert sum(item.shape == clause["class"] for item in scene.objects) < clause["count"]
+        if skill == "position":
+            first, second = scene.objects
+            how = record["include"][1]["position"][0]
+            dx, dy = first.x - second.x, first.y - second.y
+            assert {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[how]
+            assert abs(dx) > 2 * abs(dy) or abs(dy) > 2 * abs(dx)
+
+
+def test_questions_have_their_answer_among_distinct_options(rng):
+    rows = scene_text.mmbench_rows(300, rng)
+    for row in rows:
+        choices = [row[letter] for letter in "ABCD" if row[letter] != "nan"]
+        assert len(set(choices)) == len(choices) >= 2 and row["answer"] in "ABCD"[: len(choices)]
+    assert {row["category"] for row in rows} == set(scene_text.L2_CATEGORY)
+    letters = [row["answer"] for row in rows if row["C"] != "nan"]
+    assert all(letters.count(letter) > len(letters) * 0.15 for letter in "ABCD")
+
+
+def test_counting_questions_count(rng):
+    for _ in range(200):
+        scene = scenes.sample_scene(rng, "counting")
+        question = scene_text.sample_question(scene, rng)
+        if question.category == "counting":
+            shape = next((s for s in scenes.SHAPES if scene_text.plural(s) in question.text), None)
+            count = sum(item.shape == shape or shape is None for item in scene.objects)
+            assert question.answer == scene_text.NUMBERS[count]
+
+
+def test_the_corpus_is_a_function_of_its_seed(tmp_path):
+    for name in ("a", "b"):
+        scenes.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
+    scenes.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
+    read = lambda name, file: (tmp_path / name / "train" / file).read_bytes()  # noqa: E731
+    for file in ("finetune.json", "pretrain.json", "images/000003.png"):
+        assert read("a", file) == read("b", file) != read("c", file)
+    kinds = [record["id"].split("-")[1] for record in json.loads(read("a", "finetune.json"))]
+    assert kinds == ["read", "draw"] * 7
+
+
+def test_scene_prompts_are_distinct_and_no_more_than_there_are(rng):
+    assert len(scene_text.scene_prompts("single_object", 20, rng)) == len(scenes.SHAPES)
+    prompts = [record["prompt"] for record in scene_text.scene_prompts("position", 20, rng)]
+    assert len(set(prompts)) == 20
+
+
+def test_unknown_skills_and_shapes_are_refused(rng):
+    with pytest.raises(ValueError, match="unknown skill 'flying'"):
+        scenes.sample_scene(rng, "flying")
+    with pytest.raises(ValueError, match="unknown shape 'blob'"):
+        scenes.render(scenes.Scene((scenes.SceneObject("blob", "red", 0.5, 0.5, 0.2),)))
+
+
+def test_rendering_shows_colour_and_ground():
+    scene = scenes.Scene((scenes.SceneObject("square", "red", 0.5, 0.5, 0.3),), ground=(150, 150, 150))
+    picture = np.array(scenes.render(scene))
+    assert tuple(picture[24, 24]) == scenes.COLORS["red"] and tuple(picture[2, 2]) == (150, 150, 150)
