@@ -105,7 +105,9 @@ def _plain_type(hint: Any) -> Any:
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """YAML reads `1e-3` as a string and flags arrive as strings: bring both to the field's type."""
     kind = _plain_type(hint)
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint)):
+    # On the command line `none` is None, except where a word is expected (`--report_to none`).
+    says_none = isinstance(value, str) and value.lower() == "none" and str not in typing.get_args(hint)
+    if value is None or (says_none and type(None) in typing.get_args(hint)):
         if type(None) not in typing.get_args(hint):
             raise ValueError(f"{key}: expected a {getattr(kind, '__name__', kind)}, got nothing")
         return None

@@ -123,17 +123,26 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None
     ) -> Tensor:
         embeddings = self.get_input_embeddings()(folded.input_ids.masked_fill(folded.written, 0))
+        vision = self.config.vision_config
+        first = torch.zeros(1, dtype=torch.long, device=embeddings.device)
+        # While training, what a batch does not use still runs, times zero and in its usual place: every rank then
+        # reduces the same gradients in the same order, whatever its batch holds.
         if pixel_values is not None or image_codes is not None:
             features = self.get_image_features(pixel_values, image_codes)
             where = folded.input_ids == self.config.image_token_id
             embeddings = merge_features(embeddings, where, features.flatten(0, 1), "image")
+        elif self.training:
+            nothing = embeddings.new_zeros(1, vision.semantic_dim)
+            embeddings = embeddings + 0.0 * self.read_projector(nothing, first).sum()
         if num_written := folded.codes.shape[0]:
-            size = self.config.vision_config.num_positions
-            if num_written % size:
-                raise ValueError(f"{num_written} drawn positions are no whole images of {size} positions")
-            positions = torch.arange(num_written, device=embeddings.device) % size
+            if num_written % vision.num_positions:
+                raise ValueError(f"{num_written} drawn positions are no whole images of {vision.num_positions} positions")
+            positions = torch.arange(num_written, device=embeddings.device) % vision.num_positions
             written = self.embed_written(folded.codes, positions)
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")
+        elif self.training:
+            nothing = embeddings.new_zeros(1, vision.codebook_dim)
+            embeddings = embeddings + 0.0 * self.write_projector(nothing, first).sum()
         return embeddings
 
     # Forward -------------------------------------------------------------------------------------------------
@@ -190,8 +199,6 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         result.text_loss = self._text_loss(hidden, folded)
         result.image_loss = self._image_loss(hidden, folded)
         result.loss = result.text_loss + result.image_loss
-        if self.training:
-            result.loss = result.loss + self._touch_unused(hidden, folded, pixel_values is None and image_codes is None)
         return result
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
@@ -204,22 +211,15 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         learned = folded.labels[folded.written] != -100  # (P,)
         codes = folded.codes[learned]
         if not codes.shape[0]:
-            return hidden.new_zeros((), dtype=torch.float32)
+            zero = hidden.new_zeros((), dtype=torch.float32)
+            if not self.training:
+                return zero
+            vision = self.config.vision_config
+            nothing = hidden.new_zeros(1, vision.pixel_depth, vision.codebook_dim)
+            return zero + 0.0 * sum(logits.sum() for logits in self.image_head(hidden[:1, 0], nothing))
         where = folded.written[:, 1:] & (folded.labels[:, 1:] != -100)
         latents = self.vision_tower.level_latents(codes[None])[0]  # (P, L, C)
         return self.image_head.loss(hidden[:, :-1][where], latents.to(hidden.dtype), codes)
-
-    def _touch_unused(self, hidden: Tensor, folded: FoldedSequence, reads_nothing: bool) -> Tensor:
-        """Zero times the modules this batch did not use, so that every rank reduces the same gradients."""
-        vision, zero = self.config.vision_config, hidden.new_zeros(())
-        first = torch.zeros(1, dtype=torch.long, device=hidden.device)
-        if reads_nothing:
-            zero = zero + self.read_projector(hidden.new_zeros(1, vision.semantic_dim), first).sum()
-        if not folded.codes.shape[0]:
-            levels = hidden.new_zeros(1, vision.pixel_depth, vision.codebook_dim)
-            zero = zero + self.write_projector(levels[:, 0], first).sum()
-            zero = zero + sum(logits.sum() for logits in self.image_head(hidden[:1, 0], levels))
-        return 0.0 * zero
 
     # Text generation -----------------------------------------------------------------------------------------
 

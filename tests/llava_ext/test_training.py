@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from queue import Empty
 
 import pytest
 import torch
@@ -45,9 +46,19 @@ def run_forked(function, *arguments, world_size=1):
     ]
     for child in children:
         child.start()
-    results = sorted(queue.get(timeout=240) for _ in children)
+    results = []
+    while len(results) < world_size:
+        try:
+            results.append(queue.get(timeout=2))
+        except Empty:
+            died = [child.exitcode for child in children if child.exitcode]
+            if died:
+                for child in children:
+                    child.kill()
+                raise RuntimeError(f"a rank died with exit code {died[0]}") from None
     for child in children:
         child.join(60)
+    results.sort(key=lambda result: result[0])
     for rank, status, result in results:
         if status != "ok":
             raise RuntimeError(f"rank {rank}: {status}\n{result}")
