@@ -116,6 +116,7 @@ def assemble(
         head_hidden_size=head_hidden_size,
         head_num_layers=head_num_layers,
         head_num_heads=head_num_heads,
+        initializer_range=backbone.config.initializer_range,
     )
     # A skeleton without memory receives the loaded parts; only what is new is then filled with random numbers.
     with torch.device("meta"):

@@ -88,6 +88,8 @@ def train_backbone(
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=2048,
+        # The usual 0.02 suits widths of thousands; at this width attention would start out blind and stay so for long.
+        initializer_range=0.0625,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
