@@ -20,9 +20,9 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr, ssim
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.pictures import image_grid, labelled_strip
+from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import add_arguments, load_recipe
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from evotok_plugin.progress import progress_interval
 
 DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
 
@@ -56,7 +56,9 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
 
 
 def _batches(paths: Sequence[Path], processor: EvoTokImageProcessor, size: int = 32) -> Iterator[torch.Tensor]:
-    for start in tqdm(range(0, len(paths), size), unit="batch", disable=len(paths) <= size, mininterval=progress_interval()):
+    for start in tqdm(
+        range(0, len(paths), size), unit="batch", disable=len(paths) <= size, mininterval=progress_interval()
+    ):
         yield processor([open_picture(path) for path in paths[start : start + size]]).pixel_values
 
 

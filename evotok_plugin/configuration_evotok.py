@@ -109,9 +109,13 @@ class EvoTokConfig(PreTrainedConfig):
             )
         for name in ("pixel_depth", "semantic_depth"):
             if not 1 <= getattr(self, name) <= self.num_quantizers:
-                raise ValueError(f"{name} must lie in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must lie in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}"
+                )
         if self.codebook_size > 65536:
-            raise ValueError(f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}")
+            raise ValueError(
+                f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
+            )
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise ValueError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
-from transformers import BatchFeature
 
 
 class EvoTokImageProcessor(BaseImageProcessor):

@@ -70,7 +70,10 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__()
-        groups, widths = config.decoder_norm_groups, [config.decoder_channels * m for m in config.decoder_channel_multipliers]
+        groups, widths = (
+            config.decoder_norm_groups,
+            [config.decoder_channels * m for m in config.decoder_channel_multipliers],
+        )
         lowest = widths[-1]
         self.from_latent = nn.Conv2d(config.codebook_dim, config.pixel_latent_channels, 1)
         self.conv_in = nn.Conv2d(config.pixel_latent_channels, lowest, 3, padding=1)
@@ -81,7 +84,9 @@ class PixelDecoder(nn.Module):
         for index, width in enumerate(reversed(widths)):
             last = index == len(widths) - 1
             stages.append(
-                UpStage(channels, width, config.decoder_num_res_blocks + 1, groups, attention=index == 0, upsample=not last)
+                UpStage(
+                    channels, width, config.decoder_num_res_blocks + 1, groups, attention=index == 0, upsample=not last
+                )
             )
             channels = width
         self.stages = nn.Sequential(*stages)

@@ -36,7 +36,9 @@ def draw(arguments: argparse.Namespace) -> None:
 
     def show(done: int, total: int) -> None:
         nonlocal bar
-        bar = bar or tqdm(total=total, desc="drawing", unit="position", file=sys.stderr, mininterval=progress_interval())
+        bar = bar or tqdm(
+            total=total, desc="drawing", unit="position", file=sys.stderr, mininterval=progress_interval()
+        )
         bar.update(done - bar.n)
 
     images = model.generate_images(

@@ -47,9 +47,7 @@ def sample(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.
         # The most likely codes whose mass before them is still below top_p.
         outside = ordered.cumsum(dim=-1) - ordered >= options.top_p
         probabilities = probabilities.masked_fill(outside.gather(-1, index.argsort(dim=-1)), 0.0)
-    noise = torch.stack(
-        [torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators]
-    )
+    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators])
     return (probabilities / noise.to(probabilities.device)).argmax(dim=-1)
 
 
@@ -107,13 +105,17 @@ class ImageGenerationMixin:
         try:
             for start in range(0, total, batch_size):
                 part = slice(start, start + batch_size)
-                report = (lambda k, done=done, n=len(rows[part]): on_progress(done + k * n, total * positions)) \
-                    if on_progress else None
+                part_size = len(rows[part])
+
+                def report(position: int, before: int = done, size: int = part_size) -> None:
+                    if on_progress is not None:
+                        on_progress(before + position * size, total * positions)
+
                 codes = self.generate_codes(
                     rows[part], processor, guidance_scale, seeds[part], options, on_position=report
                 )
                 images += processor.image_processor.to_pil(self.vision_tower.decode_pixels(codes))
-                done += len(rows[part]) * positions
+                done += part_size * positions
         finally:
             self.train(was_training)
         return images

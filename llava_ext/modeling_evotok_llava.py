@@ -119,9 +119,7 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         latents = self.vision_tower.codes_to_latents(codes[None])[0]
         return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
-    def _embed(
-        self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None
-    ) -> Tensor:
+    def _embed(self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None) -> Tensor:
         embeddings = self.get_input_embeddings()(folded.input_ids.masked_fill(folded.written, 0))
         vision = self.config.vision_config
         first = torch.zeros(1, dtype=torch.long, device=embeddings.device)
@@ -136,7 +134,9 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             embeddings = embeddings + 0.0 * self.read_projector(nothing, first).sum()
         if num_written := folded.codes.shape[0]:
             if num_written % vision.num_positions:
-                raise ValueError(f"{num_written} drawn positions are no whole images of {vision.num_positions} positions")
+                raise ValueError(
+                    f"{num_written} drawn positions are no whole images of {vision.num_positions} positions"
+                )
             positions = torch.arange(num_written, device=embeddings.device) % vision.num_positions
             written = self.embed_written(folded.codes, positions)
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")

@@ -203,8 +203,12 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         start = torch.tensor([self.image_start_id])
         rows = [
             torch.cat(
-                [self.encode_conversation([{"role": "user", "content": p}], [], add_generation_prompt=True).input_ids,
-                 start]
+                [
+                    self.encode_conversation(
+                        [{"role": "user", "content": p}], [], add_generation_prompt=True
+                    ).input_ids,
+                    start,
+                ]
             )
             for p in prompts
         ]

@@ -65,7 +65,9 @@ def run(*command: str) -> None:
 
 
 def prepare(fast: bool) -> None:
-    run(sys.executable, "-m", "llava_ext.training.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else []))
+    run(
+        sys.executable, "-m", "llava_ext.training.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else [])
+    )
 
 
 def prepared_seconds() -> dict[str, float]:
@@ -154,7 +156,9 @@ def print_table(results: dict) -> None:
     print(f"reconstructions: {WORKSPACE / 'reconstruction.png'}")
     print(f"evolution:       {WORKSPACE / 'evolution' / 'evolution.png'}")
     print(f"drawn images:    {WORKSPACE / 'drawn.png'}")
-    print(f'\ntry: evotok-llava draw "a photo of a red circle above a blue square" -n 4 -o out/ --model {WORKSPACE / "finetune"}')
+    print(
+        f'\ntry: evotok-llava draw "a photo of a red circle above a blue square" -n 4 -o out/ --model {WORKSPACE / "finetune"}'
+    )
 
 
 def main() -> int:

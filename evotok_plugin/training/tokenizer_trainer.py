@@ -103,7 +103,9 @@ class TokenizerTrainer:
             length=config.max_steps * config.batch_size,
         )
         self.held_out = held_out[: config.val_images]
-        logger.info("%d images to train on, %d held out (%d looked at)", len(training), len(held_out), len(self.held_out))
+        logger.info(
+            "%d images to train on, %d held out (%d looked at)", len(training), len(held_out), len(self.held_out)
+        )
 
     def _build_networks(self) -> None:
         config = self.config
@@ -362,7 +364,9 @@ def _plain(module: nn.Module) -> nn.Module:
 def _optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's state as named tensors: `prefix.<parameter index>.<name>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
+    return {
+        f"{prefix}.{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

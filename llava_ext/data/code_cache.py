@@ -69,7 +69,9 @@ def write_code_cache(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
     kept, broken, parts = [], {}, []
-    bar = tqdm(total=len(names), desc="encoding images", unit="img", disable=not show_progress, mininterval=progress_interval())
+    bar = tqdm(
+        total=len(names), desc="encoding images", unit="img", disable=not show_progress, mininterval=progress_interval()
+    )
     for start in range(0, len(names), batch_size):
         pictures = []
         for name in names[start : start + batch_size]:

@@ -20,7 +20,7 @@ from llava_ext.checkpointing import assemble, load_model, model_type_of
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.code_cache import CodeCache, note_broken, write_code_cache
 from llava_ext.data.dataset import Collator, ConversationDataset
-from llava_ext.data.records import BadSamples, Record, image_names, load_records
+from llava_ext.data.records import BadSamples, image_names, load_records
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.checkpoints import find_resumable, finished_facts, mark_finished
@@ -53,7 +53,9 @@ def run_stage(recipe: str, overrides: dict) -> None:
     if not config.overwrite and finished_facts(config.output_dir):
         facts = finished_facts(config.output_dir)
         logger.info(
-            "%s holds a finished run (%s steps); pass --overwrite true to train again", config.output_dir, facts["steps"]
+            "%s holds a finished run (%s steps); pass --overwrite true to train again",
+            config.output_dir,
+            facts["steps"],
         )
         return
     if config.overwrite and config.process_index == 0:
@@ -78,7 +80,9 @@ def run_stage(recipe: str, overrides: dict) -> None:
     if config.process_index == 0:
         seconds = round(time.monotonic() - started, 1)
         mark_finished(config.output_dir, {"steps": trainer.state.global_step, "seconds": seconds})
-        logger.info("finished %d steps in %.0f s; the model is in %s", trainer.state.global_step, seconds, config.output_dir)
+        logger.info(
+            "finished %d steps in %.0f s; the model is in %s", trainer.state.global_step, seconds, config.output_dir
+        )
 
 
 def configure_logging(config: StageConfig) -> None:
@@ -190,9 +194,7 @@ def add_lora(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) ->
     model.language_model = get_peft_model(model.language_model, lora)
 
 
-def describe(
-    model: EvoTokLlavaForConditionalGeneration, config: StageConfig, dataset: ConversationDataset
-) -> None:
+def describe(model: EvoTokLlavaForConditionalGeneration, config: StageConfig, dataset: ConversationDataset) -> None:
     """Say what trains and on what, before the first step."""
     for name, part in model.named_children():
         total = sum(p.numel() for p in part.parameters())

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from evotok_plugin.progress import progress_interval
 
+from evotok_plugin.progress import progress_interval
 from llava_ext.data.dataset import ModalityGroupedSampler
 from llava_ext.training.checkpoints import CompletionMarker
 
@@ -80,7 +80,13 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=progress_interval())
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=progress_interval(),
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

@@ -63,11 +63,16 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
         (["reconstruct", "{image}", "--depth", "12"], "depth must lie in 1..8"),
         (["train", "--recipe", "nothing"], "unknown recipe 'nothing'"),
         (["train", "--recipe", "{typo}"], "unknown key 'batch_sise'; did you mean 'batch_size'"),
-        (["train", "--recipe", "tokenizer_photos", "--data", "absent", "--output_dir", "{folder}"], "'absent' does not exist"),
+        (
+            ["train", "--recipe", "tokenizer_photos", "--data", "absent", "--output_dir", "{folder}"],
+            "'absent' does not exist",
+        ),
         (["train", "--recipe", "tokenizer_photos", "--data", "x"], "output_dir"),
     ],
 )
-def test_user_errors_are_one_line(capsys, images, tiny_evotok_folder, tiny_backbone_folder, tmp_path, arguments, message):
+def test_user_errors_are_one_line(
+    capsys, images, tiny_evotok_folder, tiny_backbone_folder, tmp_path, arguments, message
+):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     (tmp_path / "typo.yaml").write_text("batch_sise: 3\n")
     places = {

@@ -41,7 +41,10 @@ def test_broken_images_are_counted_named_and_limited(photos):
     report = photos / "report.jsonl"
     good = usable_images(list_images(photos), 0.1, report)
     assert len(good) == 39
-    assert {json.loads(line)["image"].split("/")[-1] for line in report.read_text().splitlines()} == {"broken.jpg", "0.png"}
+    assert {json.loads(line)["image"].split("/")[-1] for line in report.read_text().splitlines()} == {
+        "broken.jpg",
+        "0.png",
+    }
     with pytest.raises(ValueError, match="2 of 41 images are broken, over the limit of 0.10%"):
         usable_images(list_images(photos), 0.001)
 

@@ -66,7 +66,11 @@ def convert(weights):
             codebooks[int(theirs.split(".")[2])] = value[:-1]  # the last row is padding
             continue
         if ".attn.q_bias" in theirs or ".attn.v_bias" in theirs:
-            name = ours(theirs).replace(".attn.q_bias", ".attention.query.bias").replace(".attn.v_bias", ".attention.value.bias")
+            name = (
+                ours(theirs)
+                .replace(".attn.q_bias", ".attention.query.bias")
+                .replace(".attn.v_bias", ".attention.value.bias")
+            )
             state[name] = value
             continue
         if ".attn.qkv.weight" in theirs:

@@ -57,7 +57,10 @@ def test_weights_that_are_missing_or_of_another_shape_are_errors(model_folder, t
 
 
 def test_draw_writes_images_and_a_grid(model_folder, tmp_path, capsys):
-    assert main(["draw", "a photo of a ring", "-n", "2", "-o", str(tmp_path), "--model", str(model_folder), "--seed", "3"]) == 0
+    assert (
+        main(["draw", "a photo of a ring", "-n", "2", "-o", str(tmp_path), "--model", str(model_folder), "--seed", "3"])
+        == 0
+    )
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["a_photo_of_a_ring_grid.png", "a_photo_of_a_ring_seed3.png", "a_photo_of_a_ring_seed4.png"]
     assert str(tmp_path / names[0]) in capsys.readouterr().out
@@ -65,7 +68,9 @@ def test_draw_writes_images_and_a_grid(model_folder, tmp_path, capsys):
 
 def test_chat_answers_about_an_image(model_folder, scene_folder, capsys):
     image = next((scene_folder / "val" / "images").iterdir())
-    assert main(["chat", "What is it?", "--image", str(image), "--model", str(model_folder), "--max_new_tokens", "3"]) == 0
+    assert (
+        main(["chat", "What is it?", "--image", str(image), "--model", str(model_folder), "--max_new_tokens", "3"]) == 0
+    )
     assert capsys.readouterr().out.endswith("\n")
 
 

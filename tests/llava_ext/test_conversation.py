@@ -45,7 +45,9 @@ def test_a_template_that_rewrites_contents_is_refused(tokenizer):
 
 
 def test_a_template_that_drops_a_turn_is_refused(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="drops or reorders message 1"):
         ConversationTemplate(tokenizer).render(MESSAGES)
 

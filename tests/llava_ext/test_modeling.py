@@ -96,7 +96,9 @@ def test_cached_levels_equal_teacher_forcing(tiny_mllm):
             torch.testing.assert_close(head.step(level, conditioning, cache), forced[level], atol=1e-5, rtol=1e-5)
 
 
-def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(tiny_backbone_folder, tiny_evotok_folder, samples):
+def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(
+    tiny_backbone_folder, tiny_evotok_folder, samples
+):
     from llava_ext.checkpointing import assemble
 
     torch.manual_seed(0)

@@ -68,7 +68,10 @@ def run_forked(function, *arguments, world_size=1):
 @pytest.fixture(scope="module")
 def recipe(tiny_backbone_folder, tiny_evotok_folder, scene_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
-    text = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]} for i in range(8)]
+    text = [
+        {"id": f"t{i}", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+        for i in range(8)
+    ]
     (folder / "text.json").write_text(json.dumps(text))
     values = {
         "model_name_or_path": str(tiny_backbone_folder),

@@ -26,7 +26,9 @@ def test_ids_beside_the_range_are_not_residual():
     assert mask.tolist() == [False, False, True, True, False]
 
 
-@pytest.mark.parametrize("codes", [torch.tensor([[16, 0, 0, 0]]), torch.tensor([[-1, 0, 0, 0]]), torch.zeros(1, 5).long()])
+@pytest.mark.parametrize(
+    "codes", [torch.tensor([[16, 0, 0, 0]]), torch.tensor([[-1, 0, 0, 0]]), torch.zeros(1, 5).long()]
+)
 def test_codes_that_do_not_exist_are_refused(codes):
     with pytest.raises(ValueError, match="codes"):
         VOCABULARY.to_ids(codes)

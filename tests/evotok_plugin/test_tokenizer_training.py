@@ -73,8 +73,8 @@ def test_a_loss_that_is_no_number_names_its_term(scene_folder, tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(scene_folder, tmp_path):
     TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
     with pytest.raises(ValueError, match="checkpoint of another model"):
-        TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 32})).run()
-    TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 32}, overwrite=True, max_steps=1)).run()
+        TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64})).run()
+    TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64}, overwrite=True, max_steps=1)).run()
 
 
 def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_path):
