@@ -109,7 +109,8 @@ class EvoTokModel(PreTrainedModel):
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (self.config.num_channels, size, size):
             raise ValueError(
-                f"expected pixel_values (B, {self.config.num_channels}, {size}, {size}), got {tuple(pixel_values.shape)}; "
+                f"expected pixel_values (B, {self.config.num_channels}, {size}, {size}), "
+                f"got {tuple(pixel_values.shape)}; "
                 "EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
             )
         latents = self.encoder(pixel_values)
