@@ -124,12 +124,12 @@ class EvoTokModel(PreTrainedModel):
         """Rows and columns of positions of images (B, 3, H, W).
 
         Raises:
-            ValueError: another shape, or height or width is no multiple of the patch size.
+            ValueError: another shape, no image, or height or width is no multiple of the patch size.
         """
         channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels or not all(side and side % patch == 0 for side in shape[2:]):
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
             raise ValueError(
-                f"expected pixel_values (B, {channels}, H, W) with H and W multiples of the patch size {patch}, "
+                f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
                 f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
             )
         return shape[2] // patch, shape[3] // patch

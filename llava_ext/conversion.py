@@ -8,7 +8,7 @@ the place in the image; the research ones do not, which is an embedding of zeros
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -158,9 +158,9 @@ def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
 class HeadOptions:
     """Sizes of the depth transformer; None is what the file says, or without a file the default."""
 
-    head_hidden_size: int | None = None
-    head_num_layers: int | None = None
-    head_num_heads: int | None = None
+    head_hidden_size: int | None = field(default=None, metadata={"help": "its width (as the file says)"})
+    head_num_layers: int | None = field(default=None, metadata={"help": "its blocks (as the file says)"})
+    head_num_heads: int | None = field(default=None, metadata={"help": "its heads (of 64 dimensions)"})
 
 
 @dataclass(frozen=True)

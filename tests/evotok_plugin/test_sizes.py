@@ -53,11 +53,12 @@ def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(model, height, width):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 33, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32), (1, 3, 4, 4), (1, 3, 0, 32)]
+    "shape",
+    [(1, 3, 33, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32), (1, 3, 4, 4), (1, 3, 0, 32), (0, 3, 32, 32)],
 )
 def test_other_shapes_are_refused(model, shape):
     for call in (model, model.encode):
-        with pytest.raises(ValueError, match=r"expected pixel_values \(B, 3, H, W\) .* multiples of the patch size 8"):
+        with pytest.raises(ValueError, match=r"expected pixel_values \(B, 3, H, W\), not empty, .* multiples of the patch size 8"):
             call(torch.zeros(shape))
 
 
