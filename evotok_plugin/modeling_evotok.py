@@ -51,7 +51,7 @@ class EvoTokModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would choose other codes
+    _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
