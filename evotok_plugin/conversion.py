@@ -467,7 +467,7 @@ def convert_checkpoint(
     def write(folder: Path) -> None:
         with torch.device("meta"):  # the names alone: the weights are given
             model = EvoTokModel(converted.config)
-        model.save_pretrained(folder, state_dict=converted.state)
+        model.save_pretrained(folder, state_dict=dict(converted.state))  # it empties what it is given
         EvoTokImageProcessor(size=converted.config.image_size).save_pretrained(folder)
 
     save_whole(output, write)

@@ -61,7 +61,7 @@ def test_a_model_comes_back_from_the_research_layout(tmp_path, capsys, sizes, fl
     model = random_model(sizes, seed)
     content = {container: research_tokenizer(model, tower), "args": argparse.Namespace(lr=1e-4), "steps": 3}
     code, text = convert(tmp_path, capsys, content, *flags)
-    assert code == 0, text
+    assert code == 0 and f"{len(model.state_dict())} weights" in text, text
     loaded, processor = open_tokenizer(str(tmp_path / "out"), "cpu")
     assert processor.size == sizes["image_size"]
     pixel_values = torch.rand(2, 3, *[sizes["image_size"]] * 2) * 2 - 1
