@@ -1,7 +1,8 @@
-"""`evotok train | encode | reconstruct | evolve | evaluate`: the tokenizer on the command line."""
+"""`evotok train | encode | reconstruct | evolve | evaluate | convert`: the tokenizer on the command line."""
 
 import argparse
 import csv
+import dataclasses
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.conversion import TokenizerOptions, convert_checkpoint
 from evotok_plugin.data.folder import list_images, open_picture, usable_images
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
@@ -55,6 +57,16 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
     return model.to(device).eval(), EvoTokImageProcessor.from_pretrained(folder)
 
 
+def _at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:
+    """The processor for images of `size` x `size` pixels; None leaves it as it is."""
+    if size is None:
+        return processor
+    patch = model.config.patch_size
+    if size < patch or size % patch:
+        raise ValueError(f"--size must be a multiple of the patch size {patch}, got {size}")
+    return EvoTokImageProcessor(size=size)
+
+
 def _batches(paths: Sequence[Path], processor: EvoTokImageProcessor, size: int = 32) -> Iterator[torch.Tensor]:
     for start in tqdm(
         range(0, len(paths), size), unit="batch", disable=len(paths) <= size, mininterval=progress_interval()
@@ -84,11 +96,13 @@ def train(arguments: argparse.Namespace) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     """Write the codes of images: one safetensors file with `codes` (images, N, L) and the images' names."""
     model, processor = open_tokenizer(arguments.model, arguments.device)
+    processor = _at_size(processor, model, arguments.size)
     paths = usable_images(_sources(arguments.source), arguments.max_bad_fraction)
     codes = [model.encode(batch.to(model.device)).codes.cpu() for batch in _batches(paths, processor)]
     out = Path(arguments.output)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"names": json.dumps([str(path) for path in paths]), "fingerprint": model.fingerprint()}
+    metadata["image_size"] = str(processor.size)
     save_file({"codes": torch.cat(codes).to(torch.uint16)}, out, metadata)
     print(f"{out}: {len(paths)} images, {tuple(codes[0].shape[1:])} codes each")
 
@@ -97,6 +111,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def reconstruct(arguments: argparse.Namespace) -> None:
     """Write originals over reconstructions and print the PSNR of each."""
     model, processor = open_tokenizer(arguments.model, arguments.device)
+    processor = _at_size(processor, model, arguments.size)
     paths = _sources(arguments.source)
     depth = model.config.pixel_depth if arguments.depth is None else arguments.depth
     originals, rebuilt = [], []
@@ -167,6 +182,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(arguments.output)
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Turn a research checkpoint into a model folder; say what was left out."""
+    names = [field.name for field in dataclasses.fields(TokenizerOptions)]
+    given = {key: value for key, value in vars(arguments).items() if key in names}
+    converted = convert_checkpoint(arguments.checkpoint, arguments.output, load_recipe(None, TokenizerOptions, given))
+    config = converted.config
+    print(
+        f"{config.image_size}x{config.image_size} pixels, {config.encoder_num_layers} encoder layers, "
+        f"{config.num_quantizers} levels x {config.codebook_size} codes x {config.codebook_dim}, "
+        f"{len(converted.state)} weights"
+    )
+    for reason, count in converted.bookkeeping.items():
+        print(f"left out: {count} keys, {reason}")
+    print(arguments.output)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evotok", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -181,12 +212,17 @@ def build_parser() -> argparse.ArgumentParser:
     counting = argparse.ArgumentParser(add_help=False)
     counting.add_argument("--max_bad_fraction", type=float, default=0.001, help="share of broken images tolerated")
 
-    encoding = commands.add_parser("encode", parents=[common, counting], help="write the codes of images")
+    sizing = argparse.ArgumentParser(add_help=False)
+    sizing.add_argument(
+        "--size", type=int, help="pixels a side, a multiple of the patch size (default: what the model was trained on)"
+    )
+
+    encoding = commands.add_parser("encode", parents=[common, counting, sizing], help="write the codes of images")
     encoding.add_argument("source", nargs="+", help="images or folders")
     encoding.add_argument("-o", "--output", default="codes.safetensors")
     encoding.set_defaults(run=encode)
 
-    rebuilding = commands.add_parser("reconstruct", parents=[common], help="originals over reconstructions")
+    rebuilding = commands.add_parser("reconstruct", parents=[common, sizing], help="originals over reconstructions")
     rebuilding.add_argument("source", nargs="+", help="images or folders")
     rebuilding.add_argument("-o", "--output", default="reconstruction.png")
     rebuilding.add_argument("--depth", type=int, help="levels to sum (default: pixel_depth)")
@@ -201,6 +237,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluating.add_argument("source", nargs="+", help="images or folders")
     evaluating.add_argument("-o", "--output", help="JSON file")
     evaluating.set_defaults(run=evaluate)
+
+    converting = commands.add_parser("convert", help="a research checkpoint to a model folder")
+    converting.add_argument("checkpoint", help="pickled checkpoint; nothing in it is run")
+    converting.add_argument("output", help="new folder for the model")
+    add_arguments(converting, TokenizerOptions)
+    converting.set_defaults(run=convert)
     return parser
 
 

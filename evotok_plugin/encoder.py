@@ -8,10 +8,11 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.positions import resize_positions
 
 
 class EvoTokEncoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> latents (B, N, C).
+    """(B, 3, H, W) in [-1, 1] -> latents (B, N, C), for H and W that are multiples of the patch size.
 
     Only the layers that are used exist: SigLIP's last layer, its final norm and its pooling head would never get a
     gradient (the features are `hidden_states[-2]`).
@@ -29,7 +30,7 @@ class EvoTokEncoder(nn.Module):
             patch_size=config.patch_size,
         )
         tower._attn_implementation = "sdpa"
-        self.image_size = config.image_size
+        self.patch_size, self.grid_size = config.patch_size, config.grid_size
         self.embeddings = SiglipVisionEmbeddings(tower)
         self.encoder = SiglipEncoder(tower)
         self.to_latent = nn.Sequential(
@@ -40,7 +41,15 @@ class EvoTokEncoder(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """The tower's features (B, N, D), before the bottleneck."""
-        return self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
+        return self.encoder(inputs_embeds=self._embed(pixel_values)).last_hidden_state
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        grid = (pixel_values.shape[2] // self.patch_size, pixel_values.shape[3] // self.patch_size)
+        if grid == (self.grid_size, self.grid_size):
+            return self.embeddings(pixel_values)
+        project, positions = self.embeddings.patch_embedding, self.embeddings.position_embedding.weight
+        patches = project(pixel_values.to(project.weight.dtype)).flatten(2).transpose(1, 2)
+        return patches + resize_positions(positions, self.grid_size, grid)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.to_latent(self.features(pixel_values))

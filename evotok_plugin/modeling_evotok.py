@@ -1,9 +1,13 @@
 """EvoTok: one residual sequence of codes a position; its first levels rebuild pixels, all levels give meaning.
 
 B batch, N positions, L levels, l levels given, C codebook_dim, D semantic_dim.
+
+Images may have any height and width that are multiples of the patch size. What was learned for the configuration's
+`image_size`, the positions of encoder and semantic decoder, is then interpolated.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +51,7 @@ class EvoTokModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
@@ -85,34 +90,71 @@ class EvoTokModel(PreTrainedModel):
         elif isinstance(module, ResidualVectorQuantizer):
             init.normal_(module.codebooks)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EvoTokModel":
+        """Where the model is cast (`to(torch.bfloat16)`, `half()`), the codebooks stay float32 and only move."""
+        exact = dict(self.quantizer.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.quantizer.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(self.quantizer, name, exact[name].to(buffer.device))
+        return self
+
     def forward(self, pixel_values: Tensor) -> EvoTokOutput:
-        """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1]."""
+        """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: height or width is no multiple of the patch size.
+        """
+        grid = self.grid_of(pixel_values)
         quantized = self.quantizer(self.encoder(pixel_values))
         return EvoTokOutput(
-            pixels=self._to_pixels(quantized.latents_at(self.config.pixel_depth)),
-            features=self.semantic_decoder(quantized.latents_at(self.config.semantic_depth)),
+            pixels=self._to_pixels(quantized.latents_at(self.config.pixel_depth), grid),
+            features=self._to_features(quantized.latents_at(self.config.semantic_depth), grid),
             codes=quantized.codes,
             commitment_loss=quantized.commitment_loss,
         )
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        side = self.config.grid_size
-        grid = latents.to(self.dtype).transpose(1, 2).unflatten(2, (side, side))
-        return self.pixel_decoder(grid)
+    def _to_pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.pixel_decoder(latents.to(self.dtype).transpose(1, 2).unflatten(2, grid))
 
-    def encode(self, pixel_values: Tensor, depth: int | None = None) -> EvoTokEncoderOutput:
-        """Pixels (B, 3, H, W) in [-1, 1] to codes (B, N, l); with `depth` only the first levels are searched.
+    def _to_features(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.semantic_decoder(latents.to(self.dtype), grid)
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Rows and columns of positions of images (B, 3, H, W).
 
         Raises:
-            ValueError: images of another size than the model's, or no such depth.
+            ValueError: another shape, no image, or height or width is no multiple of the patch size.
         """
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (self.config.num_channels, size, size):
+        channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
             raise ValueError(
-                f"expected pixel_values (B, {self.config.num_channels}, {size}, {size}), "
-                f"got {tuple(pixel_values.shape)}; "
-                "EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
+                f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
+                f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
             )
+        return shape[2] // patch, shape[3] // patch
+
+    def _grid_of_codes(self, num_positions: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        if grid is None:
+            side = 1
+            while side * side < num_positions:  # torch.compile cannot trace math.isqrt where sizes vary
+                side += 1
+            grid = (side, side)
+        if grid[0] * grid[1] != num_positions or not num_positions:
+            raise ValueError(
+                f"{num_positions} positions do not fill {grid[0]} rows x {grid[1]} columns; "
+                "pass grid=(rows, columns) for images that are not square"
+            )
+        return grid
+
+    def encode(self, pixel_values: Tensor, depth: int | None = None) -> EvoTokEncoderOutput:
+        """Pixels (B, 3, H, W) in [-1, 1] to codes (B, N, l), row by row; with `depth` only the first levels are
+        searched.
+
+        Raises:
+            ValueError: height or width is no multiple of the patch size, or no such depth.
+        """
+        self.grid_of(pixel_values)
         latents = self.encoder(pixel_values)
         return EvoTokEncoderOutput(latents=latents, codes=self.quantizer(latents, depth).codes)
 
@@ -132,13 +174,29 @@ class EvoTokModel(PreTrainedModel):
         self._check_codes(codes)
         return self.quantizer.level_latents(codes)
 
-    def decode_pixels(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, l) to pixels (B, 3, H, W), about [-1, 1]; the decoder was trained with l = pixel_depth."""
-        return self._to_pixels(self.codes_to_latents(codes))
+    def decode_pixels(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes (B, N, l) to pixels (B, 3, H, W), about [-1, 1]; the decoder was trained with l = pixel_depth.
 
-    def decode_semantics(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, l) to semantic features (B, N, D); the decoder was trained with l = semantic_depth."""
-        return self.semantic_decoder(self.codes_to_latents(codes).to(self.dtype))
+        Args:
+            grid: rows and columns of positions, as `grid_of` says; without it the image is square.
+
+        Raises:
+            ValueError: no such levels, or N positions do not fill the grid.
+        """
+        latents = self.codes_to_latents(codes)
+        return self._to_pixels(latents, self._grid_of_codes(codes.shape[1], grid))
+
+    def decode_semantics(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes (B, N, l) to semantic features (B, N, D); the decoder was trained with l = semantic_depth.
+
+        Args:
+            grid: rows and columns of positions, as `grid_of` says; without it the image is square.
+
+        Raises:
+            ValueError: no such levels, or N positions do not fill the grid.
+        """
+        latents = self.codes_to_latents(codes)
+        return self._to_features(latents, self._grid_of_codes(codes.shape[1], grid))
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes and values of what turns images into codes: it identifies a tokenizer's codes."""

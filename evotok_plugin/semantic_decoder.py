@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.positions import resize_positions
 
 
 class SemanticAttention(nn.Module):
@@ -44,11 +45,12 @@ class SemanticBlock(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """(B, N, C) -> (B, N, D)."""
+    """Latents (B, N, C) of a grid (rows, columns) of positions -> (B, N, D)."""
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__()
         width = config.semantic_hidden_size
+        self.grid_size = config.grid_size
         self.from_latent = nn.Linear(config.codebook_dim, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_positions + 1, width))
@@ -59,9 +61,16 @@ class SemanticDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_features = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim))
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """(1, 1 + N, W), the class token's first."""
+        if grid == (self.grid_size, self.grid_size):
+            return self.position_embedding
+        resized = resize_positions(self.position_embedding[0, 1:], self.grid_size, grid)
+        return torch.cat([self.position_embedding[:, :1], resized[None]], dim=1)
+
+    def forward(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         x = self.from_latent(latents)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.position_embedding
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self._positions(grid)
         for block in self.blocks:
             x = block(x)
         return self.to_features(self.norm(x[:, 1:]))

@@ -1,4 +1,4 @@
-"""`evotok-llava chat | draw`: ask a trained model about images, and have it draw."""
+"""`evotok-llava chat | draw | convert`: ask a trained model about images, have it draw, convert research adapters."""
 
 import argparse
 import logging
@@ -13,7 +13,9 @@ from tqdm import tqdm
 from evotok_plugin.data.folder import open_picture
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.progress import progress_interval
+from evotok_plugin.recipes import add_arguments, load_recipe
 from llava_ext.checkpointing import default_model_folder, load_model
+from llava_ext.conversion import HeadOptions, convert_adapters
 
 
 def _pick_device(name: str) -> torch.device:
@@ -97,6 +99,26 @@ def chat(arguments: argparse.Namespace) -> None:
             return
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    """Put a model together from a causal LM, a converted tokenizer and research adapters."""
+    given = {k: v for k, v in vars(arguments).items() if k.startswith("head_")}
+    converted = convert_adapters(
+        arguments.file,
+        arguments.language_model,
+        arguments.vision_tower,
+        arguments.output,
+        load_recipe(None, HeadOptions, given),
+        dtype=getattr(torch, arguments.dtype),
+    )
+    for part, file in converted.parts.items():
+        print(f"{part}: {file}")
+    for part in converted.random:
+        print(f"{part}: no file was given, it starts at random")
+    for reason, count in converted.bookkeeping.items():
+        print(f"left out: {count} keys, {reason}")
+    print(arguments.output)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evotok-llava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -120,6 +142,15 @@ def build_parser() -> argparse.ArgumentParser:
     drawing.add_argument("--top_k", type=int, default=0)
     drawing.add_argument("--top_p", type=float, default=1.0)
     drawing.set_defaults(run=draw)
+
+    converting = commands.add_parser("convert", help="research adapters to a model folder")
+    converting.add_argument("file", nargs="+", help="rqtransformer.bin, mm_projector.bin (of reading, of drawing)")
+    converting.add_argument("--language_model", required=True, help="the text model the adapters were trained for")
+    converting.add_argument("--vision_tower", required=True, help="tokenizer folder, made by `evotok convert`")
+    converting.add_argument("-o", "--output", required=True, help="new folder for the model")
+    converting.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights of the model")
+    add_arguments(converting, HeadOptions)
+    converting.set_defaults(run=convert)
     return parser
 
 

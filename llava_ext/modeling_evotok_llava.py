@@ -106,13 +106,34 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
     # From images to embeddings -------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None) -> Tensor:
-        """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L)."""
+        """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L).
+
+        Raises:
+            ValueError: images of another size than the configuration's. The tokenizer could encode them, but an image
+                stands in the sequence as a fixed number of tokens.
+        """
+        self._check_size(pixel_values, image_codes)
         with torch.no_grad():
             if image_codes is None:
                 image_codes = self.vision_tower.encode(pixel_values.to(self.vision_tower.dtype)).codes
             features = self.vision_tower.decode_semantics(image_codes)
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
         return self.read_projector(features.to(self.read_projector.linear_1.weight.dtype), positions)
+
+    def _check_size(self, pixel_values: Tensor | None, image_codes: Tensor | None) -> None:
+        vision = self.config.vision_config
+        if image_codes is None:
+            size = vision.image_size
+            if pixel_values.shape[-2:] != (size, size):
+                raise ValueError(
+                    f"expected images of {size} x {size} pixels, {vision.num_positions} tokens each, got pixel_values "
+                    f"{tuple(pixel_values.shape)}; the model's processor prepares images for it"
+                )
+        elif image_codes.shape[1] != vision.num_positions:
+            raise ValueError(
+                f"expected image_codes (I, {vision.num_positions}, L), got {tuple(image_codes.shape)}; "
+                f"encode images at {vision.image_size} x {vision.image_size} pixels"
+            )
 
     def embed_written(self, codes: Tensor, positions: Tensor) -> Tensor:
         """LLM inputs (P, D) of written positions from their codes (P, L) and places (P,) in the image."""

@@ -37,6 +37,20 @@ def test_reconstruct_puts_originals_over_reconstructions(capsys, images, tiny_ev
     assert Image.open(out).size == (3 * 100 - 4, 2 * 100 - 4)
 
 
+def test_images_are_encoded_and_rebuilt_at_another_size(capsys, images, tiny_evotok_folder, tmp_path):
+    out = tmp_path / "codes.safetensors"
+    assert run(capsys, "encode", *images, "-o", out, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
+    with safe_open(out, "pt") as file:
+        at_96 = file.get_tensor("codes").shape
+        assert file.metadata()["image_size"] == "96"
+    assert run(capsys, "encode", *images, "-o", out, "--model", tiny_evotok_folder)[0] == 0
+    with safe_open(out, "pt") as file:
+        assert at_96[1] == 4 * file.get_tensor("codes").shape[1]
+    picture = tmp_path / "r.png"
+    assert run(capsys, "reconstruct", images[0], "-o", picture, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
+    assert Image.open(picture).size == (96, 2 * 96 + 4)
+
+
 def test_evolve_writes_a_strip_and_a_curve(capsys, images, tiny_evotok_folder, tmp_path):
     assert run(capsys, "evolve", images[0], "-o", tmp_path, "--model", tiny_evotok_folder)[0] == 0
     rows = list(csv.DictReader((tmp_path / "evolution.csv").open()))
@@ -61,6 +75,8 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
         (["evolve", "{image}", "--model", "{folder}"], "no model folder"),
         (["evolve", "{image}", "--model", "{backbone}"], "holds a qwen2 model, expected evotok"),
         (["reconstruct", "{image}", "--depth", "12"], "depth must lie in 1..8"),
+        (["reconstruct", "{image}", "--size", "50"], "--size must be a multiple of the patch size"),
+        (["encode", "{image}", "--size", "0"], "--size must be a multiple of the patch size"),
         (["train", "--recipe", "nothing"], "unknown recipe 'nothing'"),
         (["train", "--recipe", "{typo}"], "unknown key 'batch_sise'; did you mean 'batch_size'"),
         (

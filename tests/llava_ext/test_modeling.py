@@ -130,6 +130,21 @@ def test_images_and_placeholders_must_match(tiny_mllm, samples):
         model(**batch)
 
 
+def test_images_of_another_size_are_refused_though_the_tokenizer_takes_them(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    vision = model.config.vision_config
+    larger = torch.zeros(1, 3, 2 * vision.image_size, 2 * vision.image_size)
+    codes = model.vision_tower.encode(larger).codes
+    assert codes.shape[1] == 4 * vision.num_positions
+    batch = Collator(processor)([samples[0]])
+    for images, message in (
+        ({"pixel_values": larger}, f"expected images of {vision.image_size} x {vision.image_size} pixels"),
+        ({"image_codes": codes}, rf"expected image_codes \(I, {vision.num_positions}, L\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**batch | {"image_codes": None} | images)
+
+
 def test_save_and_load_round_trip(tiny_mllm, samples, tmp_path):
     model, processor = tiny_mllm
     model.save_pretrained(tmp_path)

@@ -1,0 +1,474 @@
+"""Research checkpoints of EvoTok to ours: every key is mapped or named as bookkeeping, anything else is an error.
+
+The research layout: a pickle with `ema`, `model` or `state_dict`; the encoder is a whole SigLIP vision tower (we run
+its layers but the last); a codebook has one more row than codes, a zero padding row; query, key and value of the
+semantic decoder are one matrix with biases beside it.
+"""
+
+import argparse
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.modeling_evotok import EvoTokModel
+
+_CONTAINERS = ("ema", "model", "state_dict")
+# Files of the research MLLM, known by a part of their names.
+_ADAPTER_MARKS = ("mm_projector.", "rqtransformer.", "pos_emb_d")
+_SHOWN = 20  # names an error lists before it says how many more there are
+
+# Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a pickled checkpoint: of its `ema`, `model` or `state_dict`, the first present, else its own.
+
+    Nothing in the file is run: it is read with `weights_only=True`; beside tensors only the plain
+    `argparse.Namespace` that training scripts store is understood.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, one that would run code, or one whose weights are no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist or is no file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise ValueError(
+                f"{str(path)!r} is no checkpoint: it cannot be read as a pickle of tensors and nothing else"
+            ) from error
+        raise ValueError(
+            f"{str(path)!r} is refused: it holds {code[1]}, and loading more than tensors can run code; "
+            "save the state dict alone"
+        ) from error
+    except Exception as error:  # bytes that are no pickle fail in more ways than can be listed
+        reason = str(error).split(". ")[0] or "nothing in it"
+        raise ValueError(f"{str(path)!r} is no checkpoint: {type(error).__name__}, {reason}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{str(path)!r} is no checkpoint: expected a dict, got a {type(loaded).__name__}")
+    container = next((name for name in _CONTAINERS if name in loaded), None)
+    weights = loaded if container is None else loaded[container]
+    wrong = (
+        [f"a {type(weights).__name__}"]
+        if not isinstance(weights, dict)
+        else [f"{name!r}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
+    )
+    if wrong or not weights:
+        place = "it has none of ema, model, state_dict and" if container is None else f"its {container!r}"
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint: {place} is no dict of tensors ({_listed(wrong, 3) or 'it is empty'})"
+        )
+    return dict(weights)
+
+
+def looks_like_adapters(weights: Iterable[str]) -> bool:
+    """Whether the names are those of the research MLLM's depth transformer or projector, not of a tokenizer."""
+    return any(mark in name for name in weights for mark in _ADAPTER_MARKS)
+
+
+# Accounting --------------------------------------------------------------------------------------------------
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: `names` in the research checkpoint, the `shape` of each, and how one tensor
+    is built of them."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    build: Callable[[Sequence[Tensor]], Tensor] = _only
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights under our names in float32, and how many research keys each reason left out."""
+
+    state: dict[str, Tensor]
+    bookkeeping: Counter[str]
+
+
+def convert_weights(
+    weights: Mapping[str, Tensor], sources: Mapping[str, Source], bookkeeping: Mapping[str, str]
+) -> Converted:
+    """Build our tensors from research weights and account for every key.
+
+    Args:
+        sources: for every name of ours where it comes from.
+        bookkeeping: regular expressions of whole research names that have no part in the forward pass -> the reason.
+
+    Raises:
+        ValueError: keys that are missing, unknown or of another shape, each of them listed.
+    """
+    needed = {name: source.shape for source in sources.values() for name in source.names}
+    spare, unknown = Counter(), []
+    for name in weights.keys() - needed.keys():
+        reason = next((why for pattern, why in bookkeeping.items() if re.fullmatch(pattern, name)), None)
+        if reason is None:
+            unknown.append(name)
+        else:
+            spare[reason] += 1
+    missing = [name for name in needed if name not in weights]
+    misshapen = [
+        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
+        for name, shape in needed.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_listed(sorted(names))}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"the checkpoint's keys do not fit the research layout; {'; '.join(problems)}")
+    # A copy each: pieces of one research tensor must not share memory when they are saved.
+    build = {name: source.build([weights[part] for part in source.names]) for name, source in sources.items()}
+    return Converted({name: tensor.float().contiguous().clone() for name, tensor in build.items()}, spare)
+
+
+def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """A name after all rules (regular expression, replacement), each applied in turn."""
+    for ours, theirs in rules:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+class Shapes:
+    """Shapes of a checkpoint, from which sizes are inferred.
+
+    Raises:
+        ValueError: a tensor that is not there, or has another number of dimensions.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def require(self, names: Iterable[str]) -> None:
+        """Name all that are missing at once."""
+        missing = [name for name in names if name not in self._weights]
+        if missing:
+            raise ValueError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {_listed(missing)}")
+
+    def of(self, name: str, num_dims: int) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        self.require([name])
+        shape = tuple(self._weights[name].shape)
+        if len(shape) != num_dims or 0 in shape:
+            raise ValueError(
+                f"the checkpoint's sizes cannot be read; {name} is {shape}, expected {num_dims} dimensions, none empty"
+            )
+        return shape
+
+    def count(self, before: str, after: str = ".") -> int:
+        """How many indices i stand in names `before`i`after`...: the highest plus one."""
+        pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+        found = [int(match[1]) for name in self._weights if (match := pattern.match(name))]
+        return max(found, default=-1) + 1
+
+
+# The tokenizer -----------------------------------------------------------------------------------------------
+
+_ATTENTION = (r"\.query\.", ".q."), (r"\.key\.", ".k."), (r"\.value\.", ".v."), (r"\.proj\.", ".proj_out.")
+_RENAMES = {
+    "encoder": (
+        (r"^encoder\.to_latent\.", "encode_task_layer."),
+        (r"^encoder\.(embeddings|encoder)\.", r"{tower}\1."),
+    ),
+    "pixel_decoder": (
+        (r"^pixel_decoder\.from_latent\.", "post_quant_conv."),
+        (r"^pixel_decoder\.", "decoder."),
+        (r"\.middle\.", ".mid."),
+        (r"\.stages\.(\d+)\.blocks\.", r".conv_blocks.\1.res."),
+        (r"\.stages\.(\d+)\.attention\.", r".conv_blocks.\1.attn."),
+        (r"\.stages\.(\d+)\.upsample\.", r".conv_blocks.\1.upsample.conv."),
+        (r"\.(norm|conv)_([12])\.", r".\1\2."),
+        (r"\.shortcut\.", ".nin_shortcut."),
+        *_ATTENTION,
+    ),
+    "semantic_decoder": (
+        (r"^semantic_decoder\.to_features\.", "decode_task_layer."),
+        (r"^semantic_decoder\.", "decoder_vqkd."),
+        (r"\.class_token$", ".cls_token"),
+        (r"\.position_embedding$", ".pos_embed"),
+        (r"\.from_latent\.", ".patch_embed.proj."),
+        (r"^decoder_vqkd\.norm\.", "decoder_vqkd.fc_norm."),
+        (r"\.norm_([12])\.", r".norm\1."),
+        (r"\.attention\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias"),
+        (r"\.attention\.(query|key|value)\.weight$", ".attn.qkv.weight"),
+        (r"\.attention\.", ".attn."),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.2\.", ".mlp.fc2."),
+    ),
+}
+
+
+def _option(text: str, default: int | None = None):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """What the shapes of a tokenizer checkpoint do not tell; None takes the convention."""
+
+    encoder_num_layers: int | None = _option("SigLIP layers to run (all in the file but the last)")
+    encoder_num_heads: int | None = _option("SigLIP's heads (of 64 dimensions; 16 where SigLIP is 1152 wide)")
+    semantic_num_heads: int | None = _option(
+        "the semantic decoder's heads (12 where its inner width is 12 * (width // 12), else of 64 dimensions)"
+    )
+    pixel_depth: int = _option("levels summed for pixels (4)", 4)
+    semantic_depth: int | None = _option("levels summed for features (all)")
+    decoder_norm_groups: int = _option("groups of the pixel decoder's GroupNorm (32)", 32)
+
+
+def _tower_prefix(weights: Iterable[str]) -> str:
+    """Where SigLIP's names begin: older transformers wrote `vision_model.` before them, newer ones do not."""
+    old = "encoder_vqkd.vision_model."
+    return old if any(name.startswith(old) for name in weights) else "encoder_vqkd."
+
+
+def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None = None) -> EvoTokConfig:
+    """The configuration of a research tokenizer, from the shapes of its weights and from options.
+
+    Raises:
+        ValueError: a size that cannot be read, or sizes that do not go together.
+    """
+    options = options or TokenizerOptions()
+    tower, shapes = _tower_prefix(weights), Shapes(weights)
+    telling = {
+        "patches": (f"{tower}embeddings.patch_embedding.weight", 4),
+        "places": (f"{tower}embeddings.position_embedding.weight", 2),
+        "encoder_mlp": (f"{tower}encoder.layers.0.mlp.fc1.weight", 2),
+        "to_latent": ("encode_task_layer.2.weight", 2),
+        "codebook": ("quantize.codebooks.0.weight", 2),
+        "post_quant": ("post_quant_conv.weight", 4),
+        "class_token": ("decoder_vqkd.cls_token", 3),
+        "attention_proj": ("decoder_vqkd.blocks.0.attn.proj.weight", 2),
+        "to_features": ("decode_task_layer.2.weight", 2),
+    }
+    num_stages = max(1, shapes.count("decoder.conv_blocks."))
+    stages = [f"decoder.conv_blocks.{stage}.res.0.conv1.weight" for stage in range(num_stages)]
+    shapes.require([name for name, _ in telling.values()] + stages)
+    shape = {what: shapes.of(name, num_dims) for what, (name, num_dims) in telling.items()}
+    hidden, channels, patch, _ = shape["patches"]
+    positions = shape["places"][0]
+    grid = math.isqrt(positions)
+    if grid * grid != positions:
+        raise ValueError(
+            f"{telling['places'][0]} has {positions} rows, expected a square number: one a position of a square image"
+        )
+    widths = [shapes.of(name, 4)[0] for name in stages]  # coarsest first
+    finest = math.gcd(*widths)
+    semantic_width, inner = shape["class_token"][2], shape["attention_proj"][1]
+    semantic_heads = options.semantic_num_heads or _semantic_heads(semantic_width, inner)
+    if inner % semantic_heads:
+        raise ValueError(f"semantic_num_heads {semantic_heads} does not divide the attention's inner width {inner}")
+    num_quantizers = shapes.count("quantize.codebooks.")
+    num_layers = options.encoder_num_layers or shapes.count(f"{tower}encoder.layers.") - 1
+    if num_layers < 1:
+        raise ValueError(
+            "the checkpoint's encoder has one layer; the last one is never run, so at least two are expected "
+            "(--encoder_num_layers names how many to run)"
+        )
+    return EvoTokConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        num_channels=channels,
+        encoder_hidden_size=hidden,
+        encoder_num_layers=num_layers,
+        encoder_num_heads=options.encoder_num_heads or conventional_heads(hidden, "--encoder_num_heads"),
+        encoder_intermediate_size=shape["encoder_mlp"][0],
+        codebook_dim=shape["to_latent"][0],
+        codebook_size=shape["codebook"][0] - 1,  # the last row is padding
+        num_quantizers=num_quantizers,
+        pixel_depth=options.pixel_depth,
+        semantic_depth=options.semantic_depth or num_quantizers,
+        pixel_latent_channels=shape["post_quant"][0],
+        decoder_channels=finest,
+        decoder_channel_multipliers=[width // finest for width in reversed(widths)],
+        decoder_num_res_blocks=shapes.count("decoder.conv_blocks.0.res.") - 1,
+        decoder_norm_groups=options.decoder_norm_groups,
+        semantic_hidden_size=semantic_width,
+        semantic_num_layers=shapes.count("decoder_vqkd.blocks."),
+        semantic_num_heads=semantic_heads,
+        semantic_head_dim=inner // semantic_heads,
+        semantic_dim=shape["to_features"][0],
+    )
+
+
+def conventional_heads(width: int, option: str) -> int:
+    """Heads of 64 dimensions; SigLIP's so400m (1152) has 16 of 72.
+
+    Raises:
+        ValueError: the width is no multiple of 64, so `option` must say it.
+    """
+    if width == 1152:
+        return 16
+    if width % 64:
+        raise ValueError(f"width {width} is no multiple of 64, so the number of heads is not known; pass {option}")
+    return width // 64
+
+
+def _semantic_heads(width: int, inner: int) -> int:
+    if inner == 12 * (width // 12):
+        return 12
+    return conventional_heads(inner, "--semantic_num_heads")
+
+
+def _join_codebooks(tensors: Sequence[Tensor]) -> Tensor:
+    """Codebooks (K + 1, C) a level to (L, K, C), without the padding rows."""
+    for level, codebook in enumerate(tensors):
+        if codebook[-1].any():
+            raise ValueError(
+                f"the last row of quantize.codebooks.{level}.weight is not zero; "
+                "expected one padding row behind the codes"
+            )
+    return torch.stack([codebook[:-1] for codebook in tensors])
+
+
+def _third(index: int, tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].chunk(3)[index]
+
+
+def _without_kernel(tensors: Sequence[Tensor]) -> Tensor:
+    """A 1x1 convolution (D, C, 1, 1) as the matrix (D, C)."""
+    return tensors[0].flatten(1)
+
+
+def _tokenizer_sources(config: EvoTokConfig, tower: str) -> dict[str, Source]:
+    with torch.device("meta"):
+        ours = EvoTokModel(config).state_dict()
+    sources = {}
+    for name, tensor in ours.items():
+        part, shape = name.split(".")[0], tuple(tensor.shape)
+        if name == "quantizer.codebooks":
+            levels, codes, dims = shape
+            books = tuple(f"quantize.codebooks.{level}.weight" for level in range(levels))
+            sources[name] = Source(books, (codes + 1, dims), _join_codebooks)
+            continue
+        theirs = rename(name, _RENAMES[part]).replace("{tower}", tower)
+        if theirs.endswith(".qkv.weight"):
+            index = ("query", "key", "value").index(name.split(".")[-2])
+            sources[name] = Source((theirs,), (3 * shape[0], shape[1]), partial(_third, index))
+        elif theirs == "decoder_vqkd.patch_embed.proj.weight":
+            sources[name] = Source((theirs,), (*shape, 1, 1), _without_kernel)
+        else:
+            sources[name] = Source((theirs,), shape)
+    return sources
+
+
+def _tokenizer_bookkeeping(weights: Mapping[str, Tensor], config: EvoTokConfig, tower: str) -> dict[str, str]:
+    at = re.escape(tower)
+    later = range(config.encoder_num_layers, Shapes(weights).count(f"{tower}encoder.layers."))
+    behind = "SigLIP layers behind the features"
+    return {
+        r"quantize\.codebook_used": "code usage counts",
+        r"quantize\.codebooks\.\d+\.(cluster_size_ema|embed_ema)": "learning state of the codebooks",
+        r"scaling_layer\.(shift|scale)": "image scaling, done by the image processor",
+        rf"{at}embeddings\.position_ids": "counting numbers",
+        rf"{at}(post_layernorm|head)\..+": behind,
+        rf"{at}encoder\.layers\.({'|'.join(map(str, later)) or 'none'})\..+": behind,
+    }
+
+
+@dataclass(frozen=True)
+class ConvertedTokenizer:
+    """A research tokenizer as configuration and weights of `EvoTokModel`, and what was left out, counted by reason."""
+
+    config: EvoTokConfig
+    state: dict[str, Tensor]
+    bookkeeping: Counter[str]
+
+
+def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions | None = None) -> ConvertedTokenizer:
+    """Map the weights of a research tokenizer.
+
+    Raises:
+        ValueError: keys that are missing, unknown or of another shape, an MLLM's file, or images scaled otherwise.
+    """
+    if looks_like_adapters(weights):
+        raise ValueError(
+            "the file holds the depth transformer or a projector of the MLLM, not a tokenizer; "
+            "`evotok-llava convert` takes it"
+        )
+    config, tower = infer_config(weights, options), _tower_prefix(weights)
+    converted = convert_weights(
+        weights, _tokenizer_sources(config, tower), _tokenizer_bookkeeping(weights, config, tower)
+    )
+    for name in ("scaling_layer.shift", "scaling_layer.scale"):
+        if name in weights and not (weights[name] == 0.5).all():
+            raise ValueError(
+                f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere: images in [-1, 1]"
+            )
+    return ConvertedTokenizer(config, converted.state, converted.bookkeeping)
+
+
+def prepare_output(folder: str | Path) -> Path:
+    """A folder to write a model into.
+
+    Raises:
+        ValueError: there is something in it, or a file of that name.
+    """
+    folder = Path(folder)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists and is not empty; name a new folder")
+    return folder
+
+
+def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that gets its name when it is whole.
+
+    Raises:
+        ValueError: there is something in the folder, or a file of that name.
+    """
+    folder = prepare_output(folder)
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    if folder.is_dir():
+        folder.rmdir()
+    temporary.replace(folder)
+
+
+def convert_checkpoint(
+    checkpoint: str | Path, output: str | Path, options: TokenizerOptions | None = None
+) -> ConvertedTokenizer:
+    """Write a research checkpoint as a folder that `EvoTokModel.from_pretrained` loads, with its image processor.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read or does not fit, or an output folder that is not empty.
+    """
+    prepare_output(output)
+    converted = convert_tokenizer(read_checkpoint(checkpoint), options)
+
+    def write(folder: Path) -> None:
+        with torch.device("meta"):  # the names alone: the weights are given
+            model = EvoTokModel(converted.config)
+        model.save_pretrained(folder, state_dict=dict(converted.state))  # it empties what it is given
+        EvoTokImageProcessor(size=converted.config.image_size).save_pretrained(folder)
+
+    save_whole(output, write)
+    return converted

@@ -1,0 +1,280 @@
+"""Adapters of the research MLLM to parts of ours: `rqtransformer.bin` (depth transformer), `mm_projector.bin`.
+
+The research code has two models, one that reads and one that draws, and saves a projector of each; which one a file
+holds follows from its input width. Classifiers of levels that are never drawn are left out. Our projectors also know
+the place in the image; the research ones do not, which is an embedding of zeros.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from evotok_plugin import EvoTokConfig
+from evotok_plugin.conversion import (
+    Shapes,
+    Source,
+    conventional_heads,
+    convert_weights,
+    looks_like_adapters,
+    prepare_output,
+    read_checkpoint,
+    rename,
+    save_whole,
+)
+from llava_ext.checkpointing import assemble, model_type_of
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.image_head import DepthTransformerHead
+from llava_ext.projector import Projector
+
+_HEAD_RENAMES = (
+    (r"^from_hidden\.", "in_mlp_2."),
+    (r"^from_latent\.", "in_mlp_1."),
+    (r"^level_embedding$", "pos_emb_d"),
+    (r"^blocks\.", "head_transformer.blocks."),
+    (r"\.norm_([12])\.", r".ln\1."),
+    (r"\.proj\.", ".attn.proj."),
+)
+_PROJECTOR_RENAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSizes:
+    """The arguments of `DepthTransformerHead`."""
+
+    llm_hidden_size: int
+    codebook_dim: int
+    codebook_size: int
+    num_levels: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class ConvertedHead:
+    """A depth transformer: sizes and weights of `DepthTransformerHead`, and what was left out, counted by reason."""
+
+    sizes: HeadSizes
+    state: dict[str, Tensor]
+    bookkeeping: Counter[str]
+
+
+@dataclass(frozen=True)
+class ConvertedProjector:
+    """A projector: the weights of `Projector` but its embedding of places, which the research code does not have."""
+
+    in_features: int
+    out_features: int
+    state: dict[str, Tensor]
+
+
+def _prefix(weights: Mapping[str, Tensor], mark: str) -> str | None:
+    """What stands before `mark` in the names; None where no name ends with it."""
+    return next((name.removesuffix(mark) for name in weights if name.endswith(mark)), None)
+
+
+def is_depth_transformer(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are those of a depth transformer, whole or not."""
+    return any("rqtransformer." in name or name.endswith("pos_emb_d") for name in weights)
+
+
+def convert_depth_transformer(weights: Mapping[str, Tensor], num_heads: int | None = None) -> ConvertedHead:
+    """Map the weights of a `rqtransformer.bin`.
+
+    Args:
+        num_heads: attention heads, which no shape tells; heads of 64 dimensions where it is None.
+
+    Raises:
+        ValueError: keys that are missing, unknown or of another shape.
+    """
+    prefix = _prefix(weights, "pos_emb_d")
+    if prefix is None:
+        raise ValueError("1 missing: pos_emb_d; the depth transformer's levels cannot be counted without it")
+    shapes = Shapes(weights)
+    first_classifier = f"{prefix}classifiers.0.1.weight"
+    shapes.require([f"{prefix}in_mlp_1.weight", f"{prefix}in_mlp_2.weight", first_classifier])
+    hidden_size, llm_hidden_size = shapes.of(f"{prefix}in_mlp_2.weight", 2)
+    num_levels = shapes.of(f"{prefix}pos_emb_d", 3)[1]
+    sizes = HeadSizes(
+        llm_hidden_size=llm_hidden_size,
+        codebook_dim=shapes.of(f"{prefix}in_mlp_1.weight", 2)[1],
+        codebook_size=shapes.of(first_classifier, 2)[0],
+        num_levels=num_levels,
+        hidden_size=hidden_size,
+        num_layers=shapes.count(f"{prefix}head_transformer.blocks."),
+        num_heads=num_heads or conventional_heads(hidden_size, "--head_num_heads"),
+    )
+    if hidden_size % sizes.num_heads:
+        raise ValueError(f"the depth transformer is {hidden_size} wide, no multiple of {sizes.num_heads} heads")
+    with torch.device("meta"):
+        ours = DepthTransformerHead(**asdict(sizes)).state_dict()
+    sources = {name: _head_source(name, tuple(tensor.shape), prefix) for name, tensor in ours.items()}
+    unused = "|".join(map(str, range(num_levels, shapes.count(f"{prefix}classifiers.")))) or "none"
+    bookkeeping = {rf"{re.escape(prefix)}classifiers\.({unused})\..+": "classifiers of levels never drawn"}
+    converted = convert_weights(weights, sources, bookkeeping)
+    return ConvertedHead(sizes, converted.state, converted.bookkeeping)
+
+
+def _head_source(name: str, shape: tuple[int, ...], prefix: str) -> Source:
+    theirs = prefix + rename(name, _HEAD_RENAMES)
+    if name == "level_embedding":
+        return Source((theirs,), (1, *shape), lambda tensors: tensors[0][0])
+    if ".qkv." in name:
+        parts = tuple(theirs.replace(".qkv.", f".attn.{part}.") for part in ("query", "key", "value"))
+        return Source(parts, (shape[0] // 3, *shape[1:]), lambda tensors: torch.cat(list(tensors)))
+    return Source((theirs,), shape)
+
+
+def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
+    """Map the weights of a `mm_projector.bin`: two linear layers with a GELU between them.
+
+    Raises:
+        ValueError: keys that are missing, unknown or of another shape.
+    """
+    prefix = _prefix(weights, "mm_projector.0.weight")
+    if prefix is None:
+        raise ValueError("1 missing: model.mm_projector.0.weight")
+    prefix += "mm_projector."
+    out_features, in_features = Shapes(weights).of(f"{prefix}0.weight", 2)
+    with torch.device("meta"):
+        ours = Projector(in_features, out_features, num_positions=1).state_dict()
+    del ours["position_embedding"]
+    sources = {
+        name: Source((prefix + rename(name, _PROJECTOR_RENAMES),), tuple(tensor.shape)) for name, tensor in ours.items()
+    }
+    return ConvertedProjector(in_features, out_features, convert_weights(weights, sources, {}).state)
+
+
+# A whole model -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Sizes of the depth transformer; None is what the file says, or without a file the default."""
+
+    head_hidden_size: int | None = field(default=None, metadata={"help": "its width (as the file says)"})
+    head_num_layers: int | None = field(default=None, metadata={"help": "its blocks (as the file says)"})
+    head_num_heads: int | None = field(default=None, metadata={"help": "its heads (of 64 dimensions)"})
+
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """Which part of the model came from which file, which parts start at random, and what was left out by reason."""
+
+    parts: dict[str, Path]
+    random: list[str]
+    bookkeeping: Counter[str]
+
+
+def convert_adapters(
+    files: Sequence[str | Path],
+    language_model: str | Path,
+    vision_tower: str | Path,
+    output: str | Path,
+    options: HeadOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ConvertedModel:
+    """Put a whole model together from a causal LM, a converted tokenizer and research adapters, and write it.
+
+    Args:
+        files: `rqtransformer.bin` and up to two `mm_projector.bin`, in any order.
+        output: new folder that `EvoTokLlavaForConditionalGeneration.from_pretrained` loads.
+
+    Raises:
+        ValueError: a file that cannot be read or fits neither model, two files for one part, or a non-empty output.
+    """
+    prepare_output(output)
+    if model_type_of(vision_tower) != EvoTokConfig.model_type:
+        raise ValueError(f"{str(vision_tower)!r} is no EvoTok tokenizer; `evotok convert` makes one")
+    tokenizer = EvoTokConfig.from_pretrained(vision_tower)
+    try:
+        width = AutoConfig.from_pretrained(language_model).get_text_config().hidden_size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text model {str(language_model)!r} cannot be loaded: {error}") from error
+    options = options or HeadOptions()
+    parts: dict[str, Path] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    bookkeeping: Counter[str] = Counter()
+    for file in map(Path, files):
+        weights = read_checkpoint(file)
+        try:
+            if not looks_like_adapters(weights):
+                raise ValueError(
+                    "expected the names of a depth transformer (rqtransformer.bin) or a projector (mm_projector.bin); "
+                    "`evotok convert` takes tokenizers"
+                )
+            if is_depth_transformer(weights):
+                part, head = "image_head", convert_depth_transformer(weights, options.head_num_heads)
+                _check_head(head.sizes, options, tokenizer, width)
+                state, options = head.state, _resolved(head.sizes)
+                bookkeeping += head.bookkeeping
+            else:
+                projector = convert_projector(weights)
+                part, state = _projector_part(projector, tokenizer, width), projector.state
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r}: {error}") from error
+        if part in parts:
+            raise ValueError(f"{str(parts[part])!r} and {str(file)!r} are both the {part}; give one of them")
+        parts[part], states[part] = file, state
+    default = EvoTokLlavaConfig
+    model, processor = assemble(
+        language_model,
+        vision_tower,
+        options.head_hidden_size or default.head_hidden_size,
+        options.head_num_layers or default.head_num_layers,
+        options.head_num_heads or default.head_num_heads,
+        dtype=dtype,
+    )
+    for part, state in states.items():
+        module = getattr(model, part)
+        if isinstance(module, Projector):
+            state = state | {"position_embedding": torch.zeros_like(module.position_embedding)}
+        module.load_state_dict(state, strict=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    save_whole(output, write)
+    missing = [part for part in ("read_projector", "write_projector", "image_head") if part not in parts]
+    return ConvertedModel(parts, missing, bookkeeping)
+
+
+def _check_head(sizes: HeadSizes, options: HeadOptions, tokenizer: EvoTokConfig, width: int) -> None:
+    wanted = {
+        "llm_hidden_size": (sizes.llm_hidden_size, width, "the language model's width"),
+        "codebook_dim": (sizes.codebook_dim, tokenizer.codebook_dim, "the tokenizer's codebook_dim"),
+        "codebook_size": (sizes.codebook_size, tokenizer.codebook_size, "the tokenizer's codebook_size"),
+        "num_levels": (sizes.num_levels, tokenizer.pixel_depth, "the tokenizer's pixel_depth"),
+        "hidden_size": (sizes.hidden_size, options.head_hidden_size, "--head_hidden_size"),
+        "num_layers": (sizes.num_layers, options.head_num_layers, "--head_num_layers"),
+    }
+    for name, (found, expected, source) in wanted.items():
+        if expected is not None and found != expected:
+            raise ValueError(f"the depth transformer's {name} is {found}, but {source} is {expected}")
+
+
+def _resolved(sizes: HeadSizes) -> HeadOptions:
+    return HeadOptions(
+        head_hidden_size=sizes.hidden_size, head_num_layers=sizes.num_layers, head_num_heads=sizes.num_heads
+    )
+
+
+def _projector_part(projector: ConvertedProjector, tokenizer: EvoTokConfig, width: int) -> str:
+    """Which of our two projectors it is: features are read, latents are written."""
+    if projector.out_features != width:
+        raise ValueError(f"the projector ends {projector.out_features} wide, but the language model is {width} wide")
+    found = {"read_projector": tokenizer.semantic_dim, "write_projector": tokenizer.codebook_dim}
+    parts = [part for part, in_features in found.items() if in_features == projector.in_features]
+    if len(parts) != 1:
+        raise ValueError(
+            f"the projector takes {projector.in_features} numbers a position, expected {tokenizer.semantic_dim} "
+            f"(features that are read) or {tokenizer.codebook_dim} (latents that are drawn), and not both alike"
+        )
+    return parts[0]

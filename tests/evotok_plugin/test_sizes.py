@@ -1,0 +1,182 @@
+"""Images of other sizes, batches of any size, weights of other types, compiled models."""
+
+import pytest
+import torch
+
+from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.positions import resize_positions
+
+SMALL = {
+    "image_size": 32, "patch_size": 8, "encoder_hidden_size": 64, "encoder_num_layers": 2, "encoder_num_heads": 2,
+    "encoder_intermediate_size": 96, "codebook_dim": 6, "codebook_size": 20, "num_quantizers": 5, "pixel_depth": 4,
+    "semantic_depth": 5, "pixel_latent_channels": 10, "decoder_channels": 16,
+    "decoder_channel_multipliers": (1, 1, 2, 2), "decoder_num_res_blocks": 0, "decoder_norm_groups": 8,
+    "semantic_hidden_size": 32, "semantic_num_layers": 1, "semantic_num_heads": 4, "semantic_head_dim": 8,
+    "semantic_dim": 24,
+}  # fmt: skip
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = EvoTokModel(EvoTokConfig(**SMALL)).eval()
+    torch.nn.init.normal_(model.semantic_decoder.position_embedding)  # so that places matter
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# Sizes -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (16, 16), (8, 8), (24, 56), (40, 8)])
+def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(model, height, width):
+    pixel_values = images(2, 3, height, width)
+    grid = model.grid_of(pixel_values)
+    assert grid == (height // 8, width // 8)
+    output, encoded = model(pixel_values), model.encode(pixel_values)
+    assert encoded.codes.shape == (2, height * width // 64, 5) and torch.equal(output.codes, encoded.codes)
+    pixels, features = model.decode_pixels(encoded.codes[..., :4], grid), model.decode_semantics(encoded.codes, grid)
+    assert pixels.shape == pixel_values.shape and features.shape == (*encoded.codes.shape[:2], 24)
+    torch.testing.assert_close(pixels, output.pixels, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, output.features, atol=1e-4, rtol=1e-4)
+    if height == width:
+        assert torch.equal(model.decode_pixels(encoded.codes[..., :4]), pixels)
+        assert torch.equal(model.decode_semantics(encoded.codes), features)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 33, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32), (1, 3, 4, 4), (1, 3, 0, 32), (0, 3, 32, 32)],
+)
+def test_other_shapes_are_refused(model, shape):
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match=r"\(B, 3, H, W\), not empty, .* multiples of the patch size 8"):
+            call(torch.zeros(shape))
+
+
+def test_codes_that_do_not_fill_a_grid_are_refused(model):
+    codes = torch.zeros(1, 21, 5, dtype=torch.long)
+    for decode in (model.decode_pixels, model.decode_semantics):
+        with pytest.raises(ValueError, match=r"21 positions do not fill 5 rows x 5 columns; pass grid"):
+            decode(codes)
+        with pytest.raises(ValueError, match="21 positions do not fill 4 rows x 5 columns"):
+            decode(codes, (4, 5))
+        assert decode(codes, (3, 7)).shape[0] == 1
+
+
+@torch.no_grad()
+def test_the_encoder_interpolates_as_siglip_does(model):
+    pixel_values = images(2, 3, 48, 24)
+    expected = model.encoder.embeddings(pixel_values, interpolate_pos_encoding=True)
+    assert torch.equal(model.encoder._embed(pixel_values), expected)
+
+
+def test_interpolated_positions_keep_rows_and_columns_apart():
+    ramp = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).view(16, 2)
+    torch.testing.assert_close(resize_positions(ramp, 4, (4, 4)), ramp)
+    rows, columns = resize_positions(ramp, 4, (8, 12)).view(8, 12, 2).unbind(-1)
+    assert (rows.diff(dim=0) > 0).all() and rows.diff(dim=1).abs().max() < 1e-5
+    assert (columns.diff(dim=1) > 0).all() and columns.diff(dim=0).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_semantic_decoder_uses_the_positions_of_the_size(model):
+    """With the interpolated table written into a model of the other size, both compute the same."""
+    codes = torch.randint(0, 20, (1, 36, 5))
+    other = EvoTokModel(EvoTokConfig(**SMALL | {"image_size": 48})).eval()
+    state = dict(model.state_dict())
+    table = state["semantic_decoder.position_embedding"]
+    resized = resize_positions(table[0, 1:], 4, (6, 6))
+    state["semantic_decoder.position_embedding"] = torch.cat([table[:, :1], resized[None]], dim=1)
+    state["encoder.embeddings.position_embedding.weight"] = torch.zeros(36, 64)
+    other.load_state_dict(state)
+    torch.testing.assert_close(model.decode_semantics(codes), other.decode_semantics(codes))
+
+
+# Batches -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_batch_equals_its_images_one_by_one(model):
+    pixel_values = images(7, 3, 32, 32)
+    together = model(pixel_values)
+    for index in range(7):
+        alone = model(pixel_values[index : index + 1])
+        assert torch.equal(alone.codes[0], together.codes[index])
+        torch.testing.assert_close(alone.pixels[0], together.pixels[index], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.features[0], together.features[index], atol=1e-5, rtol=1e-5)
+
+
+# Types of weights --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["to", "from_pretrained"])
+def test_half_precision_weights_keep_exact_codebooks(model, dtype, how, tmp_path):
+    pixel_values = images(2, 3, 32, 32)
+    if how == "to":
+        half = small_model().to(dtype)
+    else:
+        model.save_pretrained(tmp_path)
+        half = EvoTokModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    assert torch.equal(half.quantizer.codebooks, model.quantizer.codebooks)
+    encoded = half.encode(pixel_values)
+    # Whatever the latents' type, the search is the float32 one.
+    assert torch.equal(encoded.codes, model.quantizer(encoded.latents.float()).codes)
+    grid_codes = model.encode(pixel_values).codes
+    for decode in ("decode_pixels", "decode_semantics"):
+        exact, rounded = getattr(model, decode)(grid_codes), getattr(half, decode)(grid_codes)
+        assert rounded.dtype == dtype and (exact - rounded.float()).norm() < 0.05 * exact.norm(), decode
+    output = half(images(1, 3, 48, 24))
+    assert output.pixels.shape == (1, 3, 48, 24) and output.pixels.isfinite().all() and output.features.isfinite().all()
+
+
+# Compiled ----------------------------------------------------------------------------------------------------
+
+
+def check_compiled(backend, shapes):
+    model = small_model()
+    compiled = {
+        name: torch.compile(getattr(model, name), fullgraph=True, backend=backend)
+        for name in ("encode", "decode_pixels", "decode_semantics")
+    }
+    with torch.inference_mode():
+        for shape in shapes:
+            pixel_values = images(*shape)
+            eager, encoded = model.encode(pixel_values), compiled["encode"](pixel_values)
+            torch.testing.assert_close(encoded.latents, eager.latents, atol=1e-4, rtol=1e-4)
+            assert torch.equal(encoded.codes, eager.codes)
+            for name, codes in (("decode_pixels", eager.codes[..., :4]), ("decode_semantics", eager.codes)):
+                torch.testing.assert_close(compiled[name](codes), getattr(model, name)(codes), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_encode_and_decode_compile_without_graph_breaks(fresh_compiler):
+    """Traced and lowered, without making machine code."""
+    check_compiled("aot_eager", [(2, 3, 32, 32)])
+
+
+@pytest.mark.slow
+def test_varying_batches_and_sizes_compile_without_graph_breaks(fresh_compiler):
+    check_compiled("aot_eager", [(2, 3, 32, 32), (3, 3, 32, 32), (3, 3, 48, 48), (1, 3, 64, 64)])
+
+
+@pytest.mark.slow
+def test_compiled_machine_code_agrees_with_eager(fresh_compiler):
+    check_compiled("inductor", [(2, 3, 32, 32)])
