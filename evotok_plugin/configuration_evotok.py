@@ -8,7 +8,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     # Seconds a hundred steps on two CPU cores: the embedded default, on 48x48 scenes.
     "tiny": {
         "image_size": 48,
-        "patch_size": 8,
+        "patch_size": 16,
         "encoder_hidden_size": 128,
         "encoder_num_layers": 4,
         "encoder_num_heads": 4,
@@ -19,7 +19,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "semantic_depth": 8,
         "pixel_latent_channels": 64,
         "decoder_channels": 16,
-        "decoder_channel_multipliers": (1, 2, 4, 8),
+        "decoder_channel_multipliers": (1, 1, 2, 4, 8),
         "decoder_num_res_blocks": 0,
         "decoder_norm_groups": 8,
         "semantic_hidden_size": 128,
@@ -60,7 +60,8 @@ class EvoTokConfig(PreTrainedConfig):
         pixel_depth, semantic_depth: how many levels are summed for the pixel and for the semantic decoder.
         decoder_channel_multipliers: one a resolution, finest first; `patch_size` = 2 ** (their number - 1).
         semantic_dim: D, width of the semantic features; the teacher's width.
-        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see `ResidualVectorQuantizer`.
+        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see
+            `ResidualVectorQuantizer`.
     """
 
     model_type = "evotok"
@@ -136,8 +137,10 @@ class EvoTokConfig(PreTrainedConfig):
         """The configuration `tiny`, `base` or `paper`, with fields replaced.
 
         Raises:
-            ValueError: no such preset.
+            ValueError: no such preset, or no such field.
         """
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")
+        if unknown := sorted(set(overrides) - set(cls.__annotations__)):
+            raise ValueError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(cls.__annotations__)}")
         return cls(**{**_PRESETS[name], **overrides})

@@ -75,7 +75,8 @@ def as_picture(image) -> Image.Image:
     else:
         shape = f" of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else ""
         raise ValueError(
-            f"expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W) in 0..1, got {type(image).__name__}{shape}"
+            "expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W) in 0..1, "
+            f"got {type(image).__name__}{shape}"
         )
     if not min(picture.size):
         raise ValueError(f"the image has no pixels: {picture.size}")

@@ -95,6 +95,17 @@ def _parse_bool(value: Any) -> bool:
         raise ValueError(f"expected true or false, got {value!r}") from None
 
 
+def _parse_mapping(value: Any) -> dict:
+    """On the command line a mapping is written as YAML: `--model '{image_size: 64}'`."""
+    try:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"expected a mapping such as '{{image_size: 64}}', got {value!r}")
+    return parsed
+
+
 def _plain_type(hint: Any) -> Any:
     """The type inside an Optional, else the hint itself."""
     inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
@@ -122,6 +133,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return float(value)
         if kind is str and isinstance(value, (str, int, float)):
             return str(value)
+        if dict in (kind, typing.get_origin(kind)) and str not in typing.get_args(hint):
+            return _parse_mapping(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from None
     return value

@@ -71,7 +71,8 @@ def default_model_folder() -> Path:
     found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / "config.json").is_file()]
     if not found:
         raise ValueError(
-            f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, or name one with --model"
+            f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, "
+            "or name one with --model"
         )
     return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
 
@@ -129,6 +130,7 @@ def assemble(
         part.to_empty(device=tower.device)
         part.to(dtype)
         part.apply(model._init_weights)
+    _start_on_the_scale_of_text(model)
     model.generation_config = backbone.generation_config
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -146,3 +148,22 @@ def _start_from_mean(backbone: nn.Module, ids: list[int]) -> None:
         others = torch.ones(layer.weight.shape[0], dtype=torch.bool)
         others[ids] = False
         layer.weight[ids] = layer.weight[others].mean(dim=0)
+
+
+@torch.no_grad()
+def _start_on_the_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Scale both projectors so that image features of random codes are as large as token embeddings.
+
+    A tower's features may be tens of times larger; they would drown the embedding of the place in the image.
+    """
+    vision, tower = model.config.vision_config, model.vision_tower
+    shape = (max(2, 256 // vision.num_positions), vision.num_positions, vision.num_quantizers)
+    codes = torch.randint(vision.codebook_size, shape, generator=torch.Generator().manual_seed(0)).to(tower.device)
+    size = model.get_input_embeddings().weight.float().square().mean().sqrt()
+    latents = tower.codes_to_latents(codes[..., : vision.pixel_depth])
+    for projector, features in (
+        (model.read_projector, tower.decode_semantics(codes)),
+        (model.write_projector, latents),
+    ):
+        projected = projector.project(features.to(projector.linear_1.weight.dtype)).float()
+        projector.linear_2.weight.mul_(size / projected.square().mean().sqrt())

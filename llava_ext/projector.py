@@ -19,4 +19,8 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features (..., in_features) at image positions (...) in 0..N-1, row-major, to (..., out_features)."""
-        return self.linear_2(self.activation(self.linear_1(features))) + self.position_embedding[positions]
+        return self.project(features) + self.position_embedding[positions]
+
+    def project(self, features: Tensor) -> Tensor:
+        """The MLP alone: (..., in_features) to (..., out_features)."""
+        return self.linear_2(self.activation(self.linear_1(features)))

@@ -20,7 +20,7 @@ def load_lpips() -> nn.Module:
         network = lpips.LPIPS(net="vgg", verbose=False)
     except OSError as error:
         raise ValueError(
-            f"LPIPS needs torchvision's VGG16 weights, which could not be fetched ({error}); put vgg16-397923af.pth into "
-            "~/.cache/torch/hub/checkpoints, or train with --lpips_weight 0"
+            f"LPIPS needs torchvision's VGG16 weights, which could not be fetched ({error}); "
+            "put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints, or train with --lpips_weight 0"
         ) from error
     return network.eval().requires_grad_(False)

@@ -38,8 +38,9 @@ def load_teacher(folder: str) -> PreTrainedModel:
         teacher = SiglipVisionModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"teacher {folder!r} cannot be loaded ({error}); give a SigLIP folder, for the paper's recipe a download of "
-            "google/siglip2-large-patch16-256, or train without (--semantic_weight 0)"
+            f"teacher {folder!r} cannot be loaded ({error}); "
+            "give a SigLIP folder, for the paper's recipe a download of google/siglip2-large-patch16-256, "
+            "or train without (--semantic_weight 0)"
         ) from error
     return teacher.eval().requires_grad_(False)
 
@@ -98,10 +99,10 @@ def train_teacher(
         raise ValueError(f"{file} does not exist; the teacher needs lines of {{'image', 'captions'}}")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    length = max(len(ids) for ids in tokenizer([row["captions"][0] for row in rows])["input_ids"])
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vision = EvoTokConfig.preset("tiny")
-    length = 56
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_siglip(vision, len(tokenizer), length).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)

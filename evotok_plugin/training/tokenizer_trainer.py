@@ -225,8 +225,13 @@ class TokenizerTrainer:
             self._init_codebooks()
         first = self.step
         bar = tqdm(
-            total=self.config.max_steps, initial=first, desc="tokenizer", unit="step", disable=self.rank > 0, mininterval=progress_interval(),
-        )  # fmt: skip
+            total=self.config.max_steps,
+            initial=first,
+            desc="tokenizer",
+            unit="step",
+            disable=self.rank > 0,
+            mininterval=progress_interval(),
+        )
         started, seen = time.monotonic(), 0
         for batch in self._batches():
             terms = self.train_step(to_pixel_values(batch, self.device))

@@ -32,7 +32,7 @@ class EmbeddedSizes:
     tokenizer_steps: int
 
 
-FULL = EmbeddedSizes(num_train=16000, num_val=240, backbone_steps=120, teacher_steps=300, tokenizer_steps=600)
+FULL = EmbeddedSizes(num_train=16000, num_val=240, backbone_steps=120, teacher_steps=900, tokenizer_steps=1200)
 FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps=20, tokenizer_steps=60)
 SEED = 0
 
@@ -85,7 +85,8 @@ def make_teacher(workspace: Path, sizes: EmbeddedSizes) -> None:
         "training the SigLIP teacher",
         lambda out: _run(
             "evotok_plugin.training.teacher", "--data", str(workspace / "scenes" / "train"),
-            "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out), "--max_steps", str(sizes.teacher_steps),
+            "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out),
+            "--max_steps", str(sizes.teacher_steps),
         ),
     )  # fmt: skip
 
@@ -96,7 +97,8 @@ def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
         "training the EvoTok tokenizer",
         lambda out: _run(
             "evotok_plugin.cli", "train", "--recipe", "tokenizer_tiny", "--data", str(workspace / "scenes" / "train"),
-            "--teacher", str(workspace / "teacher"), "--output_dir", str(out), "--max_steps", str(sizes.tokenizer_steps),
+            "--teacher", str(workspace / "teacher"), "--output_dir", str(out),
+            "--max_steps", str(sizes.tokenizer_steps),
         ),
     )  # fmt: skip
 

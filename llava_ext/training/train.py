@@ -113,7 +113,8 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
             return load_model(source, dtype, attention)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
         raise ValueError(
-            f"model folder {source!r} does not exist; `bash scripts/pretrain.sh --workspace {config.workspace}` makes one, "
+            f"model folder {source!r} does not exist; "
+            f"`bash scripts/pretrain.sh --workspace {config.workspace}` makes one, "
             "or name a folder or hub id with --model_name_or_path"
         )
     if not config.vision_tower:

@@ -33,7 +33,8 @@ class EvoTokTrainer(Trainer):
         if not math.isfinite(float(outputs.loss.detach())):
             raise FloatingPointError(
                 f"step {self.state.global_step}: the loss is {float(outputs.loss)} (text {float(outputs.text_loss)}, "
-                f"image {float(outputs.image_loss)}); the last checkpoint is kept. Lower --learning_rate or check the data"
+                f"image {float(outputs.image_loss)}); the last checkpoint is kept. "
+                "Lower --learning_rate or check the data"
             )
         labels, vocabulary = inputs["labels"], self.accelerator.unwrap_model(model).vocabulary
         learned_image = vocabulary.is_residual(labels)

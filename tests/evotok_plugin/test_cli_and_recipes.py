@@ -26,7 +26,7 @@ def test_encode_writes_codes_with_their_names(capsys, images, tiny_evotok_folder
     out = tmp_path / "codes.safetensors"
     assert run(capsys, "encode", images[0].parent, "-o", out, "--model", tiny_evotok_folder)[0] == 0
     with safe_open(out, "pt") as file:
-        assert file.get_tensor("codes").shape == (6, 36, 8) and str(file.get_tensor("codes").dtype) == "torch.uint16"
+        assert file.get_tensor("codes").shape == (6, 9, 8) and str(file.get_tensor("codes").dtype) == "torch.uint16"
         assert json.loads(file.metadata()["names"]) == [str(path) for path in images]
 
 
@@ -109,6 +109,7 @@ class Schema:
     steps: int | None = None
     flag: bool = False
     paths: list[str] = field(default_factory=list)
+    sizes: dict = field(default_factory=dict)
 
 
 def test_flags_override_the_recipe_and_types_are_the_schema_s(tmp_path):
@@ -120,6 +121,7 @@ def test_flags_override_the_recipe_and_types_are_the_schema_s(tmp_path):
     assert load_recipe(recipe, Schema, given) == Schema(rate=1e-3, steps=9, flag=False, paths=["a", "b"])
     assert vars(parser.parse_args(["--flag"])) == {"flag": "true"}
     assert load_recipe(recipe, Schema, {"steps": "none"}).steps is None
+    assert load_recipe(recipe, Schema, {"sizes": "{width: 3}"}).sizes == {"width": 3}
     save_resolved(Schema(steps=3), tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
 
@@ -131,6 +133,7 @@ def test_flags_override_the_recipe_and_types_are_the_schema_s(tmp_path):
         ("steps: 1.5", "steps: expected a whole number"),
         ("rate: fast", "rate: could not convert"),
         ("flag: maybe", "flag: expected true or false"),
+        ("sizes: 3", "sizes: expected a mapping such as '{image_size: 64}', got 3"),
         ("- a\n- b", "expected 'key: value' lines"),
         ("a: [", "not valid YAML"),
     ],

@@ -25,12 +25,12 @@ def pixel_values():
 @torch.no_grad()
 def test_the_path_of_an_image(model, pixel_values):
     output, encoded = model(pixel_values), model.encode(pixel_values)
-    assert encoded.latents.shape == (3, 36, 16) and encoded.codes.shape == (3, 36, 8)
+    assert encoded.latents.shape == (3, 9, 16) and encoded.codes.shape == (3, 9, 8)
     assert torch.equal(output.codes, encoded.codes)
     assert torch.equal(model.encode(pixel_values, depth=4).codes, encoded.codes[..., :4])
     torch.testing.assert_close(model.decode_pixels(encoded.codes[..., :4]), output.pixels, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.decode_semantics(encoded.codes), output.features, atol=1e-4, rtol=1e-4)
-    assert output.pixels.shape == pixel_values.shape and output.features.shape == (3, 36, 128)
+    assert output.pixels.shape == pixel_values.shape and output.features.shape == (3, 9, 128)
     torch.testing.assert_close(
         model.level_latents(encoded.codes).sum(2), model.codes_to_latents(encoded.codes), atol=1e-5, rtol=1e-5
     )
@@ -69,7 +69,7 @@ def test_wrong_shapes_are_explained(model):
     with pytest.raises(ValueError, match=r"multiples of the patch size \d+, got \(1, 3, 50, 48\)"):
         model.encode(torch.zeros(1, 3, 50, 48))
     with pytest.raises(ValueError, match="1 <= l <= 8"):
-        model.decode_pixels(torch.zeros(1, 36, 9, dtype=torch.long))
+        model.decode_pixels(torch.zeros(1, 9, 9, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,8 @@ def test_presets_are_values_of_one_configuration():
     assert EvoTokConfig.preset("base").encoder_hidden_size == 768
     with pytest.raises(ValueError, match="unknown preset 'huge'; expected one of tiny, base, paper"):
         EvoTokConfig.preset("huge")
+    with pytest.raises(ValueError, match="no field image_sise; it has image_size"):
+        EvoTokConfig.preset("tiny", image_sise=64)
 
 
 def test_every_config_field_is_read():

@@ -27,7 +27,7 @@ def test_guidance_one_is_the_conditional_model(tiny_mllm):
     options, seeds = SamplingOptions(), [1, 2]
     plain = model.generate_codes(PROMPTS, processor, 1.0, seeds, options)
     nearly = model.generate_codes(PROMPTS, processor, 1.0 + 1e-9, seeds, options)
-    assert plain.shape == (2, 36, 4) and torch.equal(plain, nearly)
+    assert plain.shape == (2, 9, 4) and torch.equal(plain, nearly)
 
 
 def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
@@ -36,7 +36,7 @@ def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
     codes = model.generate_codes(PROMPTS[:1], processor, 1.0, [0], SamplingOptions(temperature=0))[0]
     ids = processor.drawing_prompts(PROMPTS[:1])["input_ids"]
     with torch.no_grad():
-        written = model.embed_written(codes, torch.arange(36))
+        written = model.embed_written(codes, torch.arange(9))
         embeds = torch.cat([model.get_input_embeddings()(ids)[0], written])[None]
         hidden = model.language_model(inputs_embeds=embeds).last_hidden_state[0, ids.shape[1] - 1 : -1]
         logits = model.image_head(hidden, model.vision_tower.level_latents(codes[None])[0])

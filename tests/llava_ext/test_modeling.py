@@ -58,7 +58,7 @@ def test_a_mixed_batch_has_the_losses_of_its_samples(tiny_mllm, samples):
         weights = torch.tensor([float(count[index]) for count in counts])
         mean = (torch.stack([out[name] for out in single]) * weights).sum() / weights.sum()
         torch.testing.assert_close(together[name], mean, atol=1e-5, rtol=1e-5)
-    assert counts[0][1] == 0 and counts[1][1] == 36 and counts[3][1] == 0
+    assert counts[0][1] == 0 and counts[1][1] == 9 and counts[3][1] == 0
     torch.testing.assert_close(together.loss, together.text_loss + together.image_loss)
 
 
@@ -68,13 +68,13 @@ def test_image_loss_equals_a_position_by_position_computation(tiny_mllm, samples
     batch = Collator(processor)([samples[1]])
     ids = batch["input_ids"][0]
     start = int((ids == processor.image_start_id).nonzero()[0])
-    codes = model.vocabulary.codes(ids[start + 1 : start + 1 + 36 * 4]).view(36, 4)
+    codes = model.vocabulary.codes(ids[start + 1 : start + 1 + 9 * 4]).view(9, 4)
     with torch.no_grad():
         before = model.get_input_embeddings()(ids[: start + 1])
-        written = model.embed_written(codes, torch.arange(36))
+        written = model.embed_written(codes, torch.arange(9))
         hidden = model.language_model(inputs_embeds=torch.cat([before, written])[None]).last_hidden_state[0]
         losses = []
-        for position in range(36):
+        for position in range(9):
             latents = model.vision_tower.level_latents(codes[None])[0, position][None]
             logits = model.image_head(hidden[start + position][None], latents)
             losses += [F.cross_entropy(level, codes[position, i][None]) for i, level in enumerate(logits)]
@@ -126,7 +126,7 @@ def test_images_and_placeholders_must_match(tiny_mllm, samples):
     model, processor = tiny_mllm
     batch = Collator(processor)([samples[0]])
     batch["image_codes"] = batch["image_codes"].repeat(2, 1, 1)
-    with pytest.raises(ValueError, match="36 image placeholders .* 72 image positions"):
+    with pytest.raises(ValueError, match="9 image placeholders .* 18 image positions"):
         model(**batch)
 
 
@@ -188,7 +188,7 @@ def test_other_backbones(backbone, tiny_tokenizer_folder, tiny_evotok_folder, tm
     from llava_ext.checkpointing import assemble
 
     model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
-    codes = torch.randint(0, model.vocabulary.codebook_size, (36, 8))
+    codes = torch.randint(0, model.vocabulary.codebook_size, (9, 8))
     loss = model(**Collator(processor)([conversation(processor, kind, codes) for kind in ("read", "draw")])).loss
     assert torch.isfinite(loss)
     loss.backward()

@@ -180,6 +180,20 @@ def test_two_processes_with_different_kinds_of_batches(recipe, tmp_path):
     load_model(tmp_path / "two")
 
 
+def test_bf16_leaves_the_tokenizer_as_it_was(recipe, tiny_evotok_folder, tmp_path):
+    """The engine casts what it trains; rounded codebooks would give other codes."""
+    run_forked(_bf16_run, recipe, tmp_path / "bf16")
+    model, _ = load_model(tmp_path / "bf16")
+    for name, tensor in load_file(tiny_evotok_folder / "model.safetensors").items():
+        assert torch.equal(tensor, model.vision_tower.state_dict()[name]), name
+    saved = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert saved["language_model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+def _bf16_run(recipe, output):
+    run(recipe, output, bf16="true", max_steps=2)
+
+
 def test_lora_is_folded_into_the_backbone(recipe, tiny_backbone_folder, tmp_path):
     run_forked(_lora_run, recipe, tmp_path / "lora")
     model, processor = load_model(tmp_path / "lora")
