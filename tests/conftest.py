@@ -27,10 +27,16 @@ def tiny_tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_backbone_folder(tiny_tokenizer_folder, tmp_path_factory):
     """A random Qwen2-type causal LM of two layers with the BPE beside it."""
-    return make_backbone(tiny_tokenizer_folder, tmp_path_factory.mktemp("backbone"))
+    return write_backbone(tiny_tokenizer_folder, tmp_path_factory.mktemp("backbone"))
 
 
-def make_backbone(tokenizer_folder, folder, model_type: str = "qwen2"):
+@pytest.fixture(scope="session")
+def make_backbone():
+    """`make_backbone(tokenizer_folder, folder, model_type)` writes a random causal LM."""
+    return write_backbone
+
+
+def write_backbone(tokenizer_folder, folder, model_type: str = "qwen2"):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -1,14 +1,15 @@
 """A folder of images as training and held-out sets; broken files are named and left out, never replaced."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -41,6 +42,16 @@ def is_held_out(path: Path, root: Path, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") % _HASH_SPACE < fraction * _HASH_SPACE
 
 
+@contextlib.contextmanager
+def _whole_pictures_only() -> Iterator[None]:
+    """Other libraries tell Pillow to fill what is missing of a file with grey; here such a file is broken."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """Read an image as RGB.
 
@@ -48,7 +59,7 @@ def open_picture(path: str | Path) -> Image.Image:
         ValueError: it is missing or broken.
     """
     try:
-        with Image.open(path) as picture:
+        with _whole_pictures_only(), Image.open(path) as picture:
             return picture.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"image {str(path)!r} does not exist") from None

@@ -3,9 +3,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-from evotok_plugin.data.folder import Augmentation, ImageStream, is_held_out, list_images, usable_images
+from evotok_plugin.data.folder import (
+    Augmentation,
+    ImageStream,
+    is_held_out,
+    list_images,
+    open_picture,
+    usable_images,
+)
 from evotok_plugin.losses.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
@@ -124,3 +131,14 @@ def test_adversarial_losses():
     weight = torch.nn.Parameter(torch.ones(3))
     ratio = adaptive_weight((2 * weight).sum(), (4 * weight).sum(), weight)
     assert float(ratio) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_half_a_picture_is_broken_whatever_other_libraries_set(photos, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = list_images(photos)[0]
+    half = photos / "half.png"
+    Image.open(whole).save(half)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    with pytest.raises(ValueError, match="half.png' cannot be read"):
+        open_picture(half)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True

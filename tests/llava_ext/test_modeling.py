@@ -182,9 +182,7 @@ def test_generate_batch_equals_single_and_leaves_the_prompt_out(tiny_mllm, rng):
 
 
 @pytest.mark.parametrize("backbone", ["qwen3", "llama"])
-def test_other_backbones(backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
-    from conftest import make_backbone
-
+def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
     from llava_ext.checkpointing import assemble
 
     model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
