@@ -47,6 +47,7 @@ class EvoTokModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
@@ -59,6 +60,7 @@ class EvoTokModel(PreTrainedModel):
             restart_threshold=config.restart_threshold,
             warmup_steps=config.codebook_warmup_steps,
             restart_by_error=config.restart_by_error,
+            level_dropout=config.level_dropout,
         )
         self.pixel_decoder = PixelDecoder(config)
         self.semantic_decoder = SemanticDecoder(config)

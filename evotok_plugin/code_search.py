@@ -1,0 +1,233 @@
+"""Exact residual search: the Euclidean nearest code, level by level, as a float64 search would choose it.
+
+M vectors, L levels, K codes a level, C dimensions.
+
+||x - c||^2 is smallest where x.c - ||c||^2 / 2, the score, is largest. Scores are made in float32, in blocks that stay
+in the cache, from matrix products alone: each code carries its half norm as one more coordinate, each vector a 1. Of a
+block only the maximum of every group of codes is kept; nothing of the size vectors x codes is ever stored.
+
+Float32 alone would confuse codes that are nearly as near as one another (one in some thousands). So the half norm is
+lessened by the largest rounding error a score of that code can have: what is computed is never below
+score - `slack` of the vector, and a code whose computed value lies below the best code's true score less that slack is
+out of the question. Nearly always one code is left; where there are more, float64 decides. For n terms of unit
+roundoff u a computed product is off by at most n u |x||c|, and |x||c| <= (|x|^2 / t + t |c|^2) / 2 for every t > 0
+splits that bound into a part of the vector and a part of the code.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_UNIT_ROUNDOFF = 2.0**-24
+_GROUP = 32  # codes that share one kept maximum
+_GROUPS_TOGETHER = 32  # groups that are looked through at a time for the best one
+# Scores made at a time: a MiB of them for each core's L2 cache; elsewhere enough to fill the device.
+_CPU_VECTORS, _CPU_CODES, _DEVICE_VECTORS, _DEVICE_CODES = 512, 512, 4096, 4096
+_SMALL_CODEBOOK = 128  # up to here a float64 search costs no more than the bookkeeping of a float32 one
+_FLOAT64_SCORES = 1 << 19  # scores a block in float64
+_MANY_GROUPS = 32  # candidate groups a vector from which searching all codes in float64 is quicker
+_PAIRS = 1024  # pairs of a vector and a group looked at together
+
+
+def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l).
+
+    The residual is kept in float64, so the codes are those of the same search in float64 throughout; between codes
+    equally near the one of lower index is taken. Autocast and the precision set for matrix products play no part.
+    """
+    if torch.compiler.is_compiling():
+        return _opaque_residual_codes(latents, codebooks)
+    if latents.is_cuda and (kernel := _kernel()) is not None:
+        return kernel(latents, codebooks)
+    if latents.device.type not in ("cpu", "cuda"):  # other devices lack float64
+        return residual_codes(latents.cpu(), codebooks.cpu()).to(latents.device)
+    residual = latents.double()
+    codes = torch.empty(latents.shape[0], codebooks.shape[0], dtype=torch.long, device=latents.device)
+    size, dim = codebooks.shape[1:]
+    search = _search_float64 if size <= _SMALL_CODEBOOK else _GroupedSearch(latents, size, dim)
+    with _full_precision(latents.device.type):
+        for level, codebook in enumerate(codebooks):
+            chosen = search(residual, codebook)
+            codes[:, level] = chosen
+            if level + 1 < codebooks.shape[0]:
+                residual -= F.embedding(chosen, codebook)
+    return codes
+
+
+@torch.library.custom_op("evotok::residual_codes", mutates_args=())
+def _opaque_residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """The search as one operator, which torch.compile leaves whole: how much work it is depends on the data."""
+    return residual_codes(latents, codebooks)
+
+
+@_opaque_residual_codes.register_fake
+def _(latents: Tensor, codebooks: Tensor) -> Tensor:
+    return latents.new_empty(latents.shape[0], codebooks.shape[0], dtype=torch.long)
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the Euclidean nearest code, exact: (M, C), (K, C) -> (M,)."""
+    return residual_codes(vectors, codebook[None])[:, 0]
+
+
+def _kernel():
+    """The fused CUDA search, or None where Triton is absent."""
+    try:
+        from evotok_plugin.kernels.residual_search import residual_codes as fused
+    except ImportError:
+        return None
+    return fused
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """float32 products in float32: neither autocast nor TF32 or bf16 products, which a user may have allowed."""
+    allowed = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if allowed == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+
+
+def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The search as the definition has it, in blocks: float64 (M, C), (K, C) -> (M,)."""
+    codes = codebook.double()
+    half_norms = codes.square().sum(dim=1) / 2
+    num_codes = min(codes.shape[0], 4096)
+    num_vectors = max(_FLOAT64_SCORES // num_codes, 1)
+    result = torch.empty(vectors.shape[0], dtype=torch.long, device=vectors.device)
+    for start in range(0, vectors.shape[0], num_vectors):
+        block = vectors[start : start + num_vectors]
+        best = None
+        for first in range(0, codes.shape[0], num_codes):
+            part = slice(first, first + num_codes)
+            top, index = torch.addmm(half_norms[part], block, codes[part].T, beta=-1).max(dim=1)
+            if best is None:
+                best, winner = top, index
+            else:
+                better = top > best  # not >=: of equally near codes the first
+                best, winner = torch.where(better, top, best), torch.where(better, index + first, winner)
+        result[start : start + num_vectors] = winner
+    return result
+
+
+class _GroupedSearch:
+    """The float32 search with its room to work in, which all levels share."""
+
+    def __init__(self, like: Tensor, size: int, dim: int) -> None:
+        self.size, self.num_groups = size, -(-size // _GROUP)
+        if like.device.type == "cpu":
+            threads = min(torch.get_num_threads(), 8)
+            self.num_vectors = max(min(_CPU_VECTORS * threads, like.shape[0]), 1)
+            num_codes = _CPU_CODES * (_CPU_VECTORS * threads // self.num_vectors)
+        else:
+            self.num_vectors, num_codes = min(_DEVICE_VECTORS, max(like.shape[0], 1)), _DEVICE_CODES
+        self.groups_at_once = min(num_codes // _GROUP, self.num_groups)
+        self.together = min(_GROUPS_TOGETHER, self.num_groups)
+        # Codes beyond the last one fill the last group; their score is never the best. So do groups beyond the last.
+        self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
+        self.codes[size:, dim] = -torch.inf
+        self.half_norms, self.squares = like.new_empty(size), like.new_empty(min(size, _CPU_CODES), dim)
+        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        padded = -(-self.num_groups // self.together) * self.together
+        self.maxima = like.new_full((padded, self.num_vectors), -torch.inf)
+        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
+
+    def __call__(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
+        self._take(vectors, codebook)
+        result = torch.empty(vectors.shape[0], dtype=torch.long, device=vectors.device)
+        for block, found in zip(vectors.split(self.num_vectors), result.split(self.num_vectors), strict=True):
+            found.copy_(self._search_block(block))
+        return result
+
+    def _take(self, vectors: Tensor, codebook: Tensor) -> None:
+        """Lay out the codes of a level with their lessened half norms as the last coordinate."""
+        self.codebook = codebook
+        dim, step = codebook.shape[1], self.squares.shape[0]
+        halves = codebook.new_full((dim,), 0.5)
+        for first in range(0, self.size, step):
+            part = codebook[first : first + step]
+            self.codes[first : first + part.shape[0], :dim] = part
+            squares = torch.mul(part, part, out=self.squares[: part.shape[0]])
+            torch.mv(squares, halves, out=self.half_norms[first : first + part.shape[0]])
+        balance = float(vectors.square().mean() * dim / (2 * self.half_norms.mean())) ** 0.5  # t above: any is right
+        balance = balance if 1e-12 < balance < 1e12 else 1.0
+        self.vector_slack = self.error / (2 * balance)  # times |x|^2
+        torch.mul(self.half_norms, self.error * (balance + 2) - 1, out=self.codes[: self.size, dim])
+
+    def _search_block(self, vectors: Tensor) -> Tensor:
+        """Nearest codes of a block of float64 vectors: (V, C) -> (V,)."""
+        num_vectors, dim = vectors.shape
+        columns = self.codebook.new_ones(dim + 1, num_vectors)
+        columns[:dim] = vectors.T
+        rows = columns.T.contiguous()
+        maxima = self._group_maxima(columns)  # (supergroups, groups together, V)
+
+        tops = maxima.amax(dim=1)
+        best = tops.max(dim=0).indices  # argmax takes five times as long over the first dimension
+        within = maxima[best, :, torch.arange(num_vectors, device=best.device)]  # (V, groups together)
+        group = best * self.together + within.argmax(dim=1)
+        group.clamp_(max=self.num_groups - 1)  # a vector that is not finite may have landed in the padding
+        scores = self._scores_in_groups(rows, group)
+        code = (group * _GROUP + scores.argmax(dim=1)).clamp_(max=self.codebook.shape[0] - 1)
+
+        norms = vectors.square().sum(dim=1)
+        distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
+        least = (((norms - distance) / 2) - self.vector_slack * norms).float()
+        least = torch.nextafter(least, least.new_tensor(-torch.inf))
+        # One group of groups, one group and one code: those of the code chosen. More of any: not settled yet.
+        inside = torch.cat([within, scores], dim=1) >= least[:, None]
+        rivals = (tops >= least).sum(dim=0) + inside.sum(dim=1)
+        unsettled = (rivals > 3).nonzero()[:, 0]
+        if unsettled.numel():
+            candidates = maxima.flatten(0, 1)[: self.num_groups, unsettled] >= least[unsettled]
+            code[unsettled] = self._settle(
+                vectors[unsettled], rows[unsettled], least[unsettled], candidates, code[unsettled], distance[unsettled]
+            )
+        return code
+
+    def _group_maxima(self, columns: Tensor) -> Tensor:
+        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups together, V)."""
+        num_vectors = columns.shape[1]
+        maxima = self.maxima[:, :num_vectors]
+        for first in range(0, self.num_groups, self.groups_at_once):
+            count = min(self.groups_at_once, self.num_groups - first)
+            codes = self.codes[first * _GROUP : (first + count) * _GROUP]
+            scores = self.scores[: codes.shape[0] * num_vectors].view(codes.shape[0], num_vectors)
+            torch.mm(codes, columns, out=scores)
+            torch.amax(scores.view(count, _GROUP, num_vectors), dim=1, out=maxima[first : first + count])
+        return maxima.unflatten(0, (-1, self.together))
+
+    def _scores_in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
+        """Scores of the codes of one group a row: (P, C + 1), (P,) -> (P, codes a group)."""
+        codes = self.codes.view(self.num_groups, -1).index_select(0, groups)
+        return torch.bmm(rows.unsqueeze(1), codes.view(-1, _GROUP, rows.shape[1]).transpose(1, 2)).squeeze(1)
+
+    def _settle(
+        self, vectors: Tensor, rows: Tensor, least: Tensor, candidates: Tensor, code: Tensor, distance: Tensor
+    ) -> Tensor:
+        """Decide in float64 among all codes that may be nearest; candidates (G, V) says in which groups they are."""
+        groups, owners = candidates.nonzero(as_tuple=True)
+        if groups.numel() > _MANY_GROUPS * vectors.shape[0]:
+            return _search_float64(vectors, self.codebook)
+        for pairs in range(0, groups.numel(), _PAIRS):
+            group, owner = groups[pairs : pairs + _PAIRS], owners[pairs : pairs + _PAIRS]
+            scores = self._scores_in_groups(rows[owner], group)
+            pair, place = (scores >= least[owner][:, None]).nonzero(as_tuple=True)
+            rival, owner = group[pair] * _GROUP + place, owner[pair]
+            found = (vectors[owner] - F.embedding(rival, self.codebook)).square_().sum(dim=1)
+            nearest = distance.scatter_reduce(0, owner, found, "amin")
+            code = torch.where(nearest < distance, self.codebook.shape[0], code)
+            tied = found == nearest[owner]
+            code = code.scatter_reduce(0, owner[tied], rival[tied], "amin")
+            distance = nearest
+        return code
