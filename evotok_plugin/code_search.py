@@ -25,8 +25,9 @@ _UNIT_ROUNDOFF = 2.0**-24
 _GROUP = 32  # codes that share one kept maximum
 _GROUPS_TOGETHER = 32  # groups that are looked through at a time for the best one
 # Scores made at a time: a MiB of them for each core's L2 cache; elsewhere enough to fill the device.
-_CPU_VECTORS, _CPU_CODES, _DEVICE_VECTORS, _DEVICE_CODES = 512, 512, 4096, 4096
-_SMALL_CODEBOOK = 128  # up to here a float64 search costs no more than the bookkeeping of a float32 one
+_CPU_VECTORS, _CPU_SCORES = 512, 1 << 18
+_DEVICE_VECTORS, _DEVICE_SCORES = 4096, 1 << 24
+_SMALL_CODEBOOK = 1024  # up to here a float64 search costs no more than float32 and its bookkeeping
 _FLOAT64_SCORES = 1 << 19  # scores a block in float64
 _MANY_GROUPS = 32  # candidate groups a vector from which searching all codes in float64 is quicker
 _PAIRS = 1024  # pairs of a vector and a group looked at together
@@ -35,8 +36,8 @@ _PAIRS = 1024  # pairs of a vector and a group looked at together
 def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l).
 
-    The residual is kept in float64, so the codes are those of the same search in float64 throughout; between codes
-    equally near the one of lower index is taken. Autocast and the precision set for matrix products play no part.
+    The residual is kept in float64, so the codes are those of the same search in float64 throughout; of codes equally
+    near, to float64's own rounding, it is one. Autocast and the precision set for matrix products play no part.
     """
     if torch.compiler.is_compiling():
         return _opaque_residual_codes(latents, codebooks)
@@ -102,11 +103,9 @@ def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
     codes = codebook.double()
     half_norms = codes.square().sum(dim=1) / 2
     num_codes = min(codes.shape[0], 4096)
-    num_vectors = max(_FLOAT64_SCORES // num_codes, 1)
-    result = torch.empty(vectors.shape[0], dtype=torch.long, device=vectors.device)
-    for start in range(0, vectors.shape[0], num_vectors):
-        block = vectors[start : start + num_vectors]
-        best = None
+    winners = []
+    for block in vectors.split(max(_FLOAT64_SCORES // num_codes, 1)):
+        best = winner = None
         for first in range(0, codes.shape[0], num_codes):
             part = slice(first, first + num_codes)
             top, index = torch.addmm(half_norms[part], block, codes[part].T, beta=-1).max(dim=1)
@@ -115,8 +114,8 @@ def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
             else:
                 better = top > best  # not >=: of equally near codes the first
                 best, winner = torch.where(better, top, best), torch.where(better, index + first, winner)
-        result[start : start + num_vectors] = winner
-    return result
+        winners.append(winner)
+    return winners[0] if len(winners) == 1 else torch.cat(winners)
 
 
 class _GroupedSearch:
@@ -124,30 +123,29 @@ class _GroupedSearch:
 
     def __init__(self, like: Tensor, size: int, dim: int) -> None:
         self.size, self.num_groups = size, -(-size // _GROUP)
+        num_scores, num_vectors = _DEVICE_SCORES, _DEVICE_VECTORS
         if like.device.type == "cpu":
             threads = min(torch.get_num_threads(), 8)
-            self.num_vectors = max(min(_CPU_VECTORS * threads, like.shape[0]), 1)
-            num_codes = _CPU_CODES * (_CPU_VECTORS * threads // self.num_vectors)
-        else:
-            self.num_vectors, num_codes = min(_DEVICE_VECTORS, max(like.shape[0], 1)), _DEVICE_CODES
-        self.groups_at_once = min(num_codes // _GROUP, self.num_groups)
+            num_scores, num_vectors = _CPU_SCORES * threads, _CPU_VECTORS * threads
+        self.num_vectors = max(min(num_vectors, like.shape[0]), 1)
+        self.groups_at_once = min(max(num_scores // (self.num_vectors * _GROUP), 1), self.num_groups)
         self.together = min(_GROUPS_TOGETHER, self.num_groups)
-        # Codes beyond the last one fill the last group; their score is never the best. So do groups beyond the last.
+        # Codes beyond the last one fill the last group, groups beyond the last the last group of groups; their scores
+        # are never the best.
         self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
         self.codes[size:, dim] = -torch.inf
-        self.half_norms, self.squares = like.new_empty(size), like.new_empty(min(size, _CPU_CODES), dim)
-        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        self.half_norms, self.squares = like.new_empty(size), like.new_empty(min(size, 1024), dim)
+        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
         padded = -(-self.num_groups // self.together) * self.together
         self.maxima = like.new_full((padded, self.num_vectors), -torch.inf)
-        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
+        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
 
     def __call__(self, vectors: Tensor, codebook: Tensor) -> Tensor:
         """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
         self._take(vectors, codebook)
-        result = torch.empty(vectors.shape[0], dtype=torch.long, device=vectors.device)
-        for block, found in zip(vectors.split(self.num_vectors), result.split(self.num_vectors), strict=True):
-            found.copy_(self._search_block(block))
-        return result
+        if vectors.shape[0] <= self.num_vectors:
+            return self._search_block(vectors)
+        return torch.cat([self._search_block(block) for block in vectors.split(self.num_vectors)])
 
     def _take(self, vectors: Tensor, codebook: Tensor) -> None:
         """Lay out the codes of a level with their lessened half norms as the last coordinate."""
@@ -163,6 +161,13 @@ class _GroupedSearch:
         balance = balance if 1e-12 < balance < 1e12 else 1.0
         self.vector_slack = self.error / (2 * balance)  # times |x|^2
         torch.mul(self.half_norms, self.error * (balance + 2) - 1, out=self.codes[: self.size, dim])
+
+    def _least(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distance to a code (V,), and what the computed score of a nearer one is at least (V,)."""
+        norms = vectors.square().sum(dim=1)
+        distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
+        least = (((norms - distance) / 2) - self.vector_slack * norms).float()
+        return distance, torch.nextafter(least, least.new_tensor(-torch.inf))
 
     def _search_block(self, vectors: Tensor) -> Tensor:
         """Nearest codes of a block of float64 vectors: (V, C) -> (V,)."""
@@ -180,10 +185,7 @@ class _GroupedSearch:
         scores = self._scores_in_groups(rows, group)
         code = (group * _GROUP + scores.argmax(dim=1)).clamp_(max=self.codebook.shape[0] - 1)
 
-        norms = vectors.square().sum(dim=1)
-        distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
-        least = (((norms - distance) / 2) - self.vector_slack * norms).float()
-        least = torch.nextafter(least, least.new_tensor(-torch.inf))
+        distance, least = self._least(vectors, code)
         # One group of groups, one group and one code: those of the code chosen. More of any: not settled yet.
         inside = torch.cat([within, scores], dim=1) >= least[:, None]
         rivals = (tops >= least).sum(dim=0) + inside.sum(dim=1)

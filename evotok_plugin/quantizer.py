@@ -3,6 +3,7 @@
 M vectors (any leading shape), L levels, K codes a level, C dimensions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -170,18 +171,18 @@ class ResidualVectorQuantizer(nn.Module):
         batch = _JointBatch(vectors)
         residuals = [vectors] + [vectors - total.view_as(vectors) for total in sums]
         peaks = batch.largest(torch.stack([residual.abs().amax() for residual in residuals[:-1]]))
-        if torch.isfinite(peaks).all():  # else the loss is no number either, and stops the run: spoil nothing
-            for level in range(codes.shape[1]):
-                self._learn_level(level, residuals[level], residuals[level + 1], codes[:, level], peaks[level], batch)
+        if all(map(math.isfinite, peaks)):  # else the loss is no number either, and stops the run: spoil nothing
+            for level, peak in enumerate(peaks):
+                self._learn_level(level, residuals[level], residuals[level + 1], codes[:, level], peak, batch)
         self._steps += 1
 
     def _learn_level(
-        self, level: int, vectors: Tensor, left: Tensor, chosen: Tensor, peak: Tensor, batch: "_JointBatch"
+        self, level: int, vectors: Tensor, left: Tensor, chosen: Tensor, peak: float, batch: "_JointBatch"
     ) -> None:
         codebook, counts = self.codebooks[level], self._counts[level]
         # Sums in whole units are the same in whatever order they are made: over ranks, and by atomic additions.
-        unit = torch.ldexp(torch.ones((), dtype=torch.float64), torch.frexp(peak.cpu()).exponent - 40).to(peak.device)
-        terms = F.pad((vectors.double() / unit).round_().long(), (0, 1), value=1)
+        unit = 2.0 ** (math.frexp(peak)[1] - 40)
+        terms = F.pad(vectors.double().mul_(1 / unit).round_().long(), (0, 1), value=1)
         totals = terms.new_zeros(self.codebook_size, terms.shape[1]).index_add_(0, chosen, terms)
         batch.add_up(totals)
         occurrences = totals[:, -1]
@@ -256,12 +257,12 @@ class _JointBatch:
             dist.broadcast(seed, src=0)
         self._generator = torch.Generator().manual_seed(int(seed))
 
-    def largest(self, values: Tensor) -> Tensor:
+    def largest(self, values: Tensor) -> list[float]:
         """Elementwise maximum over the processes; what is no number counts as infinite."""
         values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
         if self.shared:
             dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values
+        return values.tolist()
 
     def add_up(self, values: Tensor) -> None:
         """Sum over the processes, in place."""
