@@ -16,6 +16,7 @@ splits that bound into a part of the vector and a part of the code.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,6 @@ _DEVICE_VECTORS, _DEVICE_SCORES = 4096, 1 << 24
 _SMALL_CODEBOOK = 1024  # up to here a float64 search costs no more than float32 and its bookkeeping
 _FLOAT64_SCORES = 1 << 19  # scores a block in float64
 _MANY_GROUPS = 32  # candidate groups a vector from which searching all codes in float64 is quicker
-_PAIRS = 1024  # pairs of a vector and a group looked at together
 
 
 def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
@@ -118,6 +118,19 @@ def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
     return winners[0] if len(winners) == 1 else torch.cat(winners)
 
 
+@dataclass
+class _Block:
+    """What a block of codes works on: views of the search's room."""
+
+    codes: Tensor  # laid out, with the bias as the last coordinate
+    coordinates: Tensor
+    bias: Tensor  # minus the lessened half norms
+    squares: Tensor
+    scores: Tensor  # (codes, V)
+    grouped_scores: Tensor  # (groups, codes a group, V)
+    maxima: Tensor  # (groups, V)
+
+
 class _GroupedSearch:
     """The float32 search with its room to work in, which all levels share."""
 
@@ -134,33 +147,47 @@ class _GroupedSearch:
         # are never the best.
         self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
         self.codes[size:, dim] = -torch.inf
-        self.half_norms, self.squares = like.new_empty(size), like.new_empty(min(size, 1024), dim)
-        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
         padded = -(-self.num_groups // self.together) * self.together
         self.maxima = like.new_full((padded, self.num_vectors), -torch.inf)
         self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        self.squares = like.new_empty(min(self.groups_at_once * _GROUP, size), dim)
+        self.gathered = like.new_empty(self.num_vectors, _GROUP * (dim + 1))
+        self.blocks = self._cut_blocks(self.num_vectors)
+        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
 
     def __call__(self, vectors: Tensor, codebook: Tensor) -> Tensor:
         """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
-        self._take(vectors, codebook)
-        if vectors.shape[0] <= self.num_vectors:
-            return self._search_block(vectors)
-        return torch.cat([self._search_block(block) for block in vectors.split(self.num_vectors)])
-
-    def _take(self, vectors: Tensor, codebook: Tensor) -> None:
-        """Lay out the codes of a level with their lessened half norms as the last coordinate."""
-        self.codebook = codebook
-        dim, step = codebook.shape[1], self.squares.shape[0]
-        halves = codebook.new_full((dim,), 0.5)
-        for first in range(0, self.size, step):
-            part = codebook[first : first + step]
-            self.codes[first : first + part.shape[0], :dim] = part
-            squares = torch.mul(part, part, out=self.squares[: part.shape[0]])
-            torch.mv(squares, halves, out=self.half_norms[first : first + part.shape[0]])
-        balance = float(vectors.square().mean() * dim / (2 * self.half_norms.mean())) ** 0.5  # t above: any is right
+        dim = codebook.shape[1]
+        sample = codebook[:: max(self.size // 1024, 1)]
+        balance = float(vectors.square().mean() / sample.square().mean()) ** 0.5  # t above: any value is right
         balance = balance if 1e-12 < balance < 1e12 else 1.0
+        self.codebook = codebook
         self.vector_slack = self.error / (2 * balance)  # times |x|^2
-        torch.mul(self.half_norms, self.error * (balance + 2) - 1, out=self.codes[: self.size, dim])
+        self.lessened = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
+        parts = vectors.split(self.num_vectors)
+        found = [self._search_block(part, first=number == 0) for number, part in enumerate(parts)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _cut_blocks(self, num_vectors: int) -> list["_Block"]:
+        """The blocks of codes, for so many vectors; cut once for all levels, since each cut takes its microsecond."""
+        blocks, dim = [], self.squares.shape[1]
+        for first in range(0, self.num_groups, self.groups_at_once):
+            last = min(first + self.groups_at_once, self.num_groups)
+            count = min(last * _GROUP, self.size) - first * _GROUP
+            codes = self.codes[first * _GROUP : last * _GROUP]
+            scores = self.scores[: codes.shape[0] * num_vectors].view(codes.shape[0], num_vectors)
+            blocks.append(
+                _Block(
+                    codes=codes,
+                    coordinates=codes[:count, :dim],
+                    bias=codes[:count, dim],
+                    squares=self.squares[:count],
+                    scores=scores,
+                    grouped_scores=scores.view(last - first, _GROUP, num_vectors),
+                    maxima=self.maxima[first:last, :num_vectors],
+                )
+            )
+        return blocks
 
     def _least(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distance to a code (V,), and what the computed score of a nearer one is at least (V,)."""
@@ -169,13 +196,13 @@ class _GroupedSearch:
         least = (((norms - distance) / 2) - self.vector_slack * norms).float()
         return distance, torch.nextafter(least, least.new_tensor(-torch.inf))
 
-    def _search_block(self, vectors: Tensor) -> Tensor:
-        """Nearest codes of a block of float64 vectors: (V, C) -> (V,)."""
+    def _search_block(self, vectors: Tensor, first: bool) -> Tensor:
+        """Nearest codes of a block of float64 vectors: (V, C) -> (V,); the first of a level lays out its codes."""
         num_vectors, dim = vectors.shape
         columns = self.codebook.new_ones(dim + 1, num_vectors)
         columns[:dim] = vectors.T
         rows = columns.T.contiguous()
-        maxima = self._group_maxima(columns)  # (supergroups, groups together, V)
+        maxima = self._group_maxima(columns, first)  # (supergroups, groups together, V)
 
         tops = maxima.amax(dim=1)
         best = tops.max(dim=0).indices  # argmax takes five times as long over the first dimension
@@ -197,21 +224,23 @@ class _GroupedSearch:
             )
         return code
 
-    def _group_maxima(self, columns: Tensor) -> Tensor:
+    def _group_maxima(self, columns: Tensor, first: bool) -> Tensor:
         """Largest computed score of every group: (C + 1, V) -> (supergroups, groups together, V)."""
         num_vectors = columns.shape[1]
-        maxima = self.maxima[:, :num_vectors]
-        for first in range(0, self.num_groups, self.groups_at_once):
-            count = min(self.groups_at_once, self.num_groups - first)
-            codes = self.codes[first * _GROUP : (first + count) * _GROUP]
-            scores = self.scores[: codes.shape[0] * num_vectors].view(codes.shape[0], num_vectors)
-            torch.mm(codes, columns, out=scores)
-            torch.amax(scores.view(count, _GROUP, num_vectors), dim=1, out=maxima[first : first + count])
-        return maxima.unflatten(0, (-1, self.together))
+        blocks = self.blocks if num_vectors == self.num_vectors else self._cut_blocks(num_vectors)
+        for block, codes in zip(blocks, self.codebook.split(self.groups_at_once * _GROUP), strict=True):
+            if first:
+                block.coordinates.copy_(codes)
+                torch.mul(codes, codes, out=block.squares)
+                torch.mv(block.squares, self.lessened, out=block.bias)
+            torch.mm(block.codes, columns, out=block.scores)
+            torch.amax(block.grouped_scores, dim=1, out=block.maxima)
+        return self.maxima[:, :num_vectors].unflatten(0, (-1, self.together))
 
     def _scores_in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
         """Scores of the codes of one group a row: (P, C + 1), (P,) -> (P, codes a group)."""
-        codes = self.codes.view(self.num_groups, -1).index_select(0, groups)
+        codes = self.codes.view(self.num_groups, -1)
+        codes = torch.index_select(codes, 0, groups, out=self.gathered[: groups.shape[0]])
         return torch.bmm(rows.unsqueeze(1), codes.view(-1, _GROUP, rows.shape[1]).transpose(1, 2)).squeeze(1)
 
     def _settle(
@@ -221,8 +250,7 @@ class _GroupedSearch:
         groups, owners = candidates.nonzero(as_tuple=True)
         if groups.numel() > _MANY_GROUPS * vectors.shape[0]:
             return _search_float64(vectors, self.codebook)
-        for pairs in range(0, groups.numel(), _PAIRS):
-            group, owner = groups[pairs : pairs + _PAIRS], owners[pairs : pairs + _PAIRS]
+        for group, owner in zip(groups.split(self.num_vectors), owners.split(self.num_vectors), strict=True):
             scores = self._scores_in_groups(rows[owner], group)
             pair, place = (scores >= least[owner][:, None]).nonzero(as_tuple=True)
             rival, owner = group[pair] * _GROUP + place, owner[pair]

@@ -47,7 +47,6 @@ def search_path(request, monkeypatch):
             monkeypatch.setattr(code_search, name, value)
         monkeypatch.setattr(code_search, "_CPU_VECTORS", 7)
         monkeypatch.setattr(code_search, "_CPU_SCORES", 100)
-        monkeypatch.setattr(code_search, "_PAIRS", 5)
     else:
         monkeypatch.setattr(code_search, "_FLOAT64_SCORES", 300)
     return request.param
