@@ -18,7 +18,7 @@ _BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
 def _rank_tile(
     vectors, codebook, tile, wanted, distance, code, K, C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Compare float64 vectors with the codes of one tile each, where wanted; the nearest so far comes in and goes out."""
+    """Compare float64 vectors with the codes of one tile each, where wanted; takes and gives the nearest so far."""
     columns = tl.arange(0, PADDED_C)[None, :]
     for place in range(BLOCK_K):
         index = tile * BLOCK_K + place
@@ -35,7 +35,8 @@ def _rank_tile(
 
 @triton.jit
 def _scores(
-    vectors, codebook, bias, tile, K, C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+    vectors, codebook, bias, tile, K,
+    C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computed scores of all vectors of the block with a tile of codes (BLOCK_M, BLOCK_K)."""
     index = tile * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--codebook_size", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each; the least time counts")
-    parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch, which is slow; 0: none")
+    parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch; 0: leave it out")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time on cores, of all threads")
     parser.add_argument("--device", default="cpu")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, ResidualVectorQuantizer, code_search
+from evotok_plugin.metrics.codes import CodeUsage
 
 
 def make(levels=4, size=64, dim=8, **options):
@@ -177,7 +178,8 @@ check(1e-3 * torch.randn(5, 32), torch.randn(1, 20, 32))
 codebook = (torch.randn(5, 8) + 30)[torch.arange(60) % 5]
 codebook = codebook * (1 + 2.0**-22 * torch.randint(-9, 10, codebook.shape))
 z = codebook[torch.randint(60, (30,))] + 1e-3 * torch.randn(30, 8)
-assert not torch.equal((z @ codebook.T - codebook.square().sum(1) / 2).argmax(1), code_search.nearest_codes(z, codebook))
+float32_codes = (z @ codebook.T - codebook.square().sum(1) / 2).argmax(1)
+assert not torch.equal(float32_codes, code_search.nearest_codes(z, codebook))
 check(z, codebook[None])
 codes = residual_search.residual_codes(torch.full((2, 8), torch.nan), codebook[None])
 assert ((codes >= 0) & (codes < 60)).all()
@@ -284,7 +286,8 @@ def test_level_dropout_shortens_what_decoders_see_and_nothing_else():
     torch.manual_seed(0)
     result = dropping(z)
     assert torch.equal(result.codes, expected.codes) and torch.equal(result.commitment_loss, expected.commitment_loss)
-    depths = torch.stack([(result.latents_at(4) - expected.latents_at(d)).abs().amax(dim=(1, 2)) < 1e-6 for d in (1, 2, 3, 4)])
+    shown, sums = result.latents_at(4), [expected.latents_at(depth) for depth in (1, 2, 3, 4)]
+    depths = torch.stack([(shown - total).abs().amax(dim=(1, 2)) < 1e-6 for total in sums])
     assert (depths.sum(0) == 1).all()
     kept = depths.sum(1)
     assert (kept > 0).all() and 25 < kept[3] < 55  # half and a quarter of the rest
@@ -381,6 +384,18 @@ def learn(batches):
     return codebooks
 
 
+def test_code_usage_counts_prefixes_and_refuses_what_it_cannot_count():
+    usage = CodeUsage(num_levels=3, codebook_size=4)
+    usage.update(torch.tensor([[[0, 1, 2], [0, 3, 2]]]))
+    usage.update(torch.tensor([[1], [1]], dtype=torch.uint8))
+    assert usage.counts.tolist() == [[2, 2, 0, 0], [0, 1, 0, 1], [0, 0, 2, 0]]
+    np.testing.assert_allclose(usage.perplexity(), [2, 2, 1])
+    with pytest.raises(ValueError, match="4 levels, 3 are counted"):
+        usage.update(torch.zeros(1, 2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"0..3, got 0..4"):
+        usage.update(torch.tensor([[0, 4, 0]]))
+
+
 def _learn_on_rank(rank, port, parts, queue):
     import torch.distributed as dist
 
@@ -388,7 +403,11 @@ def _learn_on_rank(rank, port, parts, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    queue.put((rank, {name: value.numpy() for name, value in learn(parts[rank]).items()}))
+    learnt = {name: value.numpy() for name, value in learn(parts[rank]).items()}
+    usage = CodeUsage(num_levels=1, codebook_size=2)
+    usage.update(torch.tensor([[rank]]))
+    usage.all_reduce()
+    queue.put((rank, learnt, usage.usage()))
     dist.destroy_process_group()
 
 
@@ -407,11 +426,12 @@ def test_two_processes_equal_one_on_the_joint_batch_to_the_bit():
     children = [context.Process(target=_learn_on_rank, args=(rank, port, parts, queue)) for rank in range(2)]
     for child in children:
         child.start()
-    results = dict(queue.get(timeout=120) for _ in children)
+    ranks = sorted((queue.get(timeout=120) for _ in children), key=lambda result: result[0])
     for child in children:
         child.join(30)
     alone = learn(z)
-    for name, expected in alone.items():
-        np.testing.assert_array_equal(results[0][name], results[1][name], err_msg=name)
-        np.testing.assert_array_equal(results[0][name], expected.numpy(), err_msg=name)
+    for _, learnt, usage in ranks:
+        assert usage == [1.0]
+        for name, expected in alone.items():
+            np.testing.assert_array_equal(learnt[name], expected.numpy(), err_msg=name)
     assert len({float(value.sum()) for value in alone.values()}) == len(LEARNERS)  # they are different things
