@@ -40,10 +40,11 @@ def assert_codes_are_exact(codes, vectors, codebooks):
         residual = residual - codebook[chosen]
 
 
-@pytest.fixture(params=["float64", "groups"])
+@pytest.fixture(params=["float64", "groups", "crowd"])
 def search_path(request, monkeypatch):
-    """Both ways of the torch search, whatever the size of the codebook; small blocks, so that there are several."""
-    if request.param == "groups":
+    """The ways of the torch search, whatever the size of the codebook; small blocks, so that there are several."""
+    if request.param != "float64":
+        monkeypatch.setattr(code_search, "_MANY_GROUPS", 0 if request.param == "crowd" else 10**6)
         for name, value in (("_SMALL_CODEBOOK", 0), ("_GROUP", 4), ("_GROUPS_TOGETHER", 3)):
             monkeypatch.setattr(code_search, name, value)
         monkeypatch.setattr(code_search, "_CPU_VECTORS", 7)
