@@ -92,7 +92,7 @@ class EvoTokModel(PreTrainedModel):
         quantized = self.quantizer(self.encoder(pixel_values))
         return EvoTokOutput(
             pixels=self._to_pixels(quantized.latents_at(self.config.pixel_depth)),
-            features=self.semantic_decoder(quantized.latents_at(self.config.semantic_depth)),
+            features=self.semantic_decoder(quantized.latents_at(self.config.semantic_depth).to(self.dtype)),
             codes=quantized.codes,
             commitment_loss=quantized.commitment_loss,
         )

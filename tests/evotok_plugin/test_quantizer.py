@@ -156,6 +156,8 @@ def test_checkpoint_loaded_in_half_precision_keeps_its_codebooks(tiny_evotok_fol
     half = EvoTokModel.from_pretrained(tiny_evotok_folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.quantizer.codebooks, whole.quantizer.codebooks)
+    output = half(torch.zeros(1, 3, 48, 48, dtype=torch.bfloat16))
+    assert output.pixels.dtype == output.features.dtype == torch.bfloat16
 
 
 def test_compiled_search_is_one_operator_of_the_graph():
