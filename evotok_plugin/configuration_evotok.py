@@ -62,6 +62,7 @@ class EvoTokConfig(PreTrainedConfig):
         semantic_dim: D, width of the semantic features; the teacher's width.
         ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see
             `ResidualVectorQuantizer`.
+        level_dropout: share of a training batch that the decoders see at a random depth.
     """
 
     model_type = "evotok"
@@ -92,6 +93,7 @@ class EvoTokConfig(PreTrainedConfig):
     restart_threshold: float = 1.0
     codebook_warmup_steps: int = 2000
     restart_by_error: bool = False
+    level_dropout: float = 0.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -117,6 +119,8 @@ class EvoTokConfig(PreTrainedConfig):
             raise ValueError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
+        if not 0 <= self.level_dropout <= 1:
+            raise ValueError(f"level_dropout is a share of the batch, expected 0..1, got {self.level_dropout}")
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise ValueError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

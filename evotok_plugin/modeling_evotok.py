@@ -7,7 +7,6 @@ Images may have any height and width that are multiples of the patch size. What 
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +63,7 @@ class EvoTokModel(PreTrainedModel):
             restart_threshold=config.restart_threshold,
             warmup_steps=config.codebook_warmup_steps,
             restart_by_error=config.restart_by_error,
+            level_dropout=config.level_dropout,
         )
         self.pixel_decoder = PixelDecoder(config)
         self.semantic_decoder = SemanticDecoder(config)
@@ -89,15 +89,6 @@ class EvoTokModel(PreTrainedModel):
             init.normal_(module.position_embedding, std=self.config.initializer_range)
         elif isinstance(module, ResidualVectorQuantizer):
             init.normal_(module.codebooks)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EvoTokModel":
-        """Where the model is cast (`to(torch.bfloat16)`, `half()`), the codebooks stay float32 and only move."""
-        exact = dict(self.quantizer.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.quantizer.named_buffers():
-            if buffer.dtype != exact[name].dtype:
-                setattr(self.quantizer, name, exact[name].to(buffer.device))
-        return self
 
     def forward(self, pixel_values: Tensor) -> EvoTokOutput:
         """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1].

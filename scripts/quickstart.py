@@ -156,9 +156,8 @@ def print_table(results: dict) -> None:
     print(f"reconstructions: {WORKSPACE / 'reconstruction.png'}")
     print(f"evolution:       {WORKSPACE / 'evolution' / 'evolution.png'}")
     print(f"drawn images:    {WORKSPACE / 'drawn.png'}")
-    print(
-        f'\ntry: evotok-llava draw "a photo of a red circle above a blue square" -n 4 -o out/ --model {WORKSPACE / "finetune"}'
-    )
+    prompt = "a photo of a red circle above a blue square"
+    print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {WORKSPACE / "finetune"}')
 
 
 def main() -> int:

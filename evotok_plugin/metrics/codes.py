@@ -1,20 +1,40 @@
 """How a tokenizer uses its codebooks, from streaming counts."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 class CodeUsage:
-    """Counts codes level by level; a few KiB however many images are seen."""
+    """Counts codes level by level: 8 bytes a code of a codebook, however many images are seen.
+
+    It stands beside a model, not in it: no count is part of a `state_dict` or changes what a tokenizer is.
+    """
 
     def __init__(self, num_levels: int, codebook_size: int) -> None:
         self.counts = torch.zeros(num_levels, codebook_size, dtype=torch.long)
 
     def update(self, codes: Tensor) -> None:
-        """Add codes (B, N, L)."""
-        for level in range(self.counts.shape[0]):
-            flat = codes[..., level].flatten().cpu()
-            self.counts[level] += torch.bincount(flat, minlength=self.counts.shape[1])
+        """Add codes (..., l) of the first l levels.
+
+        Raises:
+            ValueError: more levels than are counted, or a code that no codebook has.
+        """
+        (num_levels, size), codes = self.counts.shape, codes.detach().flatten(0, -2)
+        if codes.shape[1] > num_levels:
+            raise ValueError(f"codes have {codes.shape[1]} levels, {num_levels} are counted")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
+        for level, column in enumerate(codes.unbind(dim=1)):
+            self.counts[level] += torch.bincount(column.long(), minlength=size).cpu()
+
+    def all_reduce(self) -> None:
+        """Add up what the processes have counted; a single process has nothing to add."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            counts = self.counts.to(device)
+            dist.all_reduce(counts)
+            self.counts = counts.cpu()
 
     def usage(self) -> list[float]:
         """Share of each level's codes that occurred."""

@@ -344,7 +344,10 @@ class TokenizerTrainer:
         if not path.is_file():
             return False
         tensors = load_file(path)
-        part = lambda prefix: {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}  # noqa: E731
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+
         try:
             self.model.load_state_dict(part("model"))
         except RuntimeError as error:

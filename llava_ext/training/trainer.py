@@ -21,6 +21,10 @@ class EvoTokTrainer(Trainer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # DeepSpeed casts all parameters to the training dtype, the frozen ones too: what is saved are these.
+        rounds = self.args.bf16 or self.args.fp16
+        tower = self.model.vision_tower.state_dict() if rounds else {}
+        self._exact_tower = {f"vision_tower.{name}": value.cpu().clone() for name, value in tower.items()}
         self._loss_sums: dict[str, list[float]] = defaultdict(list)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -68,6 +72,8 @@ class EvoTokTrainer(Trainer):
         )
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        if self._exact_tower:
+            state_dict = {**(self.model.state_dict() if state_dict is None else state_dict), **self._exact_tower}
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, which nothing of ours reads: recipe.yaml holds them as text.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)

@@ -76,4 +76,4 @@ def test_progress_counts_positions(tiny_mllm):
     model, processor = tiny_mllm
     seen = []
     model.generate_images("a ring", processor, num_images=3, batch_size=2, on_progress=lambda *s: seen.append(s))
-    assert seen[-1] == (108, 108) and all(a[0] < b[0] for a, b in zip(seen, seen[1:]))
+    assert seen[-1] == (27, 27) and all(a[0] < b[0] for a, b in zip(seen, seen[1:]))

@@ -1,0 +1,263 @@
+"""Exact residual search: the Euclidean nearest code, level by level, as a float64 search would choose it.
+
+M vectors, L levels, K codes a level, C dimensions.
+
+||x - c||^2 is smallest where x.c - ||c||^2 / 2, the score, is largest. Scores are made in float32, in blocks that stay
+in the cache, from matrix products alone: each code carries its half norm as one more coordinate, each vector a 1. Of a
+block only the maximum of every group of codes is kept; nothing of the size vectors x codes is ever stored.
+
+Float32 alone would confuse codes that are nearly as near as one another (one in some thousands). So the half norm is
+lessened by the largest rounding error a score of that code can have: what is computed is never below
+score - `slack` of the vector, and a code whose computed value lies below the best code's true score less that slack is
+out of the question. Nearly always one code is left; where there are more, float64 decides. For n terms of unit
+roundoff u a computed product is off by at most n u |x||c|, and |x||c| <= (|x|^2 / t + t |c|^2) / 2 for every t > 0
+splits that bound into a part of the vector and a part of the code.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_UNIT_ROUNDOFF = 2.0**-24
+_GROUP = 32  # codes that share one kept maximum
+_GROUPS_TOGETHER = 32  # groups that are looked through at a time for the best one
+# Scores made at a time: a MiB of them for each core's L2 cache; elsewhere enough to fill the device.
+_CPU_VECTORS, _CPU_SCORES = 512, 1 << 18
+_DEVICE_VECTORS, _DEVICE_SCORES = 4096, 1 << 24
+_SMALL_CODEBOOK = 1024  # up to here a float64 search costs no more than float32 and its bookkeeping
+_FLOAT64_SCORES = 1 << 19  # scores a block in float64
+_MANY_GROUPS = 32  # candidate groups a vector from which searching all codes in float64 is quicker
+
+
+def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l).
+
+    The residual is kept in float64, so the codes are those of the same search in float64 throughout; of codes equally
+    near, to float64's own rounding, it is one. Autocast and the precision set for matrix products play no part.
+    """
+    if torch.compiler.is_compiling():
+        return _opaque_residual_codes(latents, codebooks)
+    if latents.is_cuda and (kernel := _kernel()) is not None:
+        return kernel(latents, codebooks)
+    if latents.device.type not in ("cpu", "cuda"):  # other devices lack float64
+        return residual_codes(latents.cpu(), codebooks.cpu()).to(latents.device)
+    residual = latents.double()
+    codes = torch.empty(latents.shape[0], codebooks.shape[0], dtype=torch.long, device=latents.device)
+    size, dim = codebooks.shape[1:]
+    search = _search_float64 if size <= _SMALL_CODEBOOK else _GroupedSearch(latents, size, dim)
+    with _full_precision(latents.device.type):
+        for level, codebook in enumerate(codebooks):
+            chosen = search(residual, codebook)
+            codes[:, level] = chosen
+            if level + 1 < codebooks.shape[0]:
+                residual -= F.embedding(chosen, codebook)
+    return codes
+
+
+@torch.library.custom_op("evotok::residual_codes", mutates_args=())
+def _opaque_residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """The search as one operator, which torch.compile leaves whole: how much work it is depends on the data."""
+    return residual_codes(latents, codebooks)
+
+
+@_opaque_residual_codes.register_fake
+def _(latents: Tensor, codebooks: Tensor) -> Tensor:
+    return latents.new_empty(latents.shape[0], codebooks.shape[0], dtype=torch.long)
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the Euclidean nearest code, exact: (M, C), (K, C) -> (M,)."""
+    return residual_codes(vectors, codebook[None])[:, 0]
+
+
+def _kernel():
+    """The fused CUDA search, or None where Triton is absent."""
+    try:
+        from evotok_plugin.kernels.residual_search import residual_codes as fused
+    except ImportError:
+        return None
+    return fused
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """float32 products in float32: neither autocast nor TF32 or bf16 products, which a user may have allowed."""
+    allowed = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if allowed == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+
+
+def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The search as the definition has it, in blocks: float64 (M, C), (K, C) -> (M,)."""
+    codes = codebook.double()
+    half_norms = codes.square().sum(dim=1) / 2
+    num_codes = min(codes.shape[0], 4096)
+    winners = []
+    for block in vectors.split(max(_FLOAT64_SCORES // num_codes, 1)):
+        best = winner = None
+        for first in range(0, codes.shape[0], num_codes):
+            part = slice(first, first + num_codes)
+            top, index = torch.addmm(half_norms[part], block, codes[part].T, beta=-1).max(dim=1)
+            if best is None:
+                best, winner = top, index
+            else:
+                better = top > best  # not >=: of equally near codes the first
+                best, winner = torch.where(better, top, best), torch.where(better, index + first, winner)
+        winners.append(winner)
+    return winners[0] if len(winners) == 1 else torch.cat(winners)
+
+
+@dataclass
+class _Block:
+    """What a block of codes works on: views of the search's room."""
+
+    codes: Tensor  # laid out, with the bias as the last coordinate
+    coordinates: Tensor
+    bias: Tensor  # minus the lessened half norms
+    squares: Tensor
+    scores: Tensor  # (codes, V)
+    grouped_scores: Tensor  # (groups, codes a group, V)
+    maxima: Tensor  # (groups, V)
+
+
+class _GroupedSearch:
+    """The float32 search with its room to work in, which all levels share."""
+
+    def __init__(self, like: Tensor, size: int, dim: int) -> None:
+        self.size, self.num_groups = size, -(-size // _GROUP)
+        num_scores, num_vectors = _DEVICE_SCORES, _DEVICE_VECTORS
+        if like.device.type == "cpu":
+            threads = min(torch.get_num_threads(), 8)
+            num_scores, num_vectors = _CPU_SCORES * threads, _CPU_VECTORS * threads
+        self.num_vectors = max(min(num_vectors, like.shape[0]), 1)
+        self.groups_at_once = min(max(num_scores // (self.num_vectors * _GROUP), 1), self.num_groups)
+        self.together = min(_GROUPS_TOGETHER, self.num_groups)
+        # Codes beyond the last one fill the last group, groups beyond the last the last group of groups; their scores
+        # are never the best.
+        self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
+        self.codes[size:, dim] = -torch.inf
+        padded = -(-self.num_groups // self.together) * self.together
+        self.maxima = like.new_full((padded, self.num_vectors), -torch.inf)
+        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        self.squares = like.new_empty(min(self.groups_at_once * _GROUP, size), dim)
+        self.gathered = like.new_empty(self.num_vectors, _GROUP * (dim + 1))
+        self.blocks = self._cut_blocks(self.num_vectors)
+        self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
+
+    def __call__(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
+        dim = codebook.shape[1]
+        sample = codebook[:: max(self.size // 1024, 1)]
+        balance = float(vectors.square().mean() / sample.square().mean()) ** 0.5  # t above: any value is right
+        balance = balance if 1e-12 < balance < 1e12 else 1.0
+        self.codebook = codebook
+        self.vector_slack = self.error / (2 * balance)  # times |x|^2
+        self.lessened = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
+        parts = vectors.split(self.num_vectors)
+        found = [self._search_block(part, first=number == 0) for number, part in enumerate(parts)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _cut_blocks(self, num_vectors: int) -> list["_Block"]:
+        """The blocks of codes, for so many vectors; cut once for all levels, since each cut takes its microsecond."""
+        blocks, dim = [], self.squares.shape[1]
+        for first in range(0, self.num_groups, self.groups_at_once):
+            last = min(first + self.groups_at_once, self.num_groups)
+            count = min(last * _GROUP, self.size) - first * _GROUP
+            codes = self.codes[first * _GROUP : last * _GROUP]
+            scores = self.scores[: codes.shape[0] * num_vectors].view(codes.shape[0], num_vectors)
+            blocks.append(
+                _Block(
+                    codes=codes,
+                    coordinates=codes[:count, :dim],
+                    bias=codes[:count, dim],
+                    squares=self.squares[:count],
+                    scores=scores,
+                    grouped_scores=scores.view(last - first, _GROUP, num_vectors),
+                    maxima=self.maxima[first:last, :num_vectors],
+                )
+            )
+        return blocks
+
+    def _least(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distance to a code (V,), and what the computed score of a nearer one is at least (V,)."""
+        norms = vectors.square().sum(dim=1)
+        distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
+        least = (((norms - distance) / 2) - self.vector_slack * norms).float()
+        return distance, torch.nextafter(least, least.new_tensor(-torch.inf))
+
+    def _search_block(self, vectors: Tensor, first: bool) -> Tensor:
+        """Nearest codes of a block of float64 vectors: (V, C) -> (V,); the first of a level lays out its codes."""
+        num_vectors, dim = vectors.shape
+        columns = self.codebook.new_ones(dim + 1, num_vectors)
+        columns[:dim] = vectors.T
+        rows = columns.T.contiguous()
+        maxima = self._group_maxima(columns, first)  # (supergroups, groups together, V)
+
+        tops = maxima.amax(dim=1)
+        best = tops.max(dim=0).indices  # argmax takes five times as long over the first dimension
+        within = maxima[best, :, torch.arange(num_vectors, device=best.device)]  # (V, groups together)
+        group = best * self.together + within.argmax(dim=1)
+        group.clamp_(max=self.num_groups - 1)  # a vector that is not finite may have landed in the padding
+        scores = self._scores_in_groups(rows, group)
+        code = (group * _GROUP + scores.argmax(dim=1)).clamp_(max=self.codebook.shape[0] - 1)
+
+        distance, least = self._least(vectors, code)
+        # One group of groups, one group and one code: those of the code chosen. More of any: not settled yet.
+        inside = torch.cat([within, scores], dim=1) >= least[:, None]
+        rivals = (tops >= least).sum(dim=0) + inside.sum(dim=1)
+        unsettled = (rivals > 3).nonzero()[:, 0]
+        if unsettled.numel():
+            candidates = maxima.flatten(0, 1)[: self.num_groups, unsettled] >= least[unsettled]
+            code[unsettled] = self._settle(
+                vectors[unsettled], rows[unsettled], least[unsettled], candidates, code[unsettled], distance[unsettled]
+            )
+        return code
+
+    def _group_maxima(self, columns: Tensor, first: bool) -> Tensor:
+        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups together, V)."""
+        num_vectors = columns.shape[1]
+        blocks = self.blocks if num_vectors == self.num_vectors else self._cut_blocks(num_vectors)
+        for block, codes in zip(blocks, self.codebook.split(self.groups_at_once * _GROUP), strict=True):
+            if first:
+                block.coordinates.copy_(codes)
+                torch.mul(codes, codes, out=block.squares)
+                torch.mv(block.squares, self.lessened, out=block.bias)
+            torch.mm(block.codes, columns, out=block.scores)
+            torch.amax(block.grouped_scores, dim=1, out=block.maxima)
+        return self.maxima[:, :num_vectors].unflatten(0, (-1, self.together))
+
+    def _scores_in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
+        """Scores of the codes of one group a row: (P, C + 1), (P,) -> (P, codes a group)."""
+        codes = self.codes.view(self.num_groups, -1)
+        codes = torch.index_select(codes, 0, groups, out=self.gathered[: groups.shape[0]])
+        return torch.bmm(rows.unsqueeze(1), codes.view(-1, _GROUP, rows.shape[1]).transpose(1, 2)).squeeze(1)
+
+    def _settle(
+        self, vectors: Tensor, rows: Tensor, least: Tensor, candidates: Tensor, code: Tensor, distance: Tensor
+    ) -> Tensor:
+        """Decide in float64 among all codes that may be nearest; candidates (G, V) says in which groups they are."""
+        groups, owners = candidates.nonzero(as_tuple=True)
+        if groups.numel() > _MANY_GROUPS * vectors.shape[0]:
+            return _search_float64(vectors, self.codebook)
+        for group, owner in zip(groups.split(self.num_vectors), owners.split(self.num_vectors), strict=True):
+            scores = self._scores_in_groups(rows[owner], group)
+            pair, place = (scores >= least[owner][:, None]).nonzero(as_tuple=True)
+            rival, owner = group[pair] * _GROUP + place, owner[pair]
+            found = (vectors[owner] - F.embedding(rival, self.codebook)).square_().sum(dim=1)
+            nearest = distance.scatter_reduce(0, owner, found, "amin")
+            code = torch.where(nearest < distance, self.codebook.shape[0], code)
+            tied = found == nearest[owner]
+            code = code.scatter_reduce(0, owner[tied], rival[tied], "amin")
+            distance = nearest
+        return code

@@ -1,0 +1,141 @@
+"""The residual search as one fused Triton kernel a level: search, gather and residual update; scores stay on the chip.
+
+M vectors, L levels, K codes a level, C dimensions. Needs Triton; `evotok_plugin.code_search` says how the result comes
+to be exact, and takes this module where it can be imported and the latents are on a GPU.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
+
+
+@triton.jit
+def _rank_tile(
+    vectors, codebook, tile, wanted, distance, code, K, C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Compare float64 vectors with the codes of one tile each, where wanted; takes and gives the nearest so far."""
+    columns = tl.arange(0, PADDED_C)[None, :]
+    for place in range(BLOCK_K):
+        index = tile * BLOCK_K + place
+        valid = wanted & (index < K)
+        mask = valid[:, None] & (columns < C)
+        codes = tl.load(codebook + index[:, None] * C + columns, mask=mask, other=0.0).to(tl.float64)
+        difference = vectors - codes
+        found = tl.sum(difference * difference, axis=1)
+        better = valid & ((found < distance) | ((found == distance) & (index < code)))
+        distance = tl.where(better, found, distance)
+        code = tl.where(better, index, code)
+    return distance, code
+
+
+@triton.jit
+def _scores(
+    vectors, codebook, bias, tile, K,
+    C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computed scores of all vectors of the block with a tile of codes (BLOCK_M, BLOCK_K)."""
+    index = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, PADDED_C)
+    mask = (columns < C)[:, None] & (index < K)[None, :]
+    codes = tl.load(codebook + index[None, :] * C + columns[:, None], mask=mask, other=0.0)
+    products = tl.dot(vectors, codes, input_precision=PRECISION)
+    return products + tl.load(bias + index, mask=index < K, other=-float("inf"))[None, :]
+
+
+@triton.jit
+def _search_level(
+    residual_pointer, codebook, bias, slack_pointer, codes_pointer, M, K, codes_stride,
+    C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, PADDED_C)[None, :]
+    places = residual_pointer + rows[:, None] * C + columns
+    mask = (rows < M)[:, None] & (columns < C)
+    vectors = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+
+    # Of every tile of codes the maximum; of the tiles the best two, and how good the third is.
+    first = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    second = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    third = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    first_tile = tl.zeros((BLOCK_M,), tl.int32)
+    second_tile = tl.zeros((BLOCK_M,), tl.int32)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    for tile in range(num_tiles):
+        top = tl.max(_scores(vectors, codebook, bias, tile, K, C, PADDED_C, BLOCK_K, PRECISION), axis=1)
+        is_first = top > first
+        is_second = top > second
+        third = tl.where(is_second, second, tl.maximum(third, top))
+        second_tile = tl.where(is_first, first_tile, tl.where(is_second, tile, second_tile))
+        second = tl.where(is_first, first, tl.where(is_second, top, second))
+        first_tile = tl.where(is_first, tile, first_tile)
+        first = tl.where(is_first, top, first)
+
+    exact = tl.load(places, mask=mask, other=0.0)
+    distance = tl.full((BLOCK_M,), float("inf"), tl.float64)
+    code = tl.full((BLOCK_M,), 2147483647, tl.int32)
+    everyone = rows < M
+    distance, code = _rank_tile(exact, codebook, first_tile, everyone, distance, code, K, C, PADDED_C, BLOCK_K)
+    norms = tl.sum(exact * exact, axis=1)
+    least = (norms - distance) * 0.5 - tl.load(slack_pointer) * norms
+    near = everyone & (second.to(tl.float64) >= least)
+    if tl.max(near.to(tl.int32), axis=0) > 0:
+        distance, code = _rank_tile(exact, codebook, second_tile, near, distance, code, K, C, PADDED_C, BLOCK_K)
+    near = everyone & (third.to(tl.float64) >= least)
+    if tl.max(near.to(tl.int32), axis=0) > 0:  # rare: go through the codes once more
+        for tile in range(num_tiles):
+            top = tl.max(_scores(vectors, codebook, bias, tile, K, C, PADDED_C, BLOCK_K, PRECISION), axis=1)
+            wanted = near & (top.to(tl.float64) >= least) & (tile != first_tile) & (tile != second_tile)
+            if tl.max(wanted.to(tl.int32), axis=0) > 0:
+                tiles = tl.zeros((BLOCK_M,), tl.int32) + tile
+                distance, code = _rank_tile(exact, codebook, tiles, wanted, distance, code, K, C, PADDED_C, BLOCK_K)
+
+    code = tl.where(code < K, code, 0)  # vectors that are not finite have no nearest code
+    tl.store(codes_pointer + rows * codes_stride, code.to(tl.int64), mask=rows < M)
+    chosen = tl.load(codebook + code[:, None] * C + columns, mask=mask, other=0.0).to(tl.float64)
+    tl.store(places, exact - chosen, mask=mask)
+
+
+def relative_error(dim: int, precision: str) -> float:
+    """Largest error of a computed score relative to |x||c|, by tl.dot's `input_precision`."""
+    if precision == "ieee":
+        return (dim + 4) * 2.0**-24
+    # tf32x3: each factor is two numbers of 11 bits, cut off; the product of the two lesser parts is left out; 3 C
+    # products are added up with sums cut off at 24 bits.
+    return 4 * 2.0**-20 + (3 * dim + 8) * 2.0**-23
+
+
+def _precision(latents: Tensor) -> str:
+    if not latents.is_cuda or torch.version.hip or torch.cuda.get_device_capability(latents.device)[0] < 8:
+        return "ieee"
+    return "tf32x3"
+
+
+def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l)."""
+    (num_vectors, dim), (levels, size, _) = latents.shape, codebooks.shape
+    precision = _precision(latents)
+    error = relative_error(dim, precision)
+    residual = latents.double().contiguous()
+    if residual.data_ptr() == latents.data_ptr():
+        residual = residual.clone()
+    codes = torch.empty(num_vectors, levels, dtype=torch.long, device=latents.device)
+    if not num_vectors:
+        return codes
+    on_device = torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext()
+    with on_device, torch.autocast(latents.device.type, enabled=False):
+        for level, codebook in enumerate(codebooks.float().contiguous()):
+            half_norms = codebook.square().sum(dim=1) / 2
+            balance = (residual.square().sum(dim=1).mean() / (2 * half_norms.double().mean())).sqrt()
+            balance = torch.where((balance > 1e-12) & (balance < 1e12), balance, 1.0)
+            bias = (half_norms * (error * (balance + 2) - 1)).float()
+            _search_level[(triton.cdiv(num_vectors, _BLOCK_M),)](
+                residual, codebook, bias, error / (2 * balance), codes[:, level], num_vectors, size, codes.stride(0),
+                C=dim, PADDED_C=max(triton.next_power_of_2(dim), 16), BLOCK_M=_BLOCK_M, BLOCK_K=_BLOCK_K,
+                PRECISION=precision, num_warps=_NUM_WARPS,
+            )  # fmt: skip
+    return codes

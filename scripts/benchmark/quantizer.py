@@ -1,0 +1,204 @@
+"""Time and memory of the residual quantizer beside the bare matrix products and vector-quantize-pytorch, in one run.
+
+    python scripts/benchmark/quantizer.py --images 1 8 --json quantizer.json
+
+The floor is the matrix products that any exhaustive search must make, one of codes x vectors a level, in blocks that
+stay in the cache. All contestants take turns, and the least time of each counts. On a machine that does other things
+too, run more rounds, and give `--threads 1 --clock cpu`, which leaves out the time spent waiting for a core. Codes are
+compared with a float64 search on some of the vectors. `vector-quantize-pytorch` is left out where it is not installed
+(pip install vector-quantize-pytorch).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
+
+import torch  # noqa: E402
+
+from evotok_plugin import ResidualVectorQuantizer  # noqa: E402
+
+_CHECKED = 32  # vectors whose codes are compared with a float64 search
+
+
+def make_floor(z: torch.Tensor, codebooks: torch.Tensor) -> Callable[[], None]:
+    """The matrix products alone: for every level scores of all codes and vectors, block by block."""
+    vectors = z.flatten(0, 1).T.contiguous()
+    if z.is_cuda:
+        num_vectors, num_codes = 4096, 4096
+    else:
+        num_vectors = min(512 * torch.get_num_threads(), vectors.shape[1])
+        num_codes = 512 * torch.get_num_threads() * 512 // num_vectors
+    blocks = [block.contiguous() for block in vectors.split(num_vectors, dim=1)]
+    room = vectors.new_empty(num_codes * num_vectors)
+
+    def run() -> None:
+        for codebook in codebooks:
+            for codes in codebook.split(num_codes):
+                for block in blocks:
+                    out = room[: codes.shape[0] * block.shape[1]].view(codes.shape[0], block.shape[1])
+                    torch.mm(codes, block, out=out)
+
+    return run
+
+
+def make_peer(z: torch.Tensor, options: argparse.Namespace) -> torch.nn.Module | None:
+    """vector-quantize-pytorch's ResidualVQ, set up alike; None where it is not installed or not wanted."""
+    if not options.peer_rounds:
+        return None
+    try:
+        from vector_quantize_pytorch import ResidualVQ
+    except ImportError:
+        return None
+    peer = ResidualVQ(
+        dim=options.dim,
+        codebook_size=options.codebook_size,
+        num_quantizers=options.levels,
+        decay=0.99,
+        threshold_ema_dead_code=1,
+    )
+    return peer.to(z.device)
+
+
+def codes_that_differ(z: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor) -> int:
+    """How many codes of the first vectors are not those of a float64 search on the residual that the codes leave."""
+    residual, codes, wrong = z.flatten(0, 1)[:_CHECKED].double(), codes.flatten(0, 1)[:_CHECKED], 0
+    for level, codebook in enumerate(codebooks):
+        distances = torch.cdist(residual, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        taken = distances.gather(1, codes[:, level, None])[:, 0]
+        wrong += int((taken > distances.amin(dim=1) * (1 + 1e-12)).sum())
+        residual = residual - codebook[codes[:, level]].double()
+    return wrong
+
+
+def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    """Time of one call by that clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def peak_mebibytes(run: Callable[[], object], device: torch.device) -> float:
+    """Most memory that torch holds during a call beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def compare(num_images: int, options: argparse.Namespace) -> dict:
+    """All contestants on one batch: {name: {milliseconds, times_floor, peak_mebibytes}} and what codes differ."""
+    device = torch.device(options.device)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    torch.manual_seed(0)
+    z = torch.randn(num_images, options.positions, options.dim, device=device)
+    sizes = {
+        "num_quantizers": options.levels,
+        "codebook_size": options.codebook_size,
+        "codebook_dim": options.dim,
+    }
+    ours = ResidualVectorQuantizer(**sizes).to(device).eval()
+    learner = ResidualVectorQuantizer(**sizes).to(device).train()
+    peer = make_peer(z, options)
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "matrix products": (make_floor(z, ours.codebooks), options.rounds),
+        "ours, evaluation": (lambda: ours(z), options.rounds),
+        "ours, training": (lambda: learner(torch.randn_like(z)), options.rounds),
+    }
+    if peer is not None:
+        runs["ResidualVQ, evaluation"] = (lambda: peer.eval()(z), options.peer_rounds)
+    result = {name: {"milliseconds": float("inf")} for name in runs}
+    with torch.no_grad():
+        for name, (run, _) in runs.items():
+            result[name]["peak_mebibytes"] = round(peak_mebibytes(run, device), 1)
+        for turn in range(max(rounds for _, rounds in runs.values())):
+            for name, (run, rounds) in runs.items():
+                if turn < rounds:
+                    spent = 1000 * seconds(run, device, clock)
+                    result[name]["milliseconds"] = round(min(result[name]["milliseconds"], spent), 3)
+        wrong = codes_that_differ(z, ours.codebooks, ours(z).codes)
+    floor = result["matrix products"]["milliseconds"]
+    for row in result.values():
+        row["times_floor"] = round(row["milliseconds"] / floor, 2)
+    return {"images": num_images, "codes_unlike_float64": wrong, "contestants": result}
+
+
+def version(package: str) -> str:
+    """Version of an installed package, or 'absent'."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def machine(options: argparse.Namespace) -> dict[str, str]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    if options.device.startswith("cuda"):
+        name = torch.cuda.get_device_name(options.device)
+    packages = ("torch", "triton", "vector-quantize-pytorch")
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "clock": options.clock,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 8], help="batch sizes to compare at")
+    parser.add_argument("--positions", type=int, default=256, help="positions an image")
+    parser.add_argument("--levels", type=int, default=16)
+    parser.add_argument("--codebook_size", type=int, default=32768)
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each; the least time counts")
+    parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch; 0: leave it out")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time on cores, of all threads")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = {"machine": machine(options), "results": []}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(f"{options.levels} levels x {options.codebook_size} codes x {options.dim} dims")
+    for num_images in options.images:
+        result = compare(num_images, options)
+        report["results"].append(result)
+        print(f"\n{num_images} images of {options.positions} positions")
+        print(f"{'':26}{'ms':>12}{'x floor':>10}{'peak MiB':>10}")
+        for name, row in result["contestants"].items():
+            print(f"{name:26}{row['milliseconds']:12.1f}{row['times_floor']:10.2f}{row['peak_mebibytes']:10.1f}")
+        print(f"{result['codes_unlike_float64']} of {_CHECKED * options.levels} codes unlike those of a float64 search")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
