@@ -301,10 +301,11 @@ def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -
 
 
 def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """One reading record of several questions and two drawing records: the instruction data of stage 2."""
+    """One reading record of several questions and three drawing records: the instruction data of stage 2."""
     pairs = question_turns(scene, rng, num_questions=3)
     pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
-    prompts = {"draw": prompt_record(scene, skill)["prompt"], "draw-rich": rich_prompt(scene, skill, rng)}
+    bare = prompt_record(scene, skill)["prompt"]
+    prompts = {"draw": bare, "draw-again": bare, "draw-rich": rich_prompt(scene, skill, rng)}
     drawings = [_record(name, kind, _turns((prompt, "<image>"))) for kind, prompt in prompts.items()]
     return [_record(name, "read", _turns(*pairs)), *drawings]
 

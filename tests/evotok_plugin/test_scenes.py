@@ -69,7 +69,7 @@ def test_the_corpus_is_a_function_of_its_seed(tmp_path):
     for file in ("finetune.json", "pretrain.json", "images/000003.png"):
         assert read("a", file) == read("b", file) != read("c", file)
     kinds = [record["id"].split("-")[1] for record in json.loads(read("a", "finetune.json"))]
-    assert kinds == ["read", "draw", "draw"] * 7
+    assert kinds == ["read", "draw", "draw", "draw"] * 7
 
 
 def test_scene_prompts_are_distinct_and_no_more_than_there_are(rng):
