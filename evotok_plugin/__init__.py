@@ -3,19 +3,38 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.image_head import DepthTransformerConfig, DepthTransformerHead, SamplingOptions
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokEncoderOutput, EvoTokModel, EvoTokOutput
 from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.vision_tower import (
+    EvoTokVisionConfig,
+    EvoTokVisionImageProcessor,
+    EvoTokVisionModel,
+    EvoTokVisionTower,
+    register_llava,
+)
 
 AutoConfig.register(EvoTokConfig.model_type, EvoTokConfig, exist_ok=True)
 AutoModel.register(EvoTokConfig, EvoTokModel, exist_ok=True)
 AutoImageProcessor.register(EvoTokConfig, slow_image_processor_class=EvoTokImageProcessor, exist_ok=True)
+AutoConfig.register(EvoTokVisionConfig.model_type, EvoTokVisionConfig, exist_ok=True)
+AutoModel.register(EvoTokVisionConfig, EvoTokVisionModel, exist_ok=True)
+AutoImageProcessor.register(EvoTokVisionConfig, slow_image_processor_class=EvoTokVisionImageProcessor, exist_ok=True)
 
 __all__ = [
+    "DepthTransformerConfig",
+    "DepthTransformerHead",
     "EvoTokConfig",
     "EvoTokEncoderOutput",
     "EvoTokImageProcessor",
     "EvoTokModel",
     "EvoTokOutput",
+    "EvoTokVisionConfig",
+    "EvoTokVisionImageProcessor",
+    "EvoTokVisionModel",
+    "EvoTokVisionTower",
     "ResidualVectorQuantizer",
+    "SamplingOptions",
+    "register_llava",
 ]

@@ -1,4 +1,4 @@
-"""Configuration of the EvoTok tokenizer: three presets are three values of it."""
+"""Configuration of the EvoTok tokenizer: the presets are values of it."""
 
 from typing import Any
 
@@ -46,11 +46,31 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "semantic_dim": 768,
     },
     "paper": {},
+    # The paper's method on google/siglip2-so400m-patch14-384: 27x27 positions.
+    "paper_384": {
+        "image_size": 378,
+        "patch_size": 14,
+        "encoder_hidden_size": 1152,
+        "encoder_num_layers": 26,
+        "encoder_num_heads": 16,
+        "encoder_intermediate_size": 4304,
+        # As wide as the features, as in the paper, whose 12 heads divide this width: 96 dimensions each, which fused
+        # attention takes as they are (the paper's 85 have to be padded).
+        "semantic_hidden_size": 1152,
+        "semantic_num_heads": 12,
+        "semantic_head_dim": 96,
+        "semantic_dim": 1152,
+    },
 }
 
 
 class EvoTokConfig(PreTrainedConfig):
     """Sizes of encoder, quantizer and both decoders; the defaults are the paper's (arXiv 2603.12108).
+
+    The preset `paper_384` says image_size 378 where its teacher says 384. Patches of 14 pixels cover 27 x 14 = 378 of
+    them: SigLIP resizes a picture to 384 and leaves the last 6 rows and columns unread, so no decoder could rebuild
+    them. Here the picture is resized to 378 and every pixel of it is read, rebuilt and scored; teacher and tokenizer
+    see the same 378 pixels at the same 27x27 positions.
 
     Attributes:
         image_size, patch_size: pixels; `grid_size` = image_size / patch_size positions a side.
@@ -58,7 +78,8 @@ class EvoTokConfig(PreTrainedConfig):
             this is one less than the teacher has.
         num_quantizers, codebook_size, codebook_dim: levels L, codes a level K, dimensions of a code C.
         pixel_depth, semantic_depth: how many levels are summed for the pixel and for the semantic decoder.
-        decoder_channel_multipliers: one a resolution, finest first; `patch_size` = 2 ** (their number - 1).
+        decoder_channel_multipliers: one a resolution, finest first. Each is twice as fine as the next, the finest only
+            as much finer as `patch_size` asks for: 14 pixels a position are 1 -> 2 -> 4 -> 8 -> 14, five resolutions.
         semantic_dim: D, width of the semantic features; the teacher's width.
         ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see
             `ResidualVectorQuantizer`.
@@ -102,13 +123,19 @@ class EvoTokConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        scale = 2 ** (len(self.decoder_channel_multipliers) - 1)
-        if scale != self.patch_size:
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise ValueError(
-                f"{len(self.decoder_channel_multipliers)} decoder_channel_multipliers enlarge {scale} times, "
-                f"but patch_size is {self.patch_size}; give log2(patch_size) + 1 of them"
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"{max(1, self.image_size // self.patch_size) * self.patch_size} is"
+            )
+        resolutions, fitting = len(self.decoder_channel_multipliers), (self.patch_size - 1).bit_length() + 1
+        if resolutions != fitting:
+            raise ValueError(
+                f"{resolutions} decoder_channel_multipliers, one a resolution, do not fit patch_size "
+                f"{self.patch_size}: each resolution is twice as fine as the one before, the last at most twice; "
+                f"give {fitting} of them, log2(patch_size) rounded up + 1"
             )
         for name in ("pixel_depth", "semantic_depth"):
             if not 1 <= getattr(self, name) <= self.num_quantizers:
@@ -136,15 +163,23 @@ class EvoTokConfig(PreTrainedConfig):
         """N, positions an image."""
         return self.grid_size**2
 
+    @property
+    def decoder_scales(self) -> list[float]:
+        """How many times finer each resolution of the pixel decoder is than the one before, coarsest first; their
+        product is `patch_size`. All are 2 where that is a power of two, else the last one is less."""
+        doublings = len(self.decoder_channel_multipliers) - 2
+        return [2.0] * doublings + [self.patch_size / 2**doublings] if doublings >= 0 else []
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "EvoTokConfig":
-        """The configuration `tiny`, `base` or `paper`, with fields replaced.
+        """The configuration `tiny`, `base`, `paper` or `paper_384`, with fields replaced.
 
         Raises:
             ValueError: no such preset, or no such field.
         """
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")
-        if unknown := sorted(set(overrides) - set(cls.__annotations__)):
-            raise ValueError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(cls.__annotations__)}")
+        fields = EvoTokConfig.__annotations__
+        if unknown := sorted(set(overrides) - set(fields)):
+            raise ValueError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**{**_PRESETS[name], **overrides})

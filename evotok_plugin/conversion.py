@@ -279,6 +279,13 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
         raise ValueError(
             f"{telling['places'][0]} has {positions} rows, expected a square number: one a position of a square image"
         )
+    enlarged = 2 ** (num_stages - 1)
+    if patch != enlarged:
+        raise ValueError(
+            f"the checkpoint's patches are {patch} pixels wide, but the {num_stages} resolutions of its decoder "
+            f"enlarge {enlarged} times; how the research code brings one to the other stands in no tensor, so only "
+            "patches as wide as the decoder enlarges can be converted"
+        )
     widths = [shapes.of(name, 4)[0] for name in stages]  # coarsest first
     finest = math.gcd(*widths)
     semantic_width, inner = shape["class_token"][2], shape["attention_proj"][1]

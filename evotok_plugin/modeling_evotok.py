@@ -50,6 +50,9 @@ class EvoTokModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
+    # Encoder layers and the decoders' blocks; never the quantizer, whose learning must run once a step.
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "SemanticBlock"]
     _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
 
     def __init__(self, config: EvoTokConfig) -> None:

@@ -1,10 +1,11 @@
 """Pictures of pictures: grids and labelled rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 _TEXT_HEIGHT = 16
+_TEXT, _MARK = "#222222", "#0072B2"
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 4) -> Image.Image:
@@ -31,12 +32,33 @@ def labelled_rows(rows: dict[str, Sequence[Image.Image]], scale: int = 1, gap: i
     return canvas
 
 
-def labelled_strip(images: Sequence[Image.Image], labels: Sequence[str], scale: int = 1, gap: int = 4) -> Image.Image:
-    """Images side by side, each under its label."""
-    strip = image_grid(images, len(images), scale, gap)
-    canvas = Image.new("RGB", (strip.width, strip.height + _TEXT_HEIGHT), "white")
-    canvas.paste(strip, (0, _TEXT_HEIGHT))
+def captioned_rows(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[Sequence[str]],
+    headings: Sequence[str],
+    marked: Mapping[int, str] | None = None,
+    gap: int = 4,
+) -> Image.Image:
+    """Rows of images of one size, each image over its caption, each column under its heading; text grows with the
+    images.
+
+    Args:
+        marked: columns to point out by number, and what to write above their headings.
+    """
+    width, height = rows[0][0].size
+    font = ImageFont.load_default(size=min(24, max(10, width // 6)))
+    line, below = round(1.4 * font.size), round(0.35 * font.size)  # of text, and what of it hangs under the baseline
+    top, step = (2 if marked else 1) * line, height + line + gap
+    canvas = Image.new("RGB", (len(headings) * (width + gap) - gap, top + len(rows) * step - gap), "white")
     pen = ImageDraw.Draw(canvas)
-    for index, label in enumerate(labels):
-        pen.text((index * (images[0].width * scale + gap) + 2, 2), label, fill="black")
+    middles = [column * (width + gap) + width // 2 for column in range(len(headings))]
+    for column, (middle, heading) in enumerate(zip(middles, headings, strict=True)):
+        colour, mark = (_MARK, marked[column]) if marked and column in marked else (_TEXT, "")
+        pen.text((middle, top - below), heading, colour, font, anchor="ms")
+        pen.text((middle, top - below - line), mark, colour, font, anchor="ms")
+    for number, (images, texts) in enumerate(zip(rows, captions, strict=True)):
+        y = top + number * step
+        for middle, image, text in zip(middles, images, texts, strict=True):
+            canvas.paste(image, (middle - width // 2, y))
+            pen.text((middle, y + height + line - below), text, _TEXT, font, anchor="ms")
     return canvas

@@ -1,15 +1,20 @@
 """Latents to pixels: the convolutional decoder of VQGAN's family (Esser et al. 2021), sizes from the configuration.
 
 B batch, C codebook_dim, h w positions, H W pixels.
+
+With gradient checkpointing the residual and attention blocks are what is computed again: for the paper's sizes that
+takes less than half the memory of keeping everything; whole stages would save less, since all of the finest one stands
+there at once when it is computed again.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """Two GroupNorm - SiLU - 3x3 convolutions beside a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
@@ -25,7 +30,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(h)))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(GradientCheckpointingLayer):
     """Single-head self-attention over all positions."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
@@ -43,10 +48,21 @@ class AttentionBlock(nn.Module):
 
 
 class UpStage(nn.Module):
-    """The residual blocks of one resolution, with attention at the lowest, then doubling the resolution."""
+    """The residual blocks of one resolution, with attention at the lowest, then the next resolution.
+
+    Args:
+        scale: how many times finer that is; None where there is none. Doubling repeats every value; by less than two,
+            where some would be repeated and some not, values are interpolated bilinearly.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, norm_groups: int, attention: bool, upsample: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        norm_groups: int,
+        attention: bool,
+        scale: float | None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -55,13 +71,15 @@ class UpStage(nn.Module):
         self.attention = nn.ModuleList(
             AttentionBlock(out_channels, norm_groups) if attention else nn.Identity() for _ in range(num_blocks)
         )
-        self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
+        self.scale = scale
+        self.upsample = nn.Conv2d(out_channels, out_channels, 3, padding=1) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x = attention(block(x))
         if self.upsample is not None:
-            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            mode = "nearest" if self.scale == 2 else "bilinear"
+            x = self.upsample(F.interpolate(x, scale_factor=self.scale, mode=mode))
         return x
 
 
@@ -80,14 +98,10 @@ class PixelDecoder(nn.Module):
         self.middle = nn.Sequential(
             ResidualBlock(lowest, lowest, groups), AttentionBlock(lowest, groups), ResidualBlock(lowest, lowest, groups)
         )
-        stages, channels = [], lowest
-        for index, width in enumerate(reversed(widths)):
-            last = index == len(widths) - 1
-            stages.append(
-                UpStage(
-                    channels, width, config.decoder_num_res_blocks + 1, groups, attention=index == 0, upsample=not last
-                )
-            )
+        stages, channels, num_blocks = [], lowest, config.decoder_num_res_blocks + 1
+        scales = [*config.decoder_scales, None]
+        for index, (width, scale) in enumerate(zip(reversed(widths), scales, strict=True)):
+            stages.append(UpStage(channels, width, num_blocks, groups, attention=index == 0, scale=scale))
             channels = width
         self.stages = nn.Sequential(*stages)
         self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)

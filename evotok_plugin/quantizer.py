@@ -97,7 +97,9 @@ class ResidualVectorQuantizer(nn.Module):
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.ema_decay, self.restart_threshold, self.warmup_steps = ema_decay, restart_threshold, warmup_steps
         self.restart_by_error, self.level_dropout = restart_by_error, level_dropout
-        self.register_buffer("codebooks", torch.randn(num_quantizers, codebook_size, codebook_dim))
+        # float32 whatever the default is: rounded codebooks would give other codes.
+        codebooks = torch.randn(num_quantizers, codebook_size, codebook_dim, dtype=torch.float32)
+        self.register_buffer("codebooks", codebooks)
         # Learning state is no part of the model: it is made when training starts and saved by the trainer.
         self._counts: Tensor | None = None
         self._steps = 0

@@ -18,8 +18,11 @@ def _known_names(schema: type) -> list[str]:
     return [field.name for field in dataclasses.fields(schema) if field.init]
 
 
-def find_recipe(name_or_path: str | Path) -> Path:
+def find_recipe(name_or_path: str | Path, kind: str = "") -> Path:
     """A path as given, or a bare name looked up among the recipes that come with the project.
+
+    Args:
+        kind: the folder of recipes that is meant: `tokenizer`, or none for the stages of the multimodal model.
 
     Raises:
         ValueError: there is no such file; the message lists the names that exist.
@@ -28,15 +31,15 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ValueError(f"recipe {str(path)!r} does not exist; give a YAML file or one of: {_recipe_names()}")
-    named = RECIPES_FOLDER / f"{name_or_path}.yaml"
+        raise ValueError(f"recipe {str(path)!r} does not exist; give a YAML file or one of: {_recipe_names(kind)}")
+    named = RECIPES_FOLDER / kind / f"{name_or_path}.yaml"
     if not named.is_file():
-        raise ValueError(f"unknown recipe {str(name_or_path)!r}; expected a YAML file or one of: {_recipe_names()}")
+        raise ValueError(f"unknown recipe {str(name_or_path)!r}; expected a YAML file or one of: {_recipe_names(kind)}")
     return named
 
 
-def _recipe_names() -> str:
-    return ", ".join(sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))) or "(none installed)"
+def _recipe_names(kind: str) -> str:
+    return ", ".join(sorted(path.stem for path in (RECIPES_FOLDER / kind).glob("*.yaml"))) or "(none installed)"
 
 
 def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
@@ -54,23 +57,23 @@ def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
 
 
 def load_recipe(
-    path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None, **defaults: Any
+    path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None, kind: str = ""
 ) -> T:
-    """Build `schema` from (in rising priority) `defaults`, the YAML recipe, and `overrides`.
+    """Build `schema` from the YAML recipe and, above it, `overrides`; `kind` is that of `find_recipe`.
 
     Raises:
         ValueError: no such recipe, not a YAML mapping, an unknown key, or a value of the wrong type.
     """
-    return schema(**recipe_values(path_or_name, schema, overrides, **defaults))
+    return schema(**recipe_values(path_or_name, schema, overrides, kind))
 
 
 def recipe_values(
-    path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None, **defaults: Any
+    path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None, kind: str = ""
 ) -> dict[str, Any]:
     """The keyword arguments that `load_recipe` gives to `schema`."""
-    values: dict[str, Any] = dict(defaults)
+    values: dict[str, Any] = {}
     if path_or_name is not None:
-        path = find_recipe(path_or_name)
+        path = find_recipe(path_or_name, kind)
         try:
             loaded = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
@@ -95,8 +98,12 @@ def _parse_bool(value: Any) -> bool:
         raise ValueError(f"expected true or false, got {value!r}") from None
 
 
-def _parse_mapping(value: Any) -> dict:
-    """On the command line a mapping is written as YAML: `--model '{image_size: 64}'`."""
+def parse_mapping(value: Any) -> dict:
+    """On the command line a mapping is written as YAML: `--model '{image_size: 64}'`.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
@@ -134,7 +141,10 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if kind is str and isinstance(value, (str, int, float)):
             return str(value)
         if dict in (kind, typing.get_origin(kind)) and str not in typing.get_args(hint):
-            return _parse_mapping(value)
+            return parse_mapping(value)
+        if typing.get_origin(kind) is list and (hint == kind or str not in typing.get_args(hint)):
+            several = value if isinstance(value, (list, tuple)) else [value]
+            return [_coerce(one, typing.get_args(kind)[0], key) for one in several]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from None
     return value

@@ -6,6 +6,7 @@ B batch, N positions, C codebook_dim, W decoder width, D semantic_dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.positions import resize_positions
@@ -29,7 +30,7 @@ class SemanticAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class SemanticBlock(nn.Module):
+class SemanticBlock(GradientCheckpointingLayer):
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(hidden_size, eps=1e-6)

@@ -3,7 +3,6 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.image_head import DepthTransformerHead
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.vocabulary import ResidualVocabulary
@@ -13,7 +12,6 @@ AutoModelForImageTextToText.register(EvoTokLlavaConfig, EvoTokLlavaForConditiona
 AutoProcessor.register(EvoTokLlavaConfig, EvoTokLlavaProcessor, exist_ok=True)
 
 __all__ = [
-    "DepthTransformerHead",
     "EvoTokLlavaConfig",
     "EvoTokLlavaForConditionalGeneration",
     "EvoTokLlavaOutput",

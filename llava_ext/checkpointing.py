@@ -1,10 +1,15 @@
-"""Model folders: assemble one from a text backbone and a tokenizer, open one, say what is wrong with one."""
+"""Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
@@ -12,6 +17,7 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 
+TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model folder
 DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
 
 
@@ -33,13 +39,25 @@ def model_type_of(folder: str | Path) -> str:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    folder: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization_config: object | None = None,
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
     """Open a saved EvoTok-LLaVA folder; every weight must be there and fit.
+
+    Args:
+        dtype: of all weights but the tokenizer's, which stay float32; "auto" takes the one they were saved in.
+        quantization_config: transformers', for a backbone that is quantized while it loads.
 
     Raises:
         ValueError: not such a folder, or weights that are missing, left over or of another shape.
     """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter, not a whole model; fold it into the model that it was trained on: "
+            f"evotok-llava merge BASE {folder} -o OUT"
+        )
     kind = model_type_of(folder)
     if kind != EvoTokLlavaConfig.model_type:
         raise ValueError(
@@ -48,7 +66,11 @@ def load_model(
         )
     try:
         model, report = EvoTokLlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
@@ -60,6 +82,57 @@ def load_model(
         shown = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items())
         raise ValueError(f"{str(folder)!r} is not a whole checkpoint of this model: {shown}")
     return model, EvoTokLlavaProcessor.from_pretrained(folder)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        ValueError: it has none.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no weights (model.safetensors)")
+    return files
+
+
+def _each_weight(folder: str | Path) -> Iterator[tuple[str, object, Callable[[], Tensor]]]:
+    """Name, slice and way to read of every weight; nothing is read before it is asked for."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    yield name, file.get_slice(name), lambda file=file, name=name: file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def read_tower(folder: str | Path) -> EvoTokModel:
+    """The tokenizer alone of a model folder, in float32 on the CPU, whatever engine is about to take the rest.
+
+    Raises:
+        ValueError: it is not there whole.
+    """
+    config = EvoTokLlavaConfig.from_pretrained(folder).vision_config
+    weights = {name.removeprefix(TOWER): read() for name, _, read in _each_weight(folder) if name.startswith(TOWER)}
+    tower = EvoTokModel(config)
+    try:
+        tower.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the tokenizer in {str(folder)!r} is not whole: {error}") from error
+    return tower.requires_grad_(False).eval()
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out: which model an
+    adapter was trained on, without reading all of it."""
+    facts = []
+    for name, part, read in _each_weight(folder):
+        if not name.startswith(TOWER):
+            row = part[:1] if part.get_shape() else read()
+            first = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+            facts.append(f"{name} {part.get_shape()} {part.get_dtype()} {hashlib.sha256(first).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()
 
 
 def default_model_folder() -> Path:
@@ -83,10 +156,14 @@ def assemble(
     head_hidden_size: int,
     head_num_layers: int,
     head_num_heads: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     attn_implementation: str = "sdpa",
+    quantization_config: object | None = None,
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
     """A new model from a causal LM folder and an EvoTok folder; projectors and image head start at random.
+
+    The new image tokens start from the mean of all others. Residual tokens have no rows to start: the depth
+    transformer reads and writes them, the backbone's embedding and output layers end before them.
 
     Raises:
         ValueError: a folder that does not hold what is needed.
@@ -95,7 +172,10 @@ def assemble(
         raise ValueError(f"{str(vision_tower)!r} is no EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})")
     try:
         backbone = AutoModelForCausalLM.from_pretrained(
-            language_model, dtype=dtype, attn_implementation=attn_implementation
+            language_model,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
         )
         tokenizer = AutoTokenizer.from_pretrained(language_model)
     except (OSError, ValueError) as error:
@@ -128,7 +208,7 @@ def assemble(
     model.config.text_config = model.language_model.config
     for part in (model.read_projector, model.write_projector, model.image_head):
         part.to_empty(device=tower.device)
-        part.to(dtype)
+        part.to(backbone.dtype)
         part.apply(model._init_weights)
     _start_on_the_scale_of_text(model)
     model.generation_config = backbone.generation_config
@@ -167,3 +247,122 @@ def _start_on_the_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> N
     ):
         projected = projector.project(features.to(projector.linear_1.weight.dtype)).float()
         projector.linear_2.weight.mul_(size / projected.square().mean().sqrt())
+
+
+# Writing -----------------------------------------------------------------------------------------------------
+
+
+def set_tower_aside(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Take the frozen tokenizer out of the model's modules; the model goes on calling it as `vision_tower`.
+
+    An engine rounds all modules to the training dtype, spreads them over processes and saves them with every
+    checkpoint. Rounded codebooks choose other codes, so the tokenizer is none of its business.
+    """
+    if "vision_tower" in model._modules:
+        tower = model.vision_tower
+        del model.vision_tower
+        object.__setattr__(model, "vision_tower", tower)
+
+
+def save_model(
+    model: EvoTokLlavaForConditionalGeneration,
+    folder: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    **options,
+) -> None:
+    """Write weights and configuration; the tokenizer is set aside, so that the dtype noted down is the others'.
+
+    Args:
+        state_dict: the weights where they are not the model's own (gathered from other processes); the tokenizer's
+            are always those of the model.
+        options: of `save_pretrained`.
+    """
+    set_tower_aside(model)
+    weights = model.state_dict() if state_dict is None else state_dict
+    tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
+    model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder so that it is there whole or not at all.
+
+    Raises:
+        ValueError: it is there already, or it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is there already and not empty; choose a new folder")
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_model(folder: str | Path, output: str | Path, dtype: torch.dtype | str = "auto") -> None:
+    """Write a model folder that needs nothing else: weights, configuration, processor, how to load it.
+
+    Args:
+        folder: a trained model, or a checkpoint of a run.
+        dtype: of all weights but the tokenizer's; "auto" leaves it.
+
+    Raises:
+        ValueError: the folder is no whole model, or the output is there already or cannot be written.
+    """
+    model, processor = load_model(folder, dtype)
+
+    def write(out: Path) -> None:
+        save_model(model, out, max_shard_size="5GB")
+        processor.save_pretrained(out)
+        (out / "README.md").write_text(_model_card(model))
+
+    write_folder(output, write)
+
+
+def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
+    config, vision, text = model.config, model.config.vision_config, model.config.text_config
+    size = sum(weight.numel() for weight in model.parameters())
+    rows = {
+        "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
+        "image tokenizer": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_positions} positions, "
+        f"{vision.num_quantizers} levels of {vision.codebook_size} codes",
+        "image head": f"depth transformer, {config.head_num_layers} layers, {config.head_hidden_size} wide, "
+        f"{vision.pixel_depth} levels",
+        "parameters": f"{size / 1e6:.1f} M in {str(model.dtype).removeprefix('torch.')}, and the tokenizer in float32",
+    }
+    return _MODEL_CARD.replace("ROWS", "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
+
+
+_MODEL_CARD = """# EvoTok-LLaVA
+
+One model that answers questions about images and draws images.
+
+| part | |
+|---|---|
+ROWS
+
+It needs the package `evotok` (`import llava_ext`). In this folder:
+
+```python
+from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
+
+model = EvoTokLlavaForConditionalGeneration.from_pretrained(".").eval()
+processor = EvoTokLlavaProcessor.from_pretrained(".")
+image = model.generate_images("a photo of a red circle", processor=processor, seed=0)[0]
+image.save("drawn.png")
+
+inputs = processor("<image>\\nWhat is it?", images=[image])
+ids = model.generate(**inputs, max_new_tokens=32)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+```bash
+evotok-llava draw "a photo of a red circle" --model . -o drawn/
+evotok-llava chat "What is it?" --image drawn.png --model .
+```
+"""

@@ -1,21 +1,24 @@
-"""`evotok-llava chat | draw | convert`: ask a trained model about images, have it draw, convert research adapters."""
+"""`evotok-llava chat | draw | merge | export | estimate | convert`: use a trained model, ready one for others, see what
+a training run will need."""
 
 import argparse
 import logging
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from evotok_plugin.data.folder import open_picture
+from evotok_plugin.data.images import open_picture
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import add_arguments, load_recipe
-from llava_ext.checkpointing import default_model_folder, load_model
+from llava_ext.checkpointing import default_model_folder, export_model, load_model
 from llava_ext.conversion import HeadOptions, convert_adapters
+from llava_ext.training.config import StageConfig
 
 
 def _pick_device(name: str) -> torch.device:
@@ -119,6 +122,28 @@ def convert(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def merge_adapter(arguments: argparse.Namespace) -> None:
+    """Fold a LoRA or QLoRA adapter into the model that it was trained on."""
+    from llava_ext.training.adapters import merge  # peft comes with the training libraries
+
+    merge(arguments.base, arguments.adapter, arguments.output, arguments.vision_tower)
+    print(arguments.output)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a model folder that can be given away."""
+    export_model(arguments.folder, arguments.output, arguments.dtype)
+    print(arguments.output)
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    """Say what a training run will need."""
+    from llava_ext.training.estimate import estimate_run  # peft comes with the training libraries
+
+    given = {field.name: getattr(arguments, field.name) for field in fields(StageConfig) if field.name in arguments}
+    print(estimate_run(arguments.recipe, given, arguments.gpus))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evotok-llava", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -151,6 +176,25 @@ def build_parser() -> argparse.ArgumentParser:
     converting.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights of the model")
     add_arguments(converting, HeadOptions)
     converting.set_defaults(run=convert)
+
+    merging = commands.add_parser("merge", help="a LoRA or QLoRA adapter into the model it was trained on")
+    merging.add_argument("base", help="the model folder that training started from (or the causal LM, then with")
+    merging.add_argument("adapter", help="adapter folder, or a checkpoint of the run")
+    merging.add_argument("--vision_tower", help="tokenizer folder, where the base is a causal LM")
+    merging.add_argument("-o", "--output", required=True, help="new folder for the whole model")
+    merging.set_defaults(run=merge_adapter)
+
+    exporting = commands.add_parser("export", help="a model folder that needs nothing else")
+    exporting.add_argument("folder", help="a trained model, or a checkpoint of a run")
+    exporting.add_argument("-o", "--output", required=True, help="new folder")
+    exporting.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    exporting.set_defaults(run=export)
+
+    estimating = commands.add_parser("estimate", help="parameters, memory and tokens a step of a training run")
+    estimating.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
+    estimating.add_argument("--gpus", type=int, default=1, help="how many processes, one a GPU")
+    add_arguments(estimating, StageConfig)
+    estimating.set_defaults(run=estimate)
     return parser
 
 

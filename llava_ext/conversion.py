@@ -8,14 +8,14 @@ the place in the image; the research ones do not, which is an embedding of zeros
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from evotok_plugin import EvoTokConfig
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokConfig
 from evotok_plugin.conversion import (
     Shapes,
     Source,
@@ -29,7 +29,6 @@ from evotok_plugin.conversion import (
 )
 from llava_ext.checkpointing import assemble, model_type_of
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.image_head import DepthTransformerHead
 from llava_ext.projector import Projector
 
 _HEAD_RENAMES = (
@@ -43,24 +42,11 @@ _HEAD_RENAMES = (
 _PROJECTOR_RENAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadSizes:
-    """The arguments of `DepthTransformerHead`."""
-
-    llm_hidden_size: int
-    codebook_dim: int
-    codebook_size: int
-    num_levels: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-
-
 @dataclass(frozen=True)
 class ConvertedHead:
     """A depth transformer: sizes and weights of `DepthTransformerHead`, and what was left out, counted by reason."""
 
-    sizes: HeadSizes
+    sizes: DepthTransformerConfig
     state: dict[str, Tensor]
     bookkeeping: Counter[str]
 
@@ -101,7 +87,7 @@ def convert_depth_transformer(weights: Mapping[str, Tensor], num_heads: int | No
     shapes.require([f"{prefix}in_mlp_1.weight", f"{prefix}in_mlp_2.weight", first_classifier])
     hidden_size, llm_hidden_size = shapes.of(f"{prefix}in_mlp_2.weight", 2)
     num_levels = shapes.of(f"{prefix}pos_emb_d", 3)[1]
-    sizes = HeadSizes(
+    sizes = DepthTransformerConfig(
         llm_hidden_size=llm_hidden_size,
         codebook_dim=shapes.of(f"{prefix}in_mlp_1.weight", 2)[1],
         codebook_size=shapes.of(first_classifier, 2)[0],
@@ -110,10 +96,8 @@ def convert_depth_transformer(weights: Mapping[str, Tensor], num_heads: int | No
         num_layers=shapes.count(f"{prefix}head_transformer.blocks."),
         num_heads=num_heads or conventional_heads(hidden_size, "--head_num_heads"),
     )
-    if hidden_size % sizes.num_heads:
-        raise ValueError(f"the depth transformer is {hidden_size} wide, no multiple of {sizes.num_heads} heads")
     with torch.device("meta"):
-        ours = DepthTransformerHead(**asdict(sizes)).state_dict()
+        ours = DepthTransformerHead(sizes).state_dict()
     sources = {name: _head_source(name, tuple(tensor.shape), prefix) for name, tensor in ours.items()}
     unused = "|".join(map(str, range(num_levels, shapes.count(f"{prefix}classifiers.")))) or "none"
     bookkeeping = {rf"{re.escape(prefix)}classifiers\.({unused})\..+": "classifiers of levels never drawn"}
@@ -246,7 +230,7 @@ def convert_adapters(
     return ConvertedModel(parts, missing, bookkeeping)
 
 
-def _check_head(sizes: HeadSizes, options: HeadOptions, tokenizer: EvoTokConfig, width: int) -> None:
+def _check_head(sizes: DepthTransformerConfig, options: HeadOptions, tokenizer: EvoTokConfig, width: int) -> None:
     wanted = {
         "llm_hidden_size": (sizes.llm_hidden_size, width, "the language model's width"),
         "codebook_dim": (sizes.codebook_dim, tokenizer.codebook_dim, "the tokenizer's codebook_dim"),
@@ -260,7 +244,7 @@ def _check_head(sizes: HeadSizes, options: HeadOptions, tokenizer: EvoTokConfig,
             raise ValueError(f"the depth transformer's {name} is {found}, but {source} is {expected}")
 
 
-def _resolved(sizes: HeadSizes) -> HeadOptions:
+def _resolved(sizes: DepthTransformerConfig) -> HeadOptions:
     return HeadOptions(
         head_hidden_size=sizes.hidden_size, head_num_layers=sizes.num_layers, head_num_heads=sizes.num_heads
     )

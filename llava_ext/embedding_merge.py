@@ -17,33 +17,98 @@ class FoldedSequence:
 
     Attributes:
         input_ids: (B, S); at a written position the id of its level-0 token.
-        attention_mask: (B, S), 1 on real steps.
-        labels: (B, S) or None; -100 where nothing is learned.
+        segment_ids: (B, S), 0 on padding; where samples are packed, another number for each of a row's samples.
+        labels: (B, S) or None; -100 where nothing is learned, as at the first step of a sample: nothing stands before.
         written: (B, S), True at written positions.
         codes: (P, L), the codes of the P written positions in row-major order of `written`.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    segment_ids: Tensor
     labels: Tensor | None
     written: Tensor
     codes: Tensor
 
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, S), 1 on real steps."""
+        return (self.segment_ids > 0).to(self.input_ids.dtype)
+
+    @property
+    def starts(self) -> Tensor:
+        """(B, S), True at the first step of every sample and of every run of padding."""
+        return segment_starts(self.segment_ids)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(B, S), each step's number within its sample; by its restarts transformers tells packed samples apart."""
+        return _steps_since(self.starts)
+
+    def written_places(self, num_positions: int) -> Tensor:
+        """(P,), the place in its image, row-major, of every written position.
+
+        Raises:
+            ValueError: an image with more or fewer than `num_positions`.
+        """
+        before = torch.cat([torch.zeros_like(self.written[:, :1]), self.written[:, :-1]], dim=1)
+        first = self.written & (~before | self.starts)
+        places = _steps_since(first)[self.written]
+        if bool((places >= num_positions).any()) or int(first.sum()) * num_positions != places.numel():
+            raise ValueError(
+                f"{places.numel()} drawn positions in {int(first.sum())} images are no whole images of {num_positions} "
+                "positions each"
+            )
+        return places
+
+    def as_one_row(self) -> "FoldedSequence":
+        """The same samples one after another in a batch of one, without padding."""
+        real = self.segment_ids > 0
+        row = torch.arange(real.shape[0], device=real.device)[:, None] * (self.segment_ids.max() + 1)
+        return FoldedSequence(
+            input_ids=self.input_ids[real][None],
+            segment_ids=(self.segment_ids + row)[real][None],
+            labels=None if self.labels is None else self.labels[real][None],
+            written=self.written[real][None],
+            codes=self.codes,
+        )
+
+
+def segment_starts(segment_ids: Tensor) -> Tensor:
+    """Where a number differs from the one before it in the row, and each row's first place; (B, S) both."""
+    first = torch.ones_like(segment_ids[:, :1], dtype=torch.bool)
+    return torch.cat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], dim=1)
+
+
+def _steps_since(marks: Tensor) -> Tensor:
+    """(B, S), how many steps ago the last mark was."""
+    steps = torch.arange(marks.shape[1], device=marks.device).expand(marks.shape)
+    return steps - steps.masked_fill(~marks, 0).cummax(dim=1).values
+
 
 def fold_residual_tokens(
-    vocabulary: ResidualVocabulary, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    vocabulary: ResidualVocabulary,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    segment_ids: Tensor | None = None,
 ) -> FoldedSequence:
     """Fold runs of L residual tokens into one step each; padding stays on the side where it was.
+
+    Args:
+        segment_ids: (B, T), which of its row's samples a token belongs to, numbered from 1; 0 is padding. Instead of
+            `attention_mask`.
 
     Raises:
         ValueError: residual tokens that do not come as whole positions, level by level.
     """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
+    if segment_ids is None:
+        segment_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    if labels is not None:
+        labels = labels.masked_fill(segment_starts(segment_ids), -100)
     residual = vocabulary.is_residual(input_ids)
     if not bool(residual.any()):
         empty = input_ids.new_zeros((0, vocabulary.num_levels))
-        return FoldedSequence(input_ids, attention_mask, labels, residual, empty)
+        return FoldedSequence(input_ids, segment_ids, labels, residual, empty)
 
     run = input_ids[residual]
     levels = vocabulary.levels(run)
@@ -57,9 +122,9 @@ def fold_residual_tokens(
     codes = vocabulary.codes(run).view(-1, vocabulary.num_levels)
 
     keep = ~residual | (vocabulary.levels(input_ids) == 0)
-    real = keep & attention_mask.bool()
+    real = keep & (segment_ids > 0)
     steps = int(real.sum(dim=1).max())
-    left_padded = bool((attention_mask[:, 0] == 0).any())
+    left_padded = bool((segment_ids[:, 0] == 0).any())
     # A stable sort on "is it dropped" brings the kept steps together without changing their order.
     order = torch.argsort(real.long() if left_padded else (~real).long(), dim=1, stable=True)
     order = order[:, -steps:] if left_padded else order[:, :steps]
@@ -67,7 +132,7 @@ def fold_residual_tokens(
     pick = lambda values, fill: values.gather(1, order).masked_fill(~mask, fill)  # noqa: E731
     return FoldedSequence(
         input_ids=pick(input_ids, 0),
-        attention_mask=mask.to(attention_mask.dtype),
+        segment_ids=pick(segment_ids, 0),
         labels=None if labels is None else pick(labels, -100),
         written=residual.gather(1, order) & mask,
         codes=codes,

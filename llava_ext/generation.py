@@ -4,51 +4,14 @@ R rows drawn together, G = 2 R rows with guidance (conditional first), L levels,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from llava_ext.image_head import LevelCache
+from evotok_plugin.image_head import SamplingOptions, sample
 
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a code is chosen from its logits; `top_k=0` and `top_p=1` switch those filters off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={self.temperature}, "
-                f"top_k={self.top_k}, top_p={self.top_p}"
-            )
-
-
-def sample(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one code a row: logits (R, K) -> (R,).
-
-    Every row has its own generator and the draw is `argmax(probability / exponential noise)`, so a row does not
-    depend on the rows beside it. Temperature 0 takes the most likely code.
-    """
-    if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        kth = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if options.top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
-        # The most likely codes whose mass before them is still below top_p.
-        outside = ordered.cumsum(dim=-1) - ordered >= options.top_p
-        probabilities = probabilities.masked_fill(outside.gather(-1, index.argsort(dim=-1)), 0.0)
-    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators])
-    return (probabilities / noise.to(probabilities.device)).argmax(dim=-1)
+__all__ = ["ImageGenerationMixin", "SamplingOptions", "sample"]
 
 
 class ImageGenerationMixin:
@@ -134,6 +97,7 @@ class ImageGenerationMixin:
         inputs = processor.drawing_prompts(prompts + [""] * num_rows if guided else prompts)
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
+        codebooks = self.vision_tower.quantizer.codebooks
 
         outputs = self.language_model(
             inputs_embeds=self.get_input_embeddings()(ids),
@@ -144,7 +108,7 @@ class ImageGenerationMixin:
         positions = []
         for index in range(self.config.vision_config.num_positions):
             hidden = outputs.last_hidden_state[:, -1]  # (G, D)
-            positions.append(self._draw_position(hidden, guidance_scale, options, generators))
+            positions.append(self.image_head.sample(hidden, codebooks, generators, options, guidance_scale))
             if on_position is not None:
                 on_position(index + 1)
             if index + 1 == self.config.vision_config.num_positions:
@@ -160,19 +124,3 @@ class ImageGenerationMixin:
                 use_cache=True,
             )
         return torch.stack(positions, dim=1)
-
-    def _draw_position(
-        self, hidden: Tensor, guidance_scale: float, options: SamplingOptions, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Draw the levels of one position from its hidden states (G, D): codes (R, L)."""
-        num_rows, cache = len(generators), LevelCache()
-        conditioning, codes = hidden, []
-        for level in range(self.image_head.num_levels):
-            logits = self.image_head.step(level, conditioning, cache)
-            if logits.shape[0] > num_rows:
-                conditional, unconditional = logits[:num_rows], logits[num_rows:]
-                logits = unconditional + guidance_scale * (conditional - unconditional)
-            codes.append(sample(logits, options, generators))
-            latents = self.vision_tower.codes_to_latents(torch.stack(codes, dim=1)[None])[0].to(hidden.dtype)
-            conditioning = torch.cat([latents] * (hidden.shape[0] // num_rows))
-        return torch.stack(codes, dim=1)

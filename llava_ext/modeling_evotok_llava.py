@@ -6,16 +6,16 @@ B batch, T flat tokens, S steps after folding, P written positions, N positions 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from evotok_plugin import EvoTokModel
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
+from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin
-from llava_ext.image_head import DepthTransformerHead
+from llava_ext.losses import count_learned
 from llava_ext.projector import Projector
 
 
@@ -27,14 +27,17 @@ class EvoTokLlavaOutput(ModelOutput):
         loss: sum of both losses, present with `labels`.
         logits: (B, S', vocabulary) over text tokens; None with `labels`, where only learned steps are classified.
         text_loss, image_loss: mean cross-entropy over learned text tokens, and over learned positions and levels.
+        num_text_tokens, num_image_positions: how many were learned; a loss over none is 0.
         past_key_values: the backbone's cache.
-        last_hidden_state: (B, S, D).
+        last_hidden_state: (B, S, D); of packed samples under flash-attention (1, all steps, D).
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
+    num_text_tokens: Tensor | None = None
+    num_image_positions: Tensor | None = None
     past_key_values: object | None = None
     last_hidden_state: Tensor | None = None
 
@@ -65,13 +68,15 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         self.read_projector = Projector(vision.semantic_dim, width, vision.num_positions)
         self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
         self.image_head = DepthTransformerHead(
-            llm_hidden_size=width,
-            codebook_dim=vision.codebook_dim,
-            codebook_size=vision.codebook_size,
-            num_levels=vision.pixel_depth,
-            hidden_size=config.head_hidden_size,
-            num_layers=config.head_num_layers,
-            num_heads=config.head_num_heads,
+            DepthTransformerConfig(
+                llm_hidden_size=width,
+                codebook_dim=vision.codebook_dim,
+                codebook_size=vision.codebook_size,
+                num_levels=vision.pixel_depth,
+                hidden_size=config.head_hidden_size,
+                num_layers=config.head_num_layers,
+                num_heads=config.head_num_heads,
+            )
         )
         self.vocabulary = config.residual_vocabulary
         self.vision_tower.requires_grad_(False)
@@ -143,27 +148,21 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
     def _embed(self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None) -> Tensor:
         embeddings = self.get_input_embeddings()(folded.input_ids.masked_fill(folded.written, 0))
         vision = self.config.vision_config
-        first = torch.zeros(1, dtype=torch.long, device=embeddings.device)
         # While training, what a batch does not use still runs, times zero and in its usual place: every rank then
-        # reduces the same gradients in the same order, whatever its batch holds.
+        # gathers the same weights and reduces the same gradients in the same order, whatever its batch holds.
+        nothing = folded.codes.new_zeros(1, vision.num_positions, vision.num_quantizers)
         if pixel_values is not None or image_codes is not None:
             features = self.get_image_features(pixel_values, image_codes)
             where = folded.input_ids == self.config.image_token_id
             embeddings = merge_features(embeddings, where, features.flatten(0, 1), "image")
         elif self.training:
-            nothing = embeddings.new_zeros(1, vision.semantic_dim)
-            embeddings = embeddings + 0.0 * self.read_projector(nothing, first).sum()
-        if num_written := folded.codes.shape[0]:
-            if num_written % vision.num_positions:
-                raise ValueError(
-                    f"{num_written} drawn positions are no whole images of {vision.num_positions} positions"
-                )
-            positions = torch.arange(num_written, device=embeddings.device) % vision.num_positions
-            written = self.embed_written(folded.codes, positions)
+            embeddings = embeddings + 0.0 * self.get_image_features(image_codes=nothing).sum()
+        if folded.codes.shape[0]:
+            written = self.embed_written(folded.codes, folded.written_places(vision.num_positions))
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")
         elif self.training:
-            nothing = embeddings.new_zeros(1, vision.codebook_dim)
-            embeddings = embeddings + 0.0 * self.write_projector(nothing, first).sum()
+            place = folded.codes.new_zeros(1)
+            embeddings = embeddings + 0.0 * self.embed_written(nothing[0, :1, : vision.pixel_depth], place).sum()
         return embeddings
 
     # Forward -------------------------------------------------------------------------------------------------
@@ -175,6 +174,7 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
@@ -182,7 +182,7 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> EvoTokLlavaOutput:
-        """One pass over a batch that may mix reading, drawing and text.
+        """One pass over a batch that may mix reading, drawing and text, one sample a row or several.
 
         Args:
             input_ids: (B, T) flat sequence: text, delimiters, image placeholders and residual tokens.
@@ -190,6 +190,8 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             labels: (B, T), -100 where nothing is learned.
             pixel_values: images that are read, (I, 3, H, W) in [-1, 1], in the order of their placeholders.
             image_codes: the same images as cached codes (I, N, L), instead of `pixel_values`.
+            segment_ids: (B, T), for rows of several samples: which of them a token belongs to, numbered from 1, 0 on
+                padding; in place of `attention_mask` and `position_ids`. No sample sees another.
 
         Raises:
             ValueError: placeholders and images do not match, or an image's residual tokens are not whole.
@@ -198,17 +200,24 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give images either as pixel_values or as image_codes, and not both")
-        folded = None
+        folded, steps = None, {"attention_mask": attention_mask, "position_ids": position_ids}
+        if segment_ids is not None:
+            if any(value is not None for value in (attention_mask, position_ids, past_key_values, inputs_embeds)):
+                raise ValueError(
+                    "segment_ids say what belongs together; give them with input_ids, and without attention_mask, "
+                    "position_ids or past_key_values"
+                )
+        if labels is not None or segment_ids is not None:
+            use_cache = False  # with a cache, transformers does not look for packed samples
         if inputs_embeds is None:
-            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels)
+            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels, segment_ids)
+            if segment_ids is not None:
+                folded, steps = self._packed(folded)
+            elif attention_mask is not None:
+                steps["attention_mask"] = folded.attention_mask
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
-            attention_mask = None if attention_mask is None else folded.attention_mask
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **steps
         )
         hidden = outputs.last_hidden_state  # (B, S, D)
         result = EvoTokLlavaOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
@@ -217,30 +226,47 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             return result
         if folded is None:
             raise ValueError("labels need input_ids: what is learned at a step depends on its token")
+        counts = count_learned(folded.labels, self.vocabulary, folded.segment_ids)
+        result.num_text_tokens, result.num_image_positions = counts.text_tokens, counts.image_positions
         result.text_loss = self._text_loss(hidden, folded)
         result.image_loss = self._image_loss(hidden, folded)
         result.loss = result.text_loss + result.image_loss
         return result
 
+    def _packed(self, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
+        """The sequence as the backbone's attention takes packed samples, and the arguments that tell them apart."""
+        if "flash" not in self.language_model.config._attn_implementation:
+            # transformers builds the block-diagonal mask from the restarts, if there is no other mask.
+            return folded, {"attention_mask": None, "position_ids": folded.position_ids}
+        folded = folded.as_one_row()
+        bounds = folded.starts[0].nonzero().flatten().to(torch.int32)
+        bounds = torch.cat([bounds, bounds.new_tensor([folded.starts.shape[1]])])
+        longest = int(bounds.diff().max())
+        steps = {"attention_mask": None, "position_ids": folded.position_ids}
+        return folded, steps | {
+            "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest
+        }  # fmt: skip
+
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
-        targets = folded.labels[:, 1:]
-        where = (targets != -100) & ~folded.written[:, 1:]
-        logits = self.lm_head(hidden[:, :-1][where]).float()
-        return F.cross_entropy(logits, targets[where], reduction="sum") / max(1, logits.shape[0])
+        learned = (folded.labels != -100) & ~folded.written
+        targets, states = folded.labels[learned], hidden[:, :-1][learned[:, 1:]]  # the step before predicts
+        total = chunked_cross_entropy(self.lm_head, states, targets, self.config.text_config.vocab_size)
+        return total / max(1, targets.shape[0])
 
     def _image_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
-        learned = folded.labels[folded.written] != -100  # (P,)
-        codes = folded.codes[learned]
+        learned = (folded.labels != -100) & folded.written
+        codes, states = folded.codes[learned[folded.written]], hidden[:, :-1][learned[:, 1:]]
         if not codes.shape[0]:
             zero = hidden.new_zeros((), dtype=torch.float32)
             if not self.training:
                 return zero
-            vision = self.config.vision_config
-            nothing = hidden.new_zeros(1, vision.pixel_depth, vision.codebook_dim)
-            return zero + 0.0 * sum(logits.sum() for logits in self.image_head(hidden[:1, 0], nothing))
-        where = folded.written[:, 1:] & (folded.labels[:, 1:] != -100)
+            nothing = folded.codes.new_zeros(1, self.config.vision_config.pixel_depth)
+            return zero + 0.0 * self._head_loss(hidden[:1, 0], nothing)
+        return self._head_loss(states, codes)
+
+    def _head_loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         latents = self.vision_tower.level_latents(codes[None])[0]  # (P, L, C)
-        return self.image_head.loss(hidden[:, :-1][where], latents.to(hidden.dtype), codes)
+        return self.image_head.loss(hidden, latents.to(hidden.dtype), codes)
 
     # Text generation -----------------------------------------------------------------------------------------
 

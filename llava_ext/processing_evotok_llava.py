@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
@@ -21,6 +22,48 @@ class EncodedConversation:
 
     input_ids: Tensor
     labels: Tensor
+
+
+class TooLong(ValueError):
+    """A conversation that cannot be cut to the length that is wanted."""
+
+
+@dataclass(frozen=True)
+class ConversationLayout:
+    """A conversation before its images are put in: one token a text token and one an image.
+
+    Attributes:
+        tokens: ids.
+        learned: which of them are learned.
+        is_image: which of them stand for an image.
+        image_steps: LLM steps that an image takes, its delimiters included; read or drawn makes no difference.
+    """
+
+    tokens: list[int]
+    learned: list[bool]
+    is_image: list[bool]
+    image_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """LLM steps: one a text token, and those of the images."""
+        return len(self.tokens) + sum(self.is_image) * (self.image_steps - 1)
+
+    def cut_to(self, num_steps: int) -> "ConversationLayout":
+        """Leave out from the end what exceeds `num_steps` LLM steps; images are kept, and whole.
+
+        Raises:
+            TooLong: an image, or all that would be learned, lies beyond.
+        """
+        if self.num_steps <= num_steps:
+            return self
+        steps = np.where(self.is_image, self.image_steps, 1).cumsum()
+        kept = int(np.searchsorted(steps, num_steps, side="right"))
+        if any(self.is_image[kept:]):
+            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} do not hold all images whole")
+        if not any(self.learned[:kept]):
+            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} hold nothing to learn")
+        return ConversationLayout(self.tokens[:kept], self.learned[:kept], self.is_image[:kept], self.image_steps)
 
 
 class EvoTokLlavaProcessor(ProcessorMixin):
@@ -97,10 +140,19 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: the number of `<image>` and of images differ, or codes have another number of positions.
         """
+        layout = self.lay_out(messages, add_generation_prompt)
+        return self.put_images(layout, drawn_codes)
+
+    def lay_out(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> ConversationLayout:
+        """Messages as `encode_conversation` takes them, without the images: how long they are and what is learned.
+
+        Raises:
+            ValueError: a chat template that cannot render them, or text that holds an image token.
+        """
         contents = [str(message["content"]) for message in messages]
-        found = sum(content.count(LLAVA_IMAGE) for content in contents)
-        if found != len(drawn_codes):
-            raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {len(drawn_codes)} images were given")
+        for token in IMAGE_TOKENS:
+            if any(token in content for content in contents):
+                raise ValueError(f"the text holds {token}, which stands for images alone; write {LLAVA_IMAGE}")
         rendered = self.template.render(
             [
                 {"role": message["role"], "content": content.replace(LLAVA_IMAGE, IMAGE_TOKEN)}
@@ -109,13 +161,23 @@ class EvoTokLlavaProcessor(ProcessorMixin):
             add_generation_prompt,
         )
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        spans, current = rendered.assistant_spans, 0
-        ids, labels, images = [], [], iter(drawn_codes)
-        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        spans, current, learned = rendered.assistant_spans, 0, []
+        for start, _ in encoded["offset_mapping"]:
             while current < len(spans) and start >= spans[current][1]:
                 current += 1
-            learned = current < len(spans) and start >= spans[current][0]
-            piece = self._image_ids(next(images)) if token == self.image_token_id else [token]
+            learned.append(current < len(spans) and start >= spans[current][0])
+        tokens = encoded["input_ids"]
+        is_image = [token == self.image_token_id for token in tokens]
+        return ConversationLayout(tokens, learned, is_image, self.num_positions + 2)
+
+    def put_images(self, layout: ConversationLayout, drawn_codes: Sequence[Tensor | None]) -> EncodedConversation:
+        """A layout with its images, for which `encode_conversation` says what is given."""
+        found = sum(layout.is_image)
+        if found != len(drawn_codes):
+            raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {len(drawn_codes)} images were given")
+        ids, labels, images = [], [], iter(drawn_codes)
+        for token, learned, is_image in zip(layout.tokens, layout.learned, layout.is_image, strict=True):
+            piece = self._image_ids(next(images)) if is_image else [token]
             ids += piece
             labels += piece if learned else [-100] * len(piece)
         return EncodedConversation(torch.tensor(ids), torch.tensor(labels))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains a tokenizer on a folder of images.
-#   bash scripts/train_tokenizer.sh --data FOLDER --output_dir FOLDER [--recipe tokenizer_photos | my.yaml] [--max_steps N ...]
+# Trains a tokenizer on images: folders, tar shards, parquet or data sets of the hub.
+#   bash scripts/train_tokenizer.sh --data SOURCE... --output_dir FOLDER [--recipe photos | base | paper | my.yaml] [--max_steps N ...]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"
 case " $* " in
   *" --recipe "* | *" --recipe="*) launch evotok_plugin.cli train "$@" ;;
-  *) launch evotok_plugin.cli train --recipe tokenizer_photos "$@" ;;
+  *) launch evotok_plugin.cli train --recipe photos "$@" ;;
 esac

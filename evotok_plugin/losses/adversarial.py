@@ -1,6 +1,7 @@
 """PatchGAN (Isola et al. 2017) with the hinge loss, as VQGAN uses it."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,8 +40,14 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Ratio of both losses' gradients at the decoder's last layer (Esser et al. 2021, eq. 7), within 0..1e4."""
-    wanted, given = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    """Ratio of both losses' gradients at the decoder's last layer (Esser et al. 2021, eq. 7), within 0..1e4.
+
+    The gradients are those of the joint batch of all processes, so that the weight is the same in each.
+    """
+    gradients = torch.stack(
+        [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
     )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(gradients)
+    wanted, given = (gradient.norm() for gradient in gradients)
     return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()

@@ -1,26 +1,32 @@
-"""LPIPS (Zhang et al. 2018) through the `lpips` package; its VGG weights come from torchvision's hub."""
+"""LPIPS (Zhang et al. 2018) through the `lpips` package; its VGG16 weights come from torchvision's hub."""
+
+import warnings
 
 from torch import nn
 
+from evotok_plugin.hub_files import HubFile
+
+VGG16 = HubFile(
+    names=("vgg16-397923af.pth",),
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    digest="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+_WITHOUT = "or do without LPIPS: train with --lpips_weight 0, evaluate without lpips among --metrics"
+
 
 def load_lpips() -> nn.Module:
-    """The frozen LPIPS-VGG network, called as `lpips(a, b)` on images in [-1, 1].
+    """The frozen LPIPS-VGG network, called as `lpips(a, b)` on images (B, 3, H, W) in [-1, 1], at least 16 pixels a
+    side; gives (B, 1, 1, 1).
 
     Raises:
-        ValueError: the package or its weights are not there.
+        ValueError: the package or its weights are not there, or the weights are others.
     """
     try:
         import lpips
     except ImportError:
-        raise ValueError(
-            "lpips_weight is above 0 but the package lpips is not installed: `pip install lpips`, or train without it "
-            "(--lpips_weight 0, as the recipes tokenizer_tiny and tokenizer_photos do)"
-        ) from None
-    try:
+        raise ValueError(f"the package lpips is not installed: `pip install lpips`, {_WITHOUT}") from None
+    VGG16.fetch(f"LPIPS needs VGG16's weights: put the file there, {_WITHOUT}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the way in which lpips calls torchvision
         network = lpips.LPIPS(net="vgg", verbose=False)
-    except OSError as error:
-        raise ValueError(
-            f"LPIPS needs torchvision's VGG16 weights, which could not be fetched ({error}); "
-            "put vgg16-397923af.pth into ~/.cache/torch/hub/checkpoints, or train with --lpips_weight 0"
-        ) from error
     return network.eval().requires_grad_(False)

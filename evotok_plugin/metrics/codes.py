@@ -15,26 +15,31 @@ class CodeUsage:
         self.counts = torch.zeros(num_levels, codebook_size, dtype=torch.long)
 
     def update(self, codes: Tensor) -> None:
-        """Add codes (..., l) of the first l levels.
+        """Add codes (..., l) of the first l levels; counts stay on the device of the first codes.
 
         Raises:
-            ValueError: more levels than are counted, or a code that no codebook has.
+            ValueError: more levels than are counted, or (looked at on the CPU, where it costs no waiting) a code that
+                no codebook has.
         """
-        (num_levels, size), codes = self.counts.shape, codes.detach().flatten(0, -2)
+        (num_levels, size), codes = self.counts.shape, codes.detach().flatten(0, -2).long()
         if codes.shape[1] > num_levels:
             raise ValueError(f"codes have {codes.shape[1]} levels, {num_levels} are counted")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        if not codes.is_cuda and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
-        for level, column in enumerate(codes.unbind(dim=1)):
-            self.counts[level] += torch.bincount(column.long(), minlength=size).cpu()
+        self.counts = self.counts.to(codes.device)
+        places = (codes + torch.arange(codes.shape[1], device=codes.device) * size).flatten()
+        self.counts.view(-1).index_add_(0, places, torch.ones_like(places))
 
     def all_reduce(self) -> None:
         """Add up what the processes have counted; a single process has nothing to add."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            counts = self.counts.to(device)
+            counts = self.counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(counts)
-            self.counts = counts.cpu()
+            self.counts = counts.to(self.counts.device)
+
+    def num_codes(self) -> int:
+        """How many codes of a level have been counted."""
+        return int(self.counts[0].sum())
 
     def usage(self) -> list[float]:
         """Share of each level's codes that occurred."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+REPORTERS = ("tensorboard", "wandb")
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -9,11 +11,13 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class TokenizerTrainingConfig:
-    """What a recipe of `evotok train` may hold; the defaults are the paper's (DESIGN, section 1)."""
+    """What a recipe of `evotok train` may hold; the defaults are the paper's (arXiv 2603.12108)."""
 
-    data: str = field(metadata=_help("folder of images, searched recursively"))
+    data: list[str] = field(metadata=_help("folders of images, tar shards, parquet, or hf:NAME"))
     output_dir: str = field(metadata=_help("where checkpoints, metrics, pictures and the model go"))
-    preset: str = field(default="paper", metadata=_help("model sizes: tiny, base or paper"))
+    data_weights: list[float] | None = field(default=None, metadata=_help("share of each source (default: its size)"))
+    val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a part held out)"))
+    preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
     model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
     teacher: str | None = field(default=None, metadata=_help("SigLIP folder or hub id: semantic target and start"))
     init_encoder: bool = field(default=True, metadata=_help("start the encoder from the teacher"))
@@ -24,6 +28,9 @@ class TokenizerTrainingConfig:
     cosine_decay: bool = field(default=False, metadata=_help("cosine to zero, else constant"))
     grad_clip: float = 1.0
     bf16: bool = field(default=False, metadata=_help("autocast; the code search stays in fp32"))
+    gradient_checkpointing: bool = field(default=False, metadata=_help("less memory for a third more computing"))
+    compile: bool = field(default=False, metadata=_help("torch.compile the networks"))
+    weights_ema: float = field(default=0.0, metadata=_help("decay of the averaged weights that are saved; 0: none"))
     pixel_loss: str = field(default="l2", metadata=_help("l2 or l1"))
     pixel_weight: float = 1.0
     lpips_weight: float = 1.0
@@ -34,26 +41,46 @@ class TokenizerTrainingConfig:
     gan_adaptive: bool = field(default=False, metadata=_help("scale the adversarial term by gradient norms"))
     kmeans_images: int = field(default=0, metadata=_help("images whose latents start the codebooks; 0: at random"))
     augment: bool = field(default=True, metadata=_help("random scale, crop and flip"))
-    val_fraction: float = field(default=0.01, metadata=_help("share of the images held out, by a hash of their path"))
+    val_fraction: float = field(default=0.01, metadata=_help("share of the images held out, by a hash of their name"))
     val_images: int = field(default=256, metadata=_help("held-out images looked at in a validation"))
     val_every: int = 2000
     save_every: int = 2000
+    keep_checkpoints: int = field(default=2, metadata=_help("how many of the newest checkpoints stay"))
     log_every: int = 20
+    report_to: str = field(default="tensorboard", metadata=_help("tensorboard, wandb, both or none"))
+    max_loss_growth: float = field(
+        default=100.0, metadata=_help("stop when a term is this many times the usual loss, ten steps in a row")
+    )
+    min_code_usage: float = field(
+        default=0.05, metadata=_help("warn when a level uses a smaller share of its codes between validations")
+    )
     num_workers: int = 0
     max_bad_fraction: float = field(default=0.001, metadata=_help("share of broken images that is tolerated"))
     seed: int = 0
     overwrite: bool = field(default=False, metadata=_help("begin anew although output_dir holds a run"))
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            self.data = [self.data]
         if self.pixel_loss not in ("l1", "l2"):
             raise ValueError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
+        if self.report_to not in (*REPORTERS, "both", "none"):
+            raise ValueError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
         if self.semantic_weight > 0 and not self.teacher:
             raise ValueError(
                 "semantic_weight is above 0 but there is no teacher; pass --teacher FOLDER (a SigLIP model), or train "
-                "pixels alone with --semantic_weight 0"
+                "pixels alone with --semantic_weight 0, as the recipe photos does"
             )
-        for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every"):
+        for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
+        if self.max_loss_growth <= 1:
+            raise ValueError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
+        for name in ("val_fraction", "weights_ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """Where figures and pictures go beside metrics.jsonl."""
+        return {"both": REPORTERS, "none": ()}.get(self.report_to, (self.report_to,))

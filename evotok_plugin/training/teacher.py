@@ -1,4 +1,4 @@
-"""The embedded SigLIP teacher: a small SigLIP trained on the scenes and their captions.
+"""Teachers: the frozen SigLIP tower that gives the semantic target, and small ones trained on captioned images.
 
 `python -m evotok_plugin.training.teacher --data FOLDER --tokenizer FOLDER --output_dir FOLDER`
 """
@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
-    PreTrainedModel,
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
@@ -24,31 +24,71 @@ from transformers import (
 )
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.data.folder import as_bytes, open_picture, to_pixel_values
+from evotok_plugin.data.images import as_bytes, open_picture, to_pixel_values
+from evotok_plugin.data.sources import FileSource, open_source
+from evotok_plugin.data.stream import Augmentation
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.progress import progress_interval
+from evotok_plugin.recipes import parse_mapping
 
 
-def load_teacher(folder: str) -> PreTrainedModel:
+class Teacher(nn.Module):
+    """The frozen part of a SigLIP vision tower that makes the semantic target: all layers but the last one."""
+
+    def __init__(self, tower: SiglipVisionModel) -> None:
+        super().__init__()
+        self.config, self.embeddings, self.encoder = tower.config, tower.embeddings, tower.encoder
+        self.encoder.layers = self.encoder.layers[:-1]
+        self.eval().requires_grad_(False)
+
+    @property
+    def grid_size(self) -> int:
+        """Positions a side; pixels beyond the last whole patch are not read."""
+        return self.config.image_size // self.config.patch_size
+
+    def check_fits(self, config: EvoTokConfig, image_size: int | None = None) -> None:
+        """Compare it with a tokenizer, for images of `image_size` pixels (default: the configuration's).
+
+        Raises:
+            ValueError: it has other positions, or features of another width.
+        """
+        grid_size = (image_size or config.image_size) // config.patch_size
+        for what, theirs, ours in (
+            ("patch_size", self.config.patch_size, config.patch_size),
+            ("positions a side", self.grid_size, grid_size),
+            ("width (semantic_dim)", self.config.hidden_size, config.semantic_dim),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"the teacher does not fit the tokenizer: its {what} is {theirs}, {ours} is needed; give the "
+                    "teacher that the tokenizer learns or has learnt from, or do without one"
+                )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
+
+
+def load_teacher(folder: str) -> Teacher:
     """The frozen vision tower of any SigLIP folder or hub id.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     try:
-        teacher = SiglipVisionModel.from_pretrained(folder)
+        tower = SiglipVisionModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"teacher {folder!r} cannot be loaded ({error}); "
+            f"teacher {folder!r} cannot be loaded ({' '.join(str(error).split())}); "
             "give a SigLIP folder, for the paper's recipe a download of google/siglip2-large-patch16-256, "
-            "or train without (--semantic_weight 0)"
+            "or train without one: --semantic_weight 0, or the recipe photos"
         ) from error
-    return teacher.eval().requires_grad_(False)
+    return Teacher(tower)
 
 
-def teacher_features(teacher: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The semantic target (B, N, D): output of the last layer but one."""
+def teacher_features(teacher: Teacher, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The semantic target (B, N, D): output of the tower's last layer but one."""
     with torch.no_grad():
-        return teacher(pixel_values, output_hidden_states=True).hidden_states[-2]
+        return teacher(pixel_values)
 
 
 def build_siglip(vision: EvoTokConfig, vocab_size: int, max_text_length: int) -> SiglipModel:
@@ -80,6 +120,24 @@ def build_siglip(vision: EvoTokConfig, vocab_size: int, max_text_length: int) ->
     return model
 
 
+def captioned_images(data: Path) -> list[tuple[Path, str]]:
+    """Images and what they show: by `captions.jsonl` (lines of `image` and `captions`, the first of which says most),
+    else by their file names, `n01484850_great_white_shark.jpg` being a great white shark.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    file = data / "captions.jsonl"
+    if file.is_file():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [(data / row["image"], row["captions"][0]) for row in rows]
+    source = open_source(data)
+    if not isinstance(source, FileSource):
+        raise ValueError(f"{data}: expected captions.jsonl or image files whose names say what they show")
+    names = [source.key(i) for i in range(len(source))]
+    return [(data / name, re.sub(r"^n\d{8}_", "", Path(name).stem).replace("_", " ")) for name in names]
+
+
 def train_teacher(
     data: Path,
     tokenizer_folder: Path,
@@ -88,21 +146,25 @@ def train_teacher(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    vision: EvoTokConfig | None = None,
+    augment: bool = False,
 ) -> float:
-    """Train contrastively on `data/captions.jsonl` and save the vision tower; returns the last loss.
+    """Train contrastively on captioned images and save the vision tower; returns the last loss.
+
+    Args:
+        vision: the tokenizer that the teacher is for; the tiny preset if none is given.
+        augment: random scale, crop and flip.
 
     Raises:
         ValueError: no captions, or a loss that is not finite.
     """
-    file = data / "captions.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; the teacher needs lines of {{'image', 'captions'}}")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    pairs = captioned_images(data)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    length = max(len(ids) for ids in tokenizer([row["captions"][0] for row in rows])["input_ids"])
+    length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    vision = EvoTokConfig.preset("tiny")
+    vision = vision or EvoTokConfig.preset("tiny")
+    processor, crop = EvoTokImageProcessor(size=vision.image_size), Augmentation()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_siglip(vision, len(tokenizer), length).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
@@ -113,14 +175,14 @@ def train_teacher(
     )
     bar = tqdm(range(max_steps), desc="teacher", unit="step", mininterval=progress_interval())
     for _ in bar:
-        chosen = [rows[i] for i in rng.choice(len(rows), size=min(batch_size, len(rows)), replace=False)]
-        pictures = torch.stack([as_bytes(open_picture(data / row["image"])) for row in chosen])
-        # The first caption is the full description: what it says is what the features must hold.
-        captions = [row["captions"][0] for row in chosen]
+        chosen = [pairs[i] for i in rng.choice(len(pairs), size=min(batch_size, len(pairs)), replace=False)]
+        pictures = [open_picture(path) for path, _ in chosen]
+        pictures = [crop(p, vision.image_size, rng) if augment else processor.crop(p) for p in pictures]
+        captions = [caption for _, caption in chosen]
         text = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         output = model(
             input_ids=text["input_ids"].to(device),
-            pixel_values=to_pixel_values(pictures, device),
+            pixel_values=to_pixel_values(torch.stack([as_bytes(p) for p in pictures]), device),
             return_loss=True,
         )
         if not torch.isfinite(output.loss):
@@ -137,16 +199,23 @@ def train_teacher(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with captions.jsonl and images/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="images with captions.jsonl, or with names that say it"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a text tokenizer")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--augment", action="store_true", help="random scale, crop and flip")
+    parser.add_argument(
+        "--model", default="{}", help="fields in which the tokenizer differs from the tiny preset, YAML"
+    )
     arguments = vars(parser.parse_args(argv))
     try:
-        train_teacher(arguments.pop("data"), arguments.pop("tokenizer"), **arguments)
+        vision = EvoTokConfig.preset("tiny", **parse_mapping(arguments.pop("model")))
+        train_teacher(arguments.pop("data"), arguments.pop("tokenizer"), vision=vision, **arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

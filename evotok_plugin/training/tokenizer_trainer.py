@@ -1,188 +1,164 @@
-"""Training of the tokenizer: losses, two optimizers, validation, checkpoints that resume exactly."""
+"""Training of the tokenizer: a step, validation, and a run that can be stopped anywhere and goes on exactly."""
 
 import contextlib
-import json
 import logging
 import math
-import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.data.folder import (
-    Augmentation,
-    ImageStream,
-    is_held_out,
-    list_images,
-    open_picture,
-    to_pixel_values,
-    usable_images,
-)
+from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.images import to_pixel_values
+from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
+from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.losses.adversarial import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-)
-from evotok_plugin.losses.perceptual import load_lpips
-from evotok_plugin.losses.semantic import cosine_loss, folded_cosine_loss
+from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.pictures import image_grid
+from evotok_plugin.processes import Processes
 from evotok_plugin.progress import progress_interval
-from evotok_plugin.recipes import save_resolved
+from evotok_plugin.recipes import as_plain, save_resolved
+from evotok_plugin.training.checkpoints import (
+    load_optimizer,
+    load_strictly,
+    newest_kept,
+    optimizer_tensors,
+    part,
+    read_newest,
+    under,
+    write_checkpoint,
+)
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from evotok_plugin.training.teacher import load_teacher, teacher_features
+from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
+from evotok_plugin.training.objective import TokenizerObjective
+from evotok_plugin.training.teacher import teacher_features
+from evotok_plugin.training.weights_ema import WeightsEMA
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = "checkpoint"
+_VALIDATION_BATCH = 64
+_SHOWN = 8  # images in a validation picture
 
 
 class TokenizerTrainer:
-    """One training run; `run()` starts it or goes on with it."""
+    """One training run; `run()` starts it or goes on with it.
+
+    Raises:
+        ValueError: data, teacher or settings that do not fit.
+    """
 
     def __init__(self, config: TokenizerTrainingConfig) -> None:
-        self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        use_cuda = torch.cuda.is_available()
-        if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+        self.config, self.processes = config, Processes.join()
+        self.rank, self.world_size, self.device = (
+            self.processes.rank,
+            self.processes.world_size,
+            self.processes.device,
+        )
         if config.batch_size % self.world_size:
             raise ValueError(f"batch_size {config.batch_size} cannot be split over {self.world_size} processes")
+        if config.bf16 and self.device.type == "cpu":
+            logger.warning("bf16 on a CPU is often far slower than float32; --bf16 false turns it off")
         self.folder = Path(config.output_dir)
         self._prepare_folder()
         torch.manual_seed(config.seed)
         self._build_data()
         self._build_networks()
         self.step = 0
-        self._writer = None
+        self._watch = LossWatch(config.max_loss_growth)
+        self._usage = self._new_usage()
+        self._reporter: Reporter | None = None
+        self._stop_signal = 0
 
     # Setting up ----------------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
-        if self.rank == 0:
+        if self.processes.is_first:
             if self.config.overwrite:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_resolved(self.config, self.folder / "recipe.yaml")
-        self._barrier()
-
-    def _barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        self.processes.barrier()
 
     def _build_data(self) -> None:
-        config, root = self.config, Path(self.config.data)
-        report = self.folder / "bad_images.jsonl" if self.rank == 0 else None
-        images = usable_images(list_images(root), config.max_bad_fraction, report)
-        held_out = [path for path in images if is_held_out(path, root, config.val_fraction)]
-        training = [path for path in images if not is_held_out(path, root, config.val_fraction)]
-        if not training:
-            raise ValueError(f"no training images are left in {root} after holding out {len(held_out)}")
+        config = self.config
+        sources, held_out = [open_source(spec) for spec in config.data], []
+        self._num_images = sum(map(len, sources))
+        if config.val_data:
+            held_out = [open_sources(config.val_data)]
+        else:
+            parts = [split_held_out(source, config.val_fraction) for source in sources]
+            sources, held_out = [training for training, _ in parts], [held for _, held in parts]
+        self._held_out = Concatenated(held_out)
+        count = min(config.val_images, len(self._held_out))
+        # Spread evenly: sources in ImageNet's layout are sorted by class.
+        self._looked_at = np.linspace(0, len(self._held_out) - 1, count).round().astype(int) if count else []
         model_config = EvoTokConfig.preset(config.preset, **config.model)
         self.processor = EvoTokImageProcessor(size=model_config.image_size)
-        self.stream = ImageStream(
-            training,
+        self.stream = TrainingStream(
+            sources,
             model_config.image_size,
             Augmentation() if config.augment else None,
             config.seed,
             length=config.max_steps * config.batch_size,
+            weights=config.data_weights,
         )
-        self.held_out = held_out[: config.val_images]
+        report = self.folder / "bad_images.jsonl" if self.processes.is_first else None
+        self._bad = BadSamples(report, config.max_bad_fraction)
         logger.info(
-            "%d images to train on, %d held out (%d looked at)", len(training), len(held_out), len(self.held_out)
+            "%d images to train on, %d held out (%d looked at)", sum(map(len, sources)), len(self._held_out), count
         )
 
     def _build_networks(self) -> None:
         config = self.config
         self.model = EvoTokModel(EvoTokConfig.preset(config.preset, **config.model)).to(self.device).train()
-        self.teacher = load_teacher(config.teacher).to(self.device) if config.semantic_weight > 0 else None
-        if self.teacher is not None:
-            self._check_teacher()
-            if config.init_encoder:
-                self._start_from_teacher()
-        self.lpips = load_lpips().to(self.device) if config.lpips_weight > 0 else None
-        wrap = DistributedDataParallel if self.world_size > 1 else lambda module, **kwargs: module
-        self.network = wrap(self.model, broadcast_buffers=False)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
-        self.discriminator, self.discriminator_optimizer = None, None
-        if config.gan_weight > 0:
-            self.discriminator = wrap(PatchDiscriminator().to(self.device))
-            self.discriminator_optimizer = torch.optim.Adam(
-                self.discriminator.parameters(), lr=config.learning_rate, betas=(0.9, 0.95)
-            )
+        self.objective = TokenizerObjective(config, self.model)
+        if self.objective.teacher is None:
+            self.model.semantic_decoder.requires_grad_(False)  # nothing teaches it
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        if config.compile:
+            for network in (self.model.encoder, self.model.pixel_decoder, self.model.semantic_decoder):
+                network.compile()
+            self.objective.compile()
+        self.weights_ema = WeightsEMA(self.model, config.weights_ema) if config.weights_ema else None
+        self.network = self._on_all_processes(self.model)
+        self.optimizer = self._adam(self.model)
+        self._judge, self.discriminator_optimizer = None, None
+        if self.objective.discriminator is not None:
+            self._judge = self._on_all_processes(self.objective.discriminator)
+            self.discriminator_optimizer = self._adam(self.objective.discriminator)
 
-    def _check_teacher(self) -> None:
-        theirs, ours = self.teacher.config, self.model.config
-        facts = {
-            "image_size": (theirs.image_size, ours.image_size),
-            "patch_size": (theirs.patch_size, ours.patch_size),
-            "width (semantic_dim)": (theirs.hidden_size, ours.semantic_dim),
-        }
-        for name, (given, expected) in facts.items():
-            if given != expected:
-                raise ValueError(f"teacher {self.config.teacher}: {name} is {given}, the preset needs {expected}")
+    def _on_all_processes(self, network: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return network
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
-    def _start_from_teacher(self) -> None:
-        """The encoder begins as the teacher's own tower, as in the paper."""
-        encoder, tower = self.model.encoder, self.teacher
-        needed = len(encoder.encoder.layers)
-        if len(tower.encoder.layers) < needed:
-            raise ValueError(f"the teacher has {len(tower.encoder.layers)} layers, the encoder needs {needed}")
-        encoder.embeddings.load_state_dict(tower.embeddings.state_dict())
-        for ours, theirs in zip(encoder.encoder.layers, tower.encoder.layers, strict=False):
-            ours.load_state_dict(theirs.state_dict())
+    def _adam(self, network: nn.Module) -> torch.optim.Adam:
+        learning = [weight for weight in network.parameters() if weight.requires_grad]
+        fused = self.device.type == "cuda"
+        return torch.optim.Adam(learning, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=fused)
+
+    def _new_usage(self) -> CodeUsage:
+        return CodeUsage(self.model.config.num_quantizers, self.model.config.codebook_size)
 
     # A step --------------------------------------------------------------------------------------------------
 
-    def _autocast(self):
-        if not self.config.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _losses(self, pixel_values: Tensor, pixels: Tensor, features: Tensor, commitment: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the tokenizer's loss, by name."""
-        config, terms = self.config, {}
-        distance = F.mse_loss if config.pixel_loss == "l2" else F.l1_loss
-        terms["pixel"] = config.pixel_weight * distance(pixels.float(), pixel_values)
-        terms["commitment"] = config.commitment_weight * commitment
-        if self.lpips is not None:
-            terms["lpips"] = config.lpips_weight * self.lpips(pixels.float(), pixel_values).mean()
-        if self.teacher is not None:
-            target = teacher_features(self.teacher, pixel_values)
-            terms["semantic"] = config.semantic_weight * (
-                cosine_loss(features, target) + folded_cosine_loss(features, target)
-            )
-        if self.discriminator is not None and self.step >= config.gan_start:
-            adversarial = generator_loss(self.discriminator(pixels.float()))
-            weight = config.gan_weight
-            if config.gan_adaptive:
-                last_layer = self.model.pixel_decoder.last_layer
-                weight = weight * adaptive_weight(terms["pixel"] + terms.get("lpips", 0), adversarial, last_layer)
-            terms["gan"] = weight * adversarial
-        return terms
-
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            if not math.isfinite(value := float(value.detach())):
-                raise ValueError(
-                    f"step {self.step}: the {name} loss is {value}; training stops, the last checkpoint in "
-                    f"{self.folder / _CHECKPOINT} is kept. Lower --learning_rate, or check the data"
-                )
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
 
     def _set_learning_rate(self) -> None:
         config = self.config
@@ -193,193 +169,323 @@ class TokenizerTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
 
-    def train_step(self, pixel_values: Tensor) -> dict[str, float]:
-        """One optimizer step on images (B, 3, H, W) in [-1, 1]; returns the weighted loss terms."""
+    def train_step(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on images (B, 3, H, W) in [-1, 1].
+
+        Returns this process's weighted loss terms and the gradients' norm, still on the device: nothing here waits for
+        it. Whether they are numbers is looked at when they arrive, after the step; what is on disk is still good.
+        """
         self._set_learning_rate()
         with self._autocast():
             output = self.network(pixel_values)
-            terms = self._losses(pixel_values, output.pixels, output.features, output.commitment_loss)
-        self._check_finite(terms)
+            terms = self.objective.terms(pixel_values, output, self.step)
         sum(terms.values()).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.discriminator is not None and self.step >= self.config.gan_start:
-            self.discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's pass left gradients here
+        norm = self._update(self.optimizer, self.model)
+        if self.objective.plays(self.step):
             with self._autocast():
-                real, fake = self.discriminator(pixel_values), self.discriminator(output.pixels.detach().float())
-                terms["discriminator"] = discriminator_loss(real, fake)
-            self._check_finite(terms)
+                terms["discriminator"] = self.objective.discriminator_term(self._judge, pixel_values, output.pixels)
             terms["discriminator"].backward()
-            nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.grad_clip)
-            self.discriminator_optimizer.step()
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
-        return {name: float(value.detach()) for name, value in terms.items()}
+            self._update(self.discriminator_optimizer, self.objective.discriminator)
+        self._usage.update(output.codes)
+        return {name: value.detach().float() for name, value in terms.items()} | {"gradient_norm": norm}
+
+    def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach().float()
+
+    def _agree(self, terms: dict[str, Tensor], num_broken: int) -> tuple[dict[str, float], bool]:
+        """The step's figures as means over all processes, and whether any of them was told to stop or met broken
+        images; one exchange, the only wait in a step."""
+        told = torch.tensor([float(num_broken), float(self._stop_signal > 0)], device=self.device)
+        values = self.processes.add_up(torch.cat([torch.stack(list(terms.values())) / self.world_size, told])).tolist()
+        self._anyone_broken, anyone_stops = values[-2] > 0, values[-1] > 0
+        return dict(zip(terms, values[:-2], strict=True)), anyone_stops
+
+    def _check(self, figures: dict[str, float]) -> None:
+        """Stop on a loss that is no number or has exploded."""
+        try:
+            self._watch.check(figures)
+        except ValueError as error:
+            raise ValueError(
+                f"step {self.step}: {error}; training stops, {newest_kept(self.folder)}. "
+                "Lower --learning_rate, or check the data"
+            ) from None
+
+    def _note_broken(self, broken: list[tuple[str, str]]) -> None:
+        """Name the broken images that any process has met."""
+        for part_of_them in self.processes.gather(broken):
+            for name, reason in part_of_them:
+                self._bad.add(name, reason)
+        self._bad.check(self._num_images)
 
     # The run -------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to `max_steps`, going on from the last checkpoint if there is one; returns the model folder."""
-        resumed = self._load_checkpoint()
-        if not resumed:
+        """Train to `max_steps`, going on from the last checkpoint if there is one; returns the model folder.
+
+        Ctrl-C and SIGTERM save a checkpoint and end the process with 128 + the signal's number.
+
+        Raises:
+            ValueError: a loss that is no number or has exploded, too many broken images, a full disk.
+        """
+        if not self._load_checkpoint():
             self._init_codebooks()
-        first = self.step
-        bar = tqdm(
-            total=self.config.max_steps,
-            initial=first,
-            desc="tokenizer",
-            unit="step",
-            disable=self.rank > 0,
-            mininterval=progress_interval(),
-        )
-        started, seen = time.monotonic(), 0
-        for batch in self._batches():
-            terms = self.train_step(to_pixel_values(batch, self.device))
-            self.step += 1
-            seen += batch.shape[0] * self.world_size
-            bar.update()
-            if self.step % self.config.log_every == 0 or self.step == self.config.max_steps:
-                rate = seen / (time.monotonic() - started)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in terms.items()} | {"img/s": f"{rate:.0f}"})
-                self._log({"loss": sum(terms.values()), **terms, "images_per_second": round(rate, 1)})
-            if self.step % self.config.val_every == 0 or self.step == self.config.max_steps:
-                self._log(self.validate())
-            if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
-                self.save_checkpoint()
-        bar.close()
-        if self.rank == 0:
-            self.model.save_pretrained(self.folder)
+        if self.processes.is_first:
+            self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
+        with self._stopping_in_order():
+            self._train()
+        if self.processes.is_first:
+            with self._averaged():
+                self.model.save_pretrained(self.folder)
             self.processor.save_pretrained(self.folder)
-        self._barrier()
+            self._reporter.close()
+        self.processes.barrier()
         return self.folder
 
+    def _train(self) -> None:
+        config = self.config
+        bar = tqdm(
+            total=config.max_steps, initial=self.step, desc="tokenizer", unit="step", disable=self.rank > 0,
+            mininterval=progress_interval(),
+        )  # fmt: skip
+        started, seen = time.monotonic(), 0
+        for pixels, broken in self._batches():
+            terms = self.train_step(to_pixel_values(pixels, self.device))
+            figures, stop = self._agree(terms, len(broken))
+            self._check(figures)
+            if self._anyone_broken:
+                self._note_broken(broken)
+            self.step += 1
+            if self.weights_ema is not None:
+                self.weights_ema.update(self.step)
+            seen += config.batch_size
+            bar.update()
+            last = self.step == config.max_steps
+            if self.step % config.log_every == 0 or last:
+                loss = sum(value for name, value in figures.items() if name not in ("gradient_norm", "discriminator"))
+                rate = round(seen / (time.monotonic() - started), 1)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()} | {"img/s": f"{rate:.1f}"})
+                self._log({"loss": loss, **figures, "images_per_second": rate})
+            if self.step % config.val_every == 0 or last:
+                self._log(self.validate())
+                self._warn_of_collapse()
+            if self.step % config.save_every == 0 or last or stop:
+                self.save_checkpoint()
+            if stop and not last:
+                self._end_early()
+        bar.close()
+
+    @contextlib.contextmanager
+    def _stopping_in_order(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM let the step end first; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: object) -> None:
+            self._stop_signal = number
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end_early(self) -> None:
+        logger.warning("stopped at step %d, which is saved; the same command goes on from there", self.step)
+        self.processes.barrier()
+        raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
+
     def _batches(self) -> DataLoader:
-        """This rank's share of the stream, from the present step to the end."""
-        share = self.config.batch_size // self.world_size
-        start, stop = self.step * self.config.batch_size, self.config.max_steps * self.config.batch_size
-        positions = [
-            first + self.rank * share + i for first in range(start, stop, self.config.batch_size) for i in range(share)
-        ]
-        # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
+        """This process's share of the stream, from the present step to the end."""
         return DataLoader(
             self.stream,
-            batch_size=share,
-            sampler=positions,
+            batch_sampler=_Positions(self.step, self.config.max_steps, self.config.batch_size, self.processes),
             num_workers=self.config.num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_ctrl_c_to_the_trainer,
+            # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
             generator=torch.Generator(),
         )
 
     @torch.no_grad()
     def _init_codebooks(self) -> None:
-        if not self.config.kmeans_images:
-            return
+        """k-means on the latents of the first images: the same images and random numbers in every process, so the same
+        codebooks."""
         count = min(self.config.kmeans_images, len(self.stream))
         latents = []
-        for start in range(0, count, 64):
-            batch = torch.stack([self.stream[i] for i in range(start, min(start + 64, count))])
-            latents.append(self.model.encoder(to_pixel_values(batch, self.device)))
-        # The same images and the same random numbers on every rank: the same codebooks.
-        self.model.quantizer.init_from(torch.cat(latents))
+        for start in range(0, count, _VALIDATION_BATCH):
+            pixels, _ = collate([self.stream[i] for i in range(start, min(start + _VALIDATION_BATCH, count))])
+            with self._autocast():
+                latents.append(self.model.encoder(to_pixel_values(pixels, self.device)).float())
+        if latents:
+            self.model.quantizer.init_from(torch.cat(latents))
+
+    # Validation ----------------------------------------------------------------------------------------------
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        """The weights that will be saved: averaged ones where they are kept."""
+        return self.weights_ema.applied() if self.weights_ema is not None else contextlib.nullcontext()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """PSNR, semantic cosine and code usage on held-out images; writes a picture of originals over
-        reconstructions."""
-        if not self.held_out or self.rank:
+        """PSNR, semantic cosine and code usage on held-out images, which the processes share; writes a picture of
+        originals over reconstructions."""
+        if not len(self._looked_at):
             return {}
+        usage, sums, broken, shown = self._new_usage(), torch.zeros(3, dtype=torch.float64), [], None
         self.model.eval()
-        usage = CodeUsage(self.model.config.num_quantizers, self.model.config.codebook_size)
-        scores, cosines, shown = [], [], None
-        for start in range(0, len(self.held_out), 64):
-            pictures = [open_picture(path) for path in self.held_out[start : start + 64]]
-            pixel_values = self.processor(pictures).pixel_values.to(self.device)
-            output = self.model(pixel_values)
-            scores += psnr(output.pixels, pixel_values).tolist()
-            usage.update(output.codes)
-            if self.teacher is not None:
-                cosines.append(1 - float(cosine_loss(output.features, teacher_features(self.teacher, pixel_values))))
-            shown = shown or (pixel_values[:8], output.pixels[:8])
+        with self._averaged():
+            for pixel_values in self._validation_batches(broken):
+                with self._autocast():
+                    output = self.model(pixel_values)
+                usage.update(output.codes)
+                sums[0] += psnr(output.pixels, pixel_values).sum().cpu()
+                sums[1] += len(pixel_values) * self._cosine(output.features, pixel_values)
+                sums[2] += len(pixel_values)
+                shown = shown or (pixel_values[:_SHOWN], output.pixels[:_SHOWN])
         self.model.train()
-        originals, rebuilt = (EvoTokImageProcessor.to_pil(part) for part in shown)
-        image_grid(originals + rebuilt, columns=len(originals)).save(self.folder / f"validation_{self.step:07d}.png")
-        result = {"val_psnr": sum(scores) / len(scores)}
-        if cosines:
-            result["val_semantic_cosine"] = sum(cosines) / len(cosines)
+        self.processes.add_up(sums)
+        usage.all_reduce()
+        self._note_broken(broken)
+        if self.processes.is_first and shown:
+            self._show(*shown)
+        total_psnr, total_cosine, count = sums.tolist()
+        if not count:
+            raise ValueError(f"none of the {len(self._looked_at)} images to validate on can be read")
+        result = {"val_psnr": total_psnr / count}
+        if self.objective.teacher is not None:
+            result["val_semantic_cosine"] = total_cosine / count
         share = usage.usage()
         return result | {"val_code_usage_first": share[0], "val_code_usage_last": share[-1]}
 
-    def _log(self, values: dict[str, float]) -> None:
-        if self.rank or not values:
-            return
-        line = {"step": self.step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _validation_batches(self, broken: list[tuple[str, str]]) -> Iterator[Tensor]:
+        """This process's share of the held-out images as pixel values; the names of broken ones are put down."""
+        own = self._looked_at[self.rank :: self.world_size]
+        for start in range(0, len(own), _VALIDATION_BATCH):
+            pictures = []
+            for index in map(int, own[start : start + _VALIDATION_BATCH]):
+                try:
+                    pictures.append(self._held_out.picture(index))
+                except ValueError as error:
+                    broken.append((self._held_out.key(index), str(error)))
+            if pictures:
+                yield self.processor(pictures).pixel_values.to(self.device)
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, self.step)
+    def _cosine(self, features: Tensor, pixel_values: Tensor) -> float:
+        """Mean cosine to the teacher; 0 where there is none."""
+        if self.objective.teacher is None:
+            return 0.0
+        with self._autocast():
+            target = teacher_features(self.objective.teacher, pixel_values)
+        return 1 - float(cosine_loss(features, target))
+
+    def _show(self, pixel_values: Tensor, pixels: Tensor) -> None:
+        originals, rebuilt = (EvoTokImageProcessor.to_pil(images) for images in (pixel_values, pixels))
+        picture = image_grid(originals + rebuilt, columns=len(originals))
+        picture.save(self.folder / f"validation_{self.step:07d}.png")
+        if self._reporter is not None:
+            self._reporter.picture(self.step, "validation", picture)
+
+    def _warn_of_collapse(self) -> None:
+        """Say which levels have used few of their codes since the last validation, and count anew."""
+        self._usage.all_reduce()
+        if self.processes.is_first:
+            for line in collapsed_levels(self._usage, self.config.min_code_usage):
+                logger.warning("step %d: %s", self.step, line)
+        self._usage = self._new_usage()
+
+    def _log(self, values: dict[str, float]) -> None:
+        if values and self._reporter is not None:
+            self._reporter.figures(self.step, values)
 
     # Checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Everything a run needs to go on exactly, as safetensors, replaced in one move."""
-        if self.rank == 0:
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            tensors |= {f"quantizer.{k}": v for k, v in self.model.quantizer.learning_state().items()}
-            tensors |= _optimizer_tensors("optimizer", self.optimizer)
-            if self.discriminator is not None:
-                tensors |= {f"discriminator.{k}": v for k, v in _plain(self.discriminator).state_dict().items()}
-                tensors |= _optimizer_tensors("discriminator_optimizer", self.discriminator_optimizer)
-            tensors["rng"] = torch.get_rng_state()
+        """Everything a run needs to go on exactly.
+
+        Raises:
+            ValueError: it cannot be written; the one before it stays.
+        """
+        states = self.processes.gather(self._random_state())
+        failure = None
+        if self.processes.is_first:
+            tensors = under("model", self.model.state_dict())
+            tensors |= under("quantizer", self.model.quantizer.learning_state())
+            tensors |= under("optimizer", optimizer_tensors(self.optimizer))
+            tensors |= under("watch", self._watch.state_dict())
+            if self.weights_ema is not None:
+                tensors |= under("weights_ema", self.weights_ema.state_dict())
+            if self.objective.discriminator is not None:
+                tensors |= under("discriminator", self.objective.discriminator.state_dict())
+                tensors |= under("discriminator_optimizer", optimizer_tensors(self.discriminator_optimizer))
+            for rank, state in enumerate(states):
+                tensors |= under(f"random.{rank}", state)
             tensors["step"] = torch.tensor(self.step)
-            temporary = self.folder / f"{_CHECKPOINT}.tmp"
-            save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, temporary)
-            os.replace(temporary, self.folder / f"{_CHECKPOINT}.safetensors")
-        self._barrier()
+            try:
+                write_checkpoint(self.folder, self.step, tensors, self.config.keep_checkpoints)
+            except ValueError as error:
+                failure = str(error)
+        if failure := self.processes.gather(failure)[0]:
+            raise ValueError(failure)
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        return state | {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else state
 
     def _load_checkpoint(self) -> bool:
-        path = self.folder / f"{_CHECKPOINT}.safetensors"
-        if not path.is_file():
+        found = read_newest(self.folder)
+        if found is None:
             return False
-        tensors = load_file(path)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
-
-        try:
-            self.model.load_state_dict(part("model"))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} is a checkpoint of another model ({error}); pass --overwrite true to begin anew"
-            ) from error
-        self.model.quantizer.load_learning_state(part("quantizer"))
-        _load_optimizer(self.optimizer, part("optimizer"))
-        if self.discriminator is not None:
-            _plain(self.discriminator).load_state_dict(part("discriminator"))
-            _load_optimizer(self.discriminator_optimizer, part("discriminator_optimizer"))
-        torch.set_rng_state(tensors["rng"])
+        path, tensors = found
+        load_strictly(self.model, part("model", tensors), path)
+        self.model.quantizer.load_learning_state(part("quantizer", tensors))
+        load_optimizer(self.optimizer, part("optimizer", tensors))
+        self._watch.load_state_dict(part("watch", tensors))
+        if self.weights_ema is not None:
+            averages = part("weights_ema", tensors)
+            if not averages:
+                raise ValueError(f"{path} was written without weights_ema; leave it out, or pass --overwrite true")
+            self.weights_ema.load_state_dict(averages)
+        if self.objective.discriminator is not None:
+            load_strictly(self.objective.discriminator, part("discriminator", tensors), path)
+            load_optimizer(self.discriminator_optimizer, part("discriminator_optimizer", tensors))
+        self._load_random_state(part(f"random.{self.rank}", tensors))
         self.step = int(tensors["step"])
         logger.info("going on from step %d of %s", self.step, path)
         return True
 
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def _optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's state as named tensors: `prefix.<parameter index>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()
-    }
+    def _load_random_state(self, state: dict[str, Tensor]) -> None:
+        if not state:  # more processes than before: data and codebooks go on alike, only level dropout draws anew
+            torch.manual_seed(self.config.seed + self.rank)
+            return
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """A terminal sends Ctrl-C to data-loading processes, too; the step that is under way still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Positions:
+    """Positions of the stream that one process takes, a list a step."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, processes: Processes) -> None:
+        self._steps, self._batch_size = range(first_step, last_step), batch_size
+        self._share = batch_size // processes.world_size
+        self._offset = processes.rank * self._share
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            first = step * self._batch_size + self._offset
+            yield list(range(first, first + self._share))

@@ -3,17 +3,22 @@
 B batch, T flat tokens, I images read in the batch, N positions, L levels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from llava_ext.data.code_cache import CodeCache
-from llava_ext.data.records import LLAVA_IMAGE, Record
+from evotok_plugin.data.code_cache import CodeCache
+from llava_ext.data.mixture import Mixture
+from llava_ext.data.records import KINDS, LLAVA_IMAGE, Record
+from llava_ext.data.survey import RecordTable
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+
+_WINDOW = 50  # batches that are sorted together
 
 
 @dataclass
@@ -30,6 +35,11 @@ class ConversationDataset(Dataset):
 
     For guidance, the user's text of a share `prompt_dropout` of the drawing samples is emptied; which ones changes
     from epoch to epoch and follows from (seed, epoch, index), so an interrupted run repeats its choices.
+
+    Args:
+        records: each fits `max_length`; a longer text is cut at its end.
+        max_length: LLM steps of a sample.
+        mixture: the order in which records are seen; without it they are shuffled.
     """
 
     def __init__(
@@ -40,22 +50,47 @@ class ConversationDataset(Dataset):
         max_length: int = 2048,
         prompt_dropout: float = 0.1,
         seed: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
-        if not records:
+        if not len(records):
             raise ValueError("no usable records: the data is empty or every record was left out")
         self.records = records
         self._processor, self._cache = processor, cache
         self._max_length, self._prompt_dropout, self._seed = max_length, prompt_dropout, seed
-        self._epoch = 0
+        self._mixture = mixture or Mixture([len(records)], seed=seed)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # data-loading processes may outlive an epoch
 
     def __len__(self) -> int:
         return len(self.records)
 
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """Of each record (len,) its number in `KINDS`, uint8."""
+        if isinstance(self.records, RecordTable):
+            return self.records.kinds
+        return np.array([KINDS.index(record.kind) for record in self.records], np.uint8)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Of each record (len,) its LLM steps once it is cut, int32; one whose prompt is emptied takes fewer."""
+        if isinstance(self.records, RecordTable):
+            return self.records.lengths
+        layouts = (self._processor.lay_out(record.messages) for record in self.records)
+        return np.array([layout.cut_to(self._max_length).num_steps for layout in layouts], np.int32)
+
+    def count_kinds(self) -> dict[str, int]:
+        """How many records there are of each kind."""
+        return dict(zip(KINDS, np.bincount(self.kinds, minlength=len(KINDS)).tolist(), strict=True))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The records (len,) of an epoch by number, in their order; with weighted sources some come several times."""
+        return self._mixture.order(epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._epoch.fill_(epoch)
 
     def _drops_prompt(self, index: int) -> bool:
-        return np.random.default_rng([self._seed, self._epoch, index]).random() < self._prompt_dropout
+        return np.random.default_rng([self._seed, int(self._epoch), index]).random() < self._prompt_dropout
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
@@ -65,23 +100,12 @@ class ConversationDataset(Dataset):
                 {"role": "user", "content": ""} if m["role"] == "user" and LLAVA_IMAGE not in m["content"] else m
                 for m in messages
             ]
+        layout = self._processor.lay_out(messages).cut_to(self._max_length)
         codes = [self._cache.codes(name) for name in record.images]
         drawn = [c if is_drawn else None for c, is_drawn in zip(codes, record.drawn, strict=True)]
-        encoded = self._processor.encode_conversation(messages, drawn)
+        encoded = self._processor.put_images(layout, drawn)
         read = [c for c, is_drawn in zip(codes, record.drawn, strict=True) if not is_drawn]
-        return self._truncate(Sample(encoded.input_ids, encoded.labels, read))
-
-    def _truncate(self, sample: Sample) -> Sample:
-        """Cut what exceeds the model's length, before an image rather than through it."""
-        if sample.input_ids.shape[0] <= self._max_length:
-            return sample
-        end_id, start_id = self._processor.image_end_id, self._processor.image_start_id
-        head = sample.input_ids[: self._max_length]
-        starts, ends = (head == start_id).nonzero().flatten(), (head == end_id).nonzero().flatten()
-        cut = int(starts[-1]) if len(starts) > len(ends) else self._max_length
-        head = sample.input_ids[:cut]
-        num_read = int((head == self._processor.image_token_id).sum()) // self._processor.num_positions
-        return Sample(head, sample.labels[:cut], sample.read_codes[:num_read])
+        return Sample(encoded.input_ids, encoded.labels, read)
 
 
 @dataclass
@@ -104,28 +128,68 @@ class Collator:
         return batch
 
 
-class ModalityGroupedSampler(Sampler[int]):
-    """Shuffled batches of one kind each (read, draw, text), so that lengths in a batch are alike.
+class EpochSampler(Sampler[int]):
+    """The order that `order_of(epoch)` gives.
 
-    The order follows from `seed` and the epoch alone. `epoch_of` is asked when iteration starts, because a resumed
-    run never sees `set_epoch`.
+    `epoch_of` is asked when iteration starts, because a resumed run never sees `set_epoch`.
     """
 
-    def __init__(self, kinds: Sequence[str], batch_size: int, seed: int, epoch_of) -> None:
-        self._kinds, self._batch_size, self._seed, self._epoch_of = list(kinds), batch_size, seed, epoch_of
+    def __init__(self, order_of: Callable[[int], np.ndarray], length: int, epoch_of: Callable[[], float]) -> None:
+        self._order_of, self._length, self._epoch_of = order_of, length, epoch_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order_of(int(self._epoch_of())).tolist()
+
+
+class ModalityGroupedSampler(Sampler[int]):
+    """Batches of one kind each (read, draw, text) and of samples that are about as long as each other.
+
+    Of every window of 50 batches in the epoch's order, samples of a kind are sorted by length and cut into batches,
+    whose order is then shuffled; what fills no batch waits for the next window. All follows from the order, `seed` and
+    the epoch. `epoch_of` is asked when iteration starts, because a resumed run never sees `set_epoch`.
+
+    Args:
+        kinds, lengths: of each sample (len,).
+        batch_size: samples that go through the model at once, on all processes together.
+        order_of: the order of an epoch's samples; by default they are shuffled.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence,
+        batch_size: int,
+        seed: int,
+        epoch_of: Callable[[], float],
+        lengths: Sequence[int] | None = None,
+        order_of: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        self._kinds, self._batch_size, self._seed, self._epoch_of = np.asarray(kinds), batch_size, seed, epoch_of
+        self._lengths = np.zeros(len(self._kinds), np.int32) if lengths is None else np.asarray(lengths)
+        self._order_of = order_of or Mixture([len(self._kinds)], seed=seed).order
 
     def __len__(self) -> int:
         return len(self._kinds)
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self._seed, int(self._epoch_of())])
-        order = rng.permutation(len(self._kinds))
+        epoch = int(self._epoch_of())
+        rng, order = np.random.default_rng([self._seed, epoch, 1]), self._order_of(epoch)
+        window, waiting = _WINDOW * self._batch_size, order[:0]
+        for start in range(0, len(order), window):
+            batches, waiting = self._batches(np.concatenate([waiting, order[start : start + window]]))
+            for number in rng.permutation(len(batches)):
+                yield from batches[number].tolist()
+        yield from waiting.tolist()
+
+    def _batches(self, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Whole batches, and the samples that are left over."""
         batches, rest = [], []
-        for kind in sorted(set(self._kinds)):
-            mine = [int(i) for i in order if self._kinds[i] == kind]
+        for kind in np.unique(self._kinds[samples]):
+            mine = samples[self._kinds[samples] == kind]
             whole = len(mine) - len(mine) % self._batch_size
-            batches += [mine[i : i + self._batch_size] for i in range(0, whole, self._batch_size)]
-            rest += mine[whole:]
-        for index in rng.permutation(len(batches)):
-            yield from batches[index]
-        yield from rest
+            by_length = mine[:whole][np.argsort(self._lengths[mine[:whole]], kind="stable")]
+            batches += list(by_length.reshape(-1, self._batch_size))
+            rest.append(mine[whole:])
+        return batches, np.concatenate(rest)

@@ -1,19 +1,22 @@
-"""LLaVA records: read, checked, and turned into role/content messages. A bad record is named, never replaced."""
+"""Rows of any source, checked and turned into role/content messages. A bad row is named, never replaced."""
 
-import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 LLAVA_IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+KINDS = ("text", "read", "draw")
+CAPTION_TASKS = {"read": ("read",), "draw": ("draw",), "both": ("read", "draw")}
+DESCRIBE = "Describe the image."
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `images` are paths relative to the image folder; `drawn[i]` says that the assistant draws
-    image i (it stands in an assistant turn) instead of reading it."""
+    """One conversation. `images` are the images' keys: paths relative to the image folder, or names that a source
+    gives to what it embeds. `drawn[i]` says that the assistant draws image i (it stands in an assistant turn) instead
+    of reading it."""
 
     id: str
     messages: tuple[dict, ...]
@@ -22,91 +25,127 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """One of "text", "read" and "draw" (anything drawn)."""
+        """One of `KINDS`: "draw" if anything is drawn, "read" if anything is read."""
         return "draw" if any(self.drawn) else "read" if self.images else "text"
 
 
-@dataclass
-class BadSamples:
-    """Counts what could not be used, writes it to a report file and stops when there is too much of it."""
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are understood.
 
-    report: Path | None
-    limit: float = 0.001
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, reason: str) -> None:
-        self.reasons[name] = reason
-
-    def check(self, total: int) -> None:
-        """Write the report.
-
-        Raises:
-            ValueError: more than `limit` (a fraction) of `total` samples are bad.
-        """
-        if not self.reasons:
-            return
-        if self.report is not None:
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
-            self.report.write_text("\n".join(lines) + "\n")
-        if len(self.reasons) > self.limit * total:
-            name, why = next(iter(self.reasons.items()))
-            where = f"; all are named in {self.report}" if self.report else ""
-            raise ValueError(
-                f"{len(self.reasons)} of {total} samples are unusable, over the limit of {self.limit:.2%} "
-                f"(--max_bad_fraction). First: {name}: {why}{where}"
-            )
-
-
-def read_json_records(path: Path) -> list[dict]:
-    """The rows of a LLaVA JSON or JSONL file.
+    Attributes:
+        image_folder: where the paths that rows name start from.
+        caption_task: what becomes of an image with a caption: it is described ("read"), drawn, or both, which makes
+            two records of it.
 
     Raises:
-        ValueError: no such file, not JSON, or not a list of objects.
+        ValueError: an unknown task.
     """
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist; --data_path takes LLaVA JSON or JSONL files")
-    try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"data file {path} is not valid JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(rows).__name__}")
-    return rows
+
+    image_folder: Path | None = None
+    caption_task: str = "both"
+
+    def __post_init__(self) -> None:
+        if self.caption_task not in CAPTION_TASKS:
+            raise ValueError(f"caption_task: expected one of {', '.join(CAPTION_TASKS)}, got {self.caption_task!r}")
 
 
-def parse_record(row: object, image_folder: Path | None) -> Record:
-    """One LLaVA row to a `Record`.
+def parse_row(row: object, options: RowOptions, embedded: Sequence[str] = ()) -> tuple[Record, ...]:
+    """One row to its record; a caption to one for each of its tasks.
+
+    A row holds `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`, the content a string or
+    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images.
+
+    Args:
+        embedded: keys of the images that come with the row.
 
     Raises:
-        ValueError: no conversations, an unknown speaker, `<image>` and images that do not match, an image path that
+        ValueError: no conversation, an unknown speaker, `<image>` and images that do not match, an image path that
             leaves the image folder, or a missing image file.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with 'conversations', got {type(row).__name__}")
-    turns = row.get("conversations")
+    turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
+    caption = row["caption"] if row.get("caption") is not None else row.get("text")
+    if turns is not None:
+        conversations = [_messages(turns)]
+    elif isinstance(caption, str) and caption.strip():
+        conversations = [_about_caption(caption.strip(), task) for task in CAPTION_TASKS[options.caption_task]]
+    else:
+        raise ValueError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
+    named = _named_images(row)
+    for messages in conversations:
+        _check_counts(messages, len(embedded) or len(named))
+    images = tuple(embedded) or tuple(_image_key(name, options.image_folder) for name in named)
+    identity = "" if row.get("id") is None else str(row["id"])
+    return tuple(Record(identity, messages, images, _drawn(messages)) for messages in conversations)
+
+
+def parse_record(row: object, image_folder: Path | None) -> Record:
+    """A LLaVA row as its one record; the errors are those of `parse_row`."""
+    (record,) = parse_row(row, RowOptions(image_folder, caption_task="read"))
+    return record
+
+
+def _messages(turns: object) -> tuple[dict, ...]:
     if not isinstance(turns, list) or not turns:
-        raise ValueError("no 'conversations': expected a list of {'from', 'value'} turns")
+        raise ValueError("no 'conversations': expected a list of {'from', 'value'} or {'role', 'content'} turns")
     messages = []
     for turn in turns:
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
-        if role is None or not isinstance(turn.get("value"), str):
+        speaker, content = _speaker_and_content(turn)
+        if speaker not in ROLES or content is None:
             raise ValueError(f"turn {len(messages)}: expected {{'from': 'human'|'gpt', 'value': text}}, got {turn!r}")
-        messages.append({"role": role, "content": turn["value"]})
+        messages.append({"role": ROLES[speaker], "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no 'gpt' turn: there is nothing to learn")
-    image = row.get("image", [])
-    images = [image] if isinstance(image, str) else list(image or [])
-    drawn = [m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE))]
-    if len(drawn) != len(images):
-        raise ValueError(f"{len(drawn)} {LLAVA_IMAGE} in the conversation but {len(images)} images; they must match")
-    for name in images:
-        _check_image_path(name, image_folder)
-    return Record(str(row.get("id", "")), tuple(messages), tuple(images), tuple(drawn))
+    return tuple(messages)
 
 
-def _check_image_path(name: str, image_folder: Path | None) -> None:
+def _speaker_and_content(turn: object) -> tuple[str | None, str | None]:
+    """Who speaks, and what as text; None for what is not understood."""
+    if not isinstance(turn, dict):
+        return None, None
+    speaker = turn["from"] if turn.get("from") is not None else turn.get("role")
+    content = turn["value"] if turn.get("value") is not None else turn.get("content")
+    if isinstance(content, list):
+        parts = [_part(part) for part in content]
+        content = None if None in parts else "\n".join(parts)
+    return speaker if isinstance(speaker, str) else None, content if isinstance(content, str) else None
+
+
+def _part(part: object) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text") if kind == "text" else LLAVA_IMAGE if kind == "image" else None
+    return text if isinstance(text, str) else None
+
+
+def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
+    ask, answer = (f"{LLAVA_IMAGE}\n{DESCRIBE}", caption) if task == "read" else (caption, LLAVA_IMAGE)
+    return {"role": "user", "content": ask}, {"role": "assistant", "content": answer}
+
+
+def _drawn(messages: Sequence[dict]) -> tuple[bool, ...]:
+    return tuple(m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE)))
+
+
+def _check_counts(messages: Sequence[dict], num_images: int) -> None:
+    found = len(_drawn(messages))
+    if found != num_images:
+        raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {num_images} images; they must match")
+
+
+def _named_images(row: dict) -> list[str]:
+    """The paths that a row names: `image` or `images`, one or several, each a string or `{"path": string}`."""
+    value = row["images"] if row.get("images") is not None else row.get("image")
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    names = [name.get("path") if isinstance(name, dict) else name for name in several]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"image: expected paths, got a {type(wrong[0]).__name__}")
+    return names
+
+
+def _image_key(name: str, image_folder: Path | None) -> str:
+    """The path of an image relative to the image folder, the same for every way to write it."""
     if image_folder is None:
         raise ValueError(f"image {name!r} but no image folder; pass --image_folder")
     root = os.path.abspath(image_folder)
@@ -115,22 +154,4 @@ def _check_image_path(name: str, image_folder: Path | None) -> None:
         raise ValueError(f"image path {name!r} leaves the image folder {image_folder}")
     if not os.path.isfile(path):
         raise ValueError(f"image {name!r} not found in {image_folder}")
-
-
-def load_records(paths: Sequence[str | Path], image_folder: str | Path | None, bad: BadSamples) -> list[Record]:
-    """All usable records of several files; the others go into `bad` (its limit is checked by the caller)."""
-    folder = Path(image_folder) if image_folder is not None else None
-    records = []
-    for path in map(Path, paths):
-        for index, row in enumerate(read_json_records(path)):
-            name = str(row.get("id", index)) if isinstance(row, dict) else str(index)
-            try:
-                records.append(parse_record(row, folder))
-            except ValueError as error:
-                bad.add(f"{path.name}:{name}", str(error))
-    return records
-
-
-def image_names(records: Iterable[Record]) -> list[str]:
-    """Every image that the records use, once, in order of first use."""
-    return list(dict.fromkeys(name for record in records for name in record.images))
+    return os.path.relpath(path, root)

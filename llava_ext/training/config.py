@@ -1,5 +1,6 @@
 """The schema of a training run: Hugging Face's TrainingArguments and what a LLaVA user expects beside them."""
 
+import json
 import os
 import socket
 from dataclasses import dataclass, field
@@ -32,11 +33,19 @@ class StageConfig(TrainingArguments):
     vision_tower: str | None = field(
         default=None, metadata=_help("EvoTok tokenizer folder; needed when starting from a causal LM")
     )
-    data_path: list[str] | None = field(default=None, metadata=_help("LLaVA JSON or JSONL file(s)"))
+    data_path: list[str] | None = field(
+        default=None, metadata=_help("what to train on: .json, .jsonl, .parquet, .tar, patterns, folders, hf:NAME")
+    )
+    data_weights: list[float] | None = field(
+        default=None, metadata=_help("share of each entry of data_path; without them every sample comes once an epoch")
+    )
     image_folder: str | None = field(default=None, metadata=_help("folder that the records' image paths start from"))
     code_cache: str | None = field(default=None, metadata=_help("folder for the images' codes; made when absent"))
+    caption_task: str = field(
+        default="both", metadata=_help("what to make of an image with only a caption: read, draw or both")
+    )
     max_bad_fraction: float = field(default=0.001, metadata=_help("share of unusable samples that is tolerated"))
-    model_max_length: int = field(default=2048, metadata=_help("tokens a sample may have; longer ones are cut"))
+    model_max_length: int = field(default=2048, metadata=_help("LLM steps a sample may have; text beyond is cut"))
     prompt_dropout: float = field(default=0.1, metadata=_help("share of drawing samples whose prompt is emptied"))
     tune_projectors: bool = field(default=True, metadata=_help("train both projectors"))
     tune_image_head: bool = field(default=True, metadata=_help("train the depth transformer"))
@@ -44,14 +53,23 @@ class StageConfig(TrainingArguments):
     head_hidden_size: int = field(default=2560, metadata=_help("width of a new depth transformer"))
     head_num_layers: int = field(default=6, metadata=_help("layers of a new depth transformer"))
     head_num_heads: int = field(default=40, metadata=_help("heads of a new depth transformer"))
+    mm_projector_lr: float | None = field(default=None, metadata=_help("learning rate of both projectors"))
+    image_head_lr: float | None = field(default=None, metadata=_help("learning rate of the depth transformer"))
+    language_model_lr: float | None = field(
+        default=None,
+        metadata=_help("learning rate of the text backbone or its adapters; each defaults to learning_rate"),
+    )
     lora_enable: bool = field(default=False, metadata=_help("train LoRA adapters in place of the backbone"))
     lora_r: int = field(default=64, metadata=_help("LoRA rank"))
     lora_alpha: float = field(default=16.0, metadata=_help("LoRA scale"))
     lora_dropout: float = field(default=0.05, metadata=_help("LoRA dropout"))
+    bits: int = field(default=16, metadata=_help("4: QLoRA, adapters on a backbone quantized by bitsandbytes"))
+    quant_type: str = field(default="nf4", metadata=_help("4-bit numbers: nf4 or fp4"))
+    double_quant: bool = field(default=True, metadata=_help("quantize the scales of 4-bit weights, too"))
     attn_implementation: str = field(
         default="auto", metadata=_help("auto (flash_attention_2 where it can run, else sdpa), or one of transformers'")
     )
-    group_by_modality_length: bool = field(default=True, metadata=_help("batches of one kind: read, draw or text"))
+    group_by_modality_length: bool = field(default=True, metadata=_help("batches of one kind and alike lengths"))
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("train again although output_dir holds a finished run"))
 
@@ -98,6 +116,14 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
         if not (self.tune_projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
             raise ValueError("nothing would train: enable one of tune_projectors, tune_image_head, tune_language_model")
+        if self.bits not in (4, 16):
+            raise ValueError(f"bits must be 16, or 4 for QLoRA, got {self.bits}")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"quant_type must be nf4 or fp4, got {self.quant_type!r}")
+        if self.bits == 4 and not self.lora_enable and self.tune_language_model:
+            raise ValueError("a 4-bit backbone cannot train itself; pass --lora_enable true (QLoRA), or --bits 16")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
 
 
 def find_deepspeed_config(name_or_path: str) -> Path:
@@ -111,6 +137,21 @@ def find_deepspeed_config(name_or_path: str) -> Path:
             return path
     known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
     raise ValueError(f"DeepSpeed configuration {name_or_path!r} not found; expected a JSON file or one of: {known}")
+
+
+def read_deepspeed_config(config: str | dict) -> dict:
+    """A DeepSpeed configuration, given as it is or as `find_deepspeed_config` takes it.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    if isinstance(config, dict):
+        return config
+    path = find_deepspeed_config(config)
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
 
 
 def _free_port() -> int:

@@ -96,7 +96,7 @@ def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
         workspace / "evotok",
         "training the EvoTok tokenizer",
         lambda out: _run(
-            "evotok_plugin.cli", "train", "--recipe", "tokenizer_tiny", "--data", str(workspace / "scenes" / "train"),
+            "evotok_plugin.cli", "train", "--recipe", "tiny", "--data", str(workspace / "scenes" / "train"),
             "--teacher", str(workspace / "teacher"), "--output_dir", str(out),
             "--max_steps", str(sizes.tokenizer_steps),
         ),

@@ -2,30 +2,43 @@
 
 import argparse
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 import yaml
 from transformers.utils import is_flash_attn_2_available
 
 from evotok_plugin.recipes import add_arguments, recipe_values
-from llava_ext.checkpointing import assemble, load_model, model_type_of
+from llava_ext.checkpointing import assemble, load_model, model_type_of, read_tower
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.data.code_cache import CodeCache, note_broken, write_code_cache
+from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
-from llava_ext.data.records import BadSamples, image_names, load_records
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.training.checkpoints import find_resumable, finished_facts, mark_finished
+from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
+from llava_ext.training.checkpoints import (
+    RunShape,
+    barrier,
+    checkpoint_folder,
+    drop_incomplete,
+    find_resumable,
+    finished_facts,
+    mark_finished,
+    publish,
+    steps_of,
+)
 from llava_ext.training.config import StageConfig
+from llava_ext.training.parts import choose_trainable, learning_rates, part_of, size_of
 from llava_ext.training.trainer import EvoTokTrainer
+from llava_ext.training.zero import partitions_weights, whole_models
 
 logger = logging.getLogger("llava_ext")
 
@@ -38,14 +51,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     try:
         run_stage(arguments.pop("recipe"), arguments)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {cause_of(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
+def cause_of(error: Exception) -> str:
+    """One line; of an error in a data-loading process, which comes with a traceback, its last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix(f"{type(error).__name__}: ") if "worker process" in lines[0] else " ".join(lines)
+
+
 def run_stage(recipe: str, overrides: dict) -> None:
-    """Recipe -> model, data, what trains -> Trainer -> model folder."""
+    """Recipe -> model, data, what trains -> Trainer -> model folder.
+
+    Raises:
+        ValueError, FloatingPointError: the user's input, or a loss that is no number; what is saved stays.
+        SystemExit: the run was asked to stop; its last step is saved.
+    """
     started = time.monotonic()
     values = recipe_values(recipe, StageConfig, overrides)
     config = StageConfig(**values)
@@ -58,31 +84,107 @@ def run_stage(recipe: str, overrides: dict) -> None:
             facts["steps"],
         )
         return
-    if config.overwrite and config.process_index == 0:
-        shutil.rmtree(config.output_dir, ignore_errors=True)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    checkpoint = find_resumable(config.output_dir, config.world_size)
+    shape = RunShape(config.world_size, zero_stage_of(config), method_of(config))
+    checkpoint = prepare_folder(config, shape)
 
+    transformers.set_seed(config.seed)
     model, processor = build_model(config)
     dataset = build_dataset(config, model, processor)
+    if config.lora_enable:
+        model = add_lora(model, config)
     choose_trainable(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
-        model=model, args=config, train_dataset=dataset, data_collator=Collator(processor), processing_class=processor
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=Collator(processor),
+        processing_class=processor,
+        shape=shape,
+        base=describe_base(config) if config.lora_enable else None,
     )
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
     if config.process_index == 0:
         (Path(config.output_dir) / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    if checkpoint is None or steps_of(checkpoint) < total_steps(trainer):
+        checkpoint = train(trainer, config, checkpoint)
+    if config.process_index == 0:
+        write_model(checkpoint, config)
+        steps, seconds = steps_of(checkpoint), round(time.monotonic() - started, 1)
+        mark_finished(config.output_dir, {"steps": steps, "seconds": seconds})
+        logger.info("finished %d steps in %.0f s", steps, seconds)
+
+
+def zero_stage_of(config: StageConfig) -> int:
+    """ZeRO stage, 0 without DeepSpeed."""
+    if config.hf_deepspeed_config is None:
+        return 0
+    return config.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+
+
+def method_of(config: StageConfig) -> str:
+    """How the backbone is trained: full, lora or qlora."""
+    return ("qlora" if config.bits == 4 else "lora") if config.lora_enable else "full"
+
+
+def prepare_folder(config: StageConfig, shape: RunShape) -> Path | None:
+    """Make the output folder ready; the checkpoint to go on from, if there is one."""
+    output_dir, is_first = Path(config.output_dir), config.process_index == 0
+    if config.overwrite and is_first:
+        shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    barrier()
+    checkpoint = find_resumable(output_dir, shape)
+    barrier()
+    if is_first:
+        drop_incomplete(output_dir)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def total_steps(trainer: EvoTokTrainer) -> int:
+    """Optimizer steps of the whole run, as Trainer counts them; it would add one to a run that has all of them."""
+    config = trainer.args
+    if config.max_steps > 0:
+        return config.max_steps
+    steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / config.gradient_accumulation_steps)
+    return math.ceil(config.num_train_epochs * max(1, steps_an_epoch))
+
+
+def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) -> Path:
+    """Train from a checkpoint or from the start; the checkpoint of the last step."""
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     check_engine(trainer, config)
-    save_final(trainer, model, processor, config)
-    if config.process_index == 0:
-        seconds = round(time.monotonic() - started, 1)
-        mark_finished(config.output_dir, {"steps": trainer.state.global_step, "seconds": seconds})
+    last = checkpoint_folder(config.output_dir, trainer.state.global_step)
+    if trainer.interruption.signal:
+        logger.info("stopped at step %d, saved as %s; the same command goes on", trainer.state.global_step, last)
+        raise SystemExit(128 + trainer.interruption.signal)
+    return last
+
+
+def write_model(checkpoint: Path, config: StageConfig) -> None:
+    """Put the model of a checkpoint into the output folder; LoRA also folds its adapters into the backbone."""
+    output_dir = Path(config.output_dir)
+    if not config.lora_enable:
+        publish(checkpoint, output_dir)
+        logger.info("the model is in %s", output_dir)
+        return
+    adapter, merged = output_dir / "adapter", output_dir / "merged"
+    publish(checkpoint, adapter)
+    if config.bits == 4:
         logger.info(
-            "finished %d steps in %.0f s; the model is in %s", trainer.state.global_step, seconds, config.output_dir
+            "the adapter is in %s; a whole model: evotok-llava merge %s %s -o FOLDER",
+            adapter,
+            config.model_name_or_path,
+            adapter,
         )
+        return
+    shutil.rmtree(merged, ignore_errors=True)
+    with whole_models(config):
+        merge(config.model_name_or_path, adapter, merged, config.vision_tower)
+    publish(merged, output_dir)
+    shutil.rmtree(merged)
+    logger.info("the adapter is in %s, the model with it folded in in %s", adapter, output_dir)
 
 
 def configure_logging(config: StageConfig) -> None:
@@ -91,7 +193,10 @@ def configure_logging(config: StageConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(level)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed and peft call what their libraries are about to rename, once a step and process.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def attention_for(config: StageConfig) -> str:
@@ -107,10 +212,15 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     attention = attention_for(config)
     dtype = torch.bfloat16 if config.bf16 and config.device.type == "cuda" else torch.float32
     logger.info("attention: %s; weights: %s; device: %s", attention, dtype, config.device)
+    quantization = quantization_for(config, dtype)
     source = config.model_name_or_path
     if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
-            return load_model(source, dtype, attention)
+            model, processor = load_model(source, dtype, attention, quantization)
+            if partitions_weights(config):
+                with whole_models(config):
+                    model.vision_tower = read_tower(source)
+            return model, processor
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
         raise ValueError(
             f"model folder {source!r} does not exist; "
@@ -120,91 +230,29 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     if not config.vision_tower:
         raise ValueError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
     sizes = (config.head_hidden_size, config.head_num_layers, config.head_num_heads)
-    return assemble(source, config.vision_tower, *sizes, dtype=dtype, attn_implementation=attention)
+    with whole_models(config):
+        return assemble(source, config.vision_tower, *sizes, dtype, attention, quantization)
 
 
-def build_dataset(
-    config: StageConfig, model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor
-) -> ConversationDataset:
-    """Check the records, encode their images once, and leave out (by name, up to the limit) what is unusable."""
-    report = Path(config.output_dir) / "bad_samples.jsonl" if config.process_index == 0 else None
-    bad = BadSamples(report, config.max_bad_fraction)
-    records = load_records(config.data_path, config.image_folder, bad)
-    total = len(records) + len(bad.reasons)
-    bad.check(total)
-    names, cache = image_names(records), None
-    if names:
-        cache = open_code_cache(config, names, model, processor)
-        note_broken(cache, names, bad)
-        bad.check(total)
-        records = [record for record in records if all(name in cache for name in record.images)]
-    if bad.reasons:
-        logger.warning("left out %d of %d samples; see %s", len(bad.reasons), total, report)
-    return ConversationDataset(
-        records, processor, cache, config.model_max_length, config.prompt_dropout, seed=config.seed
-    )
-
-
-def open_code_cache(
-    config: StageConfig, names: list[str], model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor
-) -> CodeCache:
-    """The codes of all images, encoded by rank 0 when they are not on disk yet."""
-    folder = Path(config.code_cache or Path(config.output_dir) / "code_cache")
-    fingerprint = model.vision_tower.fingerprint()
-
-    def usable() -> CodeCache | None:
-        if not (folder / "index.json").is_file():
-            return None
-        cache = CodeCache(folder, fingerprint)
-        return cache if cache.covers(names) else None
-
-    cache = usable()
-    if cache is None and config.process_index == 0:
-        tower = model.vision_tower.eval().to(config.device)
-        write_code_cache(
-            folder, config.image_folder, names, tower, processor.image_processor,
-            show_progress=not config.disable_tqdm,
-        )  # fmt: skip
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-    return cache or CodeCache(folder, fingerprint)
-
-
-def choose_trainable(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> None:
-    """Freeze everything, then free what this stage trains; the tokenizer never trains here."""
-    model.requires_grad_(False)
-    model.read_projector.requires_grad_(config.tune_projectors)
-    model.write_projector.requires_grad_(config.tune_projectors)
-    model.image_head.requires_grad_(config.tune_image_head)
-    if config.lora_enable:
-        add_lora(model, config)
-    elif config.tune_language_model:
-        model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-
-
-def add_lora(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> None:
-    """Put LoRA adapters on all linear layers of the backbone."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
-    )
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    model.language_model = get_peft_model(model.language_model, lora)
-
-
-def describe(model: EvoTokLlavaForConditionalGeneration, config: StageConfig, dataset: ConversationDataset) -> None:
-    """Say what trains and on what, before the first step."""
-    for name, part in model.named_children():
-        total = sum(p.numel() for p in part.parameters())
-        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        state = "frozen" if not trained else "trains" if trained == total else f"trains {trained / 1e6:.2f} M of them"
-        logger.info("  %-16s %8.2f M parameters  %s", name, total / 1e6, state)
-    kinds = [record.kind for record in dataset.records]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("read", "draw", "text") if kind in kinds)
+def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationDataset) -> None:
+    """Say what trains, how fast and on what, and what will be saved, before the first step."""
+    tower = sum(p.numel() for p in model.vision_tower.parameters())
+    logger.info("  %-16s %10.2f M parameters  frozen", "vision_tower", tower / 1e6)
+    for part, rate in learning_rates(config).items():
+        members = [p for name, p in model.named_parameters() if part_of(name) == part and "vision_tower." not in name]
+        total, trained = (sum(map(size_of, some)) for some in (members, [p for p in members if p.requires_grad]))
+        state = f"learning rate {rate:g}" if trained else "frozen"
+        if 0 < trained < total:
+            state += f", {trained / 1e6:.2f} M of them"
+        logger.info("  %-16s %10.2f M parameters  %s", part, total / 1e6, state)
+    counts = ", ".join(f"{count} {kind}" for kind, count in dataset.count_kinds().items() if count)
     logger.info("  %d samples (%s); %d process(es)", len(dataset), counts, config.world_size)
+    what = {
+        "full": "the whole model",
+        "lora": "adapters and trained modules; at the end also the model with the adapters folded in",
+        "qlora": f"adapters and trained modules, not the backbone in 4 bits ({config.quant_type})",
+    }[method_of(config)]
+    logger.info("  saved in %s: %s", config.output_dir, what)
 
 
 def check_engine(trainer: EvoTokTrainer, config: StageConfig) -> None:
@@ -214,24 +262,6 @@ def check_engine(trainer: EvoTokTrainer, config: StageConfig) -> None:
         if kind != "DeepSpeedEngine":
             raise ValueError(f"DeepSpeed was asked for but the engine is {kind}; check the launcher")
         logger.info("engine: %s, ZeRO stage %d", kind, trainer.model_wrapped.zero_optimization_stage())
-
-
-def save_final(
-    trainer: EvoTokTrainer,
-    model: EvoTokLlavaForConditionalGeneration,
-    processor: EvoTokLlavaProcessor,
-    config: StageConfig,
-) -> None:
-    """Write the self-contained model folder; adapters are folded into the backbone."""
-    if config.lora_enable:
-        model.language_model = model.language_model.merge_and_unload()
-        if config.process_index == 0:
-            model.save_pretrained(config.output_dir)
-            processor.save_pretrained(config.output_dir)
-    else:
-        trainer.save_model(config.output_dir)
-    if config.process_index == 0:
-        trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
 
 
 if __name__ == "__main__":

@@ -1,82 +1,172 @@
-"""Hugging Face's Trainer with both losses apart, one progress bar, and a JSONL log."""
+"""Hugging Face's Trainer with learning rates of their own for the parts, both losses apart, whole checkpoints, one
+progress bar and a JSONL log."""
 
 import json
-import math
+import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.progress import progress_interval
-from llava_ext.data.dataset import ModalityGroupedSampler
-from llava_ext.training.checkpoints import CompletionMarker
+from llava_ext.checkpointing import save_model, set_tower_aside
+from llava_ext.data.dataset import EpochSampler, ModalityGroupedSampler
+from llava_ext.training.adapters import load_adapter, save_adapter
+from llava_ext.training.checkpoints import RunShape, checkpoint_folder, checkpoints, finish_checkpoint
+from llava_ext.training.interruption import StopInOrder, on_any_process
+from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
 
 
 class EvoTokTrainer(Trainer):
-    """Trains an `EvoTokLlavaForConditionalGeneration` on a `ConversationDataset`."""
+    """Trains an `EvoTokLlavaForConditionalGeneration`, as it is or with adapters, on a `ConversationDataset`.
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        # DeepSpeed casts all parameters to the training dtype, the frozen ones too: what is saved are these.
-        rounds = self.args.bf16 or self.args.fp16
-        tower = self.model.vision_tower.state_dict() if rounds else {}
-        self._exact_tower = {f"vision_tower.{name}": value.cpu().clone() for name, value in tower.items()}
-        self._loss_sums: dict[str, list[float]] = defaultdict(list)
+    Args:
+        shape: what a checkpoint of this run can be resumed as.
+        base: what the adapters stand on (`adapters.describe_base`), for a model that has some.
+    """
+
+    def __init__(self, model, *args, shape: RunShape, base: dict | None = None, **kwargs) -> None:
+        set_tower_aside(model.get_base_model() if isinstance(model, PeftModel) else model)
+        super().__init__(model, *args, **kwargs)
+        model.vision_tower.to(self.args.device)
+        self._shape, self._base = shape, base
+        self._step_losses: list[Tensor] = []  # (text, image) of every micro-batch of the step
+        self._logged = torch.zeros(2, 2, device=self.args.device)  # sums and counts of (text, image) since the last log
+        self.interruption = StopInOrder()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
-        self.add_callback(ProgressBar())
-        self.add_callback(MetricsFile())
-        self.add_callback(CompletionMarker())
+        for callback in (StepChecks(self), self.interruption, ProgressBar(), MetricsFile()):
+            self.add_callback(callback)
+
+    # Steps ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimizer, its groups split so that every part learns at its own rate."""
+        optimizer, rates = super().create_optimizer(model), learning_rates(self.args)
+        if hasattr(optimizer, "param_groups"):
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            optimizer.param_groups = group_by_part(optimizer.param_groups, names, rates)
+        elif len(set(rates.values())) > 1:
+            raise ValueError(
+                "the DeepSpeed configuration brings its own optimizer, which knows one learning rate; "
+                'remove its "optimizer" block, or leave out mm_projector_lr, image_head_lr and language_model_lr'
+            )
+        return optimizer
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if is_decayed(name)]
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)
-        if not math.isfinite(float(outputs.loss.detach())):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is {float(outputs.loss)} (text {float(outputs.text_loss)}, "
-                f"image {float(outputs.image_loss)}); the last checkpoint is kept. "
-                "Lower --learning_rate or check the data"
-            )
+        losses = torch.stack([outputs.text_loss.detach().float(), outputs.image_loss.detach().float()])
+        self._step_losses.append(losses)
         labels, vocabulary = inputs["labels"], self.accelerator.unwrap_model(model).vocabulary
-        learned_image = vocabulary.is_residual(labels)
+        is_image = vocabulary.is_residual(labels)
         # A batch without one of the two tasks says nothing about that task's loss.
-        if bool(learned_image.any()):
-            self._loss_sums["image_loss"].append(float(outputs.image_loss.detach()))
-        if bool(((labels != -100) & ~learned_image).any()):
-            self._loss_sums["text_loss"].append(float(outputs.text_loss.detach()))
+        counted = torch.stack([((labels != -100) & ~is_image).any(), is_image.any()]).float()
+        self._logged += torch.stack([losses * counted, counted])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def check_step(self) -> None:
+        """Look at the losses of the step that has just been made.
+
+        Raises:
+            FloatingPointError: on all processes, if one of them is no number on any; nothing of the step is saved.
+        """
+        losses = torch.stack(self._step_losses)
+        self._step_losses = []
+        broken = int(not bool(losses.isfinite().all()))
+        if on_any_process([broken], self.args.device)[0]:
+            text, image = losses[(~losses.isfinite()).any(dim=1)][:1].flatten().tolist() or losses[-1].tolist()
+            where = "" if broken else " here, no number on another process"
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss is no number: text {text}, image {image}{where}; the last "
+                "checkpoint is kept. Lower --learning_rate or check the data, and run the same command again"
+            )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            for name in ("text_loss", "image_loss"):  # the same reductions on every rank
-                values = self._loss_sums[name]
-                total = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=self.args.device)
-                total = self.accelerator.reduce(total, "sum")
-                if total[1]:
-                    logs[name] = round(float(total[0] / total[1]), 5)
-            self._loss_sums.clear()
+            sums, counts = self.accelerator.reduce(self._logged, "sum").tolist()
+            for name, total, count in zip(("text_loss", "image_loss"), sums, counts, strict=True):
+                if count:
+                    logs[name] = round(total / count, 5)
+            self._logged = torch.zeros_like(self._logged)
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        if not self.args.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        epoch_of = lambda: self.state.epoch or 0  # noqa: E731
+        if not self.args.group_by_modality_length:
+            return EpochSampler(dataset.order, len(dataset), epoch_of)
         return ModalityGroupedSampler(
-            kinds=[record.kind for record in dataset.records],
-            batch_size=self.args.per_device_train_batch_size,
+            kinds=dataset.kinds,
+            batch_size=self.args.per_device_train_batch_size * self.args.world_size,
             seed=self.args.seed,
-            epoch_of=lambda: self.state.epoch or 0,
+            epoch_of=epoch_of,
+            lengths=dataset.lengths,
+            order_of=dataset.order,
         )
 
+    # Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint, mark it as whole, and only then drop the oldest.
+
+        Raises:
+            ValueError: it cannot be written (a full disk); those before it stay.
+        """
+        folder = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would drop one before
+        try:
+            super()._save_checkpoint(model, trial)
+            finish_checkpoint(folder, self._shape, self.args.should_save, keep)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            kept = checkpoints(self.args.output_dir)
+            raise ValueError(
+                f"the checkpoint of step {self.state.global_step} cannot be written: {error}; "
+                f"{f'{kept[-1]} is kept' if kept else 'there is none before it'}. "
+                "Make room and run the same command again"
+            ) from error
+        finally:
+            self.args.save_total_limit = keep
+
     def _save(self, output_dir=None, state_dict=None) -> None:
-        if self._exact_tower:
-            state_dict = {**(self.model.state_dict() if state_dict is None else state_dict), **self._exact_tower}
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments, which nothing of ours reads: recipe.yaml holds them as text.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        """The model folder, or what is trained of it; no pickle of the arguments, recipe.yaml holds them as text."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if isinstance(self.model, PeftModel):
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            save_adapter(self.model, folder, weights, self._base)
+        else:
+            save_model(self.model, folder, state_dict)
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if isinstance(self.model, PeftModel):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class StepChecks(TrainerCallback):
+    """After every step: is the loss a number? After the last: save, whatever the strategy, the model is made of it."""
+
+    def __init__(self, trainer: EvoTokTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer.check_step()
+        if state.global_step >= state.max_steps:
+            control.should_save = True
 
 
 class ProgressBar(TrainerCallback):

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 from PIL import Image
-from safetensors import safe_open
 
 from evotok_plugin.cli import main
+from evotok_plugin.data.code_cache import CodeCache
 from evotok_plugin.recipes import add_arguments, load_recipe, save_resolved
 
 
@@ -23,11 +23,13 @@ def run(capsys, *arguments):
 
 
 def test_encode_writes_codes_with_their_names(capsys, images, tiny_evotok_folder, tmp_path):
-    out = tmp_path / "codes.safetensors"
-    assert run(capsys, "encode", images[0].parent, "-o", out, "--model", tiny_evotok_folder)[0] == 0
-    with safe_open(out, "pt") as file:
-        assert file.get_tensor("codes").shape == (6, 9, 8) and str(file.get_tensor("codes").dtype) == "torch.uint16"
-        assert json.loads(file.metadata()["names"]) == [str(path) for path in images]
+    out = tmp_path / "codes"
+    code, text, _ = run(capsys, "encode", images[0].parent, "-o", out, "--model", tiny_evotok_folder)
+    assert code == 0 and "6 images, 9 x 8 codes each" in text
+    cache = CodeCache(out)
+    assert list(cache.keys()) == [path.name for path in images] and cache.codes(images[2].name).shape == (9, 8)
+    code, text, _ = run(capsys, "encode", "-o", out, "--verify")
+    assert code == 0 and "all checksums are right" in text
 
 
 def test_reconstruct_puts_originals_over_reconstructions(capsys, images, tiny_evotok_folder, tmp_path):
@@ -38,14 +40,12 @@ def test_reconstruct_puts_originals_over_reconstructions(capsys, images, tiny_ev
 
 
 def test_images_are_encoded_and_rebuilt_at_another_size(capsys, images, tiny_evotok_folder, tmp_path):
-    out = tmp_path / "codes.safetensors"
-    assert run(capsys, "encode", *images, "-o", out, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
-    with safe_open(out, "pt") as file:
-        at_96 = file.get_tensor("codes").shape
-        assert file.metadata()["image_size"] == "96"
-    assert run(capsys, "encode", *images, "-o", out, "--model", tiny_evotok_folder)[0] == 0
-    with safe_open(out, "pt") as file:
-        assert at_96[1] == 4 * file.get_tensor("codes").shape[1]
+    for name, flags in (("large", ["--size", 96]), ("own", [])):
+        assert run(capsys, "encode", *images, "-o", tmp_path / name, "--model", tiny_evotok_folder, *flags)[0] == 0
+    large, own = CodeCache(tmp_path / "large"), CodeCache(tmp_path / "own")
+    assert large.facts.image_size == 96 and large.facts.num_positions == 4 * own.facts.num_positions
+    code, _, error = run(capsys, "encode", *images, "-o", tmp_path / "own", "--model", tiny_evotok_folder, "--size", 96)
+    assert code == 2 and "from images of 48 pixels, wanted are codes" in error
     picture = tmp_path / "r.png"
     assert run(capsys, "reconstruct", images[0], "-o", picture, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
     assert Image.open(picture).size == (96, 2 * 96 + 4)
@@ -62,7 +62,7 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
     out = tmp_path / "e.json"
     code, text, _ = run(capsys, "evaluate", images[0].parent, "-o", out, "--model", tiny_evotok_folder)
     results = json.loads(out.read_text())
-    assert code == 0 and f"PSNR {results['psnr']:.2f} dB" in text
+    assert code == 0 and f"{results['psnr']:.2f} dB" in text
     assert results["images"] == 6 and len(results["code_usage"]) == 8 and -1 <= results["ssim"] <= 1
 
 
@@ -71,7 +71,7 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
     [
         (["reconstruct", "absent.png"], "'absent.png' does not exist"),
         (["reconstruct", "{broken}"], "cannot be read"),
-        (["evaluate", "{broken}"], "1 of 1 images are broken"),
+        (["evaluate", "{broken}"], "1 of 1 samples are unusable"),
         (["evolve", "{image}", "--model", "{folder}"], "no model folder"),
         (["evolve", "{image}", "--model", "{backbone}"], "holds a qwen2 model, expected evotok"),
         (["reconstruct", "{image}", "--depth", "12"], "depth must lie in 1..8"),
@@ -80,10 +80,10 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
         (["train", "--recipe", "nothing"], "unknown recipe 'nothing'"),
         (["train", "--recipe", "{typo}"], "unknown key 'batch_sise'; did you mean 'batch_size'"),
         (
-            ["train", "--recipe", "tokenizer_photos", "--data", "absent", "--output_dir", "{folder}"],
+            ["train", "--recipe", "photos", "--data", "absent", "--output_dir", "{folder}"],
             "'absent' does not exist",
         ),
-        (["train", "--recipe", "tokenizer_photos", "--data", "x"], "output_dir"),
+        (["train", "--recipe", "photos", "--data", "x"], "output_dir"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -8,7 +8,8 @@ import torch
 from research_layout import research_depth_transformer, research_tokenizer
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
-from evotok_plugin.cli import main, open_tokenizer
+from evotok_plugin.cli import main
+from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.conversion import read_checkpoint
 
 SMALL = {
@@ -192,10 +193,10 @@ def test_other_files_are_no_checkpoints(tmp_path, capsys, content):
 
 
 def test_the_mllm_s_files_are_sent_to_the_other_command(tmp_path, capsys):
-    from llava_ext.image_head import DepthTransformerHead
+    from evotok_plugin import DepthTransformerConfig, DepthTransformerHead
 
     for content in (
-        research_depth_transformer(DepthTransformerHead(8, 4, 6, 2, 8, 1, 2)),
+        research_depth_transformer(DepthTransformerHead(DepthTransformerConfig(8, 4, 6, 2, 8, 1, 2))),
         {"model.mm_projector.0.weight": torch.zeros(2, 2)},
     ):
         code, error = convert(tmp_path, capsys, content)

@@ -1,18 +1,9 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from evotok_plugin.data.folder import (
-    Augmentation,
-    ImageStream,
-    is_held_out,
-    list_images,
-    open_picture,
-    usable_images,
-)
+from evotok_plugin.data.images import open_picture
 from evotok_plugin.losses.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
@@ -22,62 +13,6 @@ from evotok_plugin.losses.adversarial import (
 from evotok_plugin.losses.semantic import cosine_loss, folded_cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr, ssim
-
-
-@pytest.fixture
-def photos(tmp_path, rng):
-    for index in range(40):
-        shape = (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3)
-        (tmp_path / str(index % 3)).mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / str(index % 3) / f"{index}.png")
-    return tmp_path
-
-
-def test_the_held_out_part_follows_from_the_path_alone(photos):
-    images = list_images(photos)
-    held = {path for path in images if is_held_out(path, photos, 0.3)}
-    assert 4 <= len(held) <= 20
-    images[0].unlink() if images[0] not in held else None
-    assert {path for path in list_images(photos) if is_held_out(path, photos, 0.3)} == held
-    assert not any(is_held_out(path, photos, 0.0) for path in images)
-
-
-def test_broken_images_are_counted_named_and_limited(photos):
-    (photos / "0" / "broken.jpg").write_bytes(b"\xff\xd8 not a photo")
-    (photos / "0" / "0.png").write_bytes((photos / "0" / "0.png").read_bytes()[:200])
-    report = photos / "report.jsonl"
-    good = usable_images(list_images(photos), 0.1, report)
-    assert len(good) == 39
-    assert {json.loads(line)["image"].split("/")[-1] for line in report.read_text().splitlines()} == {
-        "broken.jpg",
-        "0.png",
-    }
-    with pytest.raises(ValueError, match="2 of 41 images are broken, over the limit of 0.10%"):
-        usable_images(list_images(photos), 0.001)
-
-
-def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        list_images(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no images"):
-        list_images(tmp_path)
-
-
-def test_the_stream_is_a_function_of_seed_and_position(photos):
-    paths = list_images(photos)
-    make = lambda seed: ImageStream(paths, 32, Augmentation(), seed, 200)  # noqa: E731
-    a, b, other = make(1), make(1), make(2)
-    positions = [0, 39, 40, 57, 199]
-    for position in reversed(positions):
-        b[position]
-    assert all(torch.equal(a[p], b[p]) and a[p].shape == (3, 32, 32) and a[p].dtype == torch.uint8 for p in positions)
-    assert any(not torch.equal(a[p], other[p]) for p in positions)
-
-
-def test_an_epoch_shows_every_image_once(photos):
-    stream = ImageStream(list_images(photos), 32, None, 0, 200)
-    epochs = [{stream[p].numpy().tobytes() for p in range(start, start + 40)} for start in (0, 40)]
-    assert len(epochs[0]) == 40 and epochs[0] == epochs[1]
 
 
 def naive_ssim(a, b):
@@ -133,12 +68,13 @@ def test_adversarial_losses():
     assert float(ratio) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_half_a_picture_is_broken_whatever_other_libraries_set(photos, monkeypatch):
+def test_half_a_picture_is_broken_whatever_other_libraries_set(tmp_path, monkeypatch, rng):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    whole = list_images(photos)[0]
-    half = photos / "half.png"
-    Image.open(whole).save(half)
+    half = tmp_path / "half.png"
+    Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(half)
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     with pytest.raises(ValueError, match="half.png' cannot be read"):
         open_picture(half)
+    with pytest.raises(ValueError, match="a name' cannot be read"):
+        open_picture(half.read_bytes(), "a name")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True

@@ -10,7 +10,8 @@ from research_layout import research_tokenizer
 from safetensors.torch import load_file
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
-from evotok_plugin.cli import main, open_tokenizer
+from evotok_plugin.cli import main
+from evotok_plugin.commands.shared import open_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="research outputs (../shared/golden) are not here")

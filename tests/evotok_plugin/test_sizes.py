@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from research_layout import research_tokenizer
+from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
-from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.conversion import convert_tokenizer
+from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.positions import resize_positions
 
 SMALL = {
@@ -14,11 +20,13 @@ SMALL = {
     "semantic_hidden_size": 32, "semantic_num_layers": 1, "semantic_num_heads": 4, "semantic_head_dim": 8,
     "semantic_dim": 24,
 }  # fmt: skip
+# Patches of six pixels: 2 ** 2 < 6 < 2 ** 3, so the last resolution is 1.5 times as fine as the one before.
+SIX = SMALL | {"image_size": 24, "patch_size": 6}
 
 
-def small_model():
+def small_model(sizes=SMALL):
     torch.manual_seed(0)
-    model = EvoTokModel(EvoTokConfig(**SMALL)).eval()
+    model = EvoTokModel(EvoTokConfig(**sizes)).eval()
     torch.nn.init.normal_(model.semantic_decoder.position_embedding)  # so that places matter
     return model
 
@@ -26,6 +34,12 @@ def small_model():
 @pytest.fixture(scope="module")
 def model():
     return small_model()
+
+
+@pytest.fixture(scope="module")
+def models(model):
+    """By the width of their patches."""
+    return {8: model, 6: small_model(SIX)}
 
 
 def images(*shape):
@@ -36,13 +50,14 @@ def images(*shape):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (16, 16), (8, 8), (24, 56), (40, 8)])
-def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(model, height, width):
+@pytest.mark.parametrize("patch", [8, 6])
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (2, 2), (1, 1), (3, 7), (5, 1)])
+def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(models, patch, grid):
+    model, (height, width) = models[patch], (grid[0] * patch, grid[1] * patch)
     pixel_values = images(2, 3, height, width)
-    grid = model.grid_of(pixel_values)
-    assert grid == (height // 8, width // 8)
+    assert model.grid_of(pixel_values) == grid
     output, encoded = model(pixel_values), model.encode(pixel_values)
-    assert encoded.codes.shape == (2, height * width // 64, 5) and torch.equal(output.codes, encoded.codes)
+    assert encoded.codes.shape == (2, grid[0] * grid[1], 5) and torch.equal(output.codes, encoded.codes)
     pixels, features = model.decode_pixels(encoded.codes[..., :4], grid), model.decode_semantics(encoded.codes, grid)
     assert pixels.shape == pixel_values.shape and features.shape == (*encoded.codes.shape[:2], 24)
     torch.testing.assert_close(pixels, output.pixels, atol=1e-4, rtol=1e-4)
@@ -101,6 +116,102 @@ def test_the_semantic_decoder_uses_the_positions_of_the_size(model):
     torch.testing.assert_close(model.decode_semantics(codes), other.decode_semantics(codes))
 
 
+# Patches of any width ----------------------------------------------------------------------------------------
+
+
+def decoded_by_hand(decoder, latents, sizes):
+    """The pixel decoder in a plain line, each enlargement to a size that is said."""
+    x = decoder.middle(decoder.conv_in(decoder.from_latent(latents)))
+    for stage, size in zip(decoder.stages, [*sizes, None], strict=True):
+        for block, attention in zip(stage.blocks, stage.attention, strict=True):
+            x = attention(block(x))
+        if size is not None:
+            if size == 2 * x.shape[2]:
+                x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            else:
+                x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+            x = stage.upsample(x)
+    return decoder.conv_out(F.silu(decoder.norm_out(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("patch", "sizes"), [(8, (8, 16, 32)), (6, (8, 16, 24))])
+def test_only_the_last_enlargement_stops_at_the_patch(models, patch, sizes):
+    decoder, latents = models[patch].pixel_decoder, images(2, 6, 4, 4)
+    assert torch.equal(decoder(latents), decoded_by_hand(decoder, latents, sizes))
+
+
+@torch.no_grad()
+def test_patches_that_are_no_power_of_two_are_saved_and_loaded(models, tmp_path):
+    models[6].save_pretrained(tmp_path)
+    EvoTokImageProcessor(size=24).save_pretrained(tmp_path)
+    loaded, pixel_values = AutoModel.from_pretrained(tmp_path).eval(), images(2, 3, 24, 36)
+    for name, value in models[6](pixel_values).items():
+        assert torch.equal(value, loaded(pixel_values)[name]), name
+
+
+def test_paper_384_reads_and_rebuilds_378_pixels():
+    config = EvoTokConfig.preset("paper_384")
+    assert (config.image_size, config.grid_size) == (378, 27)
+    with torch.device("meta"):
+        latents = EvoTokEncoder(config)(torch.empty(1, 3, 378, 378))
+        pixels = PixelDecoder(config)(latents.transpose(1, 2).unflatten(2, (27, 27)))
+    assert latents.shape == (1, 729, 32) and pixels.shape == (1, 3, 378, 378)
+
+
+@torch.no_grad()
+def test_siglip_reads_of_its_odd_pixels_what_the_encoder_reads():
+    """A tower for 4 x 6 + 5 pixels has the encoder's 16 positions and takes its 24 pixels as they are."""
+    model = small_model(SIX)
+    sizes = {name.removeprefix("encoder_"): value for name, value in SIX.items() if name.startswith("encoder_")}
+    tower = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_attention_heads=sizes["num_heads"],
+            num_hidden_layers=sizes["num_layers"],
+            image_size=29,
+            patch_size=6,
+        )
+    ).eval()
+    model.encoder.embeddings.load_state_dict(tower.embeddings.state_dict())
+    model.encoder.encoder.load_state_dict(tower.encoder.state_dict())
+    pixel_values = images(2, 3, 29, 29)
+    seen = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
+    assert torch.equal(model.encoder.features(pixel_values[..., :24, :24]), seen)
+
+
+@pytest.mark.parametrize(
+    ("patch", "multipliers", "scales"),
+    [(1, (1,), []), (2, (1, 1), [2]), (3, (1, 1, 1), [2, 1.5]), (14, (1, 1, 2, 2, 4), [2, 2, 2, 1.75])],
+)
+def test_resolutions_end_at_the_patch(patch, multipliers, scales):
+    sizes = {"image_size": 4 * patch, "patch_size": patch, "decoder_channel_multipliers": multipliers}
+    assert EvoTokConfig(**SMALL | sizes).decoder_scales == scales
+
+
+@pytest.mark.parametrize(
+    ("patch", "multipliers", "fitting"),
+    [(14, (1, 1, 2, 2), 5), (14, (1, 1, 2, 2, 4, 4), 5), (17, (1, 1, 2, 2, 4), 6), (8, (1, 1, 2, 2, 4), 4), (1, (), 1)],
+)
+def test_multipliers_that_do_not_fit_the_patch_are_refused(patch, multipliers, fitting):
+    message = f"{len(multipliers)} decoder_channel_multipliers.* patch_size {patch}: .* give {fitting} of them"
+    with pytest.raises(ValueError, match=message):
+        EvoTokConfig(image_size=4 * patch, patch_size=patch, decoder_channel_multipliers=multipliers)
+
+
+def test_sizes_that_hold_no_whole_patches_are_refused():
+    with pytest.raises(ValueError, match="image_size 384 is not a multiple of patch_size 14; 378 is"):
+        EvoTokConfig.preset("paper_384", image_size=384)
+    with pytest.raises(ValueError, match="patch_size must be at least 1 pixel, got 0"):
+        EvoTokConfig(patch_size=0)
+
+
+def test_a_research_checkpoint_of_such_patches_is_refused(models):
+    with pytest.raises(ValueError, match="patches are 6 pixels wide, but the 4 resolutions .* enlarge 8 times; how"):
+        convert_tokenizer(research_tokenizer(models[6]))
+
+
 # Batches -----------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +252,19 @@ def test_half_precision_weights_keep_exact_codebooks(model, dtype, how, tmp_path
     assert output.pixels.shape == (1, 3, 48, 24) and output.pixels.isfinite().all() and output.features.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_stop_at_the_patch(models, dtype):
+    half, codes = small_model(SIX).to(dtype), torch.randint(0, 20, (2, 16, 4))
+    exact, rounded = models[6].decode_pixels(codes), half.decode_pixels(codes)
+    assert rounded.dtype == dtype and (exact - rounded.float()).norm() < 0.05 * exact.norm()
+
+
 # Compiled ----------------------------------------------------------------------------------------------------
 
 
-def check_compiled(backend, shapes):
-    model = small_model()
+def check_compiled(backend, shapes, sizes=SMALL):
+    model = small_model(sizes)
     compiled = {
         name: torch.compile(getattr(model, name), fullgraph=True, backend=backend)
         for name in ("encode", "decode_pixels", "decode_semantics")
@@ -172,11 +291,17 @@ def test_encode_and_decode_compile_without_graph_breaks(fresh_compiler):
     check_compiled("aot_eager", [(2, 3, 32, 32)])
 
 
+def test_patches_that_are_no_power_of_two_compile_without_graph_breaks(fresh_compiler):
+    check_compiled("aot_eager", [(2, 3, 24, 24)], SIX)
+
+
 @pytest.mark.slow
 def test_varying_batches_and_sizes_compile_without_graph_breaks(fresh_compiler):
     check_compiled("aot_eager", [(2, 3, 32, 32), (3, 3, 32, 32), (3, 3, 48, 48), (1, 3, 64, 64)])
+    check_compiled("aot_eager", [(2, 3, 24, 24), (3, 3, 24, 24), (3, 3, 36, 36), (1, 3, 48, 48)], SIX)
 
 
 @pytest.mark.slow
 def test_compiled_machine_code_agrees_with_eager(fresh_compiler):
     check_compiled("inductor", [(2, 3, 32, 32)])
+    check_compiled("inductor", [(2, 3, 24, 24)], SIX)

@@ -7,10 +7,9 @@ import torch
 from research_layout import research_depth_transformer, research_projector, research_tokenizer
 from safetensors.torch import load_file
 
-from evotok_plugin import EvoTokModel
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
 from llava_ext.checkpointing import load_model
 from llava_ext.cli import main
-from llava_ext.image_head import DepthTransformerHead
 from llava_ext.projector import Projector
 
 WIDTH = 32  # of the small backbone
@@ -21,7 +20,9 @@ def parts(tiny_evotok_folder):
     """A depth transformer and both projectors that fit the small backbone and the small tokenizer."""
     torch.manual_seed(5)
     config = EvoTokModel.from_pretrained(tiny_evotok_folder).config
-    head = DepthTransformerHead(WIDTH, config.codebook_dim, config.codebook_size, config.pixel_depth, 24, 3, 2)
+    head = DepthTransformerHead(
+        DepthTransformerConfig(WIDTH, config.codebook_dim, config.codebook_size, config.pixel_depth, 24, 3, 2)
+    )
     torch.nn.init.normal_(head.level_embedding)
     return {
         "image_head": head,
@@ -141,12 +142,14 @@ def test_keys_that_do_not_fit_are_listed(convert, files, part, changes, expected
         (lambda c: research_projector(Projector(c.semantic_dim, 40, 4)), "ends 40 wide, but the language model is 32"),
         (lambda c: research_projector(Projector(7, WIDTH, 4)), "takes 7 numbers a position, expected 128"),
         (
-            lambda c: research_depth_transformer(DepthTransformerHead(WIDTH, c.codebook_dim, 9, 4, 64, 1, 1)),
+            lambda c: research_depth_transformer(
+                DepthTransformerHead(DepthTransformerConfig(WIDTH, c.codebook_dim, 9, 4, 64, 1, 1))
+            ),
             "codebook_size is 9, but the tokenizer's codebook_size is",
         ),
         (
             lambda c: research_depth_transformer(
-                DepthTransformerHead(WIDTH, c.codebook_dim, c.codebook_size, 3, 64, 1, 1)
+                DepthTransformerHead(DepthTransformerConfig(WIDTH, c.codebook_dim, c.codebook_size, 3, 64, 1, 1))
             ),
             "num_levels is 3, but the tokenizer's pixel_depth is 4",
         ),

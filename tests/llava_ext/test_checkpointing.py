@@ -6,9 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from llava_ext.checkpointing import assemble, load_model
 from llava_ext.cli import main
-from llava_ext.data.code_cache import CodeCache, write_code_cache
-from llava_ext.data.dataset import Collator, ConversationDataset, ModalityGroupedSampler
-from llava_ext.data.records import BadSamples, load_records
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 
 
@@ -89,69 +86,6 @@ def test_cli_errors_are_one_line(arguments, message, model_folder, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
-
-
-@pytest.fixture(scope="module")
-def cache_folder(tiny_mllm, scene_folder, tmp_path_factory):
-    model, processor = tiny_mllm
-    folder, root = tmp_path_factory.mktemp("cache"), scene_folder / "train"
-    names = sorted(f"images/{path.name}" for path in (root / "images").iterdir())
-    write_code_cache(folder, root, names, model.vision_tower, processor.image_processor, 5, show_progress=False)
-    return folder
-
-
-def test_the_code_cache_holds_the_tokenizer_s_codes(tiny_mllm, scene_folder, cache_folder):
-    from PIL import Image
-
-    model, processor = tiny_mllm
-    cache = CodeCache(cache_folder, model.vision_tower.fingerprint())
-    assert len(cache) == 24
-    pixels = processor.image_processor(Image.open(scene_folder / "train" / "images/000007.png")).pixel_values
-    assert torch.equal(cache.codes("images/000007.png"), model.vision_tower.encode(pixels).codes[0])
-    with pytest.raises(ValueError, match="made by tokenizer"):
-        CodeCache(cache_folder, "another tokenizer")
-
-
-def dataset_of(tiny_mllm, scene_folder, cache_folder, **options):
-    model, processor = tiny_mllm
-    records = load_records([scene_folder / "train" / "finetune.json"], scene_folder / "train", BadSamples(None))
-    return ConversationDataset(records, processor, CodeCache(cache_folder, model.vision_tower.fingerprint()), **options)
-
-
-def test_prompt_dropout_empties_the_user_turn_of_drawing_samples(tiny_mllm, scene_folder, cache_folder):
-    _, processor = tiny_mllm
-    always = dataset_of(tiny_mllm, scene_folder, cache_folder, prompt_dropout=0.999)
-    unconditional = processor.drawing_prompts([""])["input_ids"][0]
-    kinds = [record.kind for record in always.records]
-    drawn = always[kinds.index("draw")].input_ids
-    assert torch.equal(drawn[: len(unconditional)], unconditional)
-    never = dataset_of(tiny_mllm, scene_folder, cache_folder, prompt_dropout=0.0)
-    reading = kinds.index("read")
-    assert torch.equal(always[reading].input_ids, never[reading].input_ids)
-    assert len(never[kinds.index("draw")].input_ids) > len(drawn)
-    half = dataset_of(tiny_mllm, scene_folder, cache_folder, prompt_dropout=0.5)
-    first = [len(half[i].input_ids) for i in range(len(half))]
-    half.set_epoch(1)
-    assert first != [len(half[i].input_ids) for i in range(len(half))]
-
-
-def test_truncation_never_cuts_an_image(tiny_mllm, scene_folder, cache_folder):
-    model, processor = tiny_mllm
-    for length in (10, 30, 60, 100):
-        dataset = dataset_of(tiny_mllm, scene_folder, cache_folder, max_length=length, prompt_dropout=0.0)
-        samples = [dataset[i] for i in range(8)]
-        assert all(len(sample.input_ids) <= length for sample in samples)
-        assert torch.isfinite(model(**Collator(processor)(samples)).loss)
-
-
-def test_grouped_batches_hold_one_kind_and_every_sample_once():
-    kinds = ["read"] * 10 + ["draw"] * 7 + ["text"] * 4
-    sampler = ModalityGroupedSampler(kinds, batch_size=3, seed=1, epoch_of=lambda: 0)
-    order = list(sampler)
-    assert sorted(order) == list(range(21)) and order == list(sampler)
-    for start in range(0, 18, 3):
-        assert len({kinds[i] for i in order[start : start + 3]}) == 1
-    assert order != list(ModalityGroupedSampler(kinds, 3, seed=1, epoch_of=lambda: 1))
 
 
 def test_saved_files_name_no_path_of_this_machine(model_folder):

@@ -1,58 +1,228 @@
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from llava_ext.conversation import ConversationTemplate
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor, TooLong
 
-QWEN_LIKE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# What the documentation of these families says of their formats, as small templates.
+TEMPLATES = {
+    "qwen2": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "qwen3": (  # thinks before the last answer, forgets earlier thoughts
+        "{% for m in messages %}"
+        "{% if m['role'] == 'assistant' %}"
+        "{% set answer = m['content'].split('</think>')[-1].lstrip('\n') %}"
+        "<|im_start|>assistant\n{% if loop.last %}<think>\n\n</think>\n\n{{ answer }}{% else %}{{ answer }}{% endif %}"
+        "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    ),
+    "llama3": (  # trims
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "mistral": (  # a system turn goes before the last question, an answer begins with a space
+        "{% if messages[0]['role'] == 'system' %}{% set system, turns = messages[0]['content'], messages[1:] %}"
+        "{% else %}{% set system, turns = none, messages %}{% endif %}<s>"
+        "{% for m in turns %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+        "{% if m['role'] == 'user' %}[INST] "
+        "{% if system is not none and loop.index0 >= turns | length - 2 %}{{ system + '\n\n' }}{% endif %}"
+        "{{ m['content'] }} [/INST]{% else %}{{ ' ' + m['content'] }}</s>{% endif %}{% endfor %}"
+    ),
+    "phi3": (  # ends the whole conversation with one more token
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"
+    ),
+}
+ENDS = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "phi3": "<|end|>"}
+SPECIAL = [
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<s>", "</s>", "[INST]", "[/INST]", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>",
+]  # fmt: skip
+QUESTION = {"role": "user", "content": "What is it?"}
 MESSAGES = [
-    {"role": "user", "content": "What is it?"},
+    QUESTION,
     {"role": "assistant", "content": "a ring"},
     {"role": "user", "content": "Which color? a ring"},
     {"role": "assistant", "content": "red"},
 ]
+SYSTEM = {"role": "system", "content": "Be brief."}
+every_template = pytest.mark.parametrize("family", TEMPLATES)
 
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer_folder):
-    return AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    return tokenizer
 
 
-@pytest.mark.parametrize("template", [None, QWEN_LIKE])
-def test_only_assistant_turns_and_their_end_are_learned(tokenizer, template):
-    if template:
-        tokenizer.chat_template = template
+@pytest.fixture
+def template_of(tokenizer):
+    def build(family):
+        tokenizer.chat_template = TEMPLATES.get(family, family)
+        return ConversationTemplate(tokenizer)
+
+    return build
+
+
+def learned(rendered):
+    return [rendered.text[start:end] for start, end in rendered.assistant_spans]
+
+
+# What is learned ---------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_template_s_answers_and_their_ends_are_learned(tiny_tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
     rendered = ConversationTemplate(tokenizer).render(MESSAGES)
-    end = "<|im_end|>" if template else "<|end|>"
-    assert [rendered.text[a:b] for a, b in rendered.assistant_spans] == [f"a ring{end}", f"red{end}"]
+    assert learned(rendered) == ["a ring<|end|>", "red<|end|>"]
     assert rendered.text == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
 
 
-def test_generation_prompt_is_the_template_s(tokenizer):
-    rendered = ConversationTemplate(tokenizer).render(MESSAGES[:1], add_generation_prompt=True)
-    assert rendered.text.endswith("<|assistant|>") and rendered.assistant_spans == ()
+@every_template
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+def test_only_answers_and_their_ends_are_learned(tokenizer, template_of, family, system):
+    rendered = template_of(family).render([*system, *MESSAGES])
+    lead = " " if family == "mistral" else ""
+    assert learned(rendered) == [f"{lead}a ring{ENDS[family]}", f"{lead}red{ENDS[family]}"]
+    assert rendered.text == tokenizer.apply_chat_template([*system, *MESSAGES], tokenize=False)
+    assert ("Be brief." in rendered.text) == bool(system)
 
 
-def test_a_template_that_rewrites_contents_is_refused(tokenizer):
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
-    template = ConversationTemplate(tokenizer)
-    template.render(MESSAGES)
-    with pytest.raises(ValueError, match="changes message contents"):
-        template.render([{"role": "user", "content": " spaced "}, {"role": "assistant", "content": "x"}])
+@every_template
+def test_tokens_that_are_learned_are_those_of_the_answers(tokenizer, template_of, family):
+    """From text to labels: no token of an answer is lost at its edges, none of a question is learned."""
+    template_of(family)
+    vision = EvoTokConfig.preset("tiny")
+    processor = EvoTokLlavaProcessor.from_parts(EvoTokImageProcessor(size=48), tokenizer, vision, len(tokenizer))
+    encoded = processor.encode_conversation(MESSAGES, [])
+    ids = encoded.labels[encoded.labels != -100].tolist()
+    answers = tokenizer.decode(ids).replace(ENDS[family], "\n").split("\n")
+    assert [answer.strip() for answer in answers] == ["a ring", "red", ""]
+    assert torch.equal(encoded.input_ids[encoded.labels != -100], encoded.labels[encoded.labels != -100])
 
 
-def test_a_template_that_drops_a_turn_is_refused(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+@every_template
+def test_a_model_is_asked_as_it_was_trained(template_of, family):
+    """The prompt ends where the answer's learned part begins: one is the other's beginning."""
+    template = template_of(family)
+    prompt = template.render(MESSAGES[:3], add_generation_prompt=True)
+    trained = template.render(MESSAGES)
+    assert trained.text.startswith(prompt.text) and len(prompt.text) == trained.assistant_spans[-1][0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "mistral", "phi3"])
+def test_the_generation_prompt_is_the_template_s(tokenizer, template_of, family):
+    prompt = template_of(family).render([QUESTION], add_generation_prompt=True).text
+    assert prompt == tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
+
+
+def test_a_thinking_model_is_asked_without_thoughts(tokenizer, template_of):
+    """Its own prompt for that is the one that fits the finished turns."""
+    prompt = template_of("qwen3").render([QUESTION], add_generation_prompt=True).text
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert prompt == tokenizer.apply_chat_template(
+        [QUESTION], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    with pytest.raises(ValueError, match="drops or reorders message 1"):
-        ConversationTemplate(tokenizer).render(MESSAGES)
+
+
+def test_contents_are_trimmed_where_the_template_trims(template_of):
+    spaced = [{"role": "user", "content": " What? \n"}, {"role": "assistant", "content": "a ring\n"}]
+    rendered = template_of("llama3").render(spaced)
+    assert learned(rendered) == ["a ring<|eot_id|>"] and "\n\nWhat?<|eot_id|>" in rendered.text
+    assert learned(template_of("qwen2").render(spaced)) == ["a ring\n<|im_end|>"]
+
+
+def test_a_template_that_writes_the_date_is_followed_over_midnight(tokenizer, template_of, monkeypatch):
+    template = template_of("Day {{ day }}. " + tokenizer.chat_template)
+    apply = tokenizer.apply_chat_template
+    for day in ("one", "two"):
+        monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, d=day, **k: apply(*a, day=d, **k))
+        rendered = template.render(MESSAGES)
+        assert rendered.text.startswith(f"Day {day}.") and learned(rendered) == ["a ring<|end|>", "red<|end|>"]
+
+
+# What is refused ---------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_rewrites_contents_is_refused(template_of):
+    template = template_of("qwen3")
+    with pytest.raises(ValueError, match="changes message contents"):
+        template.render([QUESTION, {"role": "assistant", "content": "<think>a circle?</think>a ring"}])
+    assert learned(template.render(MESSAGES)) == ["a ring<|im_end|>", "red<|im_end|>"]
+
+
+@pytest.mark.parametrize(("times", "content"), [(0, ""), (2, "{{ m['content'] }}{{ m['content'] }}")])
+def test_a_template_that_drops_or_repeats_a_turn_is_refused(template_of, times, content):
+    template = template_of(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}"
+        f"{{% else %}}{content}{{% endif %}}<|end|>{{% endfor %}}"
+    )
+    with pytest.raises(ValueError, match=f"writes message 1 \\(assistant\\) .* {times} times, expected once"):
+        template.render(MESSAGES)
+
+
+def test_roles_that_the_template_does_not_take_are_named(template_of):
+    with pytest.raises(ValueError, match=r"does not take messages of roles \('user', 'user'\): roles must alternate"):
+        template_of("mistral").render([QUESTION, QUESTION])
+
+
+def test_a_template_without_end_of_turn_is_refused(template_of):
+    template = template_of("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    with pytest.raises(ValueError, match="a model would never learn to stop"):
+        template.render(MESSAGES)
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat_template"):
         ConversationTemplate(tokenizer)
+
+
+# How long it is ----------------------------------------------------------------------------------------------
+
+
+def reading(answer="a ring"):
+    return [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": answer}]
+
+
+def test_steps_count_a_drawn_image_as_one_a_position(tiny_mllm):
+    _, processor = tiny_mllm
+    drawing = [{"role": "user", "content": "a ring"}, {"role": "assistant", "content": "<image>"}]
+    codes = torch.zeros(processor.num_positions, processor.num_levels, dtype=torch.long)
+    flat = processor.encode_conversation(drawing, [codes]).input_ids
+    folded = (processor.num_levels - 1) * processor.num_positions
+    assert processor.lay_out(drawing).num_steps == len(flat) - folded
+    assert processor.lay_out(reading()).num_steps == len(processor.encode_conversation(reading(), [None]).input_ids)
+
+
+def test_text_is_cut_at_its_end_and_images_never(tiny_mllm):
+    _, processor = tiny_mllm
+    layout = processor.lay_out(reading("a ring and a cross and a circle"))
+    whole = processor.put_images(layout, [None])
+    for length in range(layout.num_steps + 2):
+        try:
+            cut = processor.put_images(layout.cut_to(length), [None])
+        except TooLong:
+            assert length < whole.labels.ne(-100).nonzero()[0] + 1, "something to learn would have been left"
+            continue
+        assert torch.equal(cut.input_ids, whole.input_ids[:length]) and torch.equal(cut.labels, whole.labels[:length])
+        assert cut.input_ids.eq(processor.image_token_id).sum() == processor.num_positions
+    drawn_last = processor.lay_out([*reading(), QUESTION, {"role": "assistant", "content": "<image>"}])
+    with pytest.raises(TooLong, match="do not hold all images whole"):
+        drawn_last.cut_to(drawn_last.num_steps - 3)
+
+
+def test_text_that_spells_an_image_token_is_refused(tiny_mllm):
+    _, processor = tiny_mllm
+    with pytest.raises(ValueError, match=r"holds <\|image_pad\|>, which stands for images alone"):
+        processor.lay_out(reading("<|image_pad|>"))

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from research_layout import research_depth_transformer
 from safetensors.torch import load_file
 
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead
 from evotok_plugin.conversion import read_checkpoint
 from llava_ext.conversion import convert_depth_transformer
-from llava_ext.image_head import DepthTransformerHead
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="research outputs (../shared/golden) are not here")
@@ -34,7 +33,7 @@ def test_logits_equal_those_of_the_research_code(tmp_path):
     }
     torch.save(weights, tmp_path / "rqtransformer.bin")
     converted = convert_depth_transformer(read_checkpoint(tmp_path / "rqtransformer.bin"), num_heads=8)
-    head = DepthTransformerHead(**asdict(converted.sizes))
+    head = DepthTransformerHead(converted.sizes)
     head.load_state_dict(converted.state)
 
     names = [f"quantize.codebooks.{level}.weight" for level in range(4)]
@@ -47,5 +46,7 @@ def test_logits_equal_those_of_the_research_code(tmp_path):
 
 def test_the_layout_of_the_other_tests_is_the_research_code_s():
     with torch.device("meta"):
-        made = research_depth_transformer(DepthTransformerHead(96, 32, 512, 4, 128, 3, 8), prefix="")
+        made = research_depth_transformer(
+            DepthTransformerHead(DepthTransformerConfig(96, 32, 512, 4, 128, 3, 8)), prefix=""
+        )
     assert {name: list(tensor.shape) for name, tensor in made.items()} == json.loads(KEYS.read_text())

@@ -83,7 +83,7 @@ def test_image_loss_equals_a_position_by_position_computation(tiny_mllm, samples
 
 
 def test_cached_levels_equal_teacher_forcing(tiny_mllm):
-    from llava_ext.image_head import LevelCache
+    from evotok_plugin.image_head import LevelCache
 
     model, _ = tiny_mllm
     head, hidden = model.image_head, torch.randn(5, 32)

@@ -1,9 +1,7 @@
-import json
-
 import pytest
 from PIL import Image
 
-from llava_ext.data.records import BadSamples, load_records, parse_record
+from llava_ext.data.records import RowOptions, parse_record, parse_row
 
 
 @pytest.fixture
@@ -27,16 +25,52 @@ def test_an_image_in_a_human_turn_is_read_and_in_a_gpt_turn_is_drawn(folder):
     assert (text.kind, text.images) == ("text", ())
 
 
+def test_messages_say_the_same_as_conversations(folder):
+    image = {"image": "a.png"}
+    llava = parse_record(image | {"conversations": turns("<image>\nwhat?", "a")}, folder)
+    strings = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "a"}]
+    parts = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    assert parse_record(image | {"messages": strings}, folder) == llava
+    assert parse_record({"images": [{"path": "a.png"}], "messages": parts, "conversations": None}, folder) == llava
+
+
+@pytest.mark.parametrize(("task", "kinds"), [("read", ["read"]), ("draw", ["draw"]), ("both", ["read", "draw"])])
+def test_a_caption_is_a_record_for_each_task(folder, task, kinds):
+    records = parse_row({"image": "a.png", "caption": " a ring\n"}, RowOptions(folder, task))
+    assert [record.kind for record in records] == kinds
+    assert all("a ring" in [message["content"] for message in record.messages] for record in records)
+
+
+def test_one_image_has_one_key_however_it_is_written(folder):
+    (folder / "sub").mkdir()
+    for name in ("a.png", "./a.png", "sub/../a.png", str(folder / "a.png")):
+        assert parse_record({"image": name, "conversations": turns("<image>", "a")}, folder).images == ("a.png",)
+
+
+def test_images_that_come_with_the_row_are_taken_first():
+    row = {"image": "elsewhere.png", "conversations": turns("<image><image>", "a")}
+    (record,) = parse_row(row, RowOptions(), embedded=["shard/1.0.png", "shard/1.1.png"])
+    assert record.images == ("shard/1.0.png", "shard/1.1.png")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ("not a record", "expected an object"),
         ({"image": "a.png"}, "no 'conversations'"),
         ({"conversations": []}, "no 'conversations'"),
+        ({"caption": " ", "image": "a.png"}, "no 'conversations'"),
+        ({"caption": "a ring"}, "1 <image> .* 0 images"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "turn 0"),
+        ({"messages": [{"role": "user", "content": None}]}, "turn 0"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "nothing to learn"),
         ({"image": "a.png", "conversations": turns("no placeholder", "a")}, "0 <image> .* 1 images"),
         ({"conversations": turns("<image>", "a")}, "1 <image> .* 0 images"),
+        ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got a int"),
         ({"image": "b.png", "conversations": turns("<image>", "a")}, "'b.png' not found"),
         ({"image": "../a.png", "conversations": turns("<image>", "a")}, "leaves the image folder"),
         ({"image": "/etc/hostname", "conversations": turns("<image>", "a")}, "leaves the image folder"),
@@ -47,25 +81,11 @@ def test_what_is_wrong_with_a_record_is_said(folder, row, message):
         parse_record(row, folder)
 
 
-def test_bad_records_are_counted_named_and_limited(folder):
-    rows = [{"id": str(i), "conversations": turns("hi", "ho")} for i in range(9)] + [{"id": "bad"}]
-    file = folder / "data.json"
-    file.write_text(json.dumps(rows))
-    tolerant = BadSamples(folder / "report.jsonl", limit=0.1)
-    assert len(load_records([file], folder, tolerant)) == 9
-    tolerant.check(10)
-    assert json.loads((folder / "report.jsonl").read_text())["sample"] == "data.json:bad"
-    strict = BadSamples(folder / "report.jsonl", limit=0.001)
-    load_records([file], folder, strict)
-    with pytest.raises(ValueError, match="1 of 10 samples are unusable.*data.json:bad: no 'conversations'"):
-        strict.check(10)
+def test_an_image_without_image_folder_says_what_to_pass():
+    with pytest.raises(ValueError, match="no image folder; pass --image_folder"):
+        parse_record({"image": "a.png", "conversations": turns("<image>", "a")}, None)
 
 
-def test_jsonl_and_broken_files(folder):
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"conversations": turns("a", "b")}) for _ in range(3)))
-    assert len(load_records([folder / "data.jsonl"], None, BadSamples(None))) == 3
-    (folder / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_records([folder / "broken.json"], None, BadSamples(None))
-    with pytest.raises(ValueError, match="does not exist"):
-        load_records([folder / "absent.json"], None, BadSamples(None))
+def test_an_unknown_caption_task_is_refused():
+    with pytest.raises(ValueError, match="caption_task: expected one of read, draw, both, got 'paint'"):
+        RowOptions(caption_task="paint")

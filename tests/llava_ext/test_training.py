@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llava_ext.checkpointing import load_model
 from llava_ext.training import train
-from llava_ext.training.checkpoints import MARKER, find_resumable, finished_facts, is_complete
+from llava_ext.training.checkpoints import MARKER, RunShape, find_resumable, finished_facts, is_complete
 
 
 def _free_port() -> int:
@@ -139,7 +139,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, reci
     for name in ("model.safetensors", "finished.json"):
         (output / name).unlink()
     (output / "checkpoint-4" / MARKER).unlink()
-    assert find_resumable(output, 1).name == "checkpoint-2"
+    assert find_resumable(output, RunShape(1, 2)).name == "checkpoint-2"
     run_forked(run, recipe, output)
     expected, resumed = load_file(finished / "model.safetensors"), load_file(output / "model.safetensors")
     for name, tensor in expected.items():
@@ -151,7 +151,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, reci
 
 def test_another_number_of_processes_is_refused_with_the_way_out(finished):
     with pytest.raises(ValueError, match="written by 1 processes .* NPROC=1"):
-        find_resumable(finished, 2)
+        find_resumable(finished, RunShape(2, 2))
 
 
 def test_stage_one_leaves_the_language_model_alone(recipe, tiny_backbone_folder, tmp_path):

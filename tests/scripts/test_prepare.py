@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from llava_ext.training.config import StageConfig, find_deepspeed_config
@@ -13,12 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_fits_its_schema(path):
-    if path.stem.startswith("tokenizer_"):
-        load_recipe(path, TokenizerTrainingConfig, {"data": "x", "output_dir": "y", "teacher": "z"})
-    else:
-        values = recipe_values(path, StageConfig, {})
-        assert find_deepspeed_config(values["deepspeed"]).is_file()
+def test_every_recipe_of_a_stage_fits_its_schema(path):
+    assert find_deepspeed_config(recipe_values(path, StageConfig, {})["deepspeed"]).is_file()
+
+
+@pytest.mark.parametrize("name", ["tiny", "photos", "base", "paper", "paper_384"])
+def test_every_tokenizer_recipe_fits_its_schema_and_preset(name):
+    given = {"data": "x", "output_dir": "y"} | ({"teacher": "z"} if name == "tiny" else {})
+    config = load_recipe(name, TokenizerTrainingConfig, given, kind="tokenizer")
+    assert EvoTokConfig.preset(config.preset, **config.model).num_positions > 0 and config.data == ["x"]
 
 
 def test_only_the_embedded_recipes_ask_for_preparation():
@@ -58,12 +62,13 @@ def test_the_readme_names_only_scripts_and_recipes_that_exist():
             assert (ROOT / word).is_file(), word
     for first, second in zip(readme.split(), readme.split()[1:], strict=False):
         if first == "--recipe" and second.isidentifier():
-            assert (RECIPES_FOLDER / f"{second}.yaml").is_file(), second
+            found = [RECIPES_FOLDER / f"{second}.yaml", RECIPES_FOLDER / "tokenizer" / f"{second}.yaml"]
+            assert any(path.is_file() for path in found), second
     for line in readme.splitlines():
         if line.startswith("![") and "](docs/" in line:
             assert (ROOT / line.split("](")[1].rstrip(")")).is_file(), line
 
 
 def test_recipes_are_short_mappings():
-    for path in RECIPES_FOLDER.glob("*.yaml"):
+    for path in RECIPES_FOLDER.rglob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict)

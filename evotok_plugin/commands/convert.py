@@ -1,0 +1,32 @@
+"""`evotok convert`: a research checkpoint to a model folder."""
+
+import argparse
+import dataclasses
+
+from evotok_plugin.commands.shared import SharedOptions
+from evotok_plugin.conversion import TokenizerOptions, convert_checkpoint
+from evotok_plugin.recipes import add_arguments, load_recipe
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser("convert", help="a research checkpoint to a model folder")
+    parser.add_argument("checkpoint", help="pickled checkpoint; nothing in it is run")
+    parser.add_argument("output", help="new folder for the model")
+    add_arguments(parser, TokenizerOptions)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert, and say what was left out."""
+    names = [field.name for field in dataclasses.fields(TokenizerOptions)]
+    given = {key: value for key, value in vars(arguments).items() if key in names}
+    converted = convert_checkpoint(arguments.checkpoint, arguments.output, load_recipe(None, TokenizerOptions, given))
+    config = converted.config
+    print(
+        f"{config.image_size}x{config.image_size} pixels, {config.encoder_num_layers} encoder layers, "
+        f"{config.num_quantizers} levels x {config.codebook_size} codes x {config.codebook_dim}, "
+        f"{len(converted.state)} weights"
+    )
+    for reason, count in converted.bookkeeping.items():
+        print(f"left out: {count} keys, {reason}")
+    print(arguments.output)

@@ -1,0 +1,100 @@
+"""`evotok evaluate`: how well a tokenizer rebuilds images, what its features mean, and how it uses its codes."""
+
+import argparse
+import os
+from pathlib import Path
+
+from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.data.sources import open_sources
+from evotok_plugin.evaluation import METRICS, Evaluation, EvaluationOptions, evaluate
+from evotok_plugin.processes import Processes
+from evotok_plugin.training.teacher import load_teacher
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        parents=[shared.model, shared.counting, shared.sizing],
+        help="rFID, PSNR, SSIM, LPIPS, code usage, semantic features",
+    )
+    parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder for metrics.json, metrics.md and grid.png; NAME.json: that file alone"
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="METRIC",
+        help=f"all, or some of {', '.join(METRICS)} (default: what needs no download)",
+    )
+    parser.add_argument("--teacher", metavar="FOLDER", help="SigLIP teacher, to compare semantic features with")
+    parser.add_argument("--inception_weights", metavar="FILE", help="for rfid (default: torch's hub folder)")
+    parser.add_argument("--stats_cache", type=Path, metavar="FOLDER", help="for rfid: statistics of the originals")
+    parser.add_argument("--batch_size", type=int, default=EvaluationOptions.batch_size)
+    parser.add_argument("--num_workers", type=int, default=EvaluationOptions.num_workers, help="processes that decode")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, over all processes that torchrun has started; print the table and write it."""
+    _check_output(arguments.output)
+    processes = Processes.join(arguments.device)
+    try:
+        evaluation = _evaluate(arguments, processes)
+    finally:
+        processes.leave()
+    if evaluation is not None:
+        print(evaluation.as_markdown())
+        if arguments.output:
+            _write(evaluation, arguments.output)
+
+
+def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation | None:
+    model, processor = open_tokenizer(arguments.model, str(processes.device))
+    teacher = load_teacher(arguments.teacher).to(processes.device) if arguments.teacher else None
+    options = EvaluationOptions(
+        metrics=arguments.metrics,
+        teacher=teacher,
+        inception_weights=arguments.inception_weights,
+        stats_cache=arguments.stats_cache,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        max_bad_fraction=arguments.max_bad_fraction,
+        report=_folder(arguments.output) / "bad_samples.jsonl" if arguments.output else None,
+    )
+    processor = at_size(processor, model, arguments.size)
+    return evaluate(model, processor, open_sources(arguments.source), options, processes)
+
+
+def _is_json(output: Path) -> bool:
+    return output.suffix == ".json"
+
+
+def _folder(output: Path) -> Path:
+    return output.parent if _is_json(output) else output
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse at once what could not be written in the end."""
+    if output is None:
+        return
+    if _is_json(output) and output.is_dir():
+        raise ValueError(f"-o {output} is a folder, a file was expected; name it without .json to write into it")
+    try:
+        _folder(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"-o {output}: the folder cannot be made: {error}") from error
+    if not os.access(_folder(output), os.W_OK):
+        raise ValueError(f"-o {output} cannot be written to")
+
+
+def _write(evaluation: Evaluation, output: Path) -> None:
+    if _is_json(output):
+        output.write_text(evaluation.as_json())
+        print(output)
+        return
+    (output / "metrics.json").write_text(evaluation.as_json())
+    (output / "metrics.md").write_text(evaluation.as_markdown())
+    if evaluation.pictures:
+        evaluation.grid().save(output / "grid.png")
+    print(output)

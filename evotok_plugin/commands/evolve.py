@@ -1,0 +1,84 @@
+"""`evotok evolve`: what each level adds, in pictures and in numbers."""
+
+import argparse
+from pathlib import Path
+
+from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.sources import open_sources
+from evotok_plugin.evolution import (
+    Evolution,
+    check_plotting,
+    draw_strips,
+    measure_evolution,
+    plot_code_usage,
+    plot_curves,
+)
+from evotok_plugin.training.teacher import load_teacher
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser(
+        "evolve",
+        parents=[shared.model, shared.counting, shared.sizing],
+        help="images and features from 1, 2, 3, ... levels",
+    )
+    parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
+    parser.add_argument("-o", "--output", default="evolution", help="folder for pictures, plots and the CSV")
+    parser.add_argument("--teacher", help="SigLIP folder: features are also compared with its own")
+    parser.add_argument("--max_images", type=int, default=256, help="of more, so many are taken, evenly spread (256)")
+    parser.add_argument("--strips", type=int, default=4, help="images to show, the first ones (4)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the strips of reconstructions, the curves over depth as a plot and as CSV, and the code usage."""
+    model, processor = open_tokenizer(arguments.model, arguments.device)
+    processor = at_size(processor, model, arguments.size)
+    check_plotting()
+    teacher = load_teacher(arguments.teacher).to(model.device) if arguments.teacher else None
+    source, out = open_sources(arguments.source), Path(arguments.output)
+    bad = BadSamples(out / "bad_images.jsonl", arguments.max_bad_fraction)
+    evolution = measure_evolution(
+        model,
+        processor,
+        source,
+        teacher,
+        bad=bad,
+        max_images=arguments.max_images,
+        num_strips=arguments.strips,
+        batch_size=arguments.batch_size,
+    )
+    _print_table(evolution)
+    for name, reason in bad.reasons.items():
+        print(f"left out: {name}: {reason}")
+    _write(evolution, out)
+
+
+_COLUMNS = {
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "cosine_teacher": ("cos teacher", "{:.4f}"),
+    "cosine_own": ("cos own", "{:.4f}"),
+    "code_usage": ("codes used", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.1f}"),
+}
+
+
+def _print_table(evolution: Evolution) -> None:
+    table = evolution.columns()
+    shown = {name: column for name, column in _COLUMNS.items() if name in table}
+    print(evolution.images)
+    print("depth", *(f"{heading:>11}" for heading, _ in shown.values()))
+    for row, depth in enumerate(evolution.depths):
+        print(f"{depth:5d}", *(f"{form.format(table[name][row]):>11}" for name, (_, form) in shown.items()))
+
+
+def _write(evolution: Evolution, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    draw_strips(evolution).save(out / "evolution.png")
+    plot_curves(evolution).savefig(out / "curves.png")
+    plot_code_usage(evolution).savefig(out / "code_usage.png")
+    evolution.write_csv(out / "evolution.csv")
+    for name in ("evolution.png", "curves.png", "code_usage.png", "evolution.csv"):
+        print(out / name)

@@ -1,0 +1,46 @@
+"""`evotok reconstruct`: originals over reconstructions, and the PSNR of each."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from evotok_plugin.commands.shared import SharedOptions, at_size, batches, open_tokenizer
+from evotok_plugin.data.sources import open_sources
+from evotok_plugin.metrics.image import psnr
+from evotok_plugin.pictures import image_grid
+
+_COLUMNS = 12
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser(
+        "reconstruct", parents=[shared.model, shared.sizing], help="originals over reconstructions"
+    )
+    parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
+    parser.add_argument("-o", "--output", default="reconstruction.png")
+    parser.add_argument("--depth", type=int, help="levels to sum (default: pixel_depth)")
+    parser.set_defaults(run=run)
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> None:
+    model, processor = open_tokenizer(arguments.model, arguments.device)
+    processor = at_size(processor, model, arguments.size)
+    source = open_sources(arguments.source)
+    depth = model.config.pixel_depth if arguments.depth is None else arguments.depth
+    originals, rebuilt = [], []
+    for batch in batches(source, range(len(source)), processor):
+        pixels = model.decode_pixels(model.encode(batch.to(model.device), depth=depth).codes).cpu()
+        for index, score in enumerate(psnr(pixels, batch).tolist(), start=len(originals)):
+            print(f"{source.key(index)}: PSNR {score:.2f} dB")
+        originals += processor.to_pil(batch)
+        rebuilt += processor.to_pil(pixels)
+    columns = min(_COLUMNS, len(originals))
+    rows = []
+    for start in range(0, len(originals), columns):
+        rows += originals[start : start + columns] + rebuilt[start : start + columns]
+    out = Path(arguments.output)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(rows, columns, scale=max(1, 96 // originals[0].width)).save(out)
+    print(out)

@@ -1,0 +1,90 @@
+"""What several commands have in common: options, opening a tokenizer, batches of pictures."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.progress import progress_interval
+
+DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """Parent parsers: `model` (--model, --device), `counting` (--max_bad_fraction) and `sizing` (--size)."""
+
+    model: argparse.ArgumentParser
+    counting: argparse.ArgumentParser
+    sizing: argparse.ArgumentParser
+
+
+def shared_options() -> SharedOptions:
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", help="tokenizer folder (default: the newest of this working folder's outputs)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    counting = argparse.ArgumentParser(add_help=False)
+    counting.add_argument("--max_bad_fraction", type=float, default=0.001, help="share of broken images tolerated")
+    sizing = argparse.ArgumentParser(add_help=False)
+    sizing.add_argument(
+        "--size", type=int, help="pixels a side, a multiple of the patch size (default: what the model was trained on)"
+    )
+    return SharedOptions(model, counting, sizing)
+
+
+def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokModel, EvoTokImageProcessor]:
+    """Load a tokenizer folder, strictly.
+
+    Raises:
+        ValueError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
+    """
+    if folder is None:
+        found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
+        if not found:
+            raise ValueError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
+        folder = found[0]
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder!r} is no model folder: it does not exist or holds no config.json")
+    kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    if kind != EvoTokConfig.model_type:
+        raise ValueError(f"{folder!r} holds a {kind} model, expected {EvoTokConfig.model_type}")
+    try:
+        model, report = EvoTokModel.from_pretrained(folder, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder!r} cannot be loaded: {error}") from error
+    wrong = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report.get(what, ())]
+    if wrong:
+        raise ValueError(f"{folder!r} is not a whole checkpoint: {len(wrong)} weights do not fit, first {wrong[0]}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), EvoTokImageProcessor.from_pretrained(folder)
+
+
+def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:
+    """The processor for images of `size` x `size` pixels; None leaves it as it is.
+
+    Raises:
+        ValueError: the size is no multiple of the patch size.
+    """
+    if size is None:
+        return processor
+    patch = model.config.patch_size
+    if size < patch or size % patch:
+        raise ValueError(f"--size must be a multiple of the patch size {patch}, got {size}")
+    return EvoTokImageProcessor(size=size)
+
+
+def batches(source: ImageSource, indices: Sequence[int], processor: EvoTokImageProcessor, size: int = 32) -> Iterator:
+    """`pixel_values` (B, 3, H, W) of the images that are asked for, in order; a broken one raises."""
+    for start in tqdm(
+        range(0, len(indices), size), unit="batch", disable=len(indices) <= size, mininterval=progress_interval()
+    ):
+        yield processor([source.picture(index) for index in indices[start : start + size]]).pixel_values

@@ -1,0 +1,37 @@
+"""What could not be used of a data set: named, counted, and too much of it stops the work."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class BadSamples:
+    """Counts what could not be used, writes it to a report file and stops when there is too much of it."""
+
+    report: Path | None
+    limit: float = 0.001
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        self.reasons[name] = reason
+
+    def check(self, total: int) -> None:
+        """Write the report.
+
+        Raises:
+            ValueError: more than `limit` (a fraction) of `total` samples are bad.
+        """
+        if not self.reasons:
+            return
+        if self.report is not None:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
+            self.report.write_text("\n".join(lines) + "\n")
+        if len(self.reasons) > self.limit * total:
+            name, why = next(iter(self.reasons.items()))
+            where = f"; all are named in {self.report}" if self.report else ""
+            raise ValueError(
+                f"{len(self.reasons)} of {total} samples are unusable, over the limit of {self.limit:.2%} "
+                f"(--max_bad_fraction). First: {name}: {why}{where}"
+            )

@@ -1,0 +1,410 @@
+"""How good a tokenizer is, in figures one can publish: from images to a table, over one process or several."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.images import as_bytes
+from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.losses.perceptual import load_lpips
+from evotok_plugin.metrics import probes
+from evotok_plugin.metrics.image import psnr, ssim
+from evotok_plugin.metrics.inception import StatisticsCache, default_cache_folder, load_inception, spread
+from evotok_plugin.metrics.meters import (
+    ImageMean,
+    Meter,
+    Probes,
+    ReconstructionFid,
+    TeacherCosine,
+    TokenizedBatch,
+    Usage,
+)
+from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.pictures import image_grid
+from evotok_plugin.processes import Processes
+from evotok_plugin.progress import progress_interval
+from evotok_plugin.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+METRICS = ("psnr", "ssim", "usage", "cosine", "probes", "rfid", "lpips")
+_DOWNLOADED = ("rfid", "lpips")  # need weights that are downloads, so they must be asked for
+_COLUMNS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What to measure, and how.
+
+    Attributes:
+        metrics: of `METRICS`, or `("all",)`; without it what needs no download: psnr, ssim, usage, with a teacher
+            cosine, with labels probes.
+        teacher: on the model's device.
+        inception_weights: file of the Inception network; else torch's hub folder.
+        stats_cache: folder for statistics of real images; else one in the user's cache.
+        max_bad_fraction: share of broken images that is tolerated; `report` is the file that names them.
+        num_pictures: originals and reconstructions that are kept for the grid.
+
+    Raises:
+        ValueError: batches of no images, or fewer than no worker.
+    """
+
+    metrics: Sequence[str] | None = None
+    teacher: Teacher | None = None
+    inception_weights: str | Path | None = None
+    stats_cache: Path | None = None
+    batch_size: int = 32
+    num_workers: int = min(4, os.cpu_count() or 1)
+    max_bad_fraction: float = 0.001
+    report: Path | None = None
+    num_pictures: int = 2 * _COLUMNS
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`values`, ready for JSON, and pairs of pictures: (original, reconstruction)."""
+
+    values: dict[str, Any]
+    pictures: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        return json.dumps(self.values, indent=2) + "\n"
+
+    def as_markdown(self) -> str:
+        """Two tables: figures, and figures of each level."""
+        values = self.values
+        rows = [("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")]
+        if values["bad_images"]:
+            rows.append(("broken images, left out", str(values["bad_images"])))
+        rows += [(name, form.format(values[key])) for key, name, form in _ROWS if key in values]
+        if "knn_accuracy" in values:
+            rows.append(("probed", f"{values['probe_images']} images, {values['probe_classes']} classes"))
+        tables = [_table(("metric", "value"), rows)]
+        columns = [(name, form, values[key]) for key, name, form in _LEVEL_COLUMNS if key in values]
+        if columns:
+            levels = range(len(columns[0][2]))
+            rows = [(str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels]
+            tables.append(_table(("level", *(name for name, _, _ in columns)), rows))
+        return "\n".join(tables)
+
+    def grid(self) -> Image.Image:
+        """Originals, each row of them over the row of their reconstructions."""
+        columns = min(_COLUMNS, len(self.pictures))
+        rows = []
+        for start in range(0, len(self.pictures), columns):
+            row = self.pictures[start : start + columns]
+            blank = [Image.new("RGB", row[0][0].size, "white")] * (columns - len(row))
+            for pictures in zip(*row, strict=True):
+                rows += [*pictures, *blank]
+        return image_grid(rows, columns, scale=max(1, 96 // rows[0].width))
+
+
+_ROWS = (
+    ("rfid", "rFID", "{:.3f}"),
+    ("psnr", "PSNR", "{:.2f} dB"),
+    ("ssim", "SSIM", "{:.4f}"),
+    ("lpips", "LPIPS (VGG)", "{:.4f}"),
+    ("knn_accuracy", "k-NN accuracy", "{:.1%}"),
+    ("linear_probe_accuracy", "linear probe accuracy", "{:.1%}"),
+)
+_LEVEL_COLUMNS = (
+    ("code_usage", "codes used", "{:.1%}"),
+    ("perplexity", "perplexity", "{:.1f}"),
+    ("semantic_cosine", "cosine to the teacher up to this level", "{:.4f}"),
+)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "".join(
+        f"| {' | '.join(f'{cell:{width}}' for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: EvoTokModel,
+    processor: EvoTokImageProcessor,
+    source: ImageSource,
+    options: EvaluationOptions | None = None,
+    processes: Processes | None = None,
+) -> Evaluation | None:
+    """Send the images of a source through a tokenizer and measure what comes out.
+
+    Images are compared as the processor crops them. Several processes take every other image and add up what they
+    have measured.
+
+    Args:
+        model: in eval mode, on the device that does the work; the same in every process.
+
+    Returns:
+        The figures, in the first process; None in the others.
+
+    Raises:
+        ValueError: a metric that lacks what it needs, or too many broken images.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, in which it would learn from these images; call model.eval()")
+    options = options or EvaluationOptions()
+    processes = processes or Processes(0, 1, model.device)
+    metrics = chosen_metrics(options, source)
+    networks = _first_then_others(processes, lambda: _networks(metrics, options, model.device))
+    meters = _meters(metrics, networks, model, processor, source, options, processes)
+    pictures = _Pictures(spread(len(source), options.num_pictures))
+    bad = _own_bad_samples(options, processes)
+    # Convolutions on GPUs would otherwise be rounded to TF32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for batch in _tokenized(model, processor, source, options, processes, bad):
+            for meter in (*meters, pictures):
+                meter.update(batch)
+    bad = _all_bad_samples(bad, processes)
+    bad.check(len(source))
+    if len(bad.reasons) == len(source):
+        raise ValueError(f"none of the {len(source)} images of {source.name!r} can be read")
+    if bad.reasons and processes.is_first:
+        logger.warning("left out, of %d images: %s", len(source), _first_few(bad.reasons))
+    for meter in (*meters, pictures):
+        meter.add_up(processes)
+    if not processes.is_first:
+        return None
+    return Evaluation(_values(model, processor, source, meters, bad), pictures.pairs())
+
+
+def chosen_metrics(options: EvaluationOptions, source: ImageSource) -> list[str]:
+    """The metrics to measure, in the order of `METRICS`: those that are asked for, of `all` or of the default those
+    that teacher, labels and number of images allow.
+
+    Raises:
+        ValueError: an unknown metric, or one that is asked for and lacks something.
+    """
+    asked = list(options.metrics or ())
+    if unknown := [metric for metric in asked if metric not in (*METRICS, "all")]:
+        raise ValueError(f"unknown metric {unknown[0]!r}; expected all, or some of {', '.join(METRICS)}")
+    wanted = METRICS if "all" in asked else asked or [metric for metric in METRICS if metric not in _DOWNLOADED]
+    lacking = _lacking(wanted, options, source)
+    for metric in asked:
+        if metric in lacking:
+            raise ValueError(f"{metric} cannot be measured: {lacking[metric]}")
+    chosen = [metric for metric in METRICS if metric in wanted and metric not in lacking]
+    if "probes" in chosen:
+        probes.check_installed()
+    return chosen
+
+
+def _lacking(wanted: Sequence[str], options: EvaluationOptions, source: ImageSource) -> dict[str, str]:
+    """Metrics that cannot be measured, and why."""
+    lacking = {}
+    if options.teacher is None:
+        lacking["cosine"] = "it compares with a teacher; give --teacher FOLDER"
+    if len(source) < 2:
+        lacking["rfid"] = f"it needs at least 2 images, {source.name!r} has {len(source)}"
+    if "probes" in wanted:
+        labels = [source.label(index) for index in probes.probed_images(len(source))]
+        if not probes.in_classes(labels).any():
+            lacking["probes"] = (
+                f"{source.name!r} has no 2 classes of at least 2 images each; labels are the names of the folders that "
+                "images lie in, .cls files in shards, or a column `label`"
+            )
+    return lacking
+
+
+# Measuring -----------------------------------------------------------------------------------------------------
+
+
+def _first_then_others(processes: Processes, make: Callable[[], T]) -> T:
+    """What every process makes, the first one before the others: what it downloads the others find."""
+    made = make() if processes.is_first else None
+    processes.barrier()
+    return made if processes.is_first else make()
+
+
+def _networks(metrics: Sequence[str], options: EvaluationOptions, device: torch.device) -> dict[str, nn.Module]:
+    """The measuring networks, by metric."""
+    networks = {}
+    if "rfid" in metrics:
+        networks["rfid"] = load_inception(options.inception_weights).to(device)
+    if "lpips" in metrics:
+        networks["lpips"] = load_lpips().to(device)
+    return networks
+
+
+def _meters(
+    metrics: Sequence[str],
+    networks: dict[str, nn.Module],
+    model: EvoTokModel,
+    processor: EvoTokImageProcessor,
+    source: ImageSource,
+    options: EvaluationOptions,
+    processes: Processes,
+) -> list[Meter]:
+    def rfid() -> ReconstructionFid:
+        folder = options.stats_cache or default_cache_folder()
+        cache = StatisticsCache(folder, source, processor) if processes.is_first else None
+        return ReconstructionFid(networks["rfid"], cache, processes)
+
+    makers: dict[str, Callable[[], Meter]] = {
+        "psnr": lambda: ImageMean("psnr", psnr),
+        "ssim": lambda: ImageMean("ssim", ssim),
+        "usage": lambda: Usage(model),
+        "cosine": lambda: TeacherCosine(model, options.teacher, processor.size),
+        "probes": lambda: Probes(source),
+        "rfid": rfid,
+        "lpips": lambda: ImageMean("lpips", lambda pixels, target: networks["lpips"](pixels, target).flatten()),
+    }
+    return [makers[metric]() for metric in metrics]
+
+
+class _Pictures:
+    """Some of the images with their reconstructions, for the grid."""
+
+    def __init__(self, wanted: Sequence[int]) -> None:
+        self._wanted = frozenset(wanted)
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, batch: TokenizedBatch) -> None:
+        for place, index in enumerate(batch.indices):
+            if index in self._wanted:
+                self._pairs[index] = (batch.originals[place].cpu(), batch.rebuilt[place].cpu())
+
+    def add_up(self, processes: Processes) -> None:
+        self._pairs = {index: pair for pairs in processes.gather(self._pairs) for index, pair in pairs.items()}
+
+    def pairs(self) -> list[tuple[Image.Image, Image.Image]]:
+        ordered = (pair for _, pair in sorted(self._pairs.items()))
+        return [tuple(Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pair) for pair in ordered]
+
+
+def _values(
+    model: EvoTokModel,
+    processor: EvoTokImageProcessor,
+    source: ImageSource,
+    meters: Sequence[Meter],
+    bad: BadSamples,
+) -> dict[str, Any]:
+    values = {
+        "model": model.name_or_path,
+        "source": source.name,
+        "images": len(source) - len(bad.reasons),
+        "bad_images": len(bad.reasons),
+        "image_size": processor.size,
+        "pixel_depth": model.config.pixel_depth,
+        "semantic_depth": model.config.semantic_depth,
+        "fingerprint": model.fingerprint(),
+    }
+    for meter in meters:
+        values |= meter.results()
+    return values
+
+
+# Images --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An image by number: its pixels (3, H, W), uint8, or why it cannot be read."""
+
+    index: int
+    pixels: Tensor | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _LoadedBatch:
+    """Pixels (B, 3, H, W), uint8, and the images that cannot be read, with the reason."""
+
+    indices: list[int]
+    pixels: Tensor | None
+    broken: dict[int, str]
+
+
+class _Decoded(Dataset):
+    """The images of a source as the processor crops them."""
+
+    def __init__(self, source: ImageSource, processor: EvoTokImageProcessor) -> None:
+        self._source, self._processor = source, processor
+
+    def __getitem__(self, index: int) -> _Loaded:
+        try:
+            return _Loaded(index, as_bytes(self._processor.crop(self._source.picture(index))))
+        except ValueError as error:
+            return _Loaded(index, None, str(error))
+
+
+def _collate(items: Sequence[_Loaded]) -> _LoadedBatch:
+    whole = [item for item in items if item.pixels is not None]
+    return _LoadedBatch(
+        indices=[item.index for item in whole],
+        pixels=torch.stack([item.pixels for item in whole]) if whole else None,
+        broken={item.index: item.reason for item in items if item.pixels is None},
+    )
+
+
+def _tokenized(
+    model: EvoTokModel,
+    processor: EvoTokImageProcessor,
+    source: ImageSource,
+    options: EvaluationOptions,
+    processes: Processes,
+    bad: BadSamples,
+) -> Iterator[TokenizedBatch]:
+    """This process's images, each decoded once, in the background; what is broken goes to `bad`.
+
+    Raises:
+        ValueError: more images are broken than can be made up for.
+    """
+    own = range(processes.rank, len(source), processes.world_size)
+    num_batches = -(-len(own) // options.batch_size)
+    loader = DataLoader(
+        _Decoded(source, processor),
+        batch_size=options.batch_size,
+        sampler=own,
+        collate_fn=_collate,
+        num_workers=min(options.num_workers, max(0, num_batches - 1)),
+    )
+    silent = not processes.is_first or num_batches <= 1
+    with tqdm(total=len(own), unit="image", disable=silent, mininterval=progress_interval()) as bar:
+        for loaded in loader:
+            for index, reason in loaded.broken.items():
+                bad.add(source.key(index), reason)
+            if len(bad.reasons) > bad.limit * len(source):
+                bad.check(len(source))
+            if loaded.pixels is not None:
+                yield TokenizedBatch(model, loaded.indices, loaded.pixels.to(model.device))
+            bar.update(len(loaded.indices) + len(loaded.broken))
+
+
+def _own_bad_samples(options: EvaluationOptions, processes: Processes) -> BadSamples:
+    """The first process's report has the name that was asked for, others stand beside it."""
+    report = options.report
+    if report is not None and not processes.is_first:
+        report = report.with_name(f"{report.stem}.{processes.rank}{report.suffix}")
+    return BadSamples(report, options.max_bad_fraction)
+
+
+def _all_bad_samples(own: BadSamples, processes: Processes) -> BadSamples:
+    reasons = {name: reason for part in processes.gather(own.reasons) for name, reason in part.items()}
+    return BadSamples(own.report if processes.is_first else None, own.limit, reasons)
+
+
+def _first_few(reasons: dict[str, str], count: int = 3) -> str:
+    few = [f"{name} ({reason})" for name, reason in list(reasons.items())[:count]]
+    return ", ".join(few) + (f" and {len(reasons) - count} more" if len(reasons) > count else "")

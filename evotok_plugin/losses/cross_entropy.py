@@ -1,0 +1,113 @@
+"""Cross-entropy behind a large classifier, without the logits of all rows at once.
+
+R rows, D width, V classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MAX_LOGITS = 2**26  # of a chunk: 256 MiB in float32
+
+
+def chunked_cross_entropy(
+    classifier: nn.Module, hidden: Tensor, targets: Tensor, num_classes: int, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Sum over rows of the cross-entropy of `classifier(hidden)`: a float32 scalar, 0 without rows.
+
+    Rows are classified in chunks of about `max_logits` logits, and a chunk's gradient is taken before the next chunk
+    comes: neither logits nor their gradient are ever there as a whole, and no product is made twice (the idea of
+    Liger Kernel's fused linear cross-entropy, arXiv 2410.10989). The result can be differentiated once.
+
+    Args:
+        classifier: rows (R, D) to logits (R, V), each row for itself. A linear layer as a rule; it may be frozen, tied
+            to embeddings, or carry adapters.
+        hidden: (R, D).
+        targets: the right class of every row, (R,).
+        num_classes: V.
+
+    Raises:
+        ValueError: rows and targets do not match.
+    """
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"expected hidden (R, D) and one target a row, got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    rows = max(1, max_logits // num_classes)
+    if any(module._forward_pre_hooks for module in classifier.modules() if module is not classifier):
+        # ZeRO-3 gathers the weights of inner layers call by call, and every rank must make as many calls.
+        rows = max(1, hidden.shape[0])
+
+    def loss(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        trained = [weight for weight in classifier.parameters() if weight.requires_grad]
+        if torch.is_grad_enabled() and (states.requires_grad or trained):
+            return _ChunkedCrossEntropy.apply(forward, rows, targets, states, *trained)
+        return _sum_over_chunks(forward, rows, targets, states, None)
+
+    return _call_with(classifier, loss, hidden)
+
+
+def _call_with(module: nn.Module, function: Callable, hidden: Tensor) -> Tensor:
+    """Call the module once with `function(forward, hidden)` in place of its `forward(hidden)`.
+
+    Whatever acts around a call then acts around all of the function: ZeRO-3 and FSDP gather a module's weights so.
+    """
+    forward, replaced = module.forward, "forward" in vars(module)
+    module.forward = lambda hidden: function(forward, hidden)
+    try:
+        return module(hidden)
+    finally:
+        if replaced:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+def _sum_over_chunks(
+    forward: Callable[[Tensor], Tensor],
+    rows: int,
+    targets: Tensor,
+    hidden: Tensor,
+    learn: Callable[[slice, Tensor, Tensor, Tensor], None] | None,
+) -> Tensor:
+    """The sum itself; `learn` is shown each chunk's rows, hidden states, logits and the gradient at the logits."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, max(1, hidden.shape[0]), rows):
+        part = slice(start, start + rows)
+        states = hidden[part].detach().requires_grad_(learn is not None)
+        with torch.set_grad_enabled(learn is not None):
+            logits = forward(states)
+        scores = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        total += F.nll_loss(scores, targets[part], reduction="sum")
+        if learn is not None:
+            ones = scores.new_ones(()).expand(scores.shape[0], 1)
+            slopes = scores.exp_().scatter_add_(1, targets[part, None], -ones)  # softmax - one-hot
+            learn(part, states, logits, slopes.to(logits.dtype))
+    return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Takes all gradients while it goes forward; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, classify, rows: int, targets: Tensor, hidden: Tensor, *weights: Tensor) -> Tensor:
+        gradients = [torch.zeros_like(value) for value in (hidden, *weights)]
+
+        def learn(part: slice, states: Tensor, logits: Tensor, slopes: Tensor) -> None:
+            of_states, *of_weights = torch.autograd.grad(logits, [states, *weights], slopes)
+            gradients[0][part] = of_states
+            for gradient, more in zip(gradients[1:], of_weights, strict=True):
+                gradient += more
+
+        total = _sum_over_chunks(classify, rows, targets, hidden, learn)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        scale = float(scale)  # as a tensor it would be rounded to the gradients' dtype first
+        return None, None, None, *(gradient.mul_(scale) for gradient in ctx.saved_tensors)

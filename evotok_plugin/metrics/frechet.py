@@ -1,0 +1,107 @@
+"""Fréchet distance between two sets of feature vectors (Heusel et al. 2017), from statistics gathered batch by batch.
+
+n vectors, D dimensions.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evotok_plugin.processes import Processes
+
+
+class FeatureStatistics:
+    """Number, sum and sum of outer products of vectors, in float64 on the CPU: 8 D (D + 1) bytes for any n."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add vectors (B, D).
+
+        Raises:
+            ValueError: vectors of another width, or values that are not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self.total.shape[0]:
+            raise ValueError(f"expected features (B, {self.total.shape[0]}), got {tuple(features.shape)}")
+        values = features.detach().to("cpu", torch.float64)
+        if not values.isfinite().all():
+            raise ValueError("features hold values that are not finite; the images they are of must be broken")
+        self.count += values.shape[0]
+        self.total += values.sum(dim=0)
+        self.outer += values.T @ values
+
+    def add_up(self, processes: Processes) -> None:
+        """Sum over all processes, in place."""
+        for values in (self.count, self.total, self.outer):
+            processes.add_up(values)
+
+    def mean(self) -> Tensor:
+        """(D,)"""
+        return self.total / self.count
+
+    def covariance(self) -> Tensor:
+        """(D, D), the unbiased estimate.
+
+        Raises:
+            ValueError: of fewer than two vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, got {int(self.count)}")
+        return (self.outer - torch.outer(self.total, self.mean())) / (self.count - 1)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; whoever reads it meanwhile sees the old one or the new one, whole."""
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file({"count": self.count, "total": self.total, "outer": self.outer}, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path, dim: int) -> "FeatureStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, a broken one, or statistics of another width.
+        """
+        statistics = cls(dim)
+        try:
+            values = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"feature statistics {str(path)!r} cannot be read: {error}") from error
+        for name, expected in vars(statistics).items():
+            if name not in values or values[name].shape != expected.shape or values[name].dtype != expected.dtype:
+                raise ValueError(f"{str(path)!r} holds no feature statistics of width {dim}")
+            setattr(statistics, name, values[name])
+        return statistics
+
+
+def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C.
+
+    With C1 = A A^T and C2 = B B^T, the eigenvalues of C1 C2 are the squared singular values of A^T B, so the trace of
+    the root is their sum. The root of a product of singular covariances, which fewer images than dimensions give, would
+    turn rounding errors of 1e-16 into 1e-8; singular values keep them small.
+
+    Raises:
+        ValueError: fewer than two vectors on a side, or other widths.
+    """
+    if one.total.shape != other.total.shape:
+        raise ValueError(f"features are {one.total.shape[0]} wide on one side, {other.total.shape[0]} on the other")
+    covariances = one.covariance(), other.covariance()
+    factors = [_factor(covariance) for covariance in covariances]
+    shared = torch.linalg.svdvals(factors[0].T @ factors[1]).sum()
+    apart = (one.mean() - other.mean()).square().sum()
+    return max(0.0, float(apart + covariances[0].trace() + covariances[1].trace() - 2 * shared))
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """A with covariance = A A^T, (D, rank): directions in which nothing but rounding errors varies are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()

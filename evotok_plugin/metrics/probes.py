@@ -1,0 +1,98 @@
+"""How much a picture's class shows in its features: k nearest neighbours, and a linear classifier.
+
+n images, D dimensions.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+MAX_IMAGES = 50_000
+NUM_NEIGHBORS = 20
+TEMPERATURE = 0.07
+MAX_ITERATIONS = 200
+
+
+def probed_images(num_images: int) -> range:
+    """The images that are probed: all, or of more than 50,000 every second, every third, ..."""
+    return range(0, num_images, max(1, -(-num_images // MAX_IMAGES)))
+
+
+def in_classes(labels: Sequence[str | None]) -> np.ndarray:
+    """Which images can be probed (n,), bool: those that share their label with another one.
+
+    None of them can where there are not at least two such classes.
+    """
+    counts = Counter(label for label in labels if label is not None)
+    classes = {label for label, count in counts.items() if count >= 2}
+    return np.array([len(classes) >= 2 and label in classes for label in labels], dtype=bool)
+
+
+def knn_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
+    """Share of images whose class their nearest neighbours name.
+
+    Leave-one-out: each image is put to the vote of the 20 others (all, if there are fewer) of smallest cosine distance
+    d, each with the weight exp((1 - d) / 0.07), as in Caron et al. 2021.
+
+    Args:
+        features: (n, D).
+
+    Raises:
+        ValueError: scikit-learn is not installed, or fewer than two images.
+    """
+    _check(features, labels)
+    from sklearn.neighbors import NearestNeighbors
+
+    classes = np.unique(labels, return_inverse=True)[1]
+    search = NearestNeighbors(n_neighbors=min(NUM_NEIGHBORS, len(classes) - 1), metric="cosine", algorithm="brute")
+    distances, neighbors = search.fit(features).kneighbors()  # (n, k) both; no image is its own neighbour
+    weights, named = np.exp((1 - distances) / TEMPERATURE), classes[neighbors]
+    votes = (weights[:, None, :] * (named[:, None, :] == named[:, :, None])).sum(axis=2)  # for each neighbour's class
+    predicted = named[np.arange(len(classes)), votes.argmax(axis=1)]
+    return float((predicted == classes).mean())
+
+
+def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
+    """Share of images that a linear classifier, trained on the other half of the images, puts into their class.
+
+    The images are cut into two halves with as many of each class (scikit-learn's `StratifiedKFold`, seed 0); a logistic
+    regression (L2, C = 1, at most 200 steps of L-BFGS) on standardized features is trained on one half and tested on
+    the other, and vice versa.
+
+    Args:
+        features: (n, D).
+
+    Raises:
+        ValueError: scikit-learn is not installed, or fewer than two images.
+    """
+    _check(features, labels)
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classes = np.unique(labels, return_inverse=True)[1]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    halves = StratifiedKFold(n_splits=2, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of steps is part of the protocol
+        predicted = cross_val_predict(probe, features, classes, cv=halves)
+    return float((predicted == classes).mean())
+
+
+def check_installed() -> None:
+    """Raises:
+    ValueError: scikit-learn, which does the work, is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise ValueError("probes need scikit-learn: `pip install scikit-learn`, or leave probes out of --metrics")
+
+
+def _check(features: np.ndarray, labels: Sequence[str]) -> None:
+    check_installed()
+    if len(features) != len(labels) or len(labels) < 2:
+        raise ValueError(f"expected one label a feature vector, at least two, got {len(features)} and {len(labels)}")

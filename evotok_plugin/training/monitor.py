@@ -1,0 +1,141 @@
+"""What a run tells and what stops it: figures and pictures, losses that explode, levels that collapse."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evotok_plugin.metrics.codes import CodeUsage
+
+logger = logging.getLogger(__name__)
+
+_MEMORY = 0.99  # of the running means
+_SETTLING = 100  # steps before a mean is worth comparing with
+_IN_A_ROW = 10
+_UNBOUNDED = ("gan", "gradient_norm")  # what may have any size; the adversarial term also any sign
+
+
+class LossWatch:
+    """Running means of the loss terms. A term has exploded when for some steps in a row it is far above what the whole
+    loss used to be: a small term may grow many times without harm."""
+
+    def __init__(self, max_growth: float) -> None:
+        self._max_growth = max_growth
+        self._means: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
+        self._above: dict[str, int] = {}
+
+    def check(self, terms: dict[str, float]) -> None:
+        """Take in the terms of a step.
+
+        Raises:
+            ValueError: a term is no number, or has exploded.
+        """
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise ValueError(f"the {name} loss is {value}")
+        bounded = {name: value for name, value in terms.items() if name not in _UNBOUNDED}
+        usual = sum(self._means.get(name, 0.0) for name in bounded)
+        for name, value in bounded.items():
+            self._check_growth(name, value, usual)
+
+    def _check_growth(self, name: str, value: float, usual: float) -> None:
+        mean, seen = self._means.get(name, 0.0), self._seen.get(name, 0)
+        if seen >= _SETTLING and value > self._max_growth * usual > 0:
+            self._above[name] = self._above.get(name, 0) + 1
+            if self._above[name] >= _IN_A_ROW:
+                raise ValueError(
+                    f"the {name} loss is {value:.4g}, more than {self._max_growth:g} times what the whole loss used to "
+                    f"be, {usual:.4g}, for {_IN_A_ROW} steps (max_loss_growth)"
+                )
+            return
+        self._above[name] = 0
+        memory = min(_MEMORY, seen / (seen + 1))
+        self._means[name], self._seen[name] = memory * mean + (1 - memory) * value, seen + 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Mean, steps seen and steps above, by term."""
+        return {
+            name: torch.tensor([self._means[name], self._seen[name], self._above.get(name, 0)], dtype=torch.float64)
+            for name in self._means
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, values in state.items():
+            self._means[name], seen, above = values.tolist()
+            self._seen[name], self._above[name] = int(seen), int(above)
+
+
+def collapsed_levels(usage: CodeUsage, min_usage: float) -> list[str]:
+    """A line for every level (from 1) that uses fewer than `min_usage` of the codes it could have used."""
+    share, could = usage.usage(), min(1.0, usage.num_codes() / usage.counts.shape[1])
+    return [
+        f"level {level}: {value:.1%} of the codes in use, {perplexity:.1f} as if evenly"
+        for level, (value, perplexity) in enumerate(zip(share, usage.perplexity(), strict=True), start=1)
+        if value < min_usage * could
+    ]
+
+
+class Reporter:
+    """Figures to `metrics.jsonl`, and with pictures to TensorBoard and Weights & Biases where they are wanted.
+
+    Raises:
+        ValueError: a reporter is wanted whose package is not installed.
+    """
+
+    def __init__(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
+        self._file, self._writer, self._run = folder / "metrics.jsonl", None, None
+        if "tensorboard" in reporters:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "tensorboard is not installed: `pip install tensorboard`, or --report_to none"
+                ) from None
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+        if "wandb" in reporters:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("wandb is not installed: `pip install wandb`, or --report_to tensorboard") from None
+            self._run = wandb.init(
+                project="evotok", dir=str(folder), id=_run_id(folder), resume="allow", config=settings
+            )
+
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        line = {"step": step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in values.items() if self._writer is not None else ():
+            self._writer.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        if self._writer is not None:
+            self._writer.add_image(name, np.array(picture), step, dataformats="HWC")
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The same name whenever this folder's run goes on."""
+    file = folder / "wandb_id"
+    if not file.is_file():
+        file.write_text(f"{time.time_ns():x}")
+    return file.read_text()

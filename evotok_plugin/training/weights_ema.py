@@ -1,0 +1,54 @@
+"""An exponential moving average of a model's weights."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightsEMA:
+    """Averaged float32 copies of the parameters.
+
+    Codebooks are buffers and stay what they are: they are averages already. The decay rises from 0 as
+    (1 + step) / (10 + step), so that an average of few steps does not remember the start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model, self._decay = model, decay
+        self._averages = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        current = [value.detach().float() for _, value in self._model.named_parameters()]
+        torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Within, the model has the averaged weights."""
+        parameters = dict(self._model.named_parameters())
+        kept = {name: value.detach().clone() for name, value in parameters.items()}
+        for name, value in parameters.items():
+            value.copy_(self._averages[name])
+        try:
+            yield
+        finally:
+            for name, value in parameters.items():
+                value.copy_(kept[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._averages)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: the names are those of another model.
+        """
+        if state.keys() != self._averages.keys():
+            raise ValueError("the averaged weights are those of another model")
+        for name, value in state.items():
+            self._averages[name].copy_(value)

@@ -1,0 +1,126 @@
+"""From the entries of `data_path` to what a stage trains on."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.processes import Processes
+from llava_ext.data.dataset import ConversationDataset
+from llava_ext.data.mixture import Mixture, check_weights
+from llava_ext.data.record_sources import open_records
+from llava_ext.data.records import RowOptions
+from llava_ext.data.survey import RecordImages, RecordTable, Survey, survey
+from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+from llava_ext.training.config import StageConfig
+
+logger = logging.getLogger("llava_ext")
+
+
+def build_dataset(
+    config: StageConfig, model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor
+) -> ConversationDataset:
+    """Check the records, encode their images once, and leave out (by name) what is unusable.
+
+    What is bad is written to `bad_samples.jsonl` and may not exceed `max_bad_fraction`; what is too long is written to
+    `too_long_samples.jsonl` and only told.
+
+    Raises:
+        ValueError: no data, too much that is bad, or nothing left.
+    """
+    check_weights(config.data_weights, len(config.data_path))
+    options = RowOptions(Path(config.image_folder) if config.image_folder else None, config.caption_task)
+    sources = [open_records(path, options) for path in config.data_path]
+    processes = Processes(config.process_index, config.world_size, config.device)
+    found = survey(
+        sources, processor, config.model_max_length, processes, _num_workers(config), not config.disable_tqdm
+    )
+    bad = BadSamples(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
+    bad.check(found.num_records)
+    tell_about_length(config, found, processor.num_positions + 2)
+    records, cache = found.records, None
+    if len(found.images):
+        cache = open_code_cache(config, found.images, model, processor, processes)
+        records = without_broken(found, cache, bad)
+    if bad.reasons:
+        logger.warning("left out %d of %d samples; see %s", len(bad.reasons), found.num_records, bad.report)
+    return ConversationDataset(
+        records,
+        processor,
+        cache,
+        config.model_max_length,
+        config.prompt_dropout,
+        seed=config.seed,
+        mixture=Mixture(records.sizes, config.data_weights, config.seed),
+    )
+
+
+def _report(config: StageConfig, name: str) -> Path | None:
+    """Where the first process reports; what an earlier run reported is gone."""
+    if config.process_index != 0:
+        return None
+    report = Path(config.output_dir) / f"{name}.jsonl"
+    report.unlink(missing_ok=True)
+    return report
+
+
+def _num_workers(config: StageConfig) -> int:
+    return config.dataloader_num_workers or EncodingOptions.num_workers
+
+
+def tell_about_length(config: StageConfig, found: Survey, image_steps: int) -> None:
+    """Say how many samples are cut and how many left out; long conversations are no reason to stop.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    BadSamples(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
+    if found.num_cut or found.too_long:
+        logger.warning(
+            "%d of %d samples are longer than model_max_length %d: %d lose their ends, %d are left out because an "
+            "image or the whole answer would be cut (named in too_long_samples.jsonl)",
+            found.num_cut + len(found.too_long),
+            found.num_records,
+            config.model_max_length,
+            found.num_cut,
+            len(found.too_long),
+        )
+    if not len(found.records):
+        raise ValueError(
+            f"none of {found.num_records} samples fits model_max_length {config.model_max_length}; raise it "
+            f"(an image takes {image_steps} steps)"
+        )
+
+
+def open_code_cache(
+    config: StageConfig,
+    images: RecordImages,
+    model: EvoTokLlavaForConditionalGeneration,
+    processor: EvoTokLlavaProcessor,
+    processes: Processes,
+) -> CodeCache:
+    """The codes of all images; what is not on disk yet is encoded first, by all processes together."""
+    options = EncodingOptions(
+        num_workers=_num_workers(config),
+        max_bad_fraction=1.0,  # the limit is a share of samples, and checked where they are counted
+        show_progress=not config.disable_tqdm,
+    )
+    folder = config.code_cache or Path(config.output_dir) / "code_cache"
+    return encode_images(folder, images, model.vision_tower.eval(), processor.image_processor.size, processes, options)
+
+
+def without_broken(found: Survey, cache: CodeCache, bad: BadSamples) -> RecordTable:
+    """The records whose images could be read; the others go into `bad`.
+
+    Raises:
+        ValueError: too many of them.
+    """
+    left_out = np.zeros(len(found.records), bool)
+    for record, why in found.needing(cache.broken).items():
+        left_out[record] = True
+        bad.add(found.records.name(record), f"{why} (mended, `evotok encode --retry_broken` takes it up)")
+    bad.check(found.num_records)
+    return found.records.without(left_out)

@@ -1,0 +1,171 @@
+"""LoRA and QLoRA: adapters on the backbone, saved beside what else was trained, folded into a whole model.
+
+An adapter folder is one that peft reads: `adapter_model.safetensors` holds the LoRA matrices and, as `modules_to_save`,
+the projectors and the image head; `base.json` says which model they were trained on.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llava_ext.checkpointing import assemble, load_model, model_type_of, save_model, weights_fingerprint, write_folder
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.training.config import StageConfig
+from llava_ext.training.parts import plain_name
+
+WEIGHTS, SETTINGS, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+_NOT_QUANTIZED = ["vision_tower", "lm_head", "read_projector", "write_projector", "image_head"]
+
+
+def quantization_for(config: StageConfig, dtype: torch.dtype):
+    """transformers' settings for a 4-bit backbone, or None for one as it is.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if config.bits == 16:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("bits=4 needs bitsandbytes; pip install 'evotok[quant]'") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quant_type,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
+    )
+
+
+def add_lora(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> PeftModel:
+    """Put LoRA adapters on all linear layers of the backbone."""
+    layers = {name.split(".")[-1] for name, m in model.language_model.named_modules() if isinstance(m, nn.Linear)}
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=rf"language_model\.(.*\.)?({'|'.join(sorted(layers))})",
+    )
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, lora)
+
+
+def describe_base(config: StageConfig) -> dict:
+    """What `base.json` says of the model that the adapters stand on: its name without this machine's folders, and the
+    fingerprint of its weights where they are at hand."""
+    source = Path(config.model_name_or_path)
+    return {
+        "name": source.name if source.is_absolute() else config.model_name_or_path,
+        "fingerprint": weights_fingerprint(source) if source.is_dir() else None,
+    }
+
+
+# On disk -----------------------------------------------------------------------------------------------------
+
+
+def _trained(model: nn.Module) -> dict[str, str]:
+    """Names of the trained parameters, as peft writes them and as the model has them."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name.replace(".default.", ".") if ".lora_" in name else name: name for name in names}
+
+
+def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], base: dict) -> None:
+    """Write all that is trained of a model; `base` is what `describe_base` gave."""
+    trained = _trained(model)
+    tensors = {saved: state_dict[name].detach().cpu().contiguous() for saved, name in trained.items()}
+    modules = {plain_name(name).split(".")[0] for name in trained.values() if ".lora_" not in name}
+    settings = copy.copy(model.peft_config["default"])
+    settings.base_model_name_or_path, settings.inference_mode = base["name"], True
+    settings.modules_to_save = sorted(modules) or None
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings.save_pretrained(folder)
+    sizes = {name: getattr(model.config, name) for name in ("head_hidden_size", "head_num_layers", "head_num_heads")}
+    (folder / BASE).write_text(json.dumps({**base, **sizes}, indent=2))
+
+
+@torch.no_grad()
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put back what `save_adapter` wrote into a model made in the same way.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    parameters, trained = dict(model.named_parameters()), _trained(model)
+    if set(tensors) != set(trained):
+        odd = sorted(set(tensors) ^ set(trained))
+        raise ValueError(f"{folder} was saved by a run that trained something else, e.g. {odd[0]}")
+    for saved, name in trained.items():
+        if tensors[saved].shape != parameters[name].shape:
+            raise ValueError(
+                f"{folder}: {saved} is {tuple(tensors[saved].shape)}, expected {tuple(parameters[name].shape)}; "
+                "was lora_r changed?"
+            )
+        parameters[name].copy_(tensors[saved])
+
+
+def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_tower: str | Path | None = None) -> None:
+    """Fold an adapter into the model it was trained on and write the whole model.
+
+    Args:
+        base: that model: an EvoTok-LLaVA folder, or the causal LM if training started from one.
+        adapter: folder with the adapter, or a checkpoint of the run.
+        output: new folder.
+        vision_tower: EvoTok tokenizer folder, with a causal LM.
+
+    Raises:
+        ValueError: the folders are not what they should be, the base is another one, or the output cannot be written.
+    """
+    adapter = Path(adapter)
+    if not (adapter / SETTINGS).is_file():
+        inside = adapter / "adapter" / SETTINGS
+        hint = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
+        raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS} is missing){hint}")
+    facts = json.loads((adapter / BASE).read_text())
+    if Path(base).is_dir() and facts["fingerprint"] not in (None, weights_fingerprint(base)):
+        raise ValueError(
+            f"the adapter in {str(adapter)!r} was trained on {facts['name']!r} with other weights than those in "
+            f"{str(base)!r}; give that model"
+        )
+    if Path(base).is_dir() and model_type_of(base) == EvoTokLlavaConfig.model_type:
+        model, processor = load_model(base, "auto")
+    elif vision_tower is None:
+        raise ValueError(
+            f"{str(base)!r} is a text model; pass --vision_tower FOLDER, the tokenizer it was trained with"
+        )
+    else:
+        sizes = (facts["head_hidden_size"], facts["head_num_layers"], facts["head_num_heads"])
+        model, processor = assemble(base, vision_tower, *sizes, dtype="auto")
+    model = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
+
+    def write(folder: Path) -> None:
+        save_model(model, folder)
+        processor.save_pretrained(folder)
+
+    write_folder(output, write)
+
+
+def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> PeftModel:
+    """The model with the adapter and the modules of a folder."""
+    settings = LoraConfig.from_pretrained(folder)
+    modules, settings.modules_to_save = settings.modules_to_save or (), None
+    adapted = get_peft_model(model, settings)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(".lora_" in name or plain_name(name).split(".")[0] in modules)
+    load_adapter(adapted, folder)
+    return adapted

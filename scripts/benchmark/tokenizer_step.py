@@ -1,0 +1,169 @@
+"""Images a second and peak memory of a recipe's training step, beside the time its matrix products need alone.
+
+    python scripts/benchmark/tokenizer_step.py --recipes tiny photos base paper --json tokenizer_step.json
+
+Everything that a step of the recipe runs takes part: teacher, LPIPS, discriminator, learning codebooks, averaged
+weights. Weights are random, since time does not depend on their values: a SigLIP and a VGG of the right sizes stand
+in. Each recipe is measured in a process of its own. The floor is the step's operations, as PyTorch's counter
+finds them (matrix products, convolutions, attention; not the code search), at the rate of one large matrix product that
+is measured in the same process.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.data.scenes import write_corpus
+from evotok_plugin.recipes import load_recipe
+from evotok_plugin.training import objective
+from evotok_plugin.training.config import TokenizerTrainingConfig
+from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
+
+_MATRIX = 4096
+
+
+def make_teacher(model: EvoTokConfig, folder: Path) -> Path:
+    """A random SigLIP tower that fits the model, saved."""
+    config = SiglipVisionConfig(
+        hidden_size=model.encoder_hidden_size,
+        intermediate_size=model.encoder_intermediate_size,
+        num_hidden_layers=model.encoder_num_layers + 1,
+        num_attention_heads=model.encoder_num_heads,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+def random_lpips() -> torch.nn.Module:
+    """LPIPS with random weights in place of those that `load_lpips` insists on."""
+    import lpips
+
+    return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product."""
+    size = _MATRIX if device.type == "cuda" else _MATRIX // 2
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) -> dict:
+    """One recipe, in this process."""
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        write_corpus(work / "scenes", num_train=8, num_val=1, seed=0)
+        given = {"data": str(work / "scenes" / "train"), "output_dir": str(work / "out"), "teacher": "x", **overrides}
+        config = load_recipe(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+        model = EvoTokConfig.preset(config.preset, **config.model)
+        if config.semantic_weight > 0:
+            config.teacher = str(make_teacher(model, work / "teacher"))
+        objective.load_lpips = random_lpips
+        config.val_fraction, config.gan_start, config.report_to = 0.0, 0, "none"
+        config.batch_size = batch_size or config.batch_size
+        trainer = TokenizerTrainer(config)
+        device = trainer.device
+        images = torch.rand(config.batch_size, 3, model.image_size, model.image_size, device=device) * 2 - 1
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step(images)  # also the warm-up
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(steps):
+            synchronize(device)
+            started = time.perf_counter()
+            trainer._agree(trainer.train_step(images), 0)
+            if trainer.weights_ema is not None:
+                trainer.weights_ema.update(1)
+            synchronize(device)
+            times.append(time.perf_counter() - started)
+        rate = matrix_rate(device, torch.bfloat16 if config.bf16 else torch.float32)
+        seconds = sorted(times)[len(times) // 2]
+        return {
+            "recipe": recipe,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "dtype": "bf16" if config.bf16 else "fp32",
+            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+            "batch_size": config.batch_size,
+            "seconds_a_step": round(seconds, 3),
+            "images_per_second": round(config.batch_size / seconds, 2),
+            "teraflop_a_step": round(counter.get_total_flops() / 1e12, 3),
+            "times_floor": round(seconds * rate / counter.get_total_flops(), 2),
+            "peak_gibibytes": round(_peak_bytes(device) / 2**30, 2),
+        }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of the GPU's memory what torch held; of a CPU process all that it ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure the recipes one after another and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipes", nargs="+", default=["tiny", "photos", "base", "paper", "paper_384"])
+    parser.add_argument("--batch_size", type=int, help="images a step (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=3, help="steps after the first; the median counts")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the recipe to change")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    overrides = dict(pair.split("=", 1) for pair in options.set)
+    if options.one:
+        print(json.dumps(measure(options.recipes[0], options.batch_size, options.steps, overrides)))
+        return
+    rows = []
+    for recipe in options.recipes:
+        own = [word for word in sys.argv[1:] if word != "--one"]
+        command = [sys.executable, __file__, *own, "--recipes", recipe, "--one"]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if result.returncode:
+            print(f"{recipe}: failed with exit code {result.returncode}", file=sys.stderr)
+            continue
+        rows.append(json.loads(result.stdout.strip().splitlines()[-1]))
+        print_row(rows[-1], header=len(rows) == 1)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def print_row(row: dict, header: bool) -> None:
+    if header:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {row['device']}")
+        print("| recipe | parameters | batch | s a step | images a second | TFLOP a step | x floor | peak GiB |")
+        print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| {row['recipe']} ({row['dtype']}) | {row['parameters'] / 1e6:.1f} M | {row['batch_size']} "
+        f"| {row['seconds_a_step']} | {row['images_per_second']} | {row['teraflop_a_step']} | {row['times_floor']} "
+        f"| {row['peak_gibibytes']} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The discrete image head on any model's hidden states."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel, SamplingOptions
+
+CONFIG = DepthTransformerConfig(
+    llm_hidden_size=10, codebook_dim=6, codebook_size=12, num_levels=3, hidden_size=16, num_layers=2, num_heads=4
+)
+
+
+@pytest.fixture(scope="module")
+def head():
+    torch.manual_seed(0)
+    head = DepthTransformerHead(CONFIG)
+    for classifier in head.classifiers:
+        classifier[1].weight.data *= 8  # far from uniform, so that choices matter
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def codebooks():
+    torch.manual_seed(1)
+    return torch.randn(5, CONFIG.codebook_size, CONFIG.codebook_dim)  # the tokenizer has more levels than are drawn
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    torch.manual_seed(2)
+    return torch.randn(4, CONFIG.llm_hidden_size)
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def latents_of(codebooks, codes):
+    return codebooks[torch.arange(codes.shape[1]), codes]
+
+
+def drawn_without_cache(head, hidden, codebooks, options, noise, guidance=None, scale=1.0):
+    """Level by level through the teacher-forced pass alone, everything recomputed at each."""
+    codes = torch.zeros(hidden.shape[0], CONFIG.num_levels, dtype=torch.long)
+    for level in range(CONFIG.num_levels):
+        latents = latents_of(codebooks, codes)  # later levels are zeros that no earlier one looks at
+        logits = head(hidden, latents)[level]
+        if guidance is not None:
+            without = head(guidance, latents)[level]
+            logits = without + scale * (logits - without)
+        for row, row_logits in enumerate(logits):
+            if options.temperature == 0:
+                codes[row, level] = row_logits.argmax()
+                continue
+            probability, generator = (row_logits / options.temperature).softmax(-1), noise[row]
+            codes[row, level] = (probability / torch.empty(len(probability)).exponential_(generator=generator)).argmax()
+    return codes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_cached_sampling_draws_what_recomputing_every_level_draws(head, codebooks, hidden, temperature, scale):
+    options, without = SamplingOptions(temperature=temperature), hidden.flip(0)
+    rows = hidden if scale == 1 else torch.cat([hidden, without])
+    drawn = head.sample(rows, codebooks, generators(4), options, scale)
+    guidance = None if scale == 1 else without
+    expected = drawn_without_cache(head, hidden, codebooks, options, generators(4), guidance, scale)
+    assert torch.equal(drawn, expected)
+
+
+@torch.no_grad()
+def test_a_row_depends_on_its_hidden_state_and_its_generator_alone(head, codebooks, hidden):
+    together = head.sample(hidden, codebooks, generators(4))
+    for row in range(4):
+        alone = head.sample(hidden[row : row + 1], codebooks, generators(4)[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+    assert not torch.equal(together, head.sample(hidden, codebooks, generators(5)[1:]))
+
+
+@torch.no_grad()
+def test_draws_follow_the_distribution_of_the_joint_codes(head, codebooks, hidden):
+    """Frequencies of the first two levels against the product of the teacher-forced probabilities."""
+    count, size = 5000, CONFIG.codebook_size
+    rows = hidden[:1].expand(count, -1)
+    drawn = head.sample(rows, codebooks, generators(count))
+    found = torch.bincount(drawn[:, 0] * size + drawn[:, 1], minlength=size * size) / count
+    firsts = torch.stack([torch.arange(size), torch.zeros(size).long(), torch.zeros(size).long()], dim=1)
+    first, second, _ = head(hidden[:1].expand(size, -1), latents_of(codebooks, firsts))
+    expected = first[0].softmax(-1)[:, None] * second.softmax(-1)
+    assert (found - expected.flatten()).abs().sum() / 2 < 0.08  # total variation
+
+
+@torch.no_grad()
+def test_a_level_does_not_see_itself_or_later_ones(head, codebooks, hidden):
+    codes = torch.randint(0, CONFIG.codebook_size, (4, CONFIG.num_levels))
+    before = head(hidden, latents_of(codebooks, codes))
+    codes[:, 1] = (codes[:, 1] + 1) % CONFIG.codebook_size
+    after = head(hidden, latents_of(codebooks, codes))
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert not torch.allclose(before[2], after[2])
+
+
+def test_loss_is_the_mean_over_levels_and_positions(head, codebooks, hidden):
+    codes = torch.randint(0, CONFIG.codebook_size, (4, CONFIG.num_levels))
+    latents = latents_of(codebooks, codes)
+    logits = head(hidden, latents)
+    terms = [F.cross_entropy(logits[level][row], codes[row, level]) for level in range(3) for row in range(4)]
+    torch.testing.assert_close(head.loss(hidden, latents, codes), torch.stack(terms).mean())
+
+
+def test_it_learns_what_follows_from_the_hidden_state(tiny_evotok_folder):
+    """On a tokenizer's own codes, behind a model that is nothing but a table of hidden states."""
+    torch.manual_seed(0)
+    tokenizer = EvoTokModel.from_pretrained(tiny_evotok_folder)
+    sizes = tokenizer.config
+    codes = torch.randint(0, sizes.codebook_size, (16, sizes.pixel_depth))
+    hidden = F.one_hot(torch.arange(16)).float()
+    head = DepthTransformerHead(
+        DepthTransformerConfig(16, sizes.codebook_dim, sizes.codebook_size, sizes.pixel_depth, 32, 2, 4)
+    )
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    latents = tokenizer.level_latents(codes[None])[0]
+    for _ in range(60):
+        optimizer.zero_grad()
+        head.loss(hidden, latents, codes).backward()
+        optimizer.step()
+    greedy = SamplingOptions(temperature=0)
+    assert torch.equal(head.sample(hidden, tokenizer.quantizer.codebooks, generators(16), greedy), codes)
+
+
+def test_half_precision_draws_valid_codes(head, codebooks, hidden):
+    half = DepthTransformerHead(CONFIG).to(torch.bfloat16)
+    codes = half.sample(hidden.to(torch.bfloat16), codebooks, generators(4))
+    assert codes.shape == (4, 3) and codes.dtype == torch.long and 0 <= codes.min() and codes.max() < 12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 30}, "30 wide, no multiple of 4 heads"),
+        ({"num_layers": 0}, "at least 1, got num_layers 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        DepthTransformerConfig(**(vars(CONFIG) | sizes))
+
+
+@pytest.mark.parametrize(
+    ("count", "codebooks_shape", "scale", "message"),
+    [
+        (3, (5, 12, 6), 1.0, "4 hidden states for 3 generators"),
+        (4, (5, 12, 6), 3.0, "4 hidden states for 4 generators and guidance_scale 3.0"),
+        (0, (5, 12, 6), 1.0, "for 0 generators"),
+        (4, (2, 12, 6), 1.0, r"expected codebooks \(3 or more, 12, 6\), got \(2, 12, 6\)"),
+        (4, (5, 13, 6), 1.0, "made for another tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_explained(head, hidden, count, codebooks_shape, scale, message):
+    with pytest.raises(ValueError, match=message):
+        head.sample(hidden, torch.zeros(codebooks_shape), generators(count), None, scale)
+
+
+def test_latents_of_another_shape_are_explained(head, hidden):
+    with pytest.raises(ValueError, match=r"expected level_latents \(B, 3, 6\).*got \(4, 4, 6\) and \(4, 10\)"):
+        head(hidden, torch.zeros(4, 4, 6))

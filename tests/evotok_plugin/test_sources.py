@@ -1,0 +1,261 @@
+import gzip
+import io
+import multiprocessing
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evotok_plugin.data.sources import (
+    PackedStrings,
+    TarSource,
+    is_held_out,
+    open_source,
+    open_sources,
+    shard_index,
+    split_held_out,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def photos(tmp_path, rng):
+    """40 images of three classes, in ImageNet's layout."""
+    for index in range(40):
+        shape = (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3)
+        folder = tmp_path / "photos" / f"class{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{index:02d}.png")
+    return tmp_path / "photos"
+
+
+def png(value, suffix="png"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(buffer, suffix.replace("jpg", "jpeg"))
+    return buffer.getvalue()
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder, count=3, size=5):
+    folder.mkdir(exist_ok=True)
+    for shard in range(count):
+        members = []
+        for item in range(size):
+            value = 10 * shard + item
+            members += [
+                (f"{item:04d}.txt", b"words"),
+                (f"{item:04d}.png", png(value)),
+                (f"{item:04d}.cls", b"%d" % item),
+            ]
+        write_shard(folder / f"part-{shard:03d}.tar", members)
+    return folder
+
+
+def values(source):
+    return [source.picture(i).getpixel((0, 0))[0] for i in range(len(source))]
+
+
+def same(picture, file):
+    return np.array_equal(np.array(picture), np.array(Image.open(file)))
+
+
+# Folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_relative_names_and_classes(photos):
+    source = open_source(photos)
+    assert len(source) == 40
+    assert [source.key(i) for i in range(40)] == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
+    assert source.label(0) == "class0" and source.label(39) == "class2"
+    assert same(source.picture(0), photos / source.key(0))
+
+
+def test_a_folder_that_links_to_itself_ends(photos):
+    (photos / "class0" / "again").symlink_to(photos)
+    assert len(open_source(photos)) == 40
+
+
+def test_single_files_keep_their_names(photos):
+    files = sorted(map(str, photos.rglob("*.png")))[:2]
+    source = open_sources(files)
+    assert [source.key(i) for i in range(2)] == files and same(source.picture(1), files[1])
+
+
+def test_several_sources_follow_one_another_under_their_names(photos, tmp_path):
+    shards = write_shards(tmp_path / "shards", count=1)
+    source = open_sources([photos, shards])
+    assert len(source) == 45 and source.key(40) == f"{shards}/part-000/0000"
+    assert source.picture(41).getpixel((0, 0))[0] == 1 and source.label(41) == "1"
+    assert len({source.key(i) for i in range(45)}) == 45
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("absent", "'.*absent' does not exist"),
+        ("empty", "holds no images"),
+        ("absent-{000..002}.tar", "does not exist"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, spec, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / spec)
+
+
+@pytest.mark.parametrize("spec", ["https://example.org/a.tar", "pipe:cat a.tar", "s3://bucket/a.tar"])
+def test_what_is_not_local_is_refused(spec):
+    with pytest.raises(ValueError, match="only local files are read"):
+        open_source(spec)
+
+
+def test_strings_are_packed_and_come_back():
+    texts = ["", "a", "äöü/ß.png", "", "last"]
+    packed = PackedStrings(texts)
+    assert list(packed) == texts and packed[2] == texts[2]
+    with pytest.raises(IndexError):
+        packed[5]
+
+
+# Shards ------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_in_place_with_keys_and_labels(tmp_path):
+    source = open_source(write_shards(tmp_path / "shards"))
+    assert values(source) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24]
+    assert source.key(6) == "part-001/0001" and source.label(6) == "1"
+    assert source.groups().tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_patterns_choose_shards(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    assert values(open_source(folder / "part-{000..001}.tar")) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+    assert len(open_source(folder / "part-00[12].tar")) == len(open_source(folder / "part-{001..002}.tar")) == 10
+
+
+def test_one_image_a_sample_whatever_its_suffix_and_folder(tmp_path):
+    members = [("a/x.seg.png", png(1)), ("a/x.jpg", png(2, "jpg")), ("b/x.JPG", png(3, "jpg")), ("b/y.json", b"{}")]
+    source = open_source(write_shard(tmp_path / "s.tar", members))
+    assert [source.key(i) for i in range(len(source))] == ["s/a/x", "s/b/x"] and source.label(0) is None
+    assert values(source)[0] == 1
+
+
+def test_other_processes_read_the_same_shards(tmp_path):
+    source = open_source(write_shards(tmp_path / "shards"))
+    expected = values(source)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(values, [source, source]) == [expected, expected]
+    assert values(pickle.loads(pickle.dumps(source))) == expected == values(source)
+
+
+def test_no_more_than_some_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("evotok_plugin.data.sources._OPEN_SHARDS", 2)
+    source = open_source(write_shards(tmp_path / "shards", count=4, size=2))
+    assert values(source) == [0, 1, 10, 11, 20, 21, 30, 31] == values(source)
+    assert len(source._open) == 2
+
+
+def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    path = str(write_shard(tmp_path / "s.tar", [("x.png", png(1))]))
+    first = shard_index(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("evotok_plugin.data.sources._scan_shard", lambda shard: pytest.fail("scanned again"))
+        assert shard_index(path) == first
+    write_shard(tmp_path / "s.tar", [("x.png", png(1)), ("y.png", png(2))])
+    assert shard_index(path)["keys"] == ["x", "y"]
+
+
+def test_broken_shards_and_images_are_told_apart(tmp_path):
+    (tmp_path / "no.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(ValueError, match="no.tar' cannot be read as a tar file"):
+        open_source(tmp_path / "no.tar")
+    whole = write_shard(tmp_path / "whole.tar", [("x.png", png(1))])
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(ValueError, match="compressed shards cannot be read in place"):
+        open_source(tmp_path / "packed.tar")
+    source = open_source(write_shard(tmp_path / "half.tar", [("x.png", png(1)[:40]), ("y.png", png(2))]))
+    with pytest.raises(ValueError, match="image 'half/x' cannot be read"):
+        source.picture(0)
+    assert source.picture(1).getpixel((0, 0))[0] == 2
+
+
+def test_a_shard_that_vanishes_is_named(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [("x.png", png(1))])
+    source = TarSource([path], "s")
+    path.unlink()
+    with pytest.raises(ValueError, match="s.tar' cannot be read"):
+        source.picture(0)
+
+
+# Data sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset():
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": png(value), "path": None} for value in (5, 6, 7)], "label": [1, 0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    return datasets.Dataset.from_dict(rows, features)
+
+
+def test_parquet_and_saved_data_sets_are_read(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "parquet").mkdir()
+    dataset.to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    for spec in ("parquet", "parquet/*.parquet", "saved"):
+        source = open_source(tmp_path / spec)
+        assert values(source) == [5, 6, 7] and source.key(2) == "000000002" and source.groups() is None
+        assert [source.label(i) for i in range(3)] == ["dog", "cat", "dog"]
+
+
+def test_a_column_of_plain_bytes_serves_and_no_column_does_not(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"jpg": [png(9)], "text": ["x"]}).save_to_disk(str(tmp_path / "bytes"))
+    assert values(open_source(tmp_path / "bytes")) == [9] and open_source(tmp_path / "bytes").label(0) is None
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(str(tmp_path / "text"))
+    with pytest.raises(ValueError, match="no column of images; its columns are text"):
+        open_source(tmp_path / "text")
+
+
+def test_a_data_set_that_cannot_be_had_is_one_error(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        open_source(tmp_path / "broken.parquet")
+    with pytest.raises(ValueError, match="'hf:nobody/nothing' cannot be loaded"):
+        open_source("hf:nobody/nothing")
+
+
+# Parts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_part_follows_from_the_key_alone(photos):
+    source = open_source(photos)
+    training, held = split_held_out(source, 0.3)
+    keys = {held.key(i) for i in range(len(held))}
+    assert 4 <= len(held) <= 20 and len(training) + len(held) == 40
+    assert keys == {source.key(i) for i in range(40) if is_held_out(source.key(i), 0.3)}
+    assert same(held.picture(0), photos / held.key(0)) and held.label(0).startswith("class")
+    assert len(split_held_out(source, 0.0)[1]) == 0
+
+
+def test_a_part_of_shards_knows_its_shards(tmp_path):
+    source = open_source(write_shards(tmp_path / "shards"))
+    training, held = split_held_out(source, 0.5)
+    assert 0 < len(held) < 15
+    for part in (training, held):
+        assert part.groups().tolist() == [int(part.key(i)[5:8]) for i in range(len(part))]

@@ -1,0 +1,220 @@
+"""From records and cached codes to samples and their order, and the whole way from `data_path`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evotok_plugin.data.code_cache import CodeCache, encode_images
+from evotok_plugin.data.sources import FileSource
+from llava_ext.data.build import build_dataset
+from llava_ext.data.dataset import Collator, ConversationDataset, EpochSampler, ModalityGroupedSampler
+from llava_ext.data.records import KINDS, parse_record
+from llava_ext.processing_evotok_llava import TooLong
+from llava_ext.training.config import StageConfig
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tiny_mllm, scene_folder, tmp_path_factory):
+    model, processor = tiny_mllm
+    folder, root = tmp_path_factory.mktemp("cache"), scene_folder / "train"
+    names = sorted(f"images/{path.name}" for path in (root / "images").iterdir())
+    encode_images(folder, FileSource(root, names), model.vision_tower, processor.image_processor.size)
+    return folder
+
+
+@pytest.fixture
+def dataset_of(tiny_mllm, scene_folder, cache_folder):
+    model, processor = tiny_mllm
+    rows = json.loads((scene_folder / "train" / "finetune.json").read_text())
+    records = [parse_record(row, scene_folder / "train") for row in rows]
+    cache = CodeCache(cache_folder, model.vision_tower.fingerprint())
+    return lambda **options: ConversationDataset(records, processor, cache, **options)
+
+
+# Samples -----------------------------------------------------------------------------------------------------
+
+
+def test_prompt_dropout_empties_the_user_turn_of_drawing_samples(tiny_mllm, dataset_of):
+    _, processor = tiny_mllm
+    always, never = dataset_of(prompt_dropout=0.999), dataset_of(prompt_dropout=0.0)
+    unconditional = processor.drawing_prompts([""])["input_ids"][0]
+    drawing, reading = (int(np.flatnonzero(always.kinds == KINDS.index(kind))[0]) for kind in ("draw", "read"))
+    drawn = always[drawing].input_ids
+    assert torch.equal(drawn[: len(unconditional)], unconditional)
+    assert torch.equal(always[reading].input_ids, never[reading].input_ids)
+    assert len(never[drawing].input_ids) > len(drawn)
+
+
+def test_which_prompts_are_dropped_follows_from_the_epoch(dataset_of):
+    dataset, again = dataset_of(prompt_dropout=0.5), dataset_of(prompt_dropout=0.5)
+    first = [len(dataset[i].input_ids) for i in range(len(dataset))]
+    dataset.set_epoch(1)
+    second = [len(dataset[i].input_ids) for i in range(len(dataset))]
+    again.set_epoch(1)
+    assert second == [len(again[i].input_ids) for i in range(len(again))] != first
+
+
+def test_a_sample_is_no_longer_than_its_length_says(tiny_mllm, dataset_of):
+    model, processor = tiny_mllm
+    for max_length in (60, 2048):
+        dataset = dataset_of(max_length=max_length, prompt_dropout=0.0)
+        samples = [dataset[i] for i in range(8)]
+        vocabulary = processor.vocabulary
+        folded = [vocabulary.is_residual(s.input_ids) & (vocabulary.levels(s.input_ids) > 0) for s in samples]
+        steps = [len(s.input_ids) - int(one.sum()) for s, one in zip(samples, folded, strict=True)]
+        assert steps == dataset.lengths[:8].tolist() and max(steps) <= max_length
+        assert torch.isfinite(model(**Collator(processor)(samples)).loss)
+
+
+def test_an_image_that_does_not_fit_is_an_error_not_a_half_image(dataset_of):
+    dataset = dataset_of(max_length=10)
+    with pytest.raises(TooLong, match="first 10 do not hold all images whole"):
+        dataset[int(np.flatnonzero(dataset.kinds)[0])]
+
+
+# Order -------------------------------------------------------------------------------------------------------
+
+
+def test_grouped_batches_hold_one_kind_and_every_sample_once():
+    kinds = ["read"] * 10 + ["draw"] * 7 + ["text"] * 4
+    sampler = ModalityGroupedSampler(kinds, batch_size=3, seed=1, epoch_of=lambda: 0)
+    order = list(sampler)
+    assert sorted(order) == list(range(21)) and order == list(sampler)
+    for start in range(0, 18, 3):
+        assert len({kinds[i] for i in order[start : start + 3]}) == 1
+    assert order != list(ModalityGroupedSampler(kinds, 3, seed=1, epoch_of=lambda: 1))
+
+
+def test_grouped_batches_hold_alike_lengths(rng):
+    lengths, kinds = rng.integers(20, 2000, 3000), rng.integers(0, 3, 3000)
+
+    def padding(**options):
+        order = list(ModalityGroupedSampler(kinds, 8, seed=0, epoch_of=lambda: 0, **options))
+        assert sorted(order) == list(range(3000))
+        batches = lengths[np.array(order[:2976])].reshape(-1, 8)
+        return 1 - batches.mean() / batches.max(axis=1).mean()
+
+    assert padding(lengths=lengths) < 0.1 < 0.3 < padding()
+
+
+def test_grouping_keeps_the_order_s_shares(rng):
+    """Within a window: a source that is rare in the order is not put off to its end."""
+    kinds, lengths = rng.integers(0, 3, 4000), rng.integers(20, 2000, 4000)
+    order = rng.permutation(4000)
+    grouped = np.array(list(ModalityGroupedSampler(kinds, 4, 0, lambda: 0, lengths, lambda epoch: order)))
+    place = np.empty(4000, int)
+    place[order] = np.arange(4000)
+    assert np.abs(place[grouped] - np.arange(4000)).max() < 2 * 50 * 4
+
+
+def test_an_ungrouped_epoch_is_the_data_set_s_order(dataset_of):
+    dataset, epoch = dataset_of(seed=4), 2.3
+    sampler = EpochSampler(dataset.order, len(dataset), lambda: epoch)
+    assert list(sampler) == dataset.order(2).tolist() and len(sampler) == len(dataset)
+
+
+# The whole way -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_of(tmp_path, scene_folder):
+    def build(**options):
+        values = {
+            "model_name_or_path": "unused",
+            "data_path": [str(scene_folder / "train" / "finetune.json")],
+            "image_folder": str(scene_folder / "train"),
+            "output_dir": str(tmp_path / "out"),
+            "code_cache": str(tmp_path / "codes"),
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        return StageConfig(**values | options)
+
+    return build
+
+
+def reported(config, name):
+    return [json.loads(line) for line in open(f"{config.output_dir}/{name}.jsonl")]
+
+
+def test_a_data_set_is_built_and_no_image_is_encoded_twice(tiny_mllm, config_of, scene_folder, monkeypatch):
+    config = config_of()
+    dataset = build_dataset(config, *tiny_mllm)
+    assert len(dataset) == len(json.loads((scene_folder / "train" / "finetune.json").read_text()))
+    assert sorted(dataset.order(0)) == list(range(len(dataset)))
+    assert sum(dataset.count_kinds().values()) == len(dataset)
+    monkeypatch.setattr(type(tiny_mllm[0].vision_tower), "encode", lambda *_: pytest.fail("encoded again"))
+    again = build_dataset(config, *tiny_mllm)
+    assert torch.equal(again[0].input_ids, dataset[0].input_ids)
+    assert len(CodeCache(config.code_cache)) == 24, "an image that several records need is encoded once"
+
+
+def test_cached_codes_are_those_of_the_images(tiny_mllm, config_of, scene_folder):
+    model, processor = tiny_mllm
+    dataset = build_dataset(config_of(prompt_dropout=0.0), model, processor)
+    record = dataset.records[int(np.flatnonzero(dataset.kinds == KINDS.index("read"))[0])]
+    picture = Image.open(scene_folder / "train" / record.images[0])
+    expected = model.vision_tower.encode(processor.image_processor(picture, return_tensors="pt").pixel_values).codes
+    sample = dataset[list(dataset.records).index(record)]
+    assert torch.equal(sample.read_codes[0], expected[0])
+
+
+def test_weighted_sources_get_their_shares(tiny_mllm, config_of, scene_folder, tmp_path):
+    text = [
+        {"conversations": [{"from": "human", "value": f"hi {i}"}, {"from": "gpt", "value": "ho"}]} for i in range(9)
+    ]
+    (tmp_path / "text.json").write_text(json.dumps(text))
+    paths = [str(scene_folder / "train" / "pretrain.json"), str(tmp_path / "text.json")]
+    dataset = build_dataset(config_of(data_path=paths, data_weights=[1.0, 3.0]), *tiny_mllm)
+    kinds = np.concatenate([dataset.kinds[dataset.order(epoch)] for epoch in range(18)])[:1024]
+    assert (kinds == KINDS.index("text")).sum() == 768
+    with pytest.raises(ValueError, match="data_weights: expected 2 above 0"):
+        build_dataset(config_of(data_path=paths, data_weights=[1.0]), *tiny_mllm)
+
+
+def broken_copy(scene_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(scene_folder / "train", tmp_path / "images")
+    (tmp_path / "images" / "images" / "000003.png").write_bytes(b"not a picture")
+    rows = json.loads((scene_folder / "train" / "finetune.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps([*rows, {"id": "empty"}]))
+    options = {"image_folder": str(tmp_path / "images"), "data_path": [str(tmp_path / "data.json")]}
+    return options, sum(row.get("image") == "images/000003.png" for row in rows), len(rows)
+
+
+def test_bad_records_and_broken_images_are_left_out_by_name(tiny_mllm, config_of, scene_folder, tmp_path):
+    options, num_broken, num_rows = broken_copy(scene_folder, tmp_path)
+    config = config_of(**options, max_bad_fraction=0.2)
+    for _ in range(2):  # the second time the cache knows what is broken
+        dataset = build_dataset(config, *tiny_mllm)
+        assert len(dataset) == num_rows - num_broken
+        assert all("images/000003.png" not in record.images for record in dataset.records)
+        lines = reported(config, "bad_samples")
+        assert len(lines) == num_broken + 1 and f"data.json:{num_rows} (empty)" in lines[0]["sample"]
+        assert all("000003.png" in line["reason"] for line in lines[1:])
+
+
+def test_too_much_that_is_bad_stops(tiny_mllm, config_of, scene_folder, tmp_path):
+    options, num_broken, num_rows = broken_copy(scene_folder, tmp_path)
+    limit = (num_broken + 0.5) / (num_rows + 1)
+    with pytest.raises(ValueError, match=f"{num_broken + 1} of {num_rows + 1} samples are unusable.*max_bad_fraction"):
+        build_dataset(config_of(**options, max_bad_fraction=limit), *tiny_mllm)
+
+
+def test_what_is_too_long_is_told_and_does_not_stop(tiny_mllm, config_of, tmp_path, scene_folder, caplog):
+    rows = json.loads((scene_folder / "train" / "finetune.json").read_text())
+    long = {"id": "long", "conversations": [{"from": "human", "value": "a " * 900}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "data.json").write_text(json.dumps([*rows, long]))
+    config = config_of(data_path=[str(tmp_path / "data.json")], model_max_length=300, max_bad_fraction=0.0)
+    assert len(build_dataset(config, *tiny_mllm)) == len(rows)
+    assert "(long)" in reported(config, "too_long_samples")[0]["sample"]
+    assert "1 of" in caplog.text and "1 are left out" in caplog.text
+
+
+def test_a_length_that_nothing_fits_is_an_error(tiny_mllm, config_of):
+    with pytest.raises(ValueError, match="none of .* samples fits model_max_length 2; raise it .an image takes 11"):
+        build_dataset(config_of(model_max_length=2), *tiny_mllm)

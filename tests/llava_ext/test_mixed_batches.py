@@ -1,0 +1,123 @@
+"""Reading, drawing and text in one batch: the losses and gradients of the samples one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mixed_samples import CONVERSATIONS, MODEL_PARTS, gradients, make_sample, naive_sums, pooled
+
+from llava_ext.data.dataset import Collator
+from llava_ext.losses import LearnedCounts, share_of_step
+
+KINDS = list(CONVERSATIONS)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_mllm):
+    return {kind: make_sample(*tiny_mllm, kind, seed=index) for index, kind in enumerate(KINDS)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_kind_alone_equals_the_step_by_step_computation(tiny_mllm, samples, kind):
+    model, processor = tiny_mllm
+    output, sums = model(**Collator(processor)([samples[kind]])), naive_sums(model, samples[kind])
+    torch.testing.assert_close((output.text_loss, output.image_loss), pooled([sums]), atol=1e-5, rtol=1e-5)
+    assert (int(output.num_text_tokens), int(output.num_image_positions)) == (sums.num_text, sums.num_image)
+    torch.testing.assert_close(output.loss, output.text_loss + output.image_loss)
+
+
+@torch.no_grad()
+def test_a_batch_of_all_kinds_has_the_token_weighted_losses_of_its_samples(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    output = model(**Collator(processor)(list(samples.values())))
+    expected = pooled([naive_sums(model, sample) for sample in samples.values()])
+    torch.testing.assert_close((output.text_loss, output.image_loss), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_its_gradients_are_those_of_its_samples(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    found = gradients(model, model(**Collator(processor)(list(samples.values()))).loss)
+    expected = gradients(model, sum(pooled([naive_sums(model, sample) for sample in samples.values()])))
+    for part in MODEL_PARTS:
+        assert any(name.startswith(part) and gradient.abs().max() > 0 for name, gradient in found.items()), part
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_each_image_goes_to_its_own_place(tiny_mllm, samples):
+    """All images of a batch come in one tensor, in the order of their placeholders."""
+    model, processor = tiny_mllm
+    one, two = samples["read"], samples["read two"]
+    swapped = [
+        replace(one, read_codes=two.read_codes[:1]),
+        replace(two, read_codes=one.read_codes + two.read_codes[1:]),
+    ]
+    losses = [model(**Collator(processor)(batch)).loss for batch in ([one, two], [two, one], swapped)]
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned"),
+    [
+        ("read", "a ring{end}red{end}"),
+        ("both", "here: {image}{end}"),
+        ("draw two", "{image}{end}{image}\nhere they are{end}"),
+        ("draw, then read", "{image}{end}no, a red one: {image}{end}"),
+    ],
+)
+def test_what_the_assistant_says_and_draws_is_learned_and_nothing_else(tiny_mllm, samples, kind, learned):
+    _, processor = tiny_mllm
+    labels = samples[kind].labels
+    end = processor.tokenizer.eos_token
+    said = processor.decode(labels[labels != -100])
+    images, vocabulary = [], processor.vocabulary
+    for codes in vocabulary.codes(labels[vocabulary.is_residual(labels)]).view(-1, processor.num_positions, 4):
+        text = "".join(vocabulary.to_text(int(i)) for i in vocabulary.to_ids(codes).flatten())
+        images.append(f"<|image_start|>{text}<|image_end|>")
+    expected = learned.replace("{end}", end)
+    for image in images:
+        expected = expected.replace("{image}", image, 1)
+    assert said == expected
+
+
+@pytest.mark.parametrize("groups", [["read", "draw", "both"], ["text", "text"]])
+def test_the_parts_of_a_step_give_the_gradient_of_one_batch(tiny_mllm, samples, groups):
+    model, processor = tiny_mllm
+    parts = [[samples[kind]] for kind in groups[:-1]] + [[samples[groups[-1]], samples["text"]]]
+    outputs = [model(**Collator(processor)(part)) for part in parts]
+    in_step = LearnedCounts(torch.tensor(0), torch.tensor(0))
+    for output in outputs:
+        in_step = in_step + LearnedCounts(output.num_text_tokens, output.num_image_positions)
+    weights = {"text_loss_weight": 0.5, "image_loss_weight": 2.0}
+    mean = sum(share_of_step(output, in_step, len(parts), **weights) for output in outputs) / len(parts)
+    whole = model(**Collator(processor)([sample for part in parts for sample in part]))
+    expected = 0.5 * whole.text_loss + 2.0 * whole.image_loss
+    torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
+    found, wanted = gradients(model, mean), gradients(model, expected)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_an_image_that_is_not_whole_is_an_error(tiny_mllm, samples):
+    model, processor = tiny_mllm
+    batch = Collator(processor)([samples["draw two"]])
+    first = int(model.vocabulary.is_residual(batch["input_ids"][0]).nonzero()[0])
+    short = {name: torch.cat([value[:, :first], value[:, first + 4 :]], dim=1) for name, value in batch.items()}
+    with pytest.raises(ValueError, match="17 drawn positions in 2 images are no whole images of 9 positions"):
+        model(**short)
+
+
+@pytest.mark.parametrize("kind", ["read", "draw", "text"])
+def test_while_training_every_part_gets_a_gradient_from_every_kind(tiny_mllm, samples, kind):
+    """Ranks with other kinds of batches reduce the same gradients."""
+    model, processor = tiny_mllm
+    model.train()
+    try:
+        loss = model(**Collator(processor)([samples[kind]])).loss
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        assert all(g is not None for g in torch.autograd.grad(loss, weights, allow_unused=True))
+    finally:
+        model.eval()

@@ -1,0 +1,281 @@
+"""Packed rows: what goes together, how long it is, and losses that are those of the samples apart."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mixed_samples import CONVERSATIONS, gradients, make_sample, naive_sums, pooled
+from torch.utils.data import DataLoader
+
+from llava_ext.data.dataset import Collator, ConversationDataset
+from llava_ext.data.packing import (
+    PackedCollator,
+    PackedDataset,
+    PackingSampler,
+    pack_lengths,
+)
+from llava_ext.data.records import Record
+from llava_ext.embedding_merge import fold_residual_tokens
+
+KINDS = list(CONVERSATIONS)
+
+
+# Which samples go together --------------------------------------------------------------------------------------
+
+
+def naive_best_fit(lengths, capacity):
+    """Best-fit decreasing, looking at every row for every sample."""
+    rows, room = [], []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            room.append(capacity)
+            fitting = [len(rows) - 1]
+        row = min(fitting, key=lambda r: room[r])
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_sample_goes_into_one_row_as_best_fit_decreasing_has_it(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 60, size=300)
+    rows = pack_lengths(lengths, 100)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    sums = sorted(int(lengths[row].sum()) for row in rows)
+    assert max(sums) <= 100
+    assert sums == sorted(int(lengths[row].sum()) for row in naive_best_fit(lengths.tolist(), 100))
+
+
+def test_the_number_of_rows_does_not_depend_on_the_order(rng):
+    lengths = rng.integers(1, 100, size=500)
+    counts = {len(pack_lengths(rng.permutation(lengths), 128)) for _ in range(10)}
+    assert len(counts) == 1
+
+
+def test_lengths_that_fill_rows_exactly_leave_nothing_free():
+    assert sorted(map(sorted, pack_lengths([3, 7, 5, 5, 10], 10))) == [[0, 1], [2, 3], [4]]
+    assert pack_lengths([], 10) == []
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_a_sample_that_no_row_holds_is_named(length):
+    with pytest.raises(ValueError, match=f"sample 1 has {length} steps, but a row holds 1 to 10"):
+        pack_lengths([5, length], 10)
+
+
+def rows_of(lengths, epoch, seed=0, capacity=64):
+    return list(PackingSampler(lengths, capacity, seed, lambda: epoch))
+
+
+def test_every_epoch_holds_every_sample_once_in_other_rows_but_as_many(rng):
+    lengths = rng.integers(5, 40, size=200)
+    epochs = [rows_of(lengths, epoch) for epoch in range(3)]
+    for rows in epochs:
+        assert sorted(index for row in rows for index in row) == list(range(200))
+        assert len(rows) == len(PackingSampler(lengths, 64, 0, lambda: 0))
+    assert len({frozenset(map(frozenset, rows)) for rows in epochs}) == 3
+    assert epochs[0] != rows_of(lengths, 0, seed=1)
+
+
+def test_a_resumed_epoch_repeats_its_rows(rng):
+    """The trainer's epoch is a fraction within an epoch; what was done is skipped by number."""
+    lengths = rng.integers(5, 40, size=200)
+    assert rows_of(lengths, 1.37) == rows_of(lengths, 1)
+
+
+def test_efficiency_is_the_share_of_steps_that_hold_samples(rng):
+    lengths = rng.integers(5, 40, size=200)
+    sampler = PackingSampler(lengths, 64, 0, lambda: 0)
+    assert sampler.efficiency == pytest.approx(lengths.sum() / (64 * len(list(sampler))))
+    assert sampler.efficiency > 0.95
+
+
+def test_an_epoch_that_takes_more_rows_is_gone_on_with_in_the_next():
+    """Weighted sources: what an epoch holds is not the same in every epoch, but no row is lost or cut."""
+    lengths, orders = [60, 60, 10, 10], {0: [0, 2, 2, 3], 1: [0, 1, 1, 2], 2: [0, 0, 1, 3]}
+    apart = [
+        list(PackingSampler(lengths, 64, 0, lambda: 0, lambda _, e=epoch: np.array(orders[e]))) for epoch in orders
+    ]
+    assert [len(rows) for rows in apart] == [2, 4, 4]
+    cut = [list(PackingSampler(lengths, 64, 0, lambda e=e: e, lambda epoch: np.array(orders[epoch]))) for e in range(5)]
+    assert all(len(rows) == 2 for rows in cut)
+    used = sorted(index for rows in cut for row in rows for index in row)
+    assert used == sorted(index for order in orders.values() for index in order)
+
+
+class Codes:
+    """A code cache of random codes."""
+
+    def __init__(self, vision):
+        self._vision = vision
+
+    def codes(self, name):
+        shape = (self._vision.num_positions, self._vision.num_quantizers)
+        return torch.randint(self._vision.codebook_size, shape, generator=torch.Generator().manual_seed(len(name)))
+
+
+def records():
+    made = []
+    for number, (kind, turns) in enumerate(CONVERSATIONS.items()):
+        messages = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+        drawn = [m["role"] == "assistant" for m in messages for _ in range(m["content"].count("<image>"))]
+        images = [f"{number}-{i}" * (i + 1) for i in range(len(drawn))]
+        made.append(Record(kind, tuple(messages), tuple(images), tuple(drawn)))
+    return made
+
+
+# What the model makes of them -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_mllm):
+    """The small model with weights so large that samples which see each other have other losses."""
+    model, processor = copy.deepcopy(tiny_mllm[0]), tiny_mllm[1]
+    with torch.no_grad():
+        for module in model.language_model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(8)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def rows(lively):
+    """Two rows of unlike length; the shorter is padded. Every kind is there."""
+    samples = [make_sample(*lively, kind, seed=index) for index, kind in enumerate(KINDS)]
+    return [samples[:5], samples[5:]]
+
+
+def num_steps(model, sample):
+    return fold_residual_tokens(model.vocabulary, sample.input_ids[None], None, None).input_ids.shape[1]
+
+
+@torch.no_grad()
+def test_packed_losses_are_those_of_the_samples_apart(lively, rows):
+    model, processor = lively
+    batch = PackedCollator(processor)(rows)
+    assert (batch["segment_ids"][:, -1] == 0).sum() == 1, "one row is padded"
+    packed, flat = model(**batch), [sample for row in rows for sample in row]
+    apart = model(**Collator(processor)(flat))
+    for name in ("text_loss", "image_loss", "num_text_tokens", "num_image_positions"):
+        torch.testing.assert_close(packed[name], apart[name], atol=1e-5, rtol=1e-5)
+    naive = pooled([naive_sums(model, sample) for sample in flat])
+    torch.testing.assert_close((packed.text_loss, packed.image_loss), naive, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_gradients_are_those_of_the_samples_apart(lively, rows):
+    model, processor = lively
+    packed = gradients(model, model(**PackedCollator(processor)(rows)).loss)
+    apart = gradients(model, model(**Collator(processor)([sample for row in rows for sample in row])).loss)
+    for name, gradient in apart.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(packed[name], gradient, atol=1e-5 * scale + 1e-8, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_a_sample_does_not_see_the_one_before(lively, rows):
+    model, processor = lively
+    before, sample = rows[0][KINDS.index("text")], rows[1][0]
+    other = copy.deepcopy(before)
+    other.input_ids[2:5] = 9
+    states = [model(**PackedCollator(processor)([[b, sample]])).last_hidden_state[0] for b in (before, other)]
+    cut = num_steps(model, before)
+    assert (states[0][cut - 1] - states[1][cut - 1]).abs().max() > 0.01, "the change is seen within its own sample"
+    torch.testing.assert_close(states[0][cut:], states[1][cut:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_without_segments_the_samples_would_see_each_other(lively, rows):
+    """What the tests above would find: a leak is far larger than their tolerance."""
+    model, processor = lively
+    batch = PackedCollator(processor)(rows)
+    packed = model(**batch)
+    leaking = model(**batch | {"segment_ids": None, "attention_mask": (batch["segment_ids"] > 0).long()})
+    assert abs(packed.text_loss - leaking.text_loss) > 1e-2 and abs(packed.image_loss - leaking.image_loss) > 1e-4
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_sample_is_not_learned_from_the_sample_before(lively, rows):
+    model, processor = lively
+    all_learned = [[copy.deepcopy(sample) for sample in row] for row in rows]
+    for row in all_learned:
+        for sample in row:
+            sample.labels = sample.input_ids.clone()
+    flat = [sample for row in all_learned for sample in row]
+    packed = model(**PackedCollator(processor)(all_learned))
+    apart = model(**Collator(processor)(flat))
+    assert int(packed.num_text_tokens) == sum(naive_sums(model, sample).num_text for sample in flat)
+    torch.testing.assert_close(packed.text_loss, apart.text_loss, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["qwen3", "llama", "mistral"])
+def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
+    from llava_ext.checkpointing import assemble
+
+    torch.manual_seed(0)
+    model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
+    samples = [make_sample(model, processor, kind) for kind in KINDS]
+    packed = model.eval()(**PackedCollator(processor)([samples[:6], samples[6:]]))
+    torch.testing.assert_close(packed.loss, model(**Collator(processor)(samples)).loss, atol=1e-5, rtol=1e-5)
+
+
+def flash_reference(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):
+    """What flash-attention's varlen kernel computes, sample by sample; one row without padding, as it demands."""
+    assert attention_mask is None and query.shape[0] == 1 and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    assert cu_seq_lens_q.dtype == torch.int32 and int(cu_seq_lens_q[-1]) == query.shape[2]
+    assert max_length_q == int(cu_seq_lens_q.diff().max())
+    groups, outputs = query.shape[1] // key.shape[1], []
+    for start, end in cu_seq_lens_q.unfold(0, 2, 1).tolist():
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@torch.no_grad()
+def test_flash_attention_gets_one_row_and_the_samples_bounds(lively, rows, monkeypatch):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    model, processor = lively
+    AttentionInterface.register("flash_reference", flash_reference)
+    AttentionMaskInterface.register("flash_reference", flash_attention_mask)
+    batch = PackedCollator(processor)(rows)
+    expected = model(**batch)
+    # Past the setter, which would look for an installed kernel of that name.
+    monkeypatch.setattr(model.language_model.config, "_attn_implementation_internal", "flash_reference")
+    found = model(**batch)
+    assert found.last_hidden_state.shape[:2] == (1, sum(num_steps(model, s) for row in rows for s in row))
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_segments_and_a_mask_together_are_refused(lively, rows):
+    model, processor = lively
+    batch = PackedCollator(processor)(rows)
+    with pytest.raises(ValueError, match="without attention_mask"):
+        model(**batch, attention_mask=(batch["segment_ids"] > 0).long())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_loader_gives_packed_batches(tiny_mllm, num_workers):
+    model, processor = tiny_mllm
+    dataset = ConversationDataset(records() * 4, processor, Codes(model.config.vision_config), prompt_dropout=0.5)
+    loader = DataLoader(
+        PackedDataset(dataset),
+        sampler=PackingSampler(dataset.lengths, 100, seed=0, epoch_of=lambda: 0),
+        batch_size=2,
+        collate_fn=PackedCollator(processor),
+        num_workers=num_workers,
+    )
+    num_samples = 0
+    for batch in loader:
+        folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, None, batch["segment_ids"])
+        assert folded.input_ids.shape[1] <= 100
+        num_samples += int(batch["segment_ids"].amax(dim=1).sum())
+        with torch.no_grad():
+            assert torch.isfinite(model(**batch).loss)
+    assert num_samples == len(dataset)

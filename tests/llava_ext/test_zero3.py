@@ -1,0 +1,109 @@
+"""Weights that are split over ranks (ZeRO-3) are there where the model's own forward uses them."""
+
+import multiprocessing
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from mixed_samples import make_sample
+
+from llava_ext.checkpointing import assemble
+from llava_ext.data.dataset import Collator
+from llava_ext.data.packing import PackedCollator
+
+BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # of each rank: another kind, another number of chunks
+
+
+def rank_zero_of_two(function, *arguments):
+    """What `function` returns on rank 0 of two forked processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def child(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        result = function(*arguments)
+        if rank == 0:
+            results.put(result)
+
+    children = [context.Process(target=child, args=(rank,)) for rank in range(2)]
+    for process in children:
+        process.start()
+    try:
+        return results.get(timeout=60)
+    finally:
+        for process in children:
+            process.join(10)
+            process.kill()
+
+
+def build(folders):
+    from evotok_plugin import image_head
+    from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
+    from llava_ext import modeling_evotok_llava
+
+    for module in (image_head, modeling_evotok_llava):
+        module.chunked_cross_entropy = partial(chunked_cross_entropy, max_logits=2000)
+    torch.manual_seed(0)
+    model, processor = assemble(*folders, 32, 2, 2)
+    return model.train(), processor
+
+
+def make_batch(model, processor, rank, packed):
+    samples = [make_sample(model, processor, kind, seed=i) for i, kind in enumerate(BATCHES[rank])]
+    return PackedCollator(processor)([samples]) if packed else Collator(processor)(samples)
+
+
+def train_split(folders, packed):
+    """Two steps of SGD by DeepSpeed; the losses, and the weights whole."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    model, processor = build(folders)
+    batch = make_batch(model, processor, deepspeed.comm.get_rank(), packed)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    losses = []
+    for _ in range(2):
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    weights = {}
+    for name, weight in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(weight):
+            weights[name] = weight.detach().clone().numpy()
+    return losses, weights
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_ranks_with_split_weights_equal_one_process(packed, tiny_backbone_folder, tiny_evotok_folder):
+    folders = (tiny_backbone_folder, tiny_evotok_folder)
+    losses, weights = rank_zero_of_two(train_split, folders, packed)
+    model, processor = build(folders)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    expected = []
+    for _ in range(2):
+        parts = [model(**make_batch(model, processor, rank, packed)).loss for rank in range(2)]
+        optimizer.zero_grad()
+        torch.stack(parts).mean().backward()
+        optimizer.step()
+        expected.append(float(parts[0].detach()))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(weights[name]), weight.detach(), atol=1e-5, rtol=1e-4, msg=name)

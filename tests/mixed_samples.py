@@ -1,0 +1,100 @@
+"""Small conversations of every kind, and their losses computed one step at a time from the parts of the model."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_ext.data.dataset import Sample
+
+# What user and assistant say in turn; every image is an own random one.
+CONVERSATIONS = {
+    "read": [("<image>\nWhat is it?", "a ring"), ("Which color?", "red")],
+    "draw": [("a photo of a ring", "<image>")],
+    "both": [("<image>\nDraw it again.", "here: <image>")],
+    "text": [("What is a ring?", "a round shape")],
+    "read two": [("<image>\nWhat is it?", "a ring"), ("<image>\nAnd this?", "a blue square, and not a ring")],
+    "draw two": [("a ring", "<image>"), ("now two rings", "<image>\nhere they are")],
+    "draw, then read": [("a ring", "<image>"), ("<image>\nLike this one?", "no, a red one: <image>")],
+    "unconditional": [("", "<image>")],
+}
+MODEL_PARTS = ("language_model", "lm_head", "read_projector", "write_projector", "image_head")
+
+
+def make_sample(model, processor, kind: str, seed: int = 0) -> Sample:
+    """A conversation as the data set encodes it, with random codes."""
+    generator, vision = torch.Generator().manual_seed(seed), model.config.vision_config
+    messages, drawn, read = [], [], []
+    for question, answer in CONVERSATIONS[kind]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for text, images in ((question, read), (answer, drawn)):
+            for _ in range(text.count("<image>")):
+                shape = (vision.num_positions, vision.num_quantizers)
+                codes = torch.randint(vision.codebook_size, shape, generator=generator)
+                images.append(codes)
+                if images is read:
+                    drawn.append(None)
+    encoded = processor.encode_conversation(messages, drawn)
+    return Sample(encoded.input_ids, encoded.labels, read)
+
+
+@dataclass
+class Sums:
+    """Cross-entropies added up, and over how many tokens and positions; image terms are means over levels."""
+
+    text: Tensor
+    image: Tensor
+    num_text: int
+    num_image: int
+
+
+def naive_sums(model, sample: Sample) -> Sums:
+    """One sample's losses from its flat ids: embed each step, run the backbone on it alone, classify everything."""
+    vocabulary, levels = model.vocabulary, model.config.vision_config.pixel_depth
+    read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
+    ids, labels, at, place = sample.input_ids, sample.labels, 0, 0
+    steps, targets = [], []
+    while at < len(ids):
+        token, learned = int(ids[at]), int(labels[at]) != -100
+        if vocabulary.is_residual(ids[at]):
+            codes = vocabulary.codes(ids[at : at + levels])
+            steps.append(model.embed_written(codes[None], torch.tensor([place]))[0])
+            targets.append(codes if learned else None)
+            place, at = place + 1, at + levels
+            continue
+        place, at = 0, at + 1
+        is_placeholder = token == model.config.image_token_id
+        steps.append(read.pop(0) if is_placeholder else model.get_input_embeddings()(torch.tensor(token)))
+        targets.append(torch.tensor(token) if learned else None)
+    assert not read
+    hidden = model.language_model(inputs_embeds=torch.stack(steps)[None]).last_hidden_state[0]
+    text, image = [], []
+    for before, target in zip(hidden[:-1], targets[1:], strict=True):
+        if target is None:
+            continue
+        if target.ndim == 0:
+            text.append(F.cross_entropy(model.lm_head(before), target))
+        else:
+            logits = model.image_head(before[None], model.vision_tower.level_latents(target[None, None])[0])
+            terms = [F.cross_entropy(x[0], code) for x, code in zip(logits, target, strict=True)]
+            image.append(torch.stack(terms).mean())
+    add = lambda terms: torch.stack(terms).sum() if terms else torch.zeros(())  # noqa: E731
+    return Sums(add(text), add(image), len(text), len(image))
+
+
+def pooled(sums: list[Sums]) -> tuple[Tensor, Tensor]:
+    """Text and image loss of several samples together: every token weighs the same."""
+    text = sum(s.text for s in sums) / max(1, sum(s.num_text for s in sums))
+    image = sum(s.image for s in sums) / max(1, sum(s.num_image for s in sums))
+    return text, image
+
+
+def gradients(model, loss: Tensor) -> dict[str, Tensor]:
+    """Of all trained weights, by name; zero where the loss does not depend on one."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    found = torch.autograd.grad(loss, [weight for _, weight in named], allow_unused=True)
+    return {
+        name: torch.zeros_like(weight) if gradient is None else gradient
+        for (name, weight), gradient in zip(named, found, strict=True)
+    }
