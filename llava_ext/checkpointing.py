@@ -183,9 +183,10 @@ def assemble(
     tower = EvoTokModel.from_pretrained(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
     images = EvoTokImageProcessor.from_pretrained(vision_tower)
     processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size)
+    new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _start_from_mean(backbone, tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
+    _start_from_mean(backbone, sorted(new))
     backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
     config = EvoTokLlavaConfig(
         text_config=backbone.config.to_dict(),
@@ -278,7 +279,9 @@ def save_model(
         options: of `save_pretrained`.
     """
     set_tower_aside(model)
-    weights = model.state_dict() if state_dict is None else state_dict
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")  # copies of tied weights no longer show that they are tied
     tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
     model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
 

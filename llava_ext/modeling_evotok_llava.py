@@ -16,6 +16,7 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin
 from llava_ext.losses import count_learned
+from llava_ext.packed_attention import tell_samples_apart
 from llava_ext.projector import Projector
 
 
@@ -200,19 +201,21 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give images either as pixel_values or as image_codes, and not both")
+        if labels is not None and input_ids is None:
+            raise ValueError("labels need input_ids: what is learned at a step depends on its token")
+        others = (attention_mask, position_ids, past_key_values, inputs_embeds)
+        if segment_ids is not None and any(value is not None for value in others):
+            raise ValueError(
+                "segment_ids say what belongs together; give them with input_ids, and without attention_mask, "
+                "position_ids or past_key_values"
+            )
         folded, steps = None, {"attention_mask": attention_mask, "position_ids": position_ids}
-        if segment_ids is not None:
-            if any(value is not None for value in (attention_mask, position_ids, past_key_values, inputs_embeds)):
-                raise ValueError(
-                    "segment_ids say what belongs together; give them with input_ids, and without attention_mask, "
-                    "position_ids or past_key_values"
-                )
         if labels is not None or segment_ids is not None:
             use_cache = False  # with a cache, transformers does not look for packed samples
         if inputs_embeds is None:
             folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels, segment_ids)
             if segment_ids is not None:
-                folded, steps = self._packed(folded)
+                folded, steps = tell_samples_apart(self.language_model, folded)
             elif attention_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
@@ -224,28 +227,12 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         if labels is None:
             result.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
             return result
-        if folded is None:
-            raise ValueError("labels need input_ids: what is learned at a step depends on its token")
         counts = count_learned(folded.labels, self.vocabulary, folded.segment_ids)
         result.num_text_tokens, result.num_image_positions = counts.text_tokens, counts.image_positions
         result.text_loss = self._text_loss(hidden, folded)
         result.image_loss = self._image_loss(hidden, folded)
         result.loss = result.text_loss + result.image_loss
         return result
-
-    def _packed(self, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
-        """The sequence as the backbone's attention takes packed samples, and the arguments that tell them apart."""
-        if "flash" not in self.language_model.config._attn_implementation:
-            # transformers builds the block-diagonal mask from the restarts, if there is no other mask.
-            return folded, {"attention_mask": None, "position_ids": folded.position_ids}
-        folded = folded.as_one_row()
-        bounds = folded.starts[0].nonzero().flatten().to(torch.int32)
-        bounds = torch.cat([bounds, bounds.new_tensor([folded.starts.shape[1]])])
-        longest = int(bounds.diff().max())
-        steps = {"attention_mask": None, "position_ids": folded.position_ids}
-        return folded, steps | {
-            "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest
-        }  # fmt: skip
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
         learned = (folded.labels != -100) & ~folded.written

@@ -1,5 +1,6 @@
 """Conversations and images to the model's flat token sequence, and ids back to text."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,12 +162,11 @@ class EvoTokLlavaProcessor(ProcessorMixin):
             add_generation_prompt,
         )
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        spans, current, learned = rendered.assistant_spans, 0, []
-        for start, _ in encoded["offset_mapping"]:
-            while current < len(spans) and start >= spans[current][1]:
-                current += 1
-            learned.append(current < len(spans) and start >= spans[current][0])
-        tokens = encoded["input_ids"]
+        tokens, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        learned = [False] * len(tokens)
+        for span in rendered.assistant_spans:
+            first, end = (bisect_left(starts, edge) for edge in span)
+            learned[first:end] = [True] * (end - first)
         is_image = [token == self.image_token_id for token in tokens]
         return ConversationLayout(tokens, learned, is_image, self.num_positions + 2)
 

@@ -32,11 +32,11 @@ def tiny_backbone_folder(tiny_tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_backbone():
-    """`make_backbone(tokenizer_folder, folder, model_type)` writes a random causal LM."""
+    """`make_backbone(tokenizer_folder, folder, model_type, **settings)` writes a random causal LM."""
     return write_backbone
 
 
-def write_backbone(tokenizer_folder, folder, model_type: str = "qwen2"):
+def write_backbone(tokenizer_folder, folder, model_type: str = "qwen2", **settings):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -53,6 +53,7 @@ def write_backbone(tokenizer_folder, folder, model_type: str = "qwen2"):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **extra,
+        **settings,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

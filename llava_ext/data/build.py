@@ -1,6 +1,7 @@
 """From the entries of `data_path` to what a stage trains on."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ def build_dataset(
     if len(found.images):
         cache = open_code_cache(config, found.images, model, processor, processes)
         records = without_broken(found, cache, bad)
-    if bad.reasons:
+    if len(sources) > 1:
+        tell_about_sources(config, records.sizes)
+    if bad.reasons and processes.is_first:
         logger.warning("left out %d of %d samples; see %s", len(bad.reasons), found.num_records, bad.report)
     return ConversationDataset(
         records,
@@ -71,6 +74,13 @@ def _num_workers(config: StageConfig) -> int:
     return config.dataloader_num_workers or EncodingOptions.num_workers
 
 
+def tell_about_sources(config: StageConfig, sizes: Sequence[int]) -> None:
+    """Say how many samples each entry of `data_path` has, and which share of the training they make."""
+    weights = config.data_weights or sizes
+    for path, size, weight in zip(config.data_path, sizes, weights, strict=True):
+        logger.info("  %s: %d samples, %.1f %% of what is seen", path, size, 100 * weight / max(1, sum(weights)))
+
+
 def tell_about_length(config: StageConfig, found: Survey, image_steps: int) -> None:
     """Say how many samples are cut and how many left out; long conversations are no reason to stop.
 
@@ -78,7 +88,7 @@ def tell_about_length(config: StageConfig, found: Survey, image_steps: int) -> N
         ValueError: nothing is left.
     """
     BadSamples(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
-    if found.num_cut or found.too_long:
+    if (found.num_cut or found.too_long) and config.process_index == 0:
         logger.warning(
             "%d of %d samples are longer than model_max_length %d: %d lose their ends, %d are left out because an "
             "image or the whole answer would be cut (named in too_long_samples.jsonl)",

@@ -144,7 +144,7 @@ class JsonRecords:
         content = self._files.read(self._place(index)[0], start, end - start)
         try:
             return json.loads(content)
-        except ValueError as error:  # UnicodeDecodeError is one, too
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
             raise ValueError(f"not valid JSON: {error}") from error
 
 
@@ -265,7 +265,7 @@ class TarRecords:
                 row = json.loads(self._read(index, members["json"]))
             if "txt" in members and isinstance(row, dict):  # the .json may hold notes on the image alone
                 row = {"caption": self._read(index, members["txt"]).decode(), **row}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON or text: {error}") from error
         return row
 

@@ -75,6 +75,7 @@ def parse_row(row: object, options: RowOptions, embedded: Sequence[str] = ()) ->
         raise ValueError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
     named = _named_images(row)
     for messages in conversations:
+        _check_text(messages)
         _check_counts(messages, len(embedded) or len(named))
     images = tuple(embedded) or tuple(_image_key(name, options.image_folder) for name in named)
     identity = "" if row.get("id") is None else str(row["id"])
@@ -126,6 +127,14 @@ def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
 
 def _drawn(messages: Sequence[dict]) -> tuple[bool, ...]:
     return tuple(m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE)))
+
+
+def _check_text(messages: Sequence[dict]) -> None:
+    for number, message in enumerate(messages):
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
+            raise ValueError(f"turn {number} is no Unicode text: {error}") from error
 
 
 def _check_counts(messages: Sequence[dict], num_images: int) -> None:

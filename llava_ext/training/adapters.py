@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import set_seed
 
 from llava_ext.checkpointing import assemble, load_model, model_type_of, save_model, weights_fingerprint, write_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
@@ -58,6 +59,7 @@ def add_lora(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) ->
     )
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
+    set_seed(config.seed)  # whatever engine has loaded the model before, the adapters start alike
     return get_peft_model(model, lora)
 
 

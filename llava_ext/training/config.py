@@ -89,6 +89,8 @@ class StageConfig(TrainingArguments):
         self._check()
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
+        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
+            self.deepspeed = None
         if isinstance(self.deepspeed, str):
             self.deepspeed = str(find_deepspeed_config(self.deepspeed))
         _prepare_processes(self)

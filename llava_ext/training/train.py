@@ -38,7 +38,7 @@ from llava_ext.training.checkpoints import (
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parts import choose_trainable, learning_rates, part_of, size_of
 from llava_ext.training.trainer import EvoTokTrainer
-from llava_ext.training.zero import partitions_weights, whole_models
+from llava_ext.training.zero import whole_models, zero_stage
 
 logger = logging.getLogger("llava_ext")
 
@@ -84,7 +84,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
             facts["steps"],
         )
         return
-    shape = RunShape(config.world_size, zero_stage_of(config), method_of(config))
+    shape = RunShape(config.world_size, zero_stage(config), method_of(config))
     checkpoint = prepare_folder(config, shape)
 
     transformers.set_seed(config.seed)
@@ -112,13 +112,6 @@ def run_stage(recipe: str, overrides: dict) -> None:
         steps, seconds = steps_of(checkpoint), round(time.monotonic() - started, 1)
         mark_finished(config.output_dir, {"steps": steps, "seconds": seconds})
         logger.info("finished %d steps in %.0f s", steps, seconds)
-
-
-def zero_stage_of(config: StageConfig) -> int:
-    """ZeRO stage, 0 without DeepSpeed."""
-    if config.hf_deepspeed_config is None:
-        return 0
-    return config.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
 
 
 def method_of(config: StageConfig) -> str:
@@ -217,7 +210,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
             model, processor = load_model(source, dtype, attention, quantization)
-            if partitions_weights(config):
+            if zero_stage(config) == 3:
                 with whole_models(config):
                     model.vision_tower = read_tower(source)
             return model, processor

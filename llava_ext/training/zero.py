@@ -12,9 +12,10 @@ from transformers.integrations.deepspeed import (
 from llava_ext.training.config import StageConfig
 
 
-def partitions_weights(config: StageConfig) -> bool:
-    """Whether this run spreads its weights over the processes (stage 3)."""
-    return config.hf_deepspeed_config is not None and config.hf_deepspeed_config.is_zero3()
+def zero_stage(config: StageConfig) -> int:
+    """0 without DeepSpeed, 3 where weights are spread over the processes."""
+    engine = getattr(config, "hf_deepspeed_config", None)  # TrainingArguments has it only with DeepSpeed
+    return 0 if engine is None else engine.get_value("zero_optimization.stage", 0)
 
 
 @contextlib.contextmanager

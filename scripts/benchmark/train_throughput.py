@@ -41,6 +41,7 @@ from llava_ext.data.dataset import ConversationDataset  # noqa: E402
 from llava_ext.data.packing import PackedCollator, PackedDataset, PackingSampler  # noqa: E402
 from llava_ext.data.records import LLAVA_IMAGE, Record  # noqa: E402
 from llava_ext.embedding_merge import fold_residual_tokens  # noqa: E402
+from llava_ext.packed_attention import tell_samples_apart  # noqa: E402
 from llava_ext.training.text_backbone import train_text_tokenizer  # noqa: E402
 
 VOCABULARY = 151936  # Qwen2's
@@ -219,8 +220,8 @@ def straightforward_step(model, batch: PixelBatch, sums: Sums) -> Tensor:
     text = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     latents = model.vision_tower.level_latents(drawn[None])[0].to(hidden.dtype)
     of_levels = model.image_head(hidden[:, :-1][batch.drawn_places[:, 1:]], latents)
-    terms = [F.cross_entropy(one.float(), drawn[:, level]) for level, one in enumerate(of_levels)]
-    image = torch.stack(terms).mean()
+    terms = [F.cross_entropy(one.float(), drawn[:, at], reduction="sum") for at, one in enumerate(of_levels)]
+    image = torch.stack(terms).sum() / max(1, drawn.numel())
     sums.add(text, image, int((targets != -100).sum()), len(drawn))
     return text + image
 
@@ -236,25 +237,24 @@ def our_step(model, batch: dict[str, Tensor], sums: Sums) -> Tensor:
 
 @dataclasses.dataclass
 class TextBatch:
-    """What the LLM alone sees of a packed row: ids and restarting positions (B, S), and the learned text."""
+    """What the LLM alone sees of packed rows: ids (B, S), what tells samples apart, and the learned text."""
 
     ids: Tensor
-    position_ids: Tensor
+    apart: dict
     learned: Tensor
     targets: Tensor
 
 
 def text_batch(model, batch: dict[str, Tensor]) -> TextBatch:
     folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, batch["labels"], batch["segment_ids"])
+    folded, apart = tell_samples_apart(model.language_model, folded)
     learned = (folded.labels[:, 1:] != -100) & ~folded.written[:, 1:]
     ids = folded.input_ids.masked_fill(folded.written, 0)
-    return TextBatch(ids, folded.position_ids, learned, folded.labels[:, 1:][learned])
+    return TextBatch(ids, apart, learned, folded.labels[:, 1:][learned])
 
 
 def floor_step(model, batch: TextBatch) -> Tensor:
-    hidden = model.language_model(
-        input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    hidden = model.language_model(input_ids=batch.ids, use_cache=False, **batch.apart).last_hidden_state
     return F.cross_entropy(model.lm_head(hidden[:, :-1][batch.learned]).float(), batch.targets)
 
 
@@ -305,7 +305,7 @@ def to_device(batch, device: torch.device):
 
 def compare(options: argparse.Namespace, work: Path) -> dict:
     """All contestants over the same samples."""
-    device, sizes = torch.device(options.device), SIZES[options.sizes]
+    device, sizes = torch.device(options.device), options.model
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     model, processor = make_model(sizes, device, work)
     records = make_records(options.samples, work / "images", seed=0)
@@ -318,7 +318,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
     pixels = [
         to_device(batch, device) for batch in pixel_batches(records, work / "images", processor, options.batch_size)
     ]
-    texts = [to_device(text_batch(model, collate([rows[row]])), device) for row in packing]
+    texts = [text_batch(model, to_device(collate([rows[row]]), device)) for row in packing]
     sums = {"straightforward": Sums(), "ours": Sums()}
 
     def ours() -> None:
@@ -385,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", choices=list(SIZES), help="default: small on a CPU, large on a GPU")
+    parser.add_argument("--codebook_size", type=int, help="codes a level; default: that of the sizes")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=4, help="samples a batch of the straightforward way")
     parser.add_argument("--row_length", type=int, default=1024, help="LLM steps of a packed row; rows come one by one")
@@ -397,7 +398,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    sizes = {name: str(value) for name, value in vars(SIZES[options.sizes]).items()} | {"vocabulary": str(VOCABULARY)}
+    options.model = SIZES[options.sizes]
+    if options.codebook_size:
+        options.model = dataclasses.replace(options.model, codebook_size=options.codebook_size)
+    sizes = {name: str(value) for name, value in vars(options.model).items()} | {"vocabulary": str(VOCABULARY)}
     report = {"machine": machine(options), "sizes": sizes}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(", ".join(f"{key} {value}" for key, value in sizes.items()))

@@ -20,11 +20,13 @@ def model_folder(tiny_mllm, tmp_path_factory):
 
 def test_new_tokens_start_from_the_mean_of_all_others(tiny_backbone_folder, tiny_mllm):
     model, processor = tiny_mllm
-    ids = processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
+    before = load_file(tiny_backbone_folder / "model.safetensors")["model.embed_tokens.weight"]
+    added = range(len(before), len(processor.tokenizer))
+    ids = [*processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *added]
     weight = model.get_input_embeddings().weight
     others = torch.ones(len(weight), dtype=torch.bool)
     others[ids] = False
-    torch.testing.assert_close(weight[ids], weight[others].mean(0).expand(3, -1))
+    torch.testing.assert_close(weight[ids], weight[others].mean(0).expand(len(ids), -1))
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, tiny_backbone_folder, tiny_evotok_folder):

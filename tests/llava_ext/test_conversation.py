@@ -9,7 +9,7 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor, TooLong
 # What the documentation of these families says of their formats, as small templates.
 TEMPLATES = {
     "qwen2": (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),

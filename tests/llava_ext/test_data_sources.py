@@ -258,6 +258,17 @@ def test_a_data_set_without_conversations_names_its_columns(tmp_path):
         open_records(tmp_path / "labels", RowOptions())
 
 
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"conversations": 3}', "7", "\xff"])
+def test_a_bad_line_is_one_bad_sample(tmp_path, line):
+    good = json.dumps(ROWS[2])
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join([good.encode(), line.encode("latin-1"), good.encode()]))
+    source = open_records(tmp_path / "d.jsonl", RowOptions())
+    assert one_record(source, 0) == one_record(source, 2)
+    with pytest.raises(ValueError):
+        source.records(1)
+    assert source.row_name(1).endswith("d.jsonl:1")
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from evotok_plugin.data.code_cache import CodeCache, encode_images
 from evotok_plugin.data.sources import FileSource
@@ -55,6 +56,18 @@ def test_which_prompts_are_dropped_follows_from_the_epoch(dataset_of):
     second = [len(dataset[i].input_ids) for i in range(len(dataset))]
     again.set_epoch(1)
     assert second == [len(again[i].input_ids) for i in range(len(again))] != first
+
+
+def test_data_loading_processes_that_stay_learn_of_the_new_epoch(dataset_of):
+    dataset = dataset_of(prompt_dropout=0.5)
+    loader = DataLoader(dataset, batch_size=None, collate_fn=_length, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        assert list(loader) == [len(dataset[i].input_ids) for i in range(len(dataset))]
+
+
+def _length(sample):
+    return len(sample.input_ids)
 
 
 def test_a_sample_is_no_longer_than_its_length_says(tiny_mllm, dataset_of):

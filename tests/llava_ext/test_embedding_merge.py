@@ -47,6 +47,47 @@ def test_an_image_cut_in_half_is_an_error(broken):
         fold_residual_tokens(VOCABULARY, torch.tensor([[7, *broken]]), None, None)
 
 
+def test_packed_samples_keep_their_segments_positions_and_places():
+    ids = torch.tensor([[7, 8, *IMAGE, 9, 5, 6, *IMAGE, 9], [5, *IMAGE, 9, *[0] * 10]])
+    segments = torch.tensor([[1] * 9 + [2] * 9, [1] * 8 + [2] + [0] * 9])
+    ids[1, 8] = 4
+    labels = torch.where(segments > 0, ids, -100)
+    folded = fold_residual_tokens(VOCABULARY, ids, None, labels, segments)
+    assert folded.segment_ids.tolist() == [[1] * 5 + [2] * 5, [1, 1, 1, 1, 2] + [0] * 5]
+    assert folded.position_ids.tolist() == [[*range(5), *range(5)], [*range(4), 0, *range(5)]]
+    assert folded.written_places(2).tolist() == [0, 1] * 3
+    first = [[0, 5], [0, 4]]
+    for row, places in enumerate(first):
+        assert (folded.labels[row][places] == -100).all(), "nothing stands before a sample's first token"
+    assert folded.labels[0, 1:5].tolist() == [8, IMAGE[0], IMAGE[3], 9]
+    assert (folded.labels[1, 5:] == -100).all()
+
+
+def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
+    ids = torch.tensor([[7, *IMAGE, 5, 6], [8, 9, 4, 0, 0, 0, 0, 0, 0]])
+    segments = torch.tensor([[1] * 7 + [2] * 2, [1, 1, 2] + [0] * 6])
+    row = fold_residual_tokens(VOCABULARY, ids, None, ids, segments).as_one_row()
+    assert row.input_ids.tolist() == [[7, IMAGE[0], IMAGE[3], 5, 6, 8, 9, 4]]
+    assert row.starts.int().tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]]
+    assert row.written.int().tolist() == [[0, 1, 1, 0, 0, 0, 0, 0]] and row.codes.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert row.labels.tolist() == [[-100, IMAGE[0], IMAGE[3], -100, 6, -100, 9, -100]]
+
+
+@pytest.mark.parametrize(
+    "rows", [[[7, *IMAGE[:3], 9]], [[7, *IMAGE[:3], 9, *IMAGE, *IMAGE[:3]]], [[7, *IMAGE, *IMAGE]]]
+)
+def test_images_of_another_size_are_refused(rows):
+    folded = fold_residual_tokens(VOCABULARY, torch.tensor(rows), None, None)
+    with pytest.raises(ValueError, match="no whole images of 2 positions"):
+        folded.written_places(2)
+
+
+def test_a_left_padded_samples_first_label_is_not_learned():
+    ids, mask = batch([[7, 8, *IMAGE, 9], [5, 6]], "left")
+    folded = fold_residual_tokens(VOCABULARY, ids, mask, ids.masked_fill(mask == 0, -100))
+    assert (folded.labels != -100).sum(dim=1).tolist() == [4, 1]
+
+
 def test_merge_counts_places_and_features():
     embeddings, where = torch.zeros(1, 3, 2), torch.tensor([[True, False, True]])
     merged = merge_features(embeddings, where, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "image")

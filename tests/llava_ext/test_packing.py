@@ -16,7 +16,8 @@ from llava_ext.data.packing import (
     pack_lengths,
 )
 from llava_ext.data.records import Record
-from llava_ext.embedding_merge import fold_residual_tokens
+from llava_ext.embedding_merge import fold_residual_tokens, segment_starts
+from llava_ext.packed_attention import find_segments
 
 KINDS = list(CONVERSATIONS)
 
@@ -212,15 +213,81 @@ def test_the_first_token_of_a_sample_is_not_learned_from_the_sample_before(livel
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["qwen3", "llama", "mistral"])
-def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("backbone", "window"), [("qwen3", None), ("llama", None), ("mistral", None), ("mistral", 12)])
+def test_other_backbones_and_attentions(
+    backbone, attention, window, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path
+):
+    """Sample by sample under SDPA, with a block-diagonal mask else, and where a window is shorter than a sample."""
     from llava_ext.checkpointing import assemble
 
     torch.manual_seed(0)
     model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
+    model.language_model.set_attn_implementation(attention)
+    if backbone == "mistral":
+        model.language_model.config.sliding_window = window
     samples = [make_sample(model, processor, kind) for kind in KINDS]
     packed = model.eval()(**PackedCollator(processor)([samples[:6], samples[6:]]))
     torch.testing.assert_close(packed.loss, model(**Collator(processor)(samples)).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_segments_are_the_samples_and_the_padding_of_each_row():
+    starts = segment_starts(torch.tensor([[1, 1, 2, 0], [1, 2, 2, 2]]))
+    assert find_segments(starts) == [(0, 0, 2), (0, 2, 3), (0, 3, 4), (1, 0, 1), (1, 1, 4)]
+
+
+def test_no_step_is_attended_to_from_another_sample(lively, rows, monkeypatch):
+    """Under SDPA the samples' attention is computed apart; a block-diagonal mask over the row would cost its square."""
+    from llava_ext import packed_attention
+
+    model, processor = lively
+    seen, forward = [], packed_attention.sdpa_attention_forward
+
+    def watch(module, query, key, value, mask, **kwargs):
+        seen.append((query.shape[2], key.shape[2], mask))
+        return forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", watch)
+    with torch.no_grad():
+        model(**PackedCollator(processor)(rows))
+    longest = max(num_steps(model, sample) for row in rows for sample in row)
+    assert seen and all(mask is None and num_keys <= longest for _, num_keys, mask in seen)
+
+
+def test_gradient_checkpointing_keeps_the_samples_apart(lively, rows):
+    model, processor = lively
+    batch = PackedCollator(processor)(rows)
+    expected = gradients(model, model(**batch).loss)
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.train()
+    found = gradients(checkpointed, checkpointed(**batch).loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_adapters_on_every_layer_see_packed_rows_alike(lively, rows):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = copy.deepcopy(lively[0]), lively[1]
+    layers = ["q_proj", "down_proj", "lm_head", "from_hidden", "classifiers.0.1"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=layers, init_lora_weights=False)).eval()
+    packed = adapted(**PackedCollator(processor)(rows))
+    apart = adapted(**Collator(processor)([sample for row in rows for sample in row]))
+    torch.testing.assert_close(packed.loss, apart.loss, atol=1e-5, rtol=1e-5)
+    assert abs(packed.loss - lively[0](**PackedCollator(processor)(rows)).loss) > 1e-2
+
+
+@torch.no_grad()
+def test_after_packed_rows_the_model_still_answers_and_draws_as_before(tiny_mllm, rows):
+    fresh, (packed, processor) = tiny_mllm[0], (copy.deepcopy(tiny_mllm[0]), tiny_mllm[1])
+    packed(**PackedCollator(processor)(rows))
+    inputs = processor(["What is a ring?", "What is a blue square, and where?"])
+    answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for model in (fresh, packed)]
+    assert torch.equal(*answers)
+    pictures = [np.asarray(model.generate_images("a ring", processor)[0]) for model in (fresh, packed)]
+    assert (pictures[0] == pictures[1]).all()
 
 
 def flash_reference(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):

@@ -1,45 +1,18 @@
 """Weights that are split over ranks (ZeRO-3) are there where the model's own forward uses them."""
 
-import multiprocessing
 import os
-import socket
 from functools import partial
 
 import pytest
 import torch
 from mixed_samples import make_sample
+from stage_runs import run_forked
 
 from llava_ext.checkpointing import assemble
 from llava_ext.data.dataset import Collator
 from llava_ext.data.packing import PackedCollator
 
 BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # of each rank: another kind, another number of chunks
-
-
-def rank_zero_of_two(function, *arguments):
-    """What `function` returns on rank 0 of two forked processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-
-    def child(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result = function(*arguments)
-        if rank == 0:
-            results.put(result)
-
-    children = [context.Process(target=child, args=(rank,)) for rank in range(2)]
-    for process in children:
-        process.start()
-    try:
-        return results.get(timeout=60)
-    finally:
-        for process in children:
-            process.join(10)
-            process.kill()
 
 
 def build(folders):
@@ -94,7 +67,7 @@ def train_split(folders, packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_two_ranks_with_split_weights_equal_one_process(packed, tiny_backbone_folder, tiny_evotok_folder):
     folders = (tiny_backbone_folder, tiny_evotok_folder)
-    losses, weights = rank_zero_of_two(train_split, folders, packed)
+    losses, weights = run_forked(train_split, folders, packed, world_size=2)
     model, processor = build(folders)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     expected = []

@@ -1,0 +1,133 @@
+"""Real training runs in forked ranks: libraries are imported once, process groups and environment stay apart."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+
+import yaml
+
+from llava_ext.training import train
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(rank, world_size, port, function, arguments, queue):
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        queue.put((rank, "ok", function(*arguments)))
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - handed to the parent, which fails
+        queue.put((rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def start_forked(function: Callable, *arguments, world_size: int = 1):
+    """Start `function` in forked ranks; the ranks and the queue of their results."""
+    context = multiprocessing.get_context("fork")
+    queue, port = context.Queue(), _free_port()
+    ranks = [
+        context.Process(target=_child, args=(rank, world_size, port, function, arguments, queue))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks, queue
+
+
+def run_forked(function: Callable, *arguments, world_size: int = 1):
+    """Run `function` in forked ranks; returns rank 0's result or raises with its error's text."""
+    ranks, queue = start_forked(function, *arguments, world_size=world_size)
+    results = []
+    while len(results) < world_size:
+        try:
+            results.append(queue.get(timeout=2))
+        except Empty:
+            died = [rank.exitcode for rank in ranks if rank.exitcode]
+            if died:
+                for rank in ranks:
+                    rank.kill()
+                raise RuntimeError(f"a rank died with exit code {died[0]}") from None
+    for rank in ranks:
+        rank.join(60)
+    results.sort(key=lambda result: result[0])
+    for rank, status, result in results:
+        if status != "ok":
+            raise RuntimeError(f"rank {rank}: {status}\n{result}")
+    return results[0][2]
+
+
+def signal_when(
+    ranks, signal_number: int, happened: Callable[[], bool], only_first: bool = False, limit_s: float = 60
+) -> list[int]:
+    """Send a signal to forked ranks as soon as something has happened; their exit codes."""
+    deadline = time.monotonic() + limit_s
+    while not happened():
+        alive = [rank for rank in ranks if rank.is_alive()]
+        assert alive and time.monotonic() < deadline, "the run ended before there was anything to interrupt"
+        time.sleep(0.001)
+    for rank in ranks[:1] if only_first else ranks:
+        os.kill(rank.pid, signal_number)
+    for rank in ranks:
+        rank.join(limit_s)
+    return [rank.exitcode for rank in ranks]
+
+
+def run(recipe: Path, output: Path, overrides: dict | None = None) -> None:
+    """One stage as the command runs it."""
+    train.run_stage(str(recipe), {"output_dir": str(output), **(overrides or {})})
+
+
+def stage_exit(recipe: Path, output: Path, flags: list[str]) -> tuple[int, str]:
+    """Exit code of the training command and the last line that it writes."""
+    import contextlib
+    import io
+
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured):
+        code = train.main(["--recipe", str(recipe), "--output_dir", str(output), *flags])
+    return code, captured.getvalue().strip().splitlines()[-1]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of every step, a step that was repeated as it came out last."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def write_recipe(folder: Path, backbone: Path, evotok: Path, scenes: Path) -> Path:
+    """A recipe of four steps that trains everything on a few scenes and text-only samples."""
+    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (folder / "text.json").write_text(json.dumps([{"id": f"t{i}", "conversations": said} for i in range(8)]))
+    values = {
+        "model_name_or_path": str(backbone),
+        "vision_tower": str(evotok),
+        "data_path": [str(scenes / "train" / "finetune.json"), str(folder / "text.json")],
+        "image_folder": str(scenes / "train"),
+        "code_cache": str(folder / "codes"),
+        "head_hidden_size": 32,
+        "head_num_layers": 2,
+        "head_num_heads": 2,
+        "deepspeed": "zero2",
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
