@@ -19,11 +19,9 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +38,7 @@ from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.images import as_bytes, to_pixel_values
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.interruption import StopSignals, serve_the_parent
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.processes import Processes
 from evotok_plugin.progress import progress_interval
@@ -526,7 +525,7 @@ class _Run:
         writer = _ShardWriter(self._folder, self._facts, shards)
         most_broken = self._options.max_bad_fraction * len(self._source)
         seen, broken, stop, started = 0, 0, 0, time.monotonic()
-        with _Signals() as signals, self._bar() as bar:
+        with StopSignals() as signals, self._bar() as bar:
             for _ in range(num_rounds):
                 if stop or self._known_broken + broken > most_broken:
                     break
@@ -548,7 +547,7 @@ class _Run:
             batch_sampler=batches,
             collate_fn=_collate,
             num_workers=min(self._options.num_workers, len(batches)),
-            worker_init_fn=_serve,
+            worker_init_fn=serve_the_parent,
             generator=torch.Generator(),  # else it would draw from the random numbers of whoever trains next
         )
 
@@ -736,44 +735,3 @@ def _make_ready(folder: Path, facts: CacheFacts) -> None:
         orphan = re.fullmatch(r"shard-\d+\.npy", path.name) and not path.with_suffix(".json").exists()
         if orphan or re.fullmatch(r"(shard-\d+\.(npy|json)|cache\.json)\.tmp", path.name):
             path.unlink()
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM, so that work can end in order; a second one does what it did before."""
-
-    def __init__(self) -> None:
-        self.caught = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
-        return self
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.caught = int(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(self, *_error: object) -> None:
-        self._restore()
-
-
-def _serve(_worker: int) -> None:
-    """What a process that decodes does first.
-
-    A terminal's Ctrl-C and a cluster's SIGTERM go to every process: the one that encodes ends those that decode. When
-    it is killed they end by themselves; PyTorch's own watch over it begins too late for a kill while they start.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from evotok_plugin.data.images import to_pixel_values
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.interruption import StopSignals, serve_the_parent
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
@@ -80,7 +80,7 @@ class TokenizerTrainer:
         self._watch = LossWatch(config.max_loss_growth)
         self._usage = self._new_usage()
         self._reporter: Reporter | None = None
-        self._stop_signal = 0
+        self._signals = StopSignals()
 
     # Setting up ----------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class TokenizerTrainer:
     def _agree(self, terms: dict[str, Tensor], num_broken: int) -> tuple[dict[str, float], bool]:
         """The step's figures as means over all processes, and whether any of them was told to stop or met broken
         images; one exchange, the only wait in a step."""
-        told = torch.tensor([float(num_broken), float(self._stop_signal > 0)], device=self.device)
+        told = torch.tensor([float(num_broken), float(self._signals.caught > 0)], device=self.device)
         values = self.processes.add_up(torch.cat([torch.stack(list(terms.values())) / self.world_size, told])).tolist()
         self._anyone_broken, anyone_stops = values[-2] > 0, values[-1] > 0
         return dict(zip(terms, values[:-2], strict=True)), anyone_stops
@@ -234,7 +234,7 @@ class TokenizerTrainer:
             self._init_codebooks()
         if self.processes.is_first:
             self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
-        with self._stopping_in_order():
+        with self._signals:
             self._train()
         if self.processes.is_first:
             with self._averaged():
@@ -277,28 +277,10 @@ class TokenizerTrainer:
                 self._end_early()
         bar.close()
 
-    @contextlib.contextmanager
-    def _stopping_in_order(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step end first; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: object) -> None:
-            self._stop_signal = number
-            signal.signal(number, before[number])
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _end_early(self) -> None:
         logger.warning("stopped at step %d, which is saved; the same command goes on from there", self.step)
         self.processes.barrier()
-        raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
+        raise SystemExit(128 + (self._signals.caught or signal.SIGTERM))
 
     def _batches(self) -> DataLoader:
         """This process's share of the stream, from the present step to the end."""
@@ -308,7 +290,7 @@ class TokenizerTrainer:
             num_workers=self.config.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_ctrl_c_to_the_trainer,
+            worker_init_fn=serve_the_parent,
             # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
             generator=torch.Generator(),
         )
@@ -467,11 +449,6 @@ class TokenizerTrainer:
         torch.set_rng_state(state["cpu"])
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
-
-
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    """A terminal sends Ctrl-C to data-loading processes, too; the step that is under way still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Positions:
