@@ -18,6 +18,7 @@ from llava_ext.data.records import KINDS, LLAVA_IMAGE, Record
 from llava_ext.data.survey import RecordTable
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
+_CLASSES_A_DOUBLING = 2  # of length
 _WINDOW = 50  # batches that are sorted together
 
 
@@ -148,8 +149,10 @@ class ModalityGroupedSampler(Sampler[int]):
     """Batches of one kind each (read, draw, text) and of samples that are about as long as each other.
 
     Of every window of 50 batches in the epoch's order, samples of a kind are sorted by length and cut into batches,
-    whose order is then shuffled; what fills no batch waits for the next window. All follows from the order, `seed` and
-    the epoch. `epoch_of` is asked when iteration starts, because a resumed run never sees `set_epoch`.
+    whose order is then shuffled; what fills no batch waits for the next window. Lengths within a factor of 1.4 count as
+    one: samples of exactly one length tend to be of one question, and batches of one question teach badly. All follows
+    from the order, `seed` and the epoch. `epoch_of` is asked when iteration starts, because a resumed run never sees
+    `set_epoch`.
 
     Args:
         kinds, lengths: of each sample (len,).
@@ -167,7 +170,8 @@ class ModalityGroupedSampler(Sampler[int]):
         order_of: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self._kinds, self._batch_size, self._seed, self._epoch_of = np.asarray(kinds), batch_size, seed, epoch_of
-        self._lengths = np.zeros(len(self._kinds), np.int32) if lengths is None else np.asarray(lengths)
+        lengths = np.ones(len(self._kinds)) if lengths is None else np.maximum(lengths, 1)
+        self._classes = np.floor(_CLASSES_A_DOUBLING * np.log2(lengths)).astype(np.int32)
         self._order_of = order_of or Mixture([len(self._kinds)], seed=seed).order
 
     def __len__(self) -> int:
@@ -189,7 +193,7 @@ class ModalityGroupedSampler(Sampler[int]):
         for kind in np.unique(self._kinds[samples]):
             mine = samples[self._kinds[samples] == kind]
             whole = len(mine) - len(mine) % self._batch_size
-            by_length = mine[:whole][np.argsort(self._lengths[mine[:whole]], kind="stable")]
+            by_length = mine[:whole][np.argsort(self._classes[mine[:whole]], kind="stable")]
             batches += list(by_length.reshape(-1, self._batch_size))
             rest.append(mine[whole:])
         return batches, np.concatenate(rest)
