@@ -329,14 +329,15 @@ def export_model(folder: str | Path, output: str | Path, dtype: torch.dtype | st
 
 def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
-    size = sum(weight.numel() for weight in model.parameters())
+    size, tower = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.vision_tower))
     rows = {
         "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
         "image tokenizer": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_positions} positions, "
         f"{vision.num_quantizers} levels of {vision.codebook_size} codes",
         "image head": f"depth transformer, {config.head_num_layers} layers, {config.head_hidden_size} wide, "
         f"{vision.pixel_depth} levels",
-        "parameters": f"{size / 1e6:.1f} M in {str(model.dtype).removeprefix('torch.')}, and the tokenizer in float32",
+        "parameters": f"{size:.1f} M in {str(model.dtype).removeprefix('torch.')}",
+        "of the tokenizer": f"{tower:.1f} M in float32",
     }
     return _MODEL_CARD.replace("ROWS", "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
 

@@ -5,7 +5,7 @@ import argparse
 import logging
 import re
 import sys
-from dataclasses import fields
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import add_arguments, load_recipe
 from llava_ext.checkpointing import default_model_folder, export_model, load_model
 from llava_ext.conversion import HeadOptions, convert_adapters
-from llava_ext.training.config import StageConfig
 
 
 def _pick_device(name: str) -> torch.device:
@@ -138,10 +137,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 def estimate(arguments: argparse.Namespace) -> None:
     """Say what a training run will need."""
-    from llava_ext.training.estimate import estimate_run  # peft comes with the training libraries
+    from llava_ext.training.config import StageConfig  # seconds of imports that no other command needs
+    from llava_ext.training.estimate import estimate_run
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(StageConfig) if field.name in arguments}
-    print(estimate_run(arguments.recipe, given, arguments.gpus))
+    stage = argparse.ArgumentParser(prog="evotok-llava estimate", allow_abbrev=False)
+    add_arguments(stage, StageConfig)
+    print(estimate_run(arguments.recipe, vars(stage.parse_args(arguments.rest)), arguments.gpus))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     converting.set_defaults(run=convert)
 
     merging = commands.add_parser("merge", help="a LoRA or QLoRA adapter into the model it was trained on")
-    merging.add_argument("base", help="the model folder that training started from (or the causal LM, then with")
+    merging.add_argument("base", help="the model folder that training started from, or the causal LM")
     merging.add_argument("adapter", help="adapter folder, or a checkpoint of the run")
     merging.add_argument("--vision_tower", help="tokenizer folder, where the base is a causal LM")
     merging.add_argument("-o", "--output", required=True, help="new folder for the whole model")
@@ -190,19 +191,26 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     exporting.set_defaults(run=export)
 
-    estimating = commands.add_parser("estimate", help="parameters, memory and tokens a step of a training run")
+    estimating = commands.add_parser(
+        "estimate",
+        help="parameters, memory and tokens a step of a training run",
+        epilog="every other flag of training may be given, too, as `scripts/finetune.sh` takes it",
+    )
     estimating.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
     estimating.add_argument("--gpus", type=int, default=1, help="how many processes, one a GPU")
-    add_arguments(estimating, StageConfig)
     estimating.set_defaults(run=estimate)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; user errors end as one line and exit code 2."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and arguments.run is not estimate:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries, nothing a user can change
     try:
         arguments.run(arguments)
     except ValueError as error:

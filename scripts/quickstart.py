@@ -83,14 +83,15 @@ def train(stage: str, fast: bool) -> None:
 
 
 def reconstruct() -> None:
-    """Measure the tokenizer on held-out scenes; draw originals over reconstructions and the evolution strip."""
+    """Measure the tokenizer on held-out scenes; draw originals over reconstructions, and what each level adds."""
     images = WORKSPACE / "scenes" / "val" / "images"
     tokenizer = str(WORKSPACE / "evotok")
     evotok = (sys.executable, "-m", "evotok_plugin.cli")
     run(*evotok, "evaluate", str(images), "--model", tokenizer, "-o", str(WORKSPACE / "reconstruction.json"))
     some = sorted(images.glob("*.png"))[:12]
     run(*evotok, "reconstruct", *map(str, some), "--model", tokenizer, "-o", str(WORKSPACE / "reconstruction.png"))
-    run(*evotok, "evolve", str(some[1]), "--model", tokenizer, "-o", str(WORKSPACE / "evolution"))
+    teacher, evolution = str(WORKSPACE / "teacher"), str(WORKSPACE / "evolution")
+    run(*evotok, "evolve", str(images), "--model", tokenizer, "--teacher", teacher, "-o", evolution)
 
 
 def draw_skills() -> None:

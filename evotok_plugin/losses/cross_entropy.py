@@ -71,9 +71,9 @@ def _sum_over_chunks(
     rows: int,
     targets: Tensor,
     hidden: Tensor,
-    learn: Callable[[slice, Tensor, Tensor, Tensor], None] | None,
+    learn: Callable[[Tensor, Tensor, Tensor], None] | None,
 ) -> Tensor:
-    """The sum itself; `learn` is shown each chunk's rows, hidden states, logits and the gradient at the logits."""
+    """The sum itself; `learn` is shown each chunk's hidden states, logits and the gradient at the logits."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, max(1, hidden.shape[0]), rows):
         part = slice(start, start + rows)
@@ -85,7 +85,7 @@ def _sum_over_chunks(
         if learn is not None:
             ones = scores.new_ones(()).expand(scores.shape[0], 1)
             slopes = scores.exp_().scatter_add_(1, targets[part, None], -ones)  # softmax - one-hot
-            learn(part, states, logits, slopes.to(logits.dtype))
+            learn(states, logits, slopes.to(logits.dtype))
     return total
 
 
@@ -94,16 +94,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, classify, rows: int, targets: Tensor, hidden: Tensor, *weights: Tensor) -> Tensor:
-        gradients = [torch.zeros_like(value) for value in (hidden, *weights)]
+        of_hidden: list[Tensor] = []
+        of_weights: list[Tensor] = []
 
-        def learn(part: slice, states: Tensor, logits: Tensor, slopes: Tensor) -> None:
-            of_states, *of_weights = torch.autograd.grad(logits, [states, *weights], slopes)
-            gradients[0][part] = of_states
-            for gradient, more in zip(gradients[1:], of_weights, strict=True):
-                gradient += more
+        def learn(states: Tensor, logits: Tensor, slopes: Tensor) -> None:
+            of_states, *more = torch.autograd.grad(logits, [states, *weights], slopes)
+            of_hidden.append(of_states)
+            if not of_weights:
+                of_weights.extend(more)
+                return
+            for gradient, part in zip(of_weights, more, strict=True):
+                gradient += part
 
         total = _sum_over_chunks(classify, rows, targets, hidden, learn)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(torch.cat(of_hidden), *of_weights)
         return total
 
     @staticmethod

@@ -69,7 +69,7 @@ def describe_base(config: StageConfig) -> dict:
     source = Path(config.model_name_or_path)
     return {
         "name": source.name if source.is_absolute() else config.model_name_or_path,
-        "fingerprint": weights_fingerprint(source) if source.is_dir() else None,
+        "fingerprint": weights_fingerprint(source) if any(source.glob("model*.safetensors")) else None,
     }
 
 
@@ -134,12 +134,13 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         ValueError: the folders are not what they should be, the base is another one, or the output cannot be written.
     """
     adapter = Path(adapter)
-    if not (adapter / SETTINGS).is_file():
+    if not all((adapter / name).is_file() for name in (SETTINGS, WEIGHTS, BASE)):
         inside = adapter / "adapter" / SETTINGS
         hint = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
-        raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS} is missing){hint}")
+        raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS}, {WEIGHTS} and {BASE}){hint}")
     facts = json.loads((adapter / BASE).read_text())
-    if Path(base).is_dir() and facts["fingerprint"] not in (None, weights_fingerprint(base)):
+    known = facts["fingerprint"]
+    if known is not None and Path(base).is_dir() and weights_fingerprint(base) != known:
         raise ValueError(
             f"the adapter in {str(adapter)!r} was trained on {facts['name']!r} with other weights than those in "
             f"{str(base)!r}; give that model"
@@ -166,6 +167,7 @@ def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> P
     """The model with the adapter and the modules of a folder."""
     settings = LoraConfig.from_pretrained(folder)
     modules, settings.modules_to_save = settings.modules_to_save or (), None
+    settings.base_model_name_or_path = None  # peft warns where the base lies elsewhere now
     adapted = get_peft_model(model, settings)
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name or plain_name(name).split(".")[0] in modules)

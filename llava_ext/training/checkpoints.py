@@ -43,7 +43,7 @@ class RunShape:
                 f"start with NPROC={saved['world_size']}, or pass --overwrite true to begin anew"
             )
         for name, wanted in (("zero_stage", self.zero_stage), ("method", self.method)):
-            if saved[name] != wanted:
+            if saved.get(name, wanted) != wanted:
                 raise ValueError(
                     f"{folder} was written with {name} {saved[name]} and cannot be resumed with {wanted}; "
                     "go on as before, choose another --output_dir, or pass --overwrite true to begin anew"

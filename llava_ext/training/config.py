@@ -89,7 +89,7 @@ class StageConfig(TrainingArguments):
         self._check()
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
-        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
+        if self.deepspeed == "none":
             self.deepspeed = None
         if isinstance(self.deepspeed, str):
             self.deepspeed = str(find_deepspeed_config(self.deepspeed))
@@ -101,6 +101,12 @@ class StageConfig(TrainingArguments):
 
             # ZeRO-3 partitions while the model loads and asks deepspeed.comm for the number of ranks.
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if self.deepspeed and self.hf_deepspeed_config.is_zero3() and not self.hf_deepspeed_config.is_true(gathers):
+            raise ValueError(
+                f"{self.deepspeed}: without {gathers.split('.')[1]} no weights are saved that could be "
+                "opened; set it to true"
+            )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != launched:
             raise ValueError(
@@ -122,8 +128,8 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"bits must be 16, or 4 for QLoRA, got {self.bits}")
         if self.quant_type not in ("nf4", "fp4"):
             raise ValueError(f"quant_type must be nf4 or fp4, got {self.quant_type!r}")
-        if self.bits == 4 and not self.lora_enable and self.tune_language_model:
-            raise ValueError("a 4-bit backbone cannot train itself; pass --lora_enable true (QLoRA), or --bits 16")
+        if self.bits == 4 and not self.lora_enable:
+            raise ValueError("a 4-bit backbone is trained through adapters; pass --lora_enable true, or --bits 16")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
 
@@ -141,14 +147,14 @@ def find_deepspeed_config(name_or_path: str) -> Path:
     raise ValueError(f"DeepSpeed configuration {name_or_path!r} not found; expected a JSON file or one of: {known}")
 
 
-def read_deepspeed_config(config: str | dict) -> dict:
-    """A DeepSpeed configuration, given as it is or as `find_deepspeed_config` takes it.
+def read_deepspeed_config(config: str | dict | None) -> dict | None:
+    """A DeepSpeed configuration, given as it is or as `find_deepspeed_config` takes it; None for no DeepSpeed.
 
     Raises:
         ValueError: there is none, or it is not JSON.
     """
-    if isinstance(config, dict):
-        return config
+    if config in (None, "none") or isinstance(config, dict):
+        return None if config == "none" else config
     path = find_deepspeed_config(config)
     try:
         return json.loads(path.read_text())

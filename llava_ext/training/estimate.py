@@ -85,23 +85,24 @@ def estimate_run(recipe: str, overrides: dict, num_gpus: int) -> Estimate:
     run = SimpleNamespace(**defaults | recipe_values(recipe, StageConfig, overrides))
     config, notes = model_config(run)
     model = meta_model(config, run)
-    zero = read_deepspeed_config(run.deepspeed)["zero_optimization"] if run.deepspeed else {"stage": 0}
+    engine = read_deepspeed_config(run.deepspeed)
+    zero = {"stage": 0} if engine is None else engine["zero_optimization"]
     estimate = Estimate(
-        engine=f"ZeRO-{zero['stage']} over {num_gpus}" if run.deepspeed else f"no DeepSpeed, {num_gpus} process(es)",
+        engine=f"ZeRO-{zero['stage']} over {num_gpus}" if engine else f"no DeepSpeed, {num_gpus} process(es)",
         parameters=count_parameters(model),
         samples_a_step=num_gpus * run.per_device_train_batch_size * run.gradient_accumulation_steps,
         steps_a_sample=run.model_max_length,
         notes=notes,
-        **model_states(model, run, zero, num_gpus),
+        **model_states(model, run, zero, num_gpus, has_master=engine is not None),
         **activations(model, config, run),
     )
-    if run.deepspeed:  # gradients on their way, in two buckets by turns
-        trained = sum(trained for _, trained in estimate.parameters.values())
+    if engine:  # gradients on their way: two buckets by turns, at stage 3 one that is there from the start
+        trained, bucket = sum(count for _, count in estimate.parameters.values()), zero.get("reduce_bucket_size", 5e8)
         size = model.get_input_embeddings().weight.element_size()
-        estimate.transient += 2 * size * min(trained, zero.get("reduce_bucket_size", 5e8))
+        estimate.transient += size * (bucket if zero["stage"] == 3 else 2 * min(trained, bucket))
     estimate.notes.append(
         f"activations are those of {run.per_device_train_batch_size} samples of {run.model_max_length} steps with a "
-        f"drawn image each; shorter batches need less, the allocator's unused blocks and NCCL 1 to 3 GiB more"
+        f"drawn image each; shorter batches need less. What the allocator leaves unused and NCCL takes comes on top"
     )
     return estimate
 
@@ -172,9 +173,11 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 # Memory ------------------------------------------------------------------------------------------------------
 
 
-def model_states(model: nn.Module, run: SimpleNamespace, zero: dict, num_gpus: int) -> dict[str, float]:
+def model_states(
+    model: nn.Module, run: SimpleNamespace, zero: dict, num_gpus: int, has_master: bool
+) -> dict[str, float]:
     """Bytes a GPU of weights, gradients and optimizer, and what offloading puts on the host."""
-    stage, engine = zero["stage"], bool(run.deepspeed)
+    stage = zero["stage"]
     share = {"optimizer": num_gpus if stage >= 1 else 1, "gradients": num_gpus if stage >= 2 else 1}
     trained = [p for p in model.parameters() if p.requires_grad]
     count, size = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
@@ -187,7 +190,7 @@ def model_states(model: nn.Module, run: SimpleNamespace, zero: dict, num_gpus: i
     states = {
         "weights": weights,
         "gradients": size / share["gradients"],
-        "optimizer": count * (_ADAM + (_MASTER if engine else 0)) / share["optimizer"],
+        "optimizer": count * (_ADAM + (_MASTER if has_master else 0)) / share["optimizer"],
     }
     on_host = 0.0
     for what, moved in (("offload_param", ("weights",)), ("offload_optimizer", ("gradients", "optimizer"))):

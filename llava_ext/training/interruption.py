@@ -52,7 +52,7 @@ class StopInOrder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         (self.signal,) = on_any_process([self._caught], args.device)
         if self.signal:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self._restore()

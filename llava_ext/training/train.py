@@ -17,7 +17,7 @@ import yaml
 from transformers.utils import is_flash_attn_2_available
 
 from evotok_plugin.recipes import add_arguments, recipe_values
-from llava_ext.checkpointing import assemble, load_model, model_type_of, read_tower
+from llava_ext.checkpointing import assemble, load_model, model_type_of, read_tower, set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
@@ -90,9 +90,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
     dataset = build_dataset(config, model, processor)
-    if config.lora_enable:
-        model = add_lora(model, config)
-    choose_trainable(model, config)
+    model = ready_to_train(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
         model=model,
@@ -112,6 +110,15 @@ def run_stage(recipe: str, overrides: dict) -> None:
         steps, seconds = steps_of(checkpoint), round(time.monotonic() - started, 1)
         mark_finished(config.output_dir, {"steps": steps, "seconds": seconds})
         logger.info("finished %d steps in %.0f s", steps, seconds)
+
+
+def ready_to_train(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> torch.nn.Module:
+    """The model without the tokenizer among its modules, with adapters where there are to be some, the right parts
+    free."""
+    set_tower_aside(model)
+    trained = add_lora(model, config) if config.lora_enable else model
+    choose_trainable(trained, config)
+    return trained
 
 
 def method_of(config: StageConfig) -> str:
@@ -165,11 +172,10 @@ def write_model(checkpoint: Path, config: StageConfig) -> None:
     adapter, merged = output_dir / "adapter", output_dir / "merged"
     publish(checkpoint, adapter)
     if config.bits == 4:
+        tower = f" --vision_tower {config.vision_tower}" if config.vision_tower else ""
+        base = config.model_name_or_path
         logger.info(
-            "the adapter is in %s; a whole model: evotok-llava merge %s %s -o FOLDER",
-            adapter,
-            config.model_name_or_path,
-            adapter,
+            "the adapter is in %s; a whole model: evotok-llava merge %s %s%s -o FOLDER", adapter, base, adapter, tower
         )
         return
     shutil.rmtree(merged, ignore_errors=True)
@@ -232,7 +238,7 @@ def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationD
     tower = sum(p.numel() for p in model.vision_tower.parameters())
     logger.info("  %-16s %10.2f M parameters  frozen", "vision_tower", tower / 1e6)
     for part, rate in learning_rates(config).items():
-        members = [p for name, p in model.named_parameters() if part_of(name) == part and "vision_tower." not in name]
+        members = [p for name, p in model.named_parameters() if part_of(name) == part]
         total, trained = (sum(map(size_of, some)) for some in (members, [p for p in members if p.requires_grad]))
         state = f"learning rate {rate:g}" if trained else "frozen"
         if 0 < trained < total:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.progress import progress_interval
-from llava_ext.checkpointing import save_model, set_tower_aside
+from llava_ext.checkpointing import save_model
 from llava_ext.data.dataset import EpochSampler, ModalityGroupedSampler
 from llava_ext.training.adapters import load_adapter, save_adapter
 from llava_ext.training.checkpoints import RunShape, checkpoint_folder, checkpoints, finish_checkpoint
@@ -24,7 +24,8 @@ from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
 
 
 class EvoTokTrainer(Trainer):
-    """Trains an `EvoTokLlavaForConditionalGeneration`, as it is or with adapters, on a `ConversationDataset`.
+    """Trains an `EvoTokLlavaForConditionalGeneration`, as it is or with adapters, its tokenizer set aside, on a
+    `ConversationDataset`.
 
     Args:
         shape: what a checkpoint of this run can be resumed as.
@@ -32,7 +33,6 @@ class EvoTokTrainer(Trainer):
     """
 
     def __init__(self, model, *args, shape: RunShape, base: dict | None = None, **kwargs) -> None:
-        set_tower_aside(model.get_base_model() if isinstance(model, PeftModel) else model)
         super().__init__(model, *args, **kwargs)
         model.vision_tower.to(self.args.device)
         self._shape, self._base = shape, base
@@ -83,11 +83,11 @@ class EvoTokTrainer(Trainer):
         self._step_losses = []
         broken = int(not bool(losses.isfinite().all()))
         if on_any_process([broken], self.args.device)[0]:
-            text, image = losses[(~losses.isfinite()).any(dim=1)][:1].flatten().tolist() or losses[-1].tolist()
-            where = "" if broken else " here, no number on another process"
+            text, image = losses[~losses.isfinite().all(dim=1)][0].tolist() if broken else ("?", "?")
             raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is no number: text {text}, image {image}{where}; the last "
-                "checkpoint is kept. Lower --learning_rate or check the data, and run the same command again"
+                f"step {self.state.global_step}: the loss is no number (text {text}, image {image}"
+                f"{'' if broken else ': on another process'}); the last checkpoint is kept. "
+                "Lower --learning_rate or check the data, and run the same command again"
             )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -6,10 +6,11 @@
   the whole vocabulary are made and kept for every step, learned or not.
 * ours: codes come from the cache, samples are packed, only learned steps are classified, chunk by chunk.
 * the floor: forward and backward of the LLM alone, output layer on learned text included, on the packed rows.
+* the image head alone, on what is drawn in these rows: what a model that draws must do beside its LLM.
 
-Both image heads run on drawn positions only. All take turns over all samples, and the least time of each counts. On a
-machine that does other things too, `--threads 1 --clock cpu` leaves out the time spent waiting for a core. Times are of
-forward and backward, which an optimizer's would only make more alike; opening image files, which only the
+The image head runs on drawn positions only, in both ways. All take turns over all samples, and the least time of each
+counts. On a machine that does other things too, `--threads 1 --clock cpu` leaves out the time spent waiting for a core.
+Times are of forward and backward, which an optimizer's would only make more alike; opening image files, which only the
 straightforward way must do in every epoch, is left out, reading the code cache and the text are not. Weights are
 random, since time does not depend on their values. The losses of both ways are compared.
 """
@@ -258,6 +259,16 @@ def floor_step(model, batch: TextBatch) -> Tensor:
     return F.cross_entropy(model.lm_head(hidden[:, :-1][batch.learned]).float(), batch.targets)
 
 
+def head_batch(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the image head sees of packed rows; its hidden states are random."""
+    folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, batch["labels"], batch["segment_ids"])
+    hidden = torch.randn(len(folded.codes), model.config.text_config.hidden_size, device=folded.codes.device)
+    latents = model.vision_tower.level_latents(folded.codes[None])[0]
+    dtype = model.image_head.level_embedding.dtype
+    hidden = hidden.to(dtype).requires_grad_()
+    return {"hidden": hidden, "level_latents": latents.to(dtype), "codes": folded.codes}
+
+
 # Measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +330,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
         to_device(batch, device) for batch in pixel_batches(records, work / "images", processor, options.batch_size)
     ]
     texts = [text_batch(model, to_device(collate([rows[row]]), device)) for row in packing]
+    heads = [head_batch(model, to_device(collate([rows[row]]), device)) for row in packing]
     sums = {"straightforward": Sums(), "ours": Sums()}
 
     def ours() -> None:
@@ -330,7 +342,14 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
         sums["straightforward"] = Sums()
         learn(model, iter(pixels), lambda *arguments: straightforward_step(*arguments, sums["straightforward"]))
 
-    runs = {"straightforward": straightforward, "ours": ours, "floor": lambda: learn(model, iter(texts), floor_step)}
+    runs = {
+        "straightforward": straightforward,
+        "ours": ours,
+        "floor": lambda: learn(model, iter(texts), floor_step),
+        "image head": lambda: learn(
+            model, (b for b in heads if len(b["codes"])), lambda model, batch: model.image_head.loss(**batch)
+        ),
+    }
     least = {name: float("inf") for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():

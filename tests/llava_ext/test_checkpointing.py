@@ -1,4 +1,6 @@
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,36 @@ def test_cli_errors_are_one_line(arguments, message, model_folder, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_export_writes_a_folder_that_needs_nothing_else(model_folder, tmp_path, capsys, dtype):
+    """A training folder with checkpoints beside the model gives a clean one; the tokenizer is never rounded."""
+    (model_folder / "checkpoint-1").mkdir(exist_ok=True)
+    assert main(["export", str(model_folder), "-o", str(tmp_path / "out"), "--dtype", dtype]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert all(path.is_file() for path in (tmp_path / "out").iterdir())
+    assert not {path.suffix for path in (tmp_path / "out").iterdir()} & {".bin", ".pt", ".pth", ".pkl"}
+    for name, tensor in load_file(model_folder / "model.safetensors").items():
+        exported = load_file(tmp_path / "out" / "model.safetensors")[name]
+        rounded = dtype == "bfloat16" and not name.startswith("vision_tower.")
+        assert torch.equal(exported, tensor.to(torch.bfloat16) if rounded else tensor), name
+
+
+def test_the_readme_of_an_export_works_and_names_no_path(model_folder, tmp_path, monkeypatch):
+    assert main(["export", str(model_folder), "-o", str(tmp_path / "out")]) == 0
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix in (".json", ".md", ".jinja"):
+            assert str(model_folder.parent) not in file.read_text(), file.name
+    monkeypatch.chdir((tmp_path / "out").rename(tmp_path / "moved"))
+    exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1], {})
+    assert Path("drawn.png").is_file()
+
+
+def test_export_overwrites_nothing(model_folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("dear")
+    assert main(["export", str(model_folder), "-o", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err and (tmp_path / "mine.txt").read_text() == "dear"
 
 
 def test_saved_files_name_no_path_of_this_machine(model_folder):

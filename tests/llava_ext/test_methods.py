@@ -195,6 +195,13 @@ def test_a_four_bit_backbone_cannot_train_itself(recipe, tmp_path):
     assert code == 2 and "--lora_enable true" in line
 
 
+def test_zero3_that_would_save_no_weights_is_refused(recipe, tmp_path):
+    settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--deepspeed", str(tmp_path / "own.json")])
+    assert code == 2 and "without stage3_gather_16bit_weights_on_model_save" in line
+
+
 # ZeRO-3 ------------------------------------------------------------------------------------------------------
 
 
@@ -251,9 +258,7 @@ def _optimizer_groups(recipe, output, overrides):
     values = train.recipe_values(str(recipe), StageConfig, {"output_dir": str(output), "deepspeed": None, **overrides})
     config = StageConfig(**values)
     model, processor = train.build_model(config)
-    if config.lora_enable:
-        model = train.add_lora(model, config)
-    train.choose_trainable(model, config)
+    model = train.ready_to_train(model, config)
     trainer = EvoTokTrainer(model, config, shape=train.RunShape(1), processing_class=processor)
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -300,7 +305,7 @@ def test_gradient_checkpointing_reaches_every_layer_of_the_backbone(recipe, tmp_
         overrides = {"output_dir": str(tmp_path), "gradient_checkpointing": "true", "deepspeed": None}
         config = StageConfig(**train.recipe_values(str(recipe), StageConfig, overrides))
         model, _ = train.build_model(config)
-        train.choose_trainable(model, config)
+        model = train.ready_to_train(model, config)
         model.gradient_checkpointing_enable()
         return [layer.gradient_checkpointing for layer in model.language_model.layers]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, signal_when, stage_exit, start_forked, write_recipe
 
 from llava_ext.checkpointing import load_model
+from llava_ext.training import checkpoints as checkpoints_module
 from llava_ext.training import interruption
 from llava_ext.training.checkpoints import (
     MARKER,
@@ -251,13 +252,20 @@ def write_checkpoint(folder, files=("model.safetensors",)):
         (folder / name).write_text(name)
 
 
-def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(tmp_path):
-    for step in (1, 2, 3):
+def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
+    for step in (1, 2):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
-        held = [path.name for path in checkpoints(tmp_path) if is_complete(path)]
-        assert held == ([f"checkpoint-{step - 1}"] if step > 1 else []), "one whole checkpoint at any moment"
         finish_checkpoint(tmp_path / f"checkpoint-{step}", RunShape(1), is_first=True, keep=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    write_checkpoint(tmp_path / "checkpoint-3")
+    monkeypatch.setattr(checkpoints_module, "mark_complete", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish_checkpoint(tmp_path / "checkpoint-3", RunShape(1), is_first=True, keep=1)
+    assert find_resumable(tmp_path, RunShape(1)).name == "checkpoint-2"
+
+
+def _killed(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_what_is_half_written_is_cleared_away_and_what_was_damaged_is_kept(tmp_path):

@@ -1,4 +1,6 @@
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from llava_ext.training.config import StageConfig, find_deepspeed_config
+from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
 from llava_ext.training.prepare import DONE, make, uses_embedded_default
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +32,8 @@ def test_only_the_embedded_recipes_ask_for_preparation():
     assert uses_embedded_default("pretrain", ["--max_steps", "3"])
     assert not uses_embedded_default("pretrain", ["--data_path", "mine.json"])
     assert not uses_embedded_default("pretrain", ["--model_name_or_path=llm"])
-    assert not uses_embedded_default("finetune", [])
+    for later in ("finetune", "finetune_lora", "finetune_qlora"):
+        assert not uses_embedded_default(later, [])
     assert not uses_embedded_default("paper", [])
 
 
@@ -52,6 +55,46 @@ def test_a_step_is_done_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").rglob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("method", ["finetune", "finetune_lora", "finetune_qlora"])
+def test_every_method_is_one_script_over_the_recipe_of_its_name(method):
+    lines = (ROOT / "scripts" / f"{method}.sh").read_text().splitlines()
+    assert len(lines) < 10 and lines[-1] == f'train_stage {method} "$@"'
+    values = recipe_values(method, StageConfig, {})
+    assert values.get("lora_enable", False) == (method != "finetune")
+    assert values.get("bits", 16) == (4 if method == "finetune_qlora" else 16)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configurations_leave_to_the_recipe_what_is_the_recipe_s(stage):
+    for name in {2: ["zero2"], 3: ["zero3", "zero3_offload"]}[stage]:
+        settings = read_deepspeed_config(name)
+        assert settings["zero_optimization"]["stage"] == stage and "optimizer" not in settings
+        assert settings["train_batch_size"] == settings["bf16"]["enabled"] == "auto"
+        if stage == 3:
+            assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+TORCHRUN = [sys.executable, str(ROOT / "scripts" / "lib" / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+
+
+def test_several_processes_end_with_the_exit_code_of_one(tmp_path):
+    (tmp_path / "job.py").write_text("import sys\nsys.exit(2)\n")
+    ended = subprocess.run([*TORCHRUN, str(tmp_path / "job.py")], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+
+
+def test_several_processes_that_are_stopped_end_as_one_does(tmp_path):
+    job = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    (tmp_path / "job.py").write_text(job + f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(60)\n")
+    running = subprocess.Popen([*TORCHRUN, str(tmp_path / "job.py")], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "up").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 143 and "Traceback" not in errors
 
 
 def test_the_readme_names_only_scripts_and_recipes_that_exist():

@@ -1,0 +1,16 @@
+"""torchrun that ends as its processes do: with their exit code, or 143 and 130 after SIGTERM and Ctrl-C, not with a
+traceback of its own."""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+try:
+    main()
+except SignalException as stopped:
+    sys.exit(128 + stopped.sigval)
+except ChildFailedError as failed:
+    _, failure = failed.get_first_failure()
+    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

@@ -1,0 +1,141 @@
+"""What `evotok-llava estimate` says, against models and runs that are really there."""
+
+import pytest
+import torch
+from stage_runs import run_forked, write_recipe
+from torch import nn
+
+from llava_ext.cli import main
+from llava_ext.training import train
+from llava_ext.training.config import StageConfig
+from llava_ext.training.estimate import estimate_run, kept_bytes
+from llava_ext.training.parts import part_of
+from llava_ext.training.trainer import EvoTokTrainer
+
+LORA = {"lora_enable": "true", "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_backbone_folder, tiny_evotok_folder, scene_folder, tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipes"), tiny_backbone_folder, tiny_evotok_folder, scene_folder)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_mllm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = tiny_mllm
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _trained_once(recipe, output, overrides):
+    """Counts by part, bytes of trained weights and of the optimizer's averages, after a step without an engine."""
+    overrides = {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides}
+    config = StageConfig(**train.recipe_values(str(recipe), StageConfig, overrides))
+    model, processor = train.build_model(config)
+    dataset = train.build_dataset(config, model, processor)
+    model = train.ready_to_train(model, config)
+    counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
+    for name, parameter in model.named_parameters():
+        every, trained = counts.get(part_of(name), (0, 0))
+        counts[part_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+    trainer = EvoTokTrainer(
+        model,
+        config,
+        train_dataset=dataset,
+        data_collator=train.Collator(processor),
+        processing_class=processor,
+        shape=train.RunShape(1),
+        base={"name": "", "fingerprint": None},
+    )
+    trainer.train()
+    averages = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    whole = [*model.parameters(), *model.vision_tower.parameters()]
+    return counts, size(whole), size(p for p in model.parameters() if p.requires_grad), size(averages)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"tune_language_model": "false"}, LORA], ids=["finetune", "pretrain", "lora"]
+)
+def test_parameters_and_model_states_are_those_of_a_real_run(recipe, model_folder, tmp_path, overrides):
+    overrides = {"model_name_or_path": str(model_folder), **overrides}
+    counts, weights, gradients, averages = run_forked(_trained_once, recipe, tmp_path, overrides)
+    estimate = estimate_run(str(recipe), {**overrides, "deepspeed": "none"}, num_gpus=1)
+    assert estimate.parameters == counts
+    assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, gradients, averages)
+
+
+def test_a_model_that_is_yet_to_be_put_together_is_counted_alike(recipe, tiny_mllm):
+    model, _ = tiny_mllm
+    counted = sum(every for every, _ in estimate_run(str(recipe), {}, 1).parameters.values())
+    added = model.lm_head.out_features - 436  # a tokenizer may need rows that a configuration does not tell of
+    assert counted == sum(p.numel() for p in model.parameters()) - 2 * 32 * added
+
+
+def test_activations_are_those_that_autograd_keeps(recipe, model_folder, tiny_mllm):
+    model, _ = tiny_mllm
+    overrides = {"model_name_or_path": str(model_folder), "model_max_length": 256, "per_device_train_batch_size": 8}
+    estimate = estimate_run(str(recipe), overrides, 1)
+    hidden = torch.randn(8, 256, 32, requires_grad=True)
+    latents = torch.randn(8 * 9, 4, model.config.vision_config.codebook_dim)
+    model.train()
+    kept = kept_bytes(model, lambda: model.language_model(inputs_embeds=hidden, use_cache=False))
+    kept += kept_bytes(model, lambda: model.image_head(hidden.flatten(0, 1)[: 8 * 9], latents))
+    model.eval()
+    assert estimate.activations == pytest.approx(kept, rel=0.1)
+
+
+def test_kept_bytes_count_a_storage_once_and_no_weights():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    assert kept_bytes(layers, lambda: layers(x)) == 2 * 2 * 4 * 4  # the input of either layer
+    assert kept_bytes(layers, lambda: x * x) == 2 * 4 * 4
+
+
+def test_engines_and_checkpointing_save_what_they_promise(recipe):
+    def of(gpus=1, **overrides):
+        return estimate_run(str(recipe), overrides, gpus)
+
+    assert of(4).optimizer == of(1).optimizer / 4 and of(4).gradients == of(1).gradients / 4
+    assert of(4).weights == of(1).weights
+    offloaded = of(4, deepspeed="zero3_offload")
+    assert offloaded.optimizer == offloaded.gradients == 0 and offloaded.on_host > 0
+    assert of(gradient_checkpointing="true").activations < of().activations
+    assert of(bits=4, **LORA).weights < of(**LORA).weights
+    assert of(4, gradient_accumulation_steps=3).samples_a_step == 4 * 4 * 3
+
+
+def test_the_command_prints_a_table(recipe, capsys):
+    assert main(["estimate", "--recipe", str(recipe), "--gpus", "2", "--bf16", "true"]) == 0
+    text = capsys.readouterr().out
+    for word in ("vision_tower", "language_model", "memory a GPU, ZeRO-2 over 2", "optimizer", "8 samples"):
+        assert word in text, word
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "Qwen/Qwen2.5-7B-Instruct"], "the configuration of 'Qwen/Qwen2.5-7B-Instruct'"),
+        (["--vision_tower", "nowhere"], "'nowhere' does not exist"),
+        (["--gpus", "0"], "gpus must be at least 1"),
+        (["--deepspeed", "zero9"], "'zero9' not found"),
+    ],
+)
+def test_what_is_not_at_hand_is_one_clear_line(recipe, capsys, flags, message):
+    assert main(["estimate", "--recipe", str(recipe), *flags]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_paper_s_sizes_are_known_from_a_configuration_alone(tmp_path):
+    """Qwen2.5-7B has 7.62 B parameters by its model card."""
+    from transformers import Qwen2Config
+
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    Qwen2Config(**sizes, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False).save_pretrained(tmp_path)
+    estimate = estimate_run("paper", {"model_name_or_path": str(tmp_path)}, 8)
+    assert estimate.parameters["language_model"] == (7_615_616_512, 0)
+    spread = estimate_run("paper", {"model_name_or_path": str(tmp_path), "deepspeed": "zero3"}, 8)
+    assert spread.weights < estimate.weights / 3
+    assert any("paper's tokenizer is assumed" in note for note in estimate.notes)
