@@ -70,6 +70,7 @@ class StageConfig(TrainingArguments):
         default="auto", metadata=_help("auto (flash_attention_2 where it can run, else sdpa), or one of transformers'")
     )
     group_by_modality_length: bool = field(default=True, metadata=_help("batches of one kind and alike lengths"))
+    group_lengths: bool = field(default=True, metadata=_help("false: batches of one kind, of whatever lengths"))
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("train again although output_dir holds a finished run"))
 

@@ -109,7 +109,7 @@ class EvoTokTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size * self.args.world_size,
             seed=self.args.seed,
             epoch_of=epoch_of,
-            lengths=dataset.lengths,
+            lengths=dataset.lengths if self.args.group_lengths else None,
             order_of=dataset.order,
         )
 
