@@ -70,6 +70,11 @@ class StageConfig(TrainingArguments):
         default="auto", metadata=_help("auto (flash_attention_2 where it can run, else sdpa), or one of transformers'")
     )
     group_by_modality_length: bool = field(default=True, metadata=_help("batches of one kind and alike lengths"))
+    packing: bool = field(
+        default=False, metadata=_help("several samples in a row of model_max_length steps; a batch counts rows")
+    )
+    text_loss_weight: float = field(default=1.0, metadata=_help("of the text tokens' mean loss"))
+    image_loss_weight: float = field(default=1.0, metadata=_help("of the image positions' mean loss"))
     group_lengths: bool = field(default=True, metadata=_help("false: batches of one kind, of whatever lengths"))
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("train again although output_dir holds a finished run"))
@@ -121,6 +126,9 @@ class StageConfig(TrainingArguments):
                 raise ValueError(f"{name} is not set; pass --{name} or put it into the recipe")
         if not self.data_path:
             raise ValueError("data_path is not set; pass --data_path FILE.json or put it into the recipe")
+        for name in ("text_loss_weight", "image_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
         if not (self.tune_projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):

@@ -21,6 +21,7 @@ from llava_ext.checkpointing import assemble, load_model, model_type_of, read_to
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
+from llava_ext.data.packing import PackedCollator, PackedDataset
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
@@ -95,8 +96,8 @@ def run_stage(recipe: str, overrides: dict) -> None:
     trainer = EvoTokTrainer(
         model=model,
         args=config,
-        train_dataset=dataset,
-        data_collator=Collator(processor),
+        train_dataset=PackedDataset(dataset) if config.packing else dataset,
+        data_collator=(PackedCollator if config.packing else Collator)(processor),
         processing_class=processor,
         shape=shape,
         base=describe_base(config) if config.lora_enable else None,

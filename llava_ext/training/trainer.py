@@ -2,6 +2,7 @@
 progress bar and a JSONL log."""
 
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -17,10 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from evotok_plugin.progress import progress_interval
 from llava_ext.checkpointing import save_model
 from llava_ext.data.dataset import EpochSampler, ModalityGroupedSampler
+from llava_ext.data.packing import PackedDataset, PackingSampler
 from llava_ext.training.adapters import load_adapter, save_adapter
 from llava_ext.training.checkpoints import RunShape, checkpoint_folder, checkpoints, finish_checkpoint
 from llava_ext.training.interruption import StopInOrder, on_any_process
 from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
+
+logger = logging.getLogger(__name__)
 
 
 class EvoTokTrainer(Trainer):
@@ -64,6 +68,7 @@ class EvoTokTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)
+        loss = self.args.text_loss_weight * outputs.text_loss + self.args.image_loss_weight * outputs.image_loss
         losses = torch.stack([outputs.text_loss.detach().float(), outputs.image_loss.detach().float()])
         self._step_losses.append(losses)
         labels, vocabulary = inputs["labels"], self.accelerator.unwrap_model(model).vocabulary
@@ -71,7 +76,7 @@ class EvoTokTrainer(Trainer):
         # A batch without one of the two tasks says nothing about that task's loss.
         counted = torch.stack([((labels != -100) & ~is_image).any(), is_image.any()]).float()
         self._logged += torch.stack([losses * counted, counted])
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def check_step(self) -> None:
         """Look at the losses of the step that has just been made.
@@ -102,6 +107,11 @@ class EvoTokTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         epoch_of = lambda: self.state.epoch or 0  # noqa: E731
+        if isinstance(dataset, PackedDataset):
+            lengths, order_of = dataset.dataset.lengths, dataset.dataset.order
+            sampler = PackingSampler(lengths, self.args.model_max_length, self.args.seed, epoch_of, order_of)
+            logger.info("  packed into %d rows an epoch, %.1f %% full", len(sampler), 100 * sampler.efficiency)
+            return sampler
         if not self.args.group_by_modality_length:
             return EpochSampler(dataset.order, len(dataset), epoch_of)
         return ModalityGroupedSampler(

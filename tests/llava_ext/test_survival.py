@@ -119,6 +119,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, recipe, uninterrupte
     assert_same_end(whole, tmp_path / "resumed")
 
 
+def test_a_packed_run_goes_on_to_the_same_end(recipe, uninterrupted, tmp_path):
+    settings = {**LONG, **METHODS["zero2"], "packing": True, "per_device_train_batch_size": 1}
+    whole = uninterrupted(settings)
+    cut_after(whole, tmp_path / "resumed", step=8)
+    run_forked(run, recipe, tmp_path / "resumed", settings)
+    assert_same_end(whole, tmp_path / "resumed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["zero2", "zero3", "lora zero3"])
 def test_a_resumed_run_of_two_processes_with_data_workers_equals_the_uninterrupted_one(

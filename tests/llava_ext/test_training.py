@@ -146,6 +146,15 @@ def test_broken_images_are_counted_named_and_limited(recipe, scene_folder, tmp_p
     assert "000003.png" in (tmp_path / "tolerant" / "bad_samples.jsonl").read_text()
 
 
+def test_tasks_weigh_as_they_are_told_to(recipe, tmp_path):
+    settings = {"packing": True, "per_device_train_batch_size": 1, "logging_steps": 1}
+    run_forked(run, recipe, tmp_path / "run", {**settings, "text_loss_weight": 0.5, "image_loss_weight": 2.0})
+    lines = [line for line in metrics(tmp_path / "run") if "text_loss" in line and "image_loss" in line]
+    assert len(lines) >= 2
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * line["text_loss"] + 2 * line["image_loss"], rel=1e-3)
+
+
 def test_what_trains_how_fast_and_what_is_saved_is_said_before_the_first_step(recipe, tmp_path):
     text = run_forked(_log_of, recipe, tmp_path / "told", {"max_steps": 1, "mm_projector_lr": 2e-5})
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
