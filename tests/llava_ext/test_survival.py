@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, signal_when, stage_exit, start_forked, write_recipe
 
+from evotok_plugin import interruption
 from llava_ext.checkpointing import load_model
 from llava_ext.training import checkpoints as checkpoints_module
-from llava_ext.training import interruption
 from llava_ext.training.checkpoints import (
     MARKER,
     RunShape,
