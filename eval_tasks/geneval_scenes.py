@@ -12,9 +12,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
 
-from eval_tasks.geneval_judge import Instance, evaluate_image, overall_score
+from eval_tasks.judging.answers import open_image, parse_images
+from eval_tasks.judging.rules import evaluate, overall_score
 from eval_tasks.scene_detector import SceneDetector
 from evotok_plugin.data.scene_text import scene_prompts
 
@@ -96,61 +96,19 @@ def judge() -> SceneDetector:
     return SceneDetector()
 
 
-def parse_images(answer: str) -> list[Path]:
-    """The image paths of a model's answer.
-
-    Raises:
-        ValueError: not the JSON that drawing tasks expect, or no image in it.
-        FileNotFoundError: an image is missing; it is never counted as a failed drawing.
-    """
-    expected = 'expected {"text": "", "images": ["/path/to/image.png", ...]} as JSON'
-    try:
-        images = json.loads(answer)["images"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{expected}, got {answer[:200]!r}; does this model draw?") from error
-    if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
-        raise ValueError(f"{expected}, got {answer[:200]!r}")
-    paths = [Path(path) for path in images]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} drawn images are gone, first {missing[0]}; if the answers come from "
-            "lmms-eval's --use_cache, delete that cache and draw again"
-        )
-    return paths
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an RGB image whole.
-
-    Raises:
-        ValueError: the file is no image or is truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"drawn image {path} cannot be read ({error}); draw it again") from error
-
-
-def _describe(instance: Instance) -> dict:
-    box = [round(float(side), 2) for side in instance.box]
-    return {"class": instance.label, "color": instance.color, "score": round(instance.score, 3), "box": box}
-
-
 def judge_image(path: Path, record: dict, baseline_record: dict) -> dict:
     """One image's judgement, against its own record and against another prompt's."""
     image, detector = open_image(path), judge()
     instances = detector.detect(image)
-    own = evaluate_image(image, record, instances, detector, detector.rules)
-    other = evaluate_image(image, baseline_record, instances, detector, detector.rules)
+    own = evaluate(record, instances, detector.rules)
+    other = evaluate(baseline_record, instances, detector.rules)
     return {
         "image": str(path),
         "tag": record["tag"],
         "prompt": record["prompt"],
         "correct": own.correct,
         "reason": own.reason,
-        "instances": [_describe(instance) for instance in instances],
+        "instances": [instance.as_dict() for instance in instances],
         "baseline_tag": baseline_record["tag"],
         "baseline_prompt": baseline_record["prompt"],
         "baseline_correct": other.correct,

@@ -58,9 +58,15 @@ class DrawingOptions:
 
     num_images: int = 1
     guidance_scale: float = 3.0
+    guidance_schedule: str = "constant"
+    negative_prompt: str = ""
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        return vars(self)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ class EvoTokLmms(lmms):
         batch_size: questions answered, and images drawn, together; "auto" is `max_batch_size` (16 unless given).
         images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
             `./outputs/lmms_eval_images` for this model and these settings.
-        guidance_scale, temperature, top_k, top_p: of drawing, unless a task or `--gen_kwargs` sets them.
+        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them.
+        temperature, top_k, top_p, min_p: likewise.
         seed: of drawing; an image depends on it, on its task, document and sample number, and on nothing else.
         load: `load_checkpoint`, or a stand-in for it.
 
@@ -166,9 +173,12 @@ class EvoTokLmms(lmms):
         max_batch_size: int | None = None,
         images_dir: str | None = None,
         guidance_scale: float = 3.0,
+        guidance_schedule: str = "constant",
+        negative_prompt: str = "",
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int = 0,
         load: Callable[[str, torch.dtype | str, torch.device], tuple[Any, Any]] = load_checkpoint,
         **unknown: Any,
@@ -187,9 +197,12 @@ class EvoTokLmms(lmms):
         self.seed = int(seed)
         self.drawing = {
             "guidance_scale": float(guidance_scale),
+            "guidance_schedule": str(guidance_schedule),
+            "negative_prompt": str(negative_prompt),
             "temperature": float(temperature),
             "top_k": int(top_k),
             "top_p": float(top_p),
+            "min_p": float(min_p),
         }
         self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
         # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
@@ -288,11 +301,7 @@ class EvoTokLmms(lmms):
         images = self._model.generate_images(
             [_prompt(request) for request in batch],
             processor=self._processor,
-            num_images=options.num_images,
-            guidance_scale=options.guidance_scale,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            **options.generate_kwargs(),
             seed=[
                 image_seed(self.seed, request.task, request.doc_id, sample)
                 for request, numbers in zip(batch, samples, strict=True)

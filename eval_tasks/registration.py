@@ -66,10 +66,11 @@ class _PatchingLoader(importlib.machinery.SourceFileLoader):
 
 
 def _patch(tasks: ModuleType) -> None:
-    """Add our folder to the task index, and let `EVOTOK_DATA_ROOT` redirect data sets; once."""
+    """Add our folder to the task index, let `EVOTOK_DATA_ROOT` redirect data sets, find judges before drawing; once."""
     if getattr(tasks.TaskManager, _MARK, False):
         return
     index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
+    build_requests = tasks.ConfigurableTask.build_all_requests
 
     @functools.wraps(index_tasks)
     def initialize_tasks(self, include_path=None, *args, **kwargs):
@@ -81,11 +82,26 @@ def _patch(tasks: ModuleType) -> None:
     @functools.wraps(download)
     def download_from_data_root(self, *args, **kwargs):
         self.DATASET_PATH = local_dataset(self.DATASET_PATH)
+        if judged := _judged(self):  # here, because lmms-eval hides what `download` raises behind five attempts
+            self.config.metadata = {**(self.config.metadata or {}), "judges": judged.prepare()}
         return download(self, *args, **kwargs)
+
+    @functools.wraps(build_requests)
+    def build_requests_when_judges_are_there(self, *args, **kwargs):
+        if judged := _judged(self):
+            judged.before_drawing()
+        return build_requests(self, *args, **kwargs)
 
     tasks.TaskManager.initialize_tasks = initialize_tasks
     tasks.ConfigurableTask.download = download_from_data_root
+    tasks.ConfigurableTask.build_all_requests = build_requests_when_judges_are_there
     setattr(tasks.TaskManager, _MARK, True)
+
+
+def _judged(task):
+    """The `JudgedTask` that scores a task's answers; None for other tasks, and with --predict_only."""
+    owner = getattr(task.config.process_results, "__self__", None)
+    return owner if hasattr(owner, "before_drawing") else None
 
 
 # Local data ----------------------------------------------------------------------------------------------------

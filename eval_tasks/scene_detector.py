@@ -1,4 +1,4 @@
-"""The exact detector of coloured shapes on a plain ground: a `Judge` for scenes that needs no weights.
+"""The exact detector of coloured shapes on a plain ground: a `Detector` for scenes that needs no weights.
 
 An image is unmixed into how much of each pixel an object covers and which colour it has; connected regions become
 instances, their shape is the template that overlaps best, their colour the nearest named one.
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from eval_tasks.geneval_judge import Box, Instance, Rules
+from eval_tasks.judging.rules import Box, Instance, Rules
 from evotok_plugin.data.scenes import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
 
 _NAMES = tuple(COLORS)
@@ -170,6 +170,11 @@ class SceneDetector:
     max_color_distance: float = 30.0
 
     @property
+    def classes(self) -> frozenset[str]:
+        """The shapes that it knows."""
+        return frozenset(SHAPES)
+
+    @property
     def rules(self) -> Rules:
         """GenEval's rules with this detector's scale of confidence: what it returns is an object."""
         return Rules(min_score=0.0, min_score_counting=0.0)
@@ -188,9 +193,9 @@ class SceneDetector:
                     found.append(Instance(fit.shape, fit.score, fit.box, mask, color))
         return found
 
-    def colors(self, image: Image.Image, instances: Sequence[Instance]) -> list[str | None]:
-        """The colours found at detection."""
-        return [instance.color for instance in instances]
+    def detect_batch(self, images: Sequence[Image.Image]) -> list[list[Instance]]:
+        """`detect` of each image."""
+        return [self.detect(image) for image in images]
 
     def _regions(self, coverage: np.ndarray, colors: np.ndarray) -> np.ndarray:
         """Number the connected regions of one colour (H, W), 0 for ground and specks.

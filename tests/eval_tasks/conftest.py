@@ -2,6 +2,7 @@
 
 import argparse
 
+import judges
 import pytest
 import torch
 from PIL import Image
@@ -106,3 +107,14 @@ def evaluate(tmp_path, lmms_eval_tasks):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def judge_folders(tmp_path_factory) -> dict:
+    """Folders of small random judges: detector, clip, vqa."""
+    folder = tmp_path_factory.mktemp("judges")
+    return {
+        "detector": judges.write_detector(folder / "detector"),
+        "clip": judges.write_clip(folder / "clip"),
+        "vqa": judges.write_vqa(folder / "vqa"),
+    }

@@ -22,14 +22,16 @@ def checkpoint(tiny_mllm, tmp_path_factory) -> Path:
     return folder
 
 
-def lmms_eval(folder: Path, checkpoint: Path | str, *launcher: str) -> str:
+def lmms_eval(
+    folder: Path, checkpoint: Path | str, *launcher: str, tasks: str = "mmbench_scenes,geneval_scenes", **variables: str
+) -> str:
     folder.mkdir(exist_ok=True)
     command = [
         sys.executable, *launcher, "-m", "lmms_eval", "--model", "evotok",
-        "--model_args", f"pretrained={checkpoint},images_dir=images", "--tasks", "mmbench_scenes,geneval_scenes",
+        "--model_args", f"pretrained={checkpoint},images_dir=images", "--tasks", tasks,
         "--limit", "7", "--batch_size", "8", "--output_path", "results",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return done.stdout + done.stderr
 
@@ -58,3 +60,22 @@ def test_a_wrong_checkpoint_is_told_and_leaves_no_results(tmp_path):
     assert "needs the output folder of scripts/finetune.sh, but 'nowhere' is no folder" in output
     with pytest.raises(ValueError, match="the run failed"):
         read_results(tmp_path / "run/results")
+
+
+def test_geneval_with_judges_of_its_own_and_without(checkpoint, judge_folders, tmp_path):
+    """Two processes draw, one judges; without judges nothing is drawn; `evotok-eval judge` gives the same again."""
+    judges = {f"EVOTOK_JUDGE_{name.upper()}": str(judge_folders[name]) for name in ("detector", "clip")}
+    output = lmms_eval(tmp_path / "absent", checkpoint, tasks="geneval")
+    assert "hf download facebook/mask2former-swin-small-coco-instance" in output and "--predict_only" in output
+    assert not (tmp_path / "absent/images").exists()
+    run = tmp_path / "run"
+    lmms_eval(run, checkpoint, "-m", "torch.distributed.run", "--nproc_per_node", "2", tasks="geneval", **judges)
+    results = read_results(run / "results", tasks=["geneval"])["geneval"]
+    (kept,) = (run / "results/drawn").iterdir()
+    before = (kept / "judgements.jsonl").read_text()
+    assert len(before.splitlines()) == 28
+    command = [sys.executable, "-m", "eval_tasks.cli", "judge", "results", "-o", "again"]
+    done = subprocess.run(command, cwd=run, env={**os.environ, **judges}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (run / "again/judgements.jsonl").read_text() == before
+    assert f"| **overall** | {results['overall']:.3f} |" in done.stdout

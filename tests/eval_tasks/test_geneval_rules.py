@@ -1,39 +1,31 @@
-"""GenEval's rules against hand-made cases and, on thousands of random ones, against a naive second implementation."""
+"""GenEval's rules against hand-made cases and, on thousands of random ones, against GenEval's own program's verdicts
+and a naive second implementation."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from geneval_cases import CLASSES, make, random_case
 
-from eval_tasks.geneval_judge import (
+from eval_tasks.judging.rules import (
     GENEVAL_RULES,
-    Instance,
     Rules,
+    colors_wanted,
+    confident,
     directions,
-    evaluate_image,
+    evaluate,
     overall_score,
     task_scores,
 )
 
-IMAGE = Image.new("RGB", (8, 8))
-CLASSES, COLOR_NAMES = ("cup", "dog", "car"), ("red", "blue")
-RELATIONS = ("left of", "right of", "above", "below")
-
-
-class NamedColors:
-    """A judge whose instances already know their colour."""
-
-    def colors(self, image, instances):
-        return [instance.color for instance in instances]
-
-
-def make(label="cup", score=0.95, box=(0, 0, 10, 10), color=None) -> Instance:
-    return Instance(label, score, box, np.ones((8, 8), bool), color)
+# Verdicts of evaluation/evaluate_images.py of github.com/djghosh13/geneval on `random_case`s, eight to a byte.
+GOLDEN = Path(__file__).with_name("geneval_verdicts.txt")
+GOLDEN_SEED, GOLDEN_CASES = 2310, 8000
 
 
 def judged(instances, include, exclude=(), tag="two_object", rules=GENEVAL_RULES):
-    return evaluate_image(IMAGE, {"tag": tag, "include": include, "exclude": exclude}, instances, NamedColors(), rules)
+    return evaluate({"tag": tag, "include": include, "exclude": exclude}, instances, rules)
 
 
 # The second implementation: the rules told again, step by step ----------------------------------------------------
@@ -81,44 +73,40 @@ def naive_verdict(instances, record) -> bool:
                             ok = False
         targets.append(taken if ok else None)
         correct = correct and ok
-    for clause in record["exclude"]:
+    for clause in record.get("exclude", ()):
         if len(kept[clause["class"]]) >= clause["count"]:
             correct = False
     return correct
 
 
-def random_case(rng):
-    tag = str(rng.choice(["counting", "position", "color_attr"]))
-    scores = np.array([0.1, 0.3, 0.31, 0.5, 0.9, 0.91, 0.99])
-    instances = []
-    for n in range(int(rng.integers(0, 7))):
-        x, y, width, height = rng.integers(0, 30, 4)
-        box = (float(x), float(y), float(x + width + 1), float(y + height + 1))
-        # A tiny step keeps scores distinct: which of two equal ones is taken first is nobody's rule.
-        score = float(rng.choice(scores)) + n * 1e-6
-        instances.append(make(str(rng.choice(CLASSES)), score, box, str(rng.choice(COLOR_NAMES))))
-    include = []
-    for n in range(int(rng.integers(1, 4))):
-        clause = {"class": str(rng.choice(CLASSES)), "count": int(rng.integers(1, 3))}
-        if rng.random() < 0.3:
-            clause["color"] = str(rng.choice(COLOR_NAMES))
-        if n and rng.random() < 0.6:
-            clause["position"] = [str(rng.choice(RELATIONS)), int(rng.integers(n))]
-        include.append(clause)
-    exclude = [{"class": str(rng.choice(CLASSES)), "count": int(rng.integers(1, 4))}] if rng.random() < 0.3 else []
-    return instances, {"tag": tag, "include": include, "exclude": exclude}
+def cases():
+    rng = np.random.default_rng(GOLDEN_SEED)
+    return [random_case(rng) for _ in range(GOLDEN_CASES)]
+
+
+def test_verdicts_are_those_of_genevals_own_program():
+    golden = np.unpackbits(np.frombuffer(bytes.fromhex(GOLDEN.read_text()), np.uint8)).astype(bool)
+    found = [evaluate(record, instances).correct for instances, record in cases()]
+    assert found == golden.tolist() and 500 < golden.sum() < 7500  # both outcomes are covered
 
 
 def test_random_cases_match_naive_implementation():
-    rng = np.random.default_rng(0)
-    verdicts = []
-    for _ in range(8000):
-        instances, record = random_case(rng)
-        verdict = evaluate_image(IMAGE, record, instances, NamedColors())
+    for instances, record in cases():
+        verdict = evaluate(record, instances)
         assert verdict.correct == naive_verdict(instances, record), (instances, record, verdict)
         assert verdict.correct == (verdict.reason == "")
-        verdicts.append(verdict.correct)
-    assert 500 < sum(verdicts) < 7500  # both outcomes are covered
+
+
+def test_only_colors_that_decide_are_wanted():
+    """Colours of other instances change no verdict, and every wanted one belongs to a clause with a colour."""
+    for instances, record in cases()[:2000]:
+        wanted = colors_wanted(record, instances)
+        repainted = [
+            item if any(item is other for other in wanted) else make(item.label, item.score, item.box, "green")
+            for item in instances
+        ]
+        assert evaluate(record, repainted).correct == evaluate(record, instances).correct
+        assert {item.label for item in wanted} <= {clause["class"] for clause in record["include"] if "color" in clause}
 
 
 # Single rules ----------------------------------------------------------------------------------------------------
@@ -152,6 +140,7 @@ def test_at_most_sixteen_instances_of_a_class():
     cups = [make(score=0.95)] * 20
     assert judged(cups, [{"class": "cup", "count": 16}], [{"class": "cup", "count": 17}]).correct
     assert not judged(cups, [{"class": "cup", "count": 17}]).correct
+    assert len(confident(cups, "counting")["cup"]) == 16
 
 
 def test_a_failed_clause_leaves_no_target():
@@ -169,8 +158,10 @@ def test_directions():
     assert directions((20, 40, 30, 50), middle) == {"below"}
     assert directions((0, 0, 10, 10), middle) == {"left of", "above"}
     assert directions(middle, middle) == frozenset()
-    # Offsets within a tenth of the summed sizes are none.
+    # Offsets within a tenth of the summed sizes are none, nor are those that hardly reach beyond it.
     assert directions((22, 20, 32, 30), middle) == frozenset()
+    assert directions((0.001, 0, 0.001, 0), (0, 0, 0, 0)) == {"right of"}
+    assert directions((0.0009, 0, 0.0009, 0), (0, 0, 0, 0)) == frozenset()
 
 
 def test_position_needs_an_earlier_clause():

@@ -99,9 +99,7 @@ def test_every_prompt_can_be_fulfilled():
     detector = geneval_scenes.judge()
     for doc in documents():
         image = perfect(doc["prompt"], 0)
-        verdict = geneval_scenes.evaluate_image(
-            image, json.loads(doc["record"]), detector.detect(image), detector, detector.rules
-        )
+        verdict = geneval_scenes.evaluate(json.loads(doc["record"]), detector.detect(image), detector.rules)
         assert verdict.correct, (doc["prompt"], verdict.reason)
 
 
@@ -132,7 +130,7 @@ def test_a_drawer_that_ignores_its_prompt_scores_the_baseline():
         detector = geneval_scenes.judge()
         instances = detector.detect(image)
         verdicts = [
-            geneval_scenes.evaluate_image(image, json.loads(doc[key]), instances, detector, detector.rules).correct
+            geneval_scenes.evaluate(json.loads(doc[key]), instances, detector.rules).correct
             for key in ("record", "baseline_record")
         ]
         items.append(verdicts)

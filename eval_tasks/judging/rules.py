@@ -5,35 +5,27 @@ Source: the judging protocol of GenEval (arXiv 2310.11513). Boxes are (left, top
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from PIL.Image import Image
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """One detected object: class name, confidence in [0, 1], box, mask (H, W) bool, colour where it is known."""
+    """One detected object: class name, confidence in [0, 1], box, mask (H, W) bool while it is needed, colour where it
+    is known."""
 
     label: str
     score: float
     box: Box
-    mask: np.ndarray
+    mask: np.ndarray | None
     color: str | None = None
 
-
-class Judge(Protocol):
-    """What the rules need of a detector."""
-
-    def detect(self, image: Image) -> list[Instance]:
-        """All instances in an RGB image, of any class and confidence."""
-        ...
-
-    def colors(self, image: Image, instances: Sequence[Instance]) -> list[str | None]:
-        """The name of each instance's colour, None where it has none of the known ones."""
-        ...
+    def as_dict(self) -> dict:
+        """What a report says of it."""
+        box = [round(float(side), 2) for side in self.box]
+        return {"class": self.label, "color": self.color, "score": round(self.score, 3), "box": box}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +36,7 @@ class Rules:
     min_score_counting: float = 0.9
     max_instances: int = 16  # of one class, the most confident ones
     box_shrink: float = 0.1  # of the two boxes' summed sizes: offsets below count as none
+    min_offset: float = 1e-3  # pixels on either axis: shrunk offsets below on both are no direction
     min_direction: float = 0.5  # of the unit offset: how far an axis must lead
 
 
@@ -62,11 +55,11 @@ def directions(box: Box, other: Box, rules: Rules = GENEVAL_RULES) -> frozenset[
     """Where `box` stands relative to `other`: any of "left of", "right of", "above", "below"."""
     corners, other_corners = np.reshape(box, (2, 2)), np.reshape(other, (2, 2))  # rows: top left, bottom right
     offset = corners.mean(axis=0) - other_corners.mean(axis=0)
-    length = float(np.hypot(*offset))
-    if length == 0:
-        return frozenset()
     sizes = np.ptp(corners, axis=0) + np.ptp(other_corners, axis=0)
-    x, y = np.sign(offset) * np.maximum(np.abs(offset) - rules.box_shrink * sizes, 0.0) / length
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - rules.box_shrink * sizes, 0.0)
+    if np.all(np.abs(shrunk) < rules.min_offset):
+        return frozenset()
+    x, y = shrunk / np.hypot(*offset)
     found = {
         "left of": x < -rules.min_direction,
         "right of": x > rules.min_direction,
@@ -103,19 +96,14 @@ def _position_fault(
 
 
 def _clause_fault(
-    clause: dict,
-    taken: Sequence[Instance],
-    groups: Sequence[Sequence[Instance] | None],
-    image: Image,
-    judge: Judge,
-    rules: Rules,
+    clause: dict, taken: Sequence[Instance], groups: Sequence[Sequence[Instance] | None], rules: Rules
 ) -> str | None:
     """Why an `include` clause fails on the instances taken for it, or None."""
     label, count = clause["class"], clause["count"]
     if len(taken) < count:
         return f"expected {label} >= {count}, found {len(taken)}"
     if "color" in clause:
-        colors = judge.colors(image, taken)
+        colors = [instance.color for instance in taken]
         if colors.count(clause["color"]) < count:
             seen = ", ".join(color or "none" for color in colors)
             return f"expected {clause['color']} {label} >= {count}, found {colors.count(clause['color'])} ({seen})"
@@ -124,12 +112,22 @@ def _clause_fault(
     return None
 
 
-def evaluate_image(
-    image: Image, record: dict, instances: Sequence[Instance], judge: Judge, rules: Rules = GENEVAL_RULES
-) -> Verdict:
+def colors_wanted(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL_RULES) -> list[Instance]:
+    """The instances whose colour decides about a record: those taken for its clauses with a colour."""
+    by_class = confident(instances, record["tag"], rules)
+    wanted: dict[int, Instance] = {}
+    for clause in record["include"]:
+        taken = by_class.get(clause["class"], [])[: clause["count"]]
+        if "color" in clause and len(taken) == clause["count"]:
+            wanted |= {id(instance): instance for instance in taken}
+    return list(wanted.values())
+
+
+def evaluate(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL_RULES) -> Verdict:
     """Judge what was detected in an image against a GenEval record (`tag`, `include`, optional `exclude`).
 
-    Clauses are judged in order; one that fails leaves no target for a later clause's position.
+    Clauses are judged in order; one that fails leaves no target for a later clause's position. The instances of
+    `colors_wanted` must know their colour.
 
     Raises:
         ValueError: a position refers to a clause that does not come before it.
@@ -144,7 +142,7 @@ def evaluate_image(
                 f"{clause['position'][1]}, but only {len(groups)} clauses come before it"
             )
         taken = by_class.get(clause["class"], [])[: clause["count"]]
-        fault = _clause_fault(clause, taken, groups, image, judge, rules)
+        fault = _clause_fault(clause, taken, groups, rules)
         groups.append(taken if fault is None else None)
         if fault is not None:
             faults.append(fault)

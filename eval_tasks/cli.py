@@ -1,0 +1,35 @@
+"""`evotok-eval judge`: evaluation on the command line, beside lmms-eval."""
+
+import argparse
+import logging
+import sys
+
+import transformers
+
+from eval_tasks.commands import judge
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evotok-eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (judge,):
+        command.add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; user errors end as one line and exit code 2."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

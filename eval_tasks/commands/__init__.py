@@ -1,0 +1,1 @@
+"""The commands of `evotok-eval`, one module each."""

@@ -1,0 +1,170 @@
+"""The task `dpg_bench`: DPG-Bench's 1065 long prompts, judged by yes-or-no questions that depend on each other.
+
+Source: DPG-Bench (ELLA, arXiv 2403.05135). An image's score is the share of its prompt's questions that are answered
+yes, where a question whose parent is not answered yes counts as no; the categories take the answers as they are. The
+original judge is mPLUG-large, which transformers does not have: figures by another judge do not compare with published
+ones. The original program also leaves out the first question of its file; here all count.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from eval_tasks.genai_bench import find_judges, open_vqa
+from eval_tasks.judging.benchmark import Batch, Benchmark
+from eval_tasks.judging.clock import Clock
+from eval_tasks.judging.kept import Drawn
+from eval_tasks.judging.lmms_task import JudgedTask
+from eval_tasks.judging.options import JudgeOptions
+from eval_tasks.judging.scores import Judgement
+from eval_tasks.judging.vqa import Answer, YesNoJudge
+from eval_tasks.judging.weights import fetch
+from eval_tasks.prompt_files import column, read_rows
+
+PROMPTS_VARIABLE = "EVOTOK_DPG_BENCH_PROMPTS"
+PROMPTS = "dpg_bench.csv"
+CATEGORIES = ("global", "entity", "attribute", "relation", "other")
+_ORIGIN = "https://github.com/TencentQQGYLab/ELLA/blob/main/dpg_bench/dpg_bench.csv"
+_QUESTION = "{question} Please answer yes or no."
+
+
+class DpgJudge:
+    """Asks every question of every image's prompt; rows of several images share a batch."""
+
+    def __init__(self, vqa: YesNoJudge, batch_size: int) -> None:
+        self.vqa, self.batch_size, self.clock = vqa, batch_size, Clock()
+
+    def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
+        """Judge images of documents with `questions`."""
+        for batch in batches:
+            asked = [json.loads(drawn.document["questions"]) for drawn, _ in batch]
+            rows = [
+                (image, _QUESTION.format(question=question["question"]))
+                for (_, image), questions in zip(batch, asked, strict=True)
+                for question in questions
+            ]
+            answers = iter(self._ask(rows))
+            for (drawn, _), questions in zip(batch, asked, strict=True):
+                yield _judgement(drawn, questions, [next(answers) for _ in questions])
+
+    def _ask(self, rows: Sequence[tuple[Image.Image, str]]) -> list[Answer]:
+        answers = []
+        for start in range(0, len(rows), self.batch_size):
+            images, questions = zip(*rows[start : start + self.batch_size], strict=True)
+            with self.clock:
+                answers += self.vqa.ask(images, questions)
+        return answers
+
+
+def dependent_answers(questions: Sequence[dict], answers: Sequence[bool]) -> list[bool]:
+    """Answers, no where a parent's answer is no; questions in the file's order, so that no passes on to children."""
+    held = dict(zip((question["id"] for question in questions), answers, strict=True))
+    for question in questions:
+        held[question["id"]] &= all(held[parent] for parent in question["parents"])
+    return list(held.values())
+
+
+def _judgement(drawn: Drawn, questions: Sequence[dict], answers: Sequence[Answer]) -> Judgement:
+    said = [answer.yes > answer.no for answer in answers]
+    held = dependent_answers(questions, said)
+    marks: dict[str, list[float]] = {}
+    for question, yes in zip(questions, said, strict=True):
+        for name in dict.fromkeys((question["category"], question["kind"])):
+            marks.setdefault(name, []).append(float(yes))
+    failed = [question["question"] for question, yes in zip(questions, held, strict=True) if not yes]
+    return Judgement(
+        index=drawn.index,
+        sample=drawn.sample,
+        image=drawn.image,
+        prompt=drawn.document["prompt"],
+        score=sum(held) / len(held),
+        marks=marks,
+        reason="; ".join(failed),
+        details={
+            "yes": [round(answer.yes, 4) for answer in answers],
+            "no": [round(answer.no, 4) for answer in answers],
+        },
+    )
+
+
+# Prompts -------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(source: str | Path) -> list[dict]:
+    """Documents from DPG-Bench's table (item_id, text, proposition_id, dependency, tuple, question_natural_language).
+
+    Raises:
+        ValueError: no such file, another format, or a question that depends on one that is not there.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and str(source).count("/") != 1:
+        raise ValueError(
+            f"DPG-Bench's prompts: {str(source)!r} does not exist; get {_ORIGIN}, set {PROMPTS_VARIABLE} to it"
+        )
+    path = fetch(str(source), "DPG-Bench's prompts", PROMPTS_VARIABLE, ("*.csv", "*.parquet"), dataset=True)
+    if path.is_dir():
+        tables = sorted(file for file in path.rglob("*") if file.suffix in (".csv", ".parquet"))
+        if len(tables) != 1:
+            raise ValueError(f"DPG-Bench's prompts: {path} must hold one .csv or .parquet, it has {len(tables)}")
+        path = tables[0]
+    items: dict[str, dict] = {}
+    for row in read_rows(path):
+        item = items.setdefault(
+            str(column(row, ("item_id",), path)), {"prompt": column(row, ("text",), path), "questions": []}
+        )
+        item["questions"].append(_question(row, path))
+    documents = []
+    for index, (name, item) in enumerate(items.items()):
+        known = {question["id"] for question in item["questions"]}
+        lost = [question for question in item["questions"] if not set(question["parents"]) <= known]
+        if lost:
+            raise ValueError(
+                f"{path}: item {name}, question {lost[0]['id']} depends on {lost[0]['parents']}, not all there"
+            )
+        documents.append({"index": index, "prompt": str(item["prompt"]), "questions": json.dumps(item["questions"])})
+    return documents
+
+
+def _question(row: dict, path: Path) -> dict:
+    # "relation - non-spatial (cup, table)", "global - (photo)"
+    category, _, kind = (
+        part.strip() for part in str(column(row, ("tuple",), path)).lower().split("(")[0].partition("-")
+    )
+    if category not in CATEGORIES:
+        raise ValueError(f"{path}: category {category!r} is none of {', '.join(CATEGORIES)}")
+    parents = [int(float(part)) for part in str(column(row, ("dependency",), path)).split(",") if part.strip()]
+    return {
+        "id": int(float(column(row, ("proposition_id",), path))),
+        "question": str(column(row, ("question_natural_language",), path)),
+        "category": category,
+        "kind": f"{category} - {kind}" if kind else category,
+        "parents": [parent for parent in parents if parent != 0],
+    }
+
+
+def documents() -> list[dict]:
+    """The prompts of `$EVOTOK_DPG_BENCH_PROMPTS`, by default of dpg_bench.csv in the working folder."""
+    return read_prompts(os.environ.get(PROMPTS_VARIABLE) or PROMPTS)
+
+
+def _categories(document: dict) -> list[str]:
+    return list(dict.fromkeys(question["category"] for question in json.loads(document["questions"])))
+
+
+# The benchmark -------------------------------------------------------------------------------------------------
+
+
+def open_judge(options: JudgeOptions) -> DpgJudge:
+    """The VQA model on the options' device."""
+    return DpgJudge(open_vqa(options), options.batch_size)
+
+
+BENCHMARK = Benchmark(name="dpg_bench", overall="images", find_judges=find_judges, open_judge=open_judge)
+
+_TASK = JudgedTask(BENCHMARK, documents, _categories)
+process_docs, process_results = _TASK.process_docs, _TASK.process_results
+aggregate_overall, aggregate_interval = _TASK.aggregate_overall, _TASK.aggregate_interval
+aggregate_skill = _TASK.aggregate_skill

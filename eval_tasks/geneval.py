@@ -1,0 +1,163 @@
+"""The task `geneval`: GenEval's 553 prompts, judged by its rules on a detector's instances and CLIP's colours."""
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from eval_tasks.geneval_prompts import COLORS, SKILLS, geneval_records
+from eval_tasks.judging.benchmark import Batch, Benchmark
+from eval_tasks.judging.clock import Clock
+from eval_tasks.judging.colors import ColorClassifier, Crop
+from eval_tasks.judging.detectors import Detector, Mask2FormerDetector
+from eval_tasks.judging.kept import Drawn
+from eval_tasks.judging.lmms_task import JudgedTask
+from eval_tasks.judging.options import JudgeOptions, variable
+from eval_tasks.judging.rules import Instance, colors_wanted, evaluate
+from eval_tasks.judging.scores import Judgement
+from eval_tasks.judging.weights import fetch, require_weights
+from eval_tasks.scene_detector import SceneDetector
+
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+SCENES = "scenes"
+_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json", "*.txt")
+
+
+@dataclass(eq=False)
+class _Seen:
+    """An image on its way: what was found in it, and the crops whose colours are not known yet, by instance."""
+
+    drawn: Drawn
+    record: dict
+    instances: list[Instance]
+    crops: dict[int, Crop]
+
+
+class GenEvalJudge:
+    """A detector, and a colour classifier where the detector does not tell colours itself.
+
+    Images go through the detector batch by batch. Crops wait until they fill a batch of the classifier, whatever
+    images they come from; only they stay in memory, not their images.
+    """
+
+    def __init__(self, detector: Detector, colors: ColorClassifier | None, batch_size: int) -> None:
+        self.detector, self.colors, self.batch_size = detector, colors, batch_size
+        self.clock = Clock()
+
+    def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
+        """Judge images of documents with a GenEval `record`.
+
+        Raises:
+            ValueError: a record asks for a class or colour that the judge does not know.
+        """
+        waiting: deque[_Seen] = deque()
+        for batch in batches:
+            with self.clock:
+                found = self.detector.detect_batch([image for _, image in batch])
+            for (drawn, image), instances in zip(batch, found, strict=True):
+                waiting.append(self._seen(drawn, image, instances))
+            yield from self._finished(waiting, least=self.batch_size)
+        yield from self._finished(waiting, least=1)
+
+    def _seen(self, drawn: Drawn, image, instances: list[Instance]) -> _Seen:
+        record = json.loads(drawn.document["record"])
+        self._check(record)
+        wanted = colors_wanted(record, instances, self.detector.rules) if self.colors else []
+        crops = {instances.index(instance): self.colors.prepare(image, instance) for instance in wanted}
+        return _Seen(drawn, record, [replace(instance, mask=None) for instance in instances], crops)
+
+    def _check(self, record: dict) -> None:
+        clauses = [*record["include"], *record.get("exclude", ())]
+        unknown = [clause["class"] for clause in clauses if clause["class"] not in self.detector.classes]
+        if unknown:
+            raise ValueError(f"{record['prompt']!r}: the detector knows no class {unknown[0]!r}; is this its task?")
+        colors = [clause["color"] for clause in clauses if "color" in clause]
+        if self.colors and not set(colors) <= set(COLORS):
+            raise ValueError(f"{record['prompt']!r}: colours must be among {', '.join(COLORS)}, got {colors}")
+
+    def _finished(self, waiting: deque[_Seen], least: int) -> Iterator[Judgement]:
+        """Classify crops while there are `least` of them, then judge what waits for none, in order."""
+        crops = [(seen, place) for seen in waiting for place in seen.crops]
+        while len(crops) >= least:
+            now, crops = crops[: self.batch_size], crops[self.batch_size :]
+            with self.clock:
+                colors = self.colors.classify([seen.crops[place] for seen, place in now])
+            for (seen, place), color in zip(now, colors, strict=True):
+                seen.instances[place] = replace(seen.instances[place], color=color)
+                del seen.crops[place]
+        while waiting and not waiting[0].crops:
+            yield self._judgement(waiting.popleft())
+
+    def _judgement(self, seen: _Seen) -> Judgement:
+        verdict = evaluate(seen.record, seen.instances, self.detector.rules)
+        score = float(verdict.correct)
+        return Judgement(
+            index=seen.drawn.index,
+            sample=seen.drawn.sample,
+            image=seen.drawn.image,
+            prompt=seen.record["prompt"],
+            score=score,
+            marks={seen.record["tag"]: [score]},
+            correct=verdict.correct,
+            reason=verdict.reason,
+            details={"instances": [instance.as_dict() for instance in seen.instances]},
+        )
+
+
+# The benchmark -------------------------------------------------------------------------------------------------
+
+
+def _names(options: JudgeOptions) -> dict[str, str]:
+    detector = options.detector or MASK2FORMER
+    return {"detector": detector} if detector == SCENES else {"detector": detector, "clip": options.clip}
+
+
+def _folders(options: JudgeOptions) -> dict:
+    detector = fetch(options.detector or MASK2FORMER, "the detector's weights", variable("detector"))
+    clip = fetch(options.clip, "the colour classifier's weights", variable("clip"), _CLIP_FILES)
+    require_weights(detector, "the detector's weights")
+    require_weights(clip, "the colour classifier's weights", "open_clip_config.json")
+    return {"detector": detector, "clip": clip}
+
+
+def find_judges(options: JudgeOptions) -> dict[str, str]:
+    """The judges' names, when they are all there.
+
+    Raises:
+        ValueError: what is missing, and where it comes from.
+    """
+    names = _names(options)
+    if names["detector"] != SCENES:
+        _folders(options)
+    return names
+
+
+def open_judge(options: JudgeOptions) -> GenEvalJudge:
+    """The detector and the colour classifier, loaded on the options' device."""
+    if _names(options)["detector"] == SCENES:
+        return GenEvalJudge(SceneDetector(), None, options.batch_size)
+    folders, device = _folders(options), options.torch_device
+    detector = Mask2FormerDetector.open(folders["detector"], device)
+    return GenEvalJudge(detector, ColorClassifier.open(folders["clip"], device), options.batch_size)
+
+
+def documents() -> list[dict]:
+    """The 553 prompts, the skills in turn, so that a limit takes of each; `index` is their number in GenEval's list."""
+    by_skill = [
+        [
+            {"index": index, "tag": skill, "prompt": record["prompt"], "record": json.dumps(record)}
+            for index, record in enumerate(geneval_records())
+            if record["tag"] == skill
+        ]
+        for skill in SKILLS
+    ]
+    return [document for turn in zip_longest(*by_skill) for document in turn if document is not None]
+
+
+BENCHMARK = Benchmark(name="geneval", overall="skills", find_judges=find_judges, open_judge=open_judge)
+
+_TASK = JudgedTask(BENCHMARK, documents, lambda document: (document["tag"],))
+process_docs, process_results = _TASK.process_docs, _TASK.process_results
+aggregate_overall, aggregate_interval = _TASK.aggregate_overall, _TASK.aggregate_interval
+aggregate_skill = _TASK.aggregate_skill

@@ -1,0 +1,117 @@
+"""GenEval's 553 prompts and what an image of each must hold, drawn anew from the published seed.
+
+Source: GenEval (arXiv 2310.11513; github.com/djghosh13/geneval, MIT licence): its class names, its seed, the order of
+its draws. The sha256 of the list is checked whenever it is drawn, so another numpy cannot change it in silence.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# COCO's classes in COCO's order; three have names of GenEval's own (computer mouse, tv remote, computer keyboard).
+CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+_POSITIONS = ("left of", "right of", "above", "below")
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+_PERSON = CLASSES.index("person")  # is never given a colour
+
+SEED, DRAWS = 43, 100
+_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _colorable(index: int) -> str:
+    """A class other than person from an index in 1..79."""
+    return CLASSES[(index + _PERSON) % len(CLASSES)]
+
+
+def _two_object(rng: np.random.Generator) -> dict:
+    first, second = (CLASSES[index] for index in rng.choice(len(CLASSES), size=2, replace=False))
+    return {
+        "tag": "two_object",
+        "include": [{"class": first, "count": 1}, {"class": second, "count": 1}],
+        "prompt": f"a photo of {_article(first)} and {_article(second)}",
+    }
+
+
+def _counting(rng: np.random.Generator) -> dict:
+    label = CLASSES[rng.choice(len(CLASSES))]
+    count = int(rng.integers(2, 4, endpoint=True))
+    return {
+        "tag": "counting",
+        "include": [{"class": label, "count": count}],
+        "exclude": [{"class": label, "count": count + 1}],
+        "prompt": f"a photo of {_NUMBERS[count]} {label}{'es' if label.endswith('s') else 's'}",
+    }
+
+
+def _colors(rng: np.random.Generator) -> dict:
+    label = _colorable(rng.choice(len(CLASSES) - 1) + 1)
+    color = COLORS[rng.choice(len(COLORS))]
+    return {
+        "tag": "colors",
+        "include": [{"class": label, "count": 1, "color": color}],
+        "prompt": f"a photo of {_article(color)} {label}",
+    }
+
+
+def _position(rng: np.random.Generator) -> dict:
+    first, second = (CLASSES[index] for index in rng.choice(len(CLASSES), size=2, replace=False))
+    position = _POSITIONS[rng.choice(len(_POSITIONS))]
+    return {
+        "tag": "position",
+        "include": [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [position, 0]}],
+        "prompt": f"a photo of {_article(first)} {position} {_article(second)}",
+    }
+
+
+def _color_attr(rng: np.random.Generator) -> dict:
+    first, second = (_colorable(index) for index in rng.choice(len(CLASSES) - 1, size=2, replace=False) + 1)
+    color, other = (COLORS[index] for index in rng.choice(len(COLORS), size=2, replace=False))
+    return {
+        "tag": "color_attr",
+        "include": [{"class": first, "count": 1, "color": color}, {"class": second, "count": 1, "color": other}],
+        "prompt": f"a photo of {_article(color)} {first} and {_article(other)} {second}",
+    }
+
+
+_DRAWN: tuple[Callable[[np.random.Generator], dict], ...] = (_two_object, _counting, _colors, _position, _color_attr)
+
+
+def draw_records(seed: int, draws: int) -> list[dict]:
+    """Every class once as a single object, then `draws` records of each other skill, without exact duplicates."""
+    rng = np.random.default_rng(seed)
+    records = [
+        {"tag": "single_object", "include": [{"class": label, "count": 1}], "prompt": f"a photo of {_article(label)}"}
+        for label in (CLASSES[index] for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False))
+    ]
+    records += [draw(rng) for draw in _DRAWN for _ in range(draws)]
+    return list({json.dumps(record): record for record in records}.values())
+
+
+def geneval_records() -> list[dict]:
+    """GenEval's 553 records (`tag`, `include`, `exclude` where counted, `prompt`) in its order.
+
+    Raises:
+        ValueError: this numpy draws other numbers than the one that the list was made with.
+    """
+    records = draw_records(SEED, DRAWS)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if hashlib.sha256(lines.encode()).hexdigest() != _SHA256:
+        raise ValueError(
+            f"numpy {np.__version__} draws other prompts than GenEval's from seed {SEED}; install numpy 2.0 to 2.4"
+        )
+    return records

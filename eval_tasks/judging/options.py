@@ -1,0 +1,71 @@
+"""How judging is set up: command line options, or the environment inside lmms-eval, which has no options of tasks.
+
+The environment changes evaluation only, never a model; what was chosen is written into the results.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+_PREFIX = "EVOTOK_JUDGE_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Which judges, where they run, how many images a batch; `EVOTOK_JUDGE_<NAME>` sets them in lmms-eval.
+
+    Attributes:
+        detector: GenEval's detector: a Mask2Former with COCO's classes (folder or hub id), or `scenes`, the exact
+            detector of coloured shapes; by default the task's own.
+        clip: GenEval's colour classifier in open_clip's format (folder or hub id).
+        vqa: who answers GenAI-Bench's and DPG-Bench's questions (folder or hub id).
+        device: by default CUDA where there is one.
+        batch_size: images, crops or questions a batch.
+    """
+
+    detector: str = ""
+    clip: str = "timm/vit_large_patch14_clip_224.openai"
+    vqa: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    device: str = ""
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"the judges' batch size must be at least 1, got {self.batch_size}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "JudgeOptions":
+        """Options from variables named `EVOTOK_JUDGE_<NAME>`.
+
+        Raises:
+            ValueError: a variable of that form that means nothing, or a batch size that is no number.
+        """
+        known = {f"{_PREFIX}{item.name.upper()}": item.name for item in fields(cls)}
+        given = {name: value for name, value in environment.items() if name.startswith(_PREFIX)}
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"{name} is no option of the judges; did you mean {near[0]}? Known: {', '.join(known)}"
+                )
+        values = {known[name]: value for name, value in given.items()}
+        if "batch_size" in values:
+            if not values["batch_size"].isdigit():
+                raise ValueError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}")
+            values["batch_size"] = int(values["batch_size"])
+        return cls(**values)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def variable(name: str) -> str:
+    """The environment variable of an option."""
+    return f"{_PREFIX}{name.upper()}"

@@ -1,0 +1,106 @@
+"""Judgements, and the scores with intervals that follow from them.
+
+I judgements, P prompts, R resamples.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+OVERALL = "overall"
+_RESAMPLES, _SEED = 2000, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a judge says of one image.
+
+    Attributes:
+        index, sample: the prompt's number, and which of its images this is.
+        image: path relative to the run's folder.
+        score: of the image, in [0, 1].
+        marks: what it contributes to each skill, in [0, 1]; none, one or several values.
+        correct: the verdict where there is one.
+        reason: why it is not correct; empty where it is.
+        details: what was seen.
+    """
+
+    index: int
+    sample: int
+    image: str
+    prompt: str
+    score: float
+    marks: dict[str, list[float]]
+    correct: bool | None = None
+    reason: str = ""
+    details: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A mean and its 95 % bootstrap interval over prompts; images of one prompt are not independent."""
+
+    value: float
+    low: float
+    high: float
+    num_marks: int
+    num_prompts: int
+
+
+def _share(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums over counts, NaN where nothing was counted (a skill that a resample has no prompt of)."""
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan, dtype=float), where=counts > 0)
+
+
+def _resampled(strata: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+    """How often each prompt (R, P) is drawn when as many as there are of its stratum are drawn with replacement."""
+    weights = np.zeros((_RESAMPLES, len(strata)), dtype=np.int64)
+    for stratum in dict.fromkeys(strata):
+        members = np.flatnonzero(np.array(strata) == stratum)
+        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), _RESAMPLES)
+    return weights
+
+
+def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "images"]) -> dict[str, Score]:
+    """The overall score and every skill's.
+
+    Args:
+        overall: it is the mean of the skills' scores, and the prompts of each skill are resampled apart (GenEval), or
+            the mean of the images' scores.
+
+    Raises:
+        ValueError: there are no judgements.
+    """
+    judgements = list(judgements)
+    if not judgements:
+        raise ValueError("no image was judged, so there is no score; was the run limited to 0 documents?")
+    prompts = list(dict.fromkeys(item.index for item in judgements))
+    row = {index: number for number, index in enumerate(prompts)}
+    skills = list(dict.fromkeys(skill for item in judgements for skill in item.marks))
+    columns = {skill: number for number, skill in enumerate([*skills, OVERALL])}
+    sums, counts = np.zeros((2, len(prompts), len(columns)))
+    strata = [""] * len(prompts)
+    for item in judgements:
+        for skill, marks in [*item.marks.items(), (OVERALL, [item.score])]:
+            sums[row[item.index], columns[skill]] += sum(marks)
+            counts[row[item.index], columns[skill]] += len(marks)
+        if overall == "skills":
+            strata[row[item.index]] = next(iter(item.marks))
+    weights = _resampled(strata, np.random.default_rng(_SEED))
+    values = _share(sums.sum(axis=0), counts.sum(axis=0))  # (skills + 1,)
+    samples = _share(weights @ sums, weights @ counts)  # (R, skills + 1)
+    if overall == "skills":
+        values[-1], samples[:, -1] = values[:-1].mean(), samples[:, :-1].mean(axis=1)
+    low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
+    return {
+        name: Score(
+            value=float(values[column]),
+            low=float(low[column]),
+            high=float(high[column]),
+            num_marks=int(counts[:, column].sum()),
+            num_prompts=int((counts[:, column] > 0).sum()),
+        )
+        for name, column in sorted(columns.items(), key=lambda pair: pair[0] != OVERALL)
+    }

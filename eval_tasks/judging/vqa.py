@@ -1,0 +1,108 @@
+"""How sure a visual question answering model of transformers is that the answer is yes (VQAScore, arXiv 2404.01291)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from eval_tasks.judging.weights import require_weights
+
+_WHAT = "the VQA judge's weights"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The probabilities that the model's answer begins with Yes and with No."""
+
+    yes: float
+    no: float
+
+
+class YesNoJudge:
+    """Asks yes-or-no questions; several rows a batch give the answers of one at a time.
+
+    A model with a chat template is asked through it, any other gets the bare question.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor, device: torch.device | str = "cpu") -> None:
+        self.model, self.processor, self.device = model.to(device).eval(), processor, torch.device(device)
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._chat = getattr(processor, "chat_template", None) is not None
+        if self._chat:
+            self._tokenizer.padding_side = "left"  # the answer begins where the prompt ends, in every row
+        self._yes, self._no = self._first_tokens("Yes"), self._first_tokens("No")
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device | str = "cpu") -> "YesNoJudge":
+        """Load a folder of a transformers model that answers questions about images.
+
+        Raises:
+            ValueError: no such folder, or another kind of model.
+        """
+        require_weights(folder, _WHAT)
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
+        from transformers import AutoProcessor as Processor
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as GENERATIVE
+
+        config = AutoConfig.from_pretrained(folder)
+        answering = (config.architectures or [""])[0].endswith("ForQuestionAnswering")
+        if not answering and config.model_type not in GENERATIVE:
+            raise ValueError(
+                f"{_WHAT}: {folder} holds a {config.model_type!r}, which answers no questions about images"
+            )
+        kind = AutoModelForVisualQuestionAnswering if answering else AutoModelForImageTextToText
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        model = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype, local_files_only=True)
+        if not hasattr(model, "generate"):
+            raise ValueError(f"{_WHAT}: {folder} holds a {config.architectures[0]}, which does not write its answers")
+        return cls(model, Processor.from_pretrained(folder, local_files_only=True), device)
+
+    def _first_tokens(self, answer: str) -> list[int]:
+        """The ids of an answer that is one token, at the start of a text or behind a space."""
+        spelled = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, f" {answer}")]
+        # A word that the tokenizer does not know is one token too.
+        unknown = self._tokenizer.unk_token_id
+        single = sorted({ids[0] for ids in spelled if len(ids) == 1 and ids[0] != unknown})
+        if not single:
+            raise ValueError(
+                f"{_WHAT}: its tokenizer has no single token for {answer!r}, so its probability is not told"
+            )
+        return single
+
+    @torch.inference_mode()
+    def ask(self, images: Sequence[Image], questions: Sequence[str]) -> list[Answer]:
+        """One question an image, all in one batch."""
+        inputs = self._inputs(images, questions).to(device=self.device, dtype=self.model.dtype)
+        outputs = self.model.generate(
+            **inputs,
+            max_new_tokens=1,
+            num_beams=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        probabilities = outputs.logits[0].float().softmax(dim=-1)  # (B, vocabulary)
+        yes, no = (probabilities[:, ids].sum(dim=-1).tolist() for ids in (self._yes, self._no))
+        return [Answer(*pair) for pair in zip(yes, no, strict=True)]
+
+    def _inputs(self, images: Sequence[Image], questions: Sequence[str]):
+        if not self._chat:
+            return self.processor(images=list(images), text=list(questions), padding=True, return_tensors="pt")
+        texts = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for question in questions
+        ]
+        begin = self._tokenizer.bos_token  # some templates write it, and then the tokenizer must not
+        return self.processor(
+            images=[[image] for image in images],
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (begin and texts[0].startswith(begin)),
+        )

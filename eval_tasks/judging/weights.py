@@ -1,0 +1,56 @@
+"""Where judges and prompt lists come from: a local path, or a hub id that is fetched before anything is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+TRANSFORMERS_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def fetch(
+    source: str, what: str, option: str, files: Sequence[str] = TRANSFORMERS_FILES, *, dataset: bool = False
+) -> Path:
+    """A local path as it is, or the local copy of a repository of the hub.
+
+    Args:
+        source: path of a file or folder, or `owner/name` on the hub.
+        what: for the error: what is looked for.
+        option: for the error: the environment variable that names another.
+        files: patterns of the files to fetch.
+        dataset: the repository is a data set's.
+
+    Raises:
+        ValueError: there is no such path, and the hub does not give it.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    local = f"hf download {source}{' --repo-type dataset' if dataset else ''} --local-dir DIR"
+    advice = f"get it where there is a network with `{local}`, then set {option}=DIR"
+    if source.count("/") != 1 or source.startswith((".", "~", "/")):
+        raise ValueError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            source, repo_type="dataset" if dataset else "model", allow_patterns=list(files), etag_timeout=5
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{what}: {source} is no path here and the hub does not give it ({reason}); {advice}"
+        ) from error
+    return Path(folder)
+
+
+def require_weights(folder: Path, what: str, config: str = "config.json") -> Path:
+    """The folder, if it holds a model's configuration and safetensors.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    if not folder.is_dir() or not (folder / config).is_file():
+        raise ValueError(f"{what}: {folder} must be a folder with {config}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{what}: {folder} has no *.safetensors; pickled weights are not read, convert them first")
+    return folder

@@ -1,0 +1,59 @@
+"""Rows of the files that benchmarks publish their prompts in: CSV, JSON, JSONL, parquet."""
+
+import csv
+import json
+from pathlib import Path
+
+_FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file; of a JSON object of rows each row with its key as `id`, where it has none.
+
+    Raises:
+        ValueError: no such file, another format, a damaged file, or no rows.
+    """
+    kind = path.suffix.lower()
+    if kind not in _FORMATS:
+        raise ValueError(f"prompts are read from {', '.join(_FORMATS)}, got {path}")
+    try:
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            rows = {".csv": _csv_rows, ".jsonl": _json_lines, ".json": _json_rows}[kind](text)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"prompts file {path} cannot be read: {error}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"prompts file {path} must hold rows with named columns")
+    return rows
+
+
+def _csv_rows(text: str) -> list[dict]:
+    return list(csv.DictReader(text.splitlines(keepends=True)))
+
+
+def _json_lines(text: str) -> list:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _json_rows(text: str) -> list:
+    content = json.loads(text)
+    if isinstance(content, dict):
+        return [{"id": key, **row} if isinstance(row, dict) else row for key, row in content.items()]
+    return content if isinstance(content, list) else []
+
+
+def column(row: dict, names: tuple[str, ...], path: Path) -> object:
+    """The first of several columns that a row has, whatever their case.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    plain = {str(name).strip().lower(): value for name, value in row.items()}
+    for name in names:
+        if plain.get(name) is not None:
+            return plain[name]
+    raise ValueError(f"prompts file {path} needs a column {' or '.join(map(repr, names))}, it has {sorted(plain)}")

@@ -1,0 +1,70 @@
+"""`evotok-eval judge`."""
+
+import json
+
+import pytest
+
+from eval_tasks import geneval_scenes
+from eval_tasks.cli import main
+from eval_tasks.judging.kept import keep
+from evotok_plugin.data.scenes import SKILLS, render, sample_scene
+
+
+@pytest.fixture
+def drawn_scenes(tmp_path, rng):
+    """Images of two prompts of each skill, every second of them true; returns documents and answers."""
+    from evotok_plugin.data.scene_text import prompt_record
+
+    answers = []
+    for index in range(12):
+        skill = SKILLS[index % len(SKILLS)]
+        scene, other = sample_scene(rng, skill), sample_scene(rng, "single_object")
+        record = prompt_record(scene, skill)
+        document = {"index": index, "tag": record["tag"], "prompt": record["prompt"], "record": json.dumps(record)}
+        path = tmp_path / f"{index}.png"
+        render(scene if index % 2 == 0 else other).save(path)
+        answers.append((document, json.dumps({"text": "", "images": [str(path)]})))
+    return answers
+
+
+def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
+    run = keep(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
+    assert main(["judge", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "| **overall** |" in printed and "contact_sheet.html" in printed
+    rows = [json.loads(line) for line in (run.folder / "judgements.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(12))
+    assert all(row["correct"] for row in rows if row["index"] % 2 == 0)
+    for row, (document, answer) in zip(rows, drawn_scenes, strict=True):
+        (path,) = geneval_scenes.parse_images(answer)
+        record = json.loads(document["record"])
+        assert row["correct"] == geneval_scenes.judge_image(path, record, record)["correct"]
+
+
+def test_samples_of_a_run_are_kept_and_judged(drawn_scenes, tmp_path, capsys):
+    folder = tmp_path / "out/model"
+    folder.mkdir(parents=True)
+    samples = folder / "20260101_000000_samples_geneval_scenes.jsonl"
+    rows = [{"target": json.dumps(document), "filtered_resps": answer} for document, answer in drawn_scenes]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["judge", str(tmp_path / "out"), "-o", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report/scores.json").is_file()
+    first = (tmp_path / "report/judgements.jsonl").read_text()
+    assert main(["judge", str(samples), "-o", str(tmp_path / "again"), "--batch_size", "5"]) == 0
+    assert (tmp_path / "again/judgements.jsonl").read_text() == first
+
+
+def test_what_cannot_be_judged_is_told(drawn_scenes, tmp_path, capsys):
+    def error(*arguments) -> str:
+        assert main(["judge", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    assert "neither kept images nor lmms-eval samples" in error(tmp_path)
+    assert "is no folder" in error(tmp_path / "nowhere")
+    keep(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
+    keep(tmp_path / "out/b", "geneval", drawn_scenes)
+    assert "holds images of geneval, geneval_scenes: choose one with --task" in error(tmp_path / "out")
+    assert "get it where there is a network" in error(tmp_path / "out", "--task", "geneval")
+    assert "the detector knows no class" not in error(tmp_path / "out", "--task", "geneval_scenes", "--batch_size", "0")
+    (tmp_path / "x_samples_mmbench_scenes.jsonl").write_text("")
+    assert "of the task 'mmbench_scenes'; known are geneval" in error(tmp_path / "x_samples_mmbench_scenes.jsonl")
