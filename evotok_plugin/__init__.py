@@ -3,10 +3,11 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.image_head import DepthTransformerConfig, DepthTransformerHead, SamplingOptions
+from evotok_plugin.image_head import DepthTransformerConfig, DepthTransformerHead
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokEncoderOutput, EvoTokModel, EvoTokOutput
 from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.sampling import SamplingOptions, uniform_noise
 from evotok_plugin.vision_tower import (
     EvoTokVisionConfig,
     EvoTokVisionImageProcessor,
@@ -37,4 +38,5 @@ __all__ = [
     "ResidualVectorQuantizer",
     "SamplingOptions",
     "register_llava",
+    "uniform_noise",
 ]

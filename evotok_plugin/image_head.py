@@ -6,15 +6,16 @@ B rows (one per image position), R rows drawn, G = 2 R rows with guidance (condi
 K codebook_size, D width of the model before it, W head width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from evotok_plugin.kernels.thin_linear import thin_linear
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
+from evotok_plugin.sampling import SamplingOptions, sample
 
 
 @dataclass(frozen=True)
@@ -44,60 +45,24 @@ class DepthTransformerConfig:
             raise ValueError(f"the depth transformer is {self.hidden_size} wide, no multiple of {self.num_heads} heads")
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a code is chosen from its logits; `top_k=0` and `top_p=1` switch those filters off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={self.temperature}, "
-                f"top_k={self.top_k}, top_p={self.top_p}"
-            )
-
-
-def sample(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one code a row: logits (R, K) -> (R,).
-
-    Every row has its own generator and the draw is `argmax(probability / exponential noise)`, so a row does not
-    depend on the rows beside it. Temperature 0 takes the most likely code.
-    """
-    if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        kth = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if options.top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
-        # The most likely codes whose mass before them is still below top_p.
-        outside = ordered.cumsum(dim=-1) - ordered >= options.top_p
-        probabilities = probabilities.masked_fill(outside.gather(-1, index.argsort(dim=-1)), 0.0)
-    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators])
-    return (probabilities / noise.to(probabilities.device)).argmax(dim=-1)
-
-
-@dataclass
 class LevelCache:
-    """Keys and values of the levels drawn so far, one pair per block: (B, heads, levels, W / heads)."""
+    """Keys and values of the levels drawn so far of one position a row, in every block; made once, used for all
+    positions one after another.
 
-    keys: list[Tensor | None] = field(default_factory=list)
-    values: list[Tensor | None] = field(default_factory=list)
+    Attributes:
+        keys, values: (blocks, B, heads, L, W / heads).
+    """
 
-    def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one level's key and value to a block's and return all of them."""
-        if block == len(self.keys):
-            self.keys.append(key)
-            self.values.append(value)
-        else:
-            self.keys[block] = torch.cat([self.keys[block], key], dim=2)
-            self.values[block] = torch.cat([self.values[block], value], dim=2)
-        return self.keys[block], self.values[block]
+    def __init__(self, config: DepthTransformerConfig, num_rows: int, like: Tensor) -> None:
+        """`like` is any tensor of the device and dtype that the head computes in."""
+        sizes = (config.num_heads, config.num_levels, config.hidden_size // config.num_heads)
+        self.keys, self.values = like.new_empty(2, config.num_layers, num_rows, *sizes)
+
+    def extend(self, block: int, level: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put in one level's key and value (B, heads, 1, W / heads) of a block; those of all levels up to it."""
+        self.keys[block, :, :, level] = key[:, :, 0]
+        self.values[block, :, :, level] = value[:, :, 0]
+        return self.keys[block, :, :, : level + 1], self.values[block, :, :, : level + 1]
 
 
 class DepthBlock(GradientCheckpointingLayer):
@@ -114,16 +79,18 @@ class DepthBlock(GradientCheckpointingLayer):
             nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
         )
 
-    def forward(self, x: Tensor, cache: LevelCache | None = None, block: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: LevelCache | None = None, block: int = 0, level: int = 0) -> Tensor:
         batch, levels, width = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(batch, levels, 3, self.num_heads, width // self.num_heads)
+        linear = nn.Module.__call__ if cache is None else thin_linear
+        qkv = linear(self.qkv, self.norm_1(x)).view(batch, levels, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, levels, W / heads)
         if cache is not None:
-            key, value = cache.extend(block, key, value)
+            key, value = cache.extend(block, level, key, value)
         # With a cache one level comes at a time and may look at all that is cached.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
-        x = x + self.proj(attended.transpose(1, 2).reshape(batch, levels, width))
-        return x + self.mlp(self.norm_2(x))
+        x = x + linear(self.proj, attended.transpose(1, 2).reshape(batch, levels, width))
+        widen, activation, narrow = self.mlp
+        return x + linear(narrow, activation(linear(widen, self.norm_2(x))))
 
 
 class DepthTransformerHead(nn.Module):
@@ -185,28 +152,34 @@ class DepthTransformerHead(nn.Module):
             total = total + chunked_cross_entropy(classifier, normed, targets, self.config.codebook_size)
         return total / max(1, codes.numel())
 
+    def new_cache(self, num_rows: int) -> LevelCache:
+        """Room for the levels of one position in each of so many rows."""
+        return LevelCache(self.config, num_rows, self.level_embedding)
+
     def step(self, level: int, conditioning: Tensor, cache: LevelCache) -> Tensor:
         """Logits (B, K) of one level while drawing.
 
         Args:
-            level: which level; levels come in order, 0 first, with one `cache` per position.
+            level: which level; levels come in order, 0 first.
             conditioning: for level 0 the model's hidden state (B, D), after that the sum of the levels drawn (B, C).
-            cache: filled by the steps before; an empty one for level 0.
+            cache: holds the levels before; those of another position are written over.
         """
         project = self.from_hidden if level == 0 else self.from_latent
-        x = (project(conditioning) + self.level_embedding[level])[:, None]
+        x = (thin_linear(project, conditioning) + self.level_embedding[level])[:, None]
         for index, block in enumerate(self.blocks):
-            x = block(x, cache, index)
-        return self.classifiers[level](x[:, 0])
+            x = block(x, cache, index, level)
+        norm, classifier = self.classifiers[level]
+        return thin_linear(classifier, norm(x[:, 0]))
 
     @torch.no_grad()
     def sample(
         self,
         hidden: Tensor,
         codebooks: Tensor,
-        generators: Sequence[torch.Generator],
+        noise: Tensor,
         options: SamplingOptions | None = None,
         guidance_scale: float = 1.0,
+        cache: LevelCache | None = None,
     ) -> Tensor:
         """Draw the levels of one position a row, each level once: codes (R, L).
 
@@ -214,32 +187,36 @@ class DepthTransformerHead(nn.Module):
             hidden: the model's hidden states before the positions, (R, D); with classifier-free guidance (2 R, D),
                 those with the prompt, then those without, in the same order.
             codebooks: the tokenizer's, (L or more, K, C): `tokenizer.quantizer.codebooks`.
-            generators: R of them on the CPU, one a row; a row depends on its hidden state and its generator alone.
-            options: temperature, top-k and top-p; without them the codes are drawn from the whole distribution.
-            guidance_scale: how far the logits are pushed away from those without the prompt; 1 is no guidance.
+            noise: (R, L) in [0, 1), what decides each draw (`uniform_noise` makes it from a seed); a row depends on its
+                hidden state and its noise alone.
+            options: how codes are chosen; without them they are drawn from the whole distribution.
+            guidance_scale: how far the logits are pushed away from those without the prompt; with one hidden state a
+                row there is nothing to push away from, and it is not used.
+            cache: of `new_cache`, for as many rows as there are hidden states; without it, one is made.
 
         Raises:
-            ValueError: rows and generators do not match, or the codebooks are not those of the configuration.
+            ValueError: rows and noise do not match, or the codebooks are not those of the configuration.
         """
-        config, num_rows, guided = self.config, len(generators), guidance_scale != 1
-        if not num_rows or hidden.shape[0] != num_rows * (1 + guided):
+        config, num_rows, options = self.config, noise.shape[0], options or SamplingOptions()
+        guided = hidden.shape[0] == 2 * num_rows
+        if noise.shape[1:] != (config.num_levels,) or not num_rows or hidden.shape[0] not in (num_rows, 2 * num_rows):
             raise ValueError(
-                f"{hidden.shape[0]} hidden states for {num_rows} generators and guidance_scale {guidance_scale}; "
-                "expected one for each, at another scale than 1 two: those with the prompt, then those without"
+                f"{hidden.shape[0]} hidden states for noise of shape {tuple(noise.shape)}; expected noise (R, "
+                f"{config.num_levels}) and R hidden states, with guidance 2 R: with the prompt, then without"
             )
         if codebooks.shape[0] < config.num_levels or codebooks.shape[1:] != (config.codebook_size, config.codebook_dim):
             raise ValueError(
                 f"expected codebooks ({config.num_levels} or more, {config.codebook_size}, {config.codebook_dim}), "
                 f"got {tuple(codebooks.shape)}; the head was made for another tokenizer"
             )
-        options, cache = options or SamplingOptions(), LevelCache()
+        cache = cache or self.new_cache(hidden.shape[0])
         conditioning, codes, total = hidden, [], 0.0
         for level in range(config.num_levels):
             logits = self.step(level, conditioning, cache)
             if guided:
                 conditional, unconditional = logits[:num_rows], logits[num_rows:]
-                logits = unconditional + guidance_scale * (conditional - unconditional)
-            codes.append(sample(logits, options, generators))
+                logits = torch.lerp(unconditional, conditional, guidance_scale)
+            codes.append(sample(logits, options.at_level(level), noise[:, level]))
             total = total + F.embedding(codes[-1], codebooks[level])  # the sum stays in float32
             latents = total.to(hidden.dtype)
             conditioning = torch.cat([latents, latents]) if guided else latents

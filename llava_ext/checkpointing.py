@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 
 TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model folder
+NEW_PARTS = ("read_projector", "write_projector", "image_head")  # a flat model has no write_projector
+INCLUDED_MODEL = Path(__file__).parent / "pretrained" / "scenes"
 DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
 
 
@@ -136,12 +139,14 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def default_model_folder() -> Path:
-    """Where the newest trained model of this working folder lies.
+    """Where the newest trained model of this working folder lies; without one, the model that comes with the package.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is neither.
     """
     found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / "config.json").is_file()]
+    if not found and (INCLUDED_MODEL / "config.json").is_file():
+        return INCLUDED_MODEL
     if not found:
         raise ValueError(
             f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, "
@@ -159,11 +164,13 @@ def assemble(
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str = "sdpa",
     quantization_config: object | None = None,
+    image_head: str = "depth",
+    residual_embeddings: str = "tied",
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
     """A new model from a causal LM folder and an EvoTok folder; projectors and image head start at random.
 
-    The new image tokens start from the mean of all others. Residual tokens have no rows to start: the depth
-    transformer reads and writes them, the backbone's embedding and output layers end before them.
+    The new image tokens start from the mean of all others. Residual tokens have no rows in the backbone: the image head
+    reads and writes them, the backbone's embedding and output layers end before them.
 
     Raises:
         ValueError: a folder that does not hold what is needed.
@@ -182,7 +189,7 @@ def assemble(
         raise ValueError(f"text model {str(language_model)!r} cannot be loaded: {error}") from error
     tower = EvoTokModel.from_pretrained(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
     images = EvoTokImageProcessor.from_pretrained(vision_tower)
-    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size)
+    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size, image_head)
     new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -195,6 +202,8 @@ def assemble(
         image_start_token_id=processor.image_start_id,
         image_end_token_id=processor.image_end_id,
         residual_token_offset=processor.residual_token_offset,
+        image_head=image_head,
+        residual_embeddings=residual_embeddings,
         head_hidden_size=head_hidden_size,
         head_num_layers=head_num_layers,
         head_num_heads=head_num_heads,
@@ -207,7 +216,7 @@ def assemble(
     model.language_model = backbone.get_decoder()
     model.lm_head = backbone.get_output_embeddings()
     model.config.text_config = model.language_model.config
-    for part in (model.read_projector, model.write_projector, model.image_head):
+    for part in (getattr(model, name) for name in NEW_PARTS if hasattr(model, name)):
         part.to_empty(device=tower.device)
         part.to(backbone.dtype)
         part.apply(model._init_weights)
@@ -233,21 +242,27 @@ def _start_from_mean(backbone: nn.Module, ids: list[int]) -> None:
 
 @torch.no_grad()
 def _start_on_the_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
-    """Scale both projectors so that image features of random codes are as large as token embeddings.
+    """Scale what comes before the LLM so that images of random codes are as large as token embeddings, and the rows of
+    a flat head's output like those of text.
 
     A tower's features may be tens of times larger; they would drown the embedding of the place in the image.
     """
     vision, tower = model.config.vision_config, model.vision_tower
     shape = (max(2, 256 // vision.num_positions), vision.num_positions, vision.num_quantizers)
     codes = torch.randint(vision.codebook_size, shape, generator=torch.Generator().manual_seed(0)).to(tower.device)
-    size = model.get_input_embeddings().weight.float().square().mean().sqrt()
-    latents = tower.codes_to_latents(codes[..., : vision.pixel_depth])
-    for projector, features in (
-        (model.read_projector, tower.decode_semantics(codes)),
-        (model.write_projector, latents),
-    ):
-        projected = projector.project(features.to(projector.linear_1.weight.dtype)).float()
-        projector.linear_2.weight.mul_(size / projected.square().mean().sqrt())
+    size, of_output = (_root_mean_square(layer.weight) for layer in (model.get_input_embeddings(), model.lm_head))
+    before = [(model.read_projector, tower.decode_semantics(codes))]
+    if isinstance(model.image_head, FlatHead):
+        start_rows(model.image_head, tower.quantizer.codebooks, size, of_output)
+    else:
+        before.append((model.write_projector, tower.codes_to_latents(codes[..., : vision.pixel_depth])))
+    for projector, features in before:
+        projected = projector.project(features.to(projector.linear_1.weight.dtype))
+        projector.linear_2.weight.mul_(size / _root_mean_square(projected))
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.float().square().mean().sqrt()
 
 
 # Writing -----------------------------------------------------------------------------------------------------
@@ -334,12 +349,18 @@ def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
         "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
         "image tokenizer": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_positions} positions, "
         f"{vision.num_quantizers} levels of {vision.codebook_size} codes",
-        "image head": f"depth transformer, {config.head_num_layers} layers, {config.head_hidden_size} wide, "
-        f"{vision.pixel_depth} levels",
+        "image head": f"{_head_in_words(config)}, {vision.pixel_depth} levels",
         "parameters": f"{size:.1f} M in {str(model.dtype).removeprefix('torch.')}",
         "of the tokenizer": f"{tower:.1f} M in float32",
     }
     return _MODEL_CARD.replace("ROWS", "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
+
+
+def _head_in_words(config: EvoTokLlavaConfig) -> str:
+    if config.image_head == "flat":
+        how = "rows tied to the codebooks" if config.residual_embeddings == "tied" else "rows of their own"
+        return f"flat: residual tokens are tokens of the LLM, {how}"
+    return f"depth transformer, {config.head_num_layers} layers, {config.head_hidden_size} wide"
 
 
 _MODEL_CARD = """# EvoTok-LLaVA

@@ -5,6 +5,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from evotok_plugin import EvoTokConfig
 from llava_ext.vocabulary import ResidualVocabulary
 
+IMAGE_HEADS = ("depth", "flat")
+RESIDUAL_EMBEDDINGS = ("tied", "free")
+HEAD_SETTINGS = ("image_head", "residual_embeddings", "head_hidden_size", "head_num_layers", "head_num_heads")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+
 
 class EvoTokLlavaConfig(PreTrainedConfig):
     """A text backbone, an image tokenizer, and the ids by which images stand in a sequence.
@@ -15,6 +29,10 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         image_token_id: placeholder of one position of an image that is read.
         image_start_token_id, image_end_token_id: delimiters around every image, read or drawn.
         residual_token_offset: first id of the reserved range of residual tokens.
+        image_head: what predicts residual tokens. "depth": a depth transformer, behind one LLM step a position;
+            "flat": the LLM itself, one step a residual token.
+        residual_embeddings: of the flat head. "tied": a token's rows follow from its codebook vector; "free": they are
+            learned one by one.
         head_hidden_size, head_num_layers, head_num_heads: sizes of the depth transformer.
     """
 
@@ -27,6 +45,8 @@ class EvoTokLlavaConfig(PreTrainedConfig):
     image_start_token_id: int = 1
     image_end_token_id: int = 2
     residual_token_offset: int = 3
+    image_head: str = "depth"
+    residual_embeddings: str = "tied"
     head_hidden_size: int = 2560
     head_num_layers: int = 6
     head_num_heads: int = 40
@@ -41,6 +61,8 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         vision = self.vision_config if self.vision_config is not None else {}
         self.vision_config = EvoTokConfig(**vision) if isinstance(vision, dict) else vision
         self.tie_word_embeddings = bool(self.tie_word_embeddings or text.tie_word_embeddings)
+        check_choice("image_head", self.image_head, IMAGE_HEADS)
+        check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if self.head_hidden_size % self.head_num_heads:
             raise ValueError(
                 f"head_hidden_size {self.head_hidden_size} is not a multiple of head_num_heads {self.head_num_heads}"
@@ -59,3 +81,9 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         """The residual tokens: as many levels as the pixel decoder reads."""
         vision = self.vision_config
         return ResidualVocabulary(self.residual_token_offset, vision.pixel_depth, vision.codebook_size)
+
+    @property
+    def steps_per_drawn_image(self) -> int:
+        """LLM steps of an image that is drawn, without its delimiters."""
+        vision = self.vision_config
+        return vision.num_positions * (vision.pixel_depth if self.image_head == "flat" else 1)

@@ -1,4 +1,5 @@
-"""From flat token ids to what the LLM steps over: residual tokens are folded, one step per image position.
+"""From flat token ids to what the LLM steps over: residual tokens are folded, one step per image position, unless the
+flat head takes them one by one.
 
 B batch, T tokens of the flat sequence, S steps after folding, L levels.
 """
@@ -13,13 +14,13 @@ from llava_ext.vocabulary import ResidualVocabulary
 
 @dataclass
 class FoldedSequence:
-    """A batch with one step per text token and one per image position.
+    """A batch with one step per text token and one per image position, or one per residual token.
 
     Attributes:
         input_ids: (B, S); at a written position the id of its level-0 token.
         segment_ids: (B, S), 0 on padding; where samples are packed, another number for each of a row's samples.
         labels: (B, S) or None; -100 where nothing is learned, as at the first step of a sample: nothing stands before.
-        written: (B, S), True at written positions.
+        written: (B, S), True at written steps.
         codes: (P, L), the codes of the P written positions in row-major order of `written`.
     """
 
@@ -44,19 +45,19 @@ class FoldedSequence:
         """(B, S), each step's number within its sample; by its restarts transformers tells packed samples apart."""
         return _steps_since(self.starts)
 
-    def written_places(self, num_positions: int) -> Tensor:
-        """(P,), the place in its image, row-major, of every written position.
+    def written_places(self, steps_per_image: int) -> Tensor:
+        """Of every written step its place in its image; where positions are folded (P,), their places row-major.
 
         Raises:
-            ValueError: an image with more or fewer than `num_positions`.
+            ValueError: an image with more or fewer than `steps_per_image`.
         """
         before = torch.cat([torch.zeros_like(self.written[:, :1]), self.written[:, :-1]], dim=1)
         first = self.written & (~before | self.starts)
         places = _steps_since(first)[self.written]
-        if bool((places >= num_positions).any()) or int(first.sum()) * num_positions != places.numel():
+        if bool((places >= steps_per_image).any()) or int(first.sum()) * steps_per_image != places.numel():
             raise ValueError(
-                f"{places.numel()} drawn positions in {int(first.sum())} images are no whole images of {num_positions} "
-                "positions each"
+                f"{places.numel()} drawn steps in {int(first.sum())} images are no whole images of {steps_per_image} "
+                "steps each"
             )
         return places
 
@@ -91,10 +92,12 @@ def fold_residual_tokens(
     attention_mask: Tensor | None,
     labels: Tensor | None,
     segment_ids: Tensor | None = None,
+    fold: bool = True,
 ) -> FoldedSequence:
     """Fold runs of L residual tokens into one step each; padding stays on the side where it was.
 
     Args:
+        fold: False where each residual token stays a step of its own: nothing moves, all is checked and marked alike.
         segment_ids: (B, T), which of its row's samples a token belongs to, numbered from 1; 0 is padding. Instead of
             `attention_mask`.
 
@@ -120,6 +123,8 @@ def fold_residual_tokens(
             f"got {run.numel()} of them in another order (was an image cut in half?)"
         )
     codes = vocabulary.codes(run).view(-1, vocabulary.num_levels)
+    if not fold:
+        return FoldedSequence(input_ids, segment_ids, labels, residual, codes)
 
     keep = ~residual | (vocabulary.levels(input_ids) == 0)
     real = keep & (segment_ids > 0)

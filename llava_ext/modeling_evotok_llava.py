@@ -1,6 +1,7 @@
 """One multimodal LLM that reads images (semantic features in) and draws them (residual codes out).
 
-B batch, T flat tokens, S steps after folding, P written positions, N positions an image, L levels, D LLM width.
+B batch, T flat tokens, S steps after folding, P written positions, N positions an image, L levels, D LLM width. With
+the flat head nothing is folded: S is T, and a written position takes L steps.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokMo
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
-from llava_ext.generation import ImageGenerationMixin
+from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
+from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin
 from llava_ext.losses import count_learned
 from llava_ext.packed_attention import tell_samples_apart
 from llava_ext.projector import Projector
@@ -43,8 +45,10 @@ class EvoTokLlavaOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, GenerationMixin):
-    """A causal LM with an EvoTok tokenizer before and a depth transformer behind it."""
+class EvoTokLlavaForConditionalGeneration(
+    PreTrainedModel, ImageGenerationMixin, InterleavedGenerationMixin, GenerationMixin
+):
+    """A causal LM with an EvoTok tokenizer before it, and a depth transformer or the flat head behind it."""
 
     config_class = EvoTokLlavaConfig
     config: EvoTokLlavaConfig
@@ -67,18 +71,11 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         self.read_projector = Projector(vision.semantic_dim, width, vision.num_positions)
-        self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
-        self.image_head = DepthTransformerHead(
-            DepthTransformerConfig(
-                llm_hidden_size=width,
-                codebook_dim=vision.codebook_dim,
-                codebook_size=vision.codebook_size,
-                num_levels=vision.pixel_depth,
-                hidden_size=config.head_hidden_size,
-                num_layers=config.head_num_layers,
-                num_heads=config.head_num_heads,
-            )
-        )
+        if config.image_head == "flat":
+            self.image_head = _flat_head(config)
+        else:
+            self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
+            self.image_head = _depth_head(config)
         self.vocabulary = config.residual_vocabulary
         self.vision_tower.requires_grad_(False)
         self.post_init()
@@ -142,7 +139,12 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
             )
 
     def embed_written(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """LLM inputs (P, D) of written positions from their codes (P, L) and places (P,) in the image."""
+        """LLM inputs of written positions from their codes (P, L) and places in the image: (P, D) from places (P,).
+
+        With the flat head (P x L, D), one a residual token; it looks at no places.
+        """
+        if self.config.image_head == "flat":
+            return self.image_head.embed(codes, self.vision_tower.quantizer.codebooks).flatten(0, 1)
         latents = self.vision_tower.codes_to_latents(codes[None])[0]
         return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
@@ -159,7 +161,7 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         elif self.training:
             embeddings = embeddings + 0.0 * self.get_image_features(image_codes=nothing).sum()
         if folded.codes.shape[0]:
-            written = self.embed_written(folded.codes, folded.written_places(vision.num_positions))
+            written = self.embed_written(folded.codes, folded.written_places(self.config.steps_per_drawn_image))
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")
         elif self.training:
             place = folded.codes.new_zeros(1)
@@ -213,7 +215,8 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         if labels is not None or segment_ids is not None:
             use_cache = False  # with a cache, transformers does not look for packed samples
         if inputs_embeds is None:
-            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels, segment_ids)
+            fold = self.config.image_head == "depth"
+            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels, segment_ids, fold)
             if segment_ids is not None:
                 folded, steps = tell_samples_apart(self.language_model, folded)
             elif attention_mask is not None:
@@ -242,7 +245,12 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
 
     def _image_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
         learned = (folded.labels != -100) & folded.written
-        codes, states = folded.codes[learned[folded.written]], hidden[:, :-1][learned[:, 1:]]
+        states = hidden[:, :-1][learned[:, 1:]]
+        if self.config.image_head == "flat":
+            tokens, codebooks = folded.labels[learned], self.vision_tower.quantizer.codebooks
+            levels = self.vocabulary.levels(tokens)
+            return self.image_head.loss(states, self.vocabulary.codes(tokens), levels, codebooks)
+        codes = folded.codes[learned[folded.written]]
         if not codes.shape[0]:
             zero = hidden.new_zeros((), dtype=torch.float32)
             if not self.training:
@@ -255,14 +263,51 @@ class EvoTokLlavaForConditionalGeneration(PreTrainedModel, ImageGenerationMixin,
         latents = self.vision_tower.level_latents(codes[None])[0]  # (P, L, C)
         return self.image_head.loss(hidden, latents.to(hidden.dtype), codes)
 
-    # Text generation -----------------------------------------------------------------------------------------
+    # Generation ----------------------------------------------------------------------------------------------
+
+    def embed_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the language model reads of a batch (B, T), with images as `forward` takes them: embeddings (B, S, D)
+        and their mask (B, S)."""
+        fold = self.config.image_head == "depth"
+        folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold)
+        return self._embed(folded, pixel_values, image_codes), folded.attention_mask
 
     def prepare_inputs_for_generation(
         self, input_ids, pixel_values=None, image_codes=None, is_first_iteration=False, **kwargs
     ):
         if is_first_iteration and bool(self.vocabulary.is_residual(input_ids).any()):
-            raise ValueError("generate() continues text; a drawn image in the prompt is not supported, read it instead")
+            raise ValueError(
+                'a drawn image stands in the prompt: generate(modalities="auto", processor=processor) goes on from it'
+            )
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration:
             inputs.update(pixel_values=pixel_values, image_codes=image_codes)
         return inputs
+
+
+def _depth_head(config: EvoTokLlavaConfig) -> DepthTransformerHead:
+    vision = config.vision_config
+    return DepthTransformerHead(
+        DepthTransformerConfig(
+            llm_hidden_size=config.text_config.hidden_size,
+            codebook_dim=vision.codebook_dim,
+            codebook_size=vision.codebook_size,
+            num_levels=vision.pixel_depth,
+            hidden_size=config.head_hidden_size,
+            num_layers=config.head_num_layers,
+            num_heads=config.head_num_heads,
+        )
+    )
+
+
+def _flat_head(config: EvoTokLlavaConfig) -> FlatHead:
+    vision, width = config.vision_config, config.text_config.hidden_size
+    if config.residual_embeddings == "free":
+        return FreeFlatHead(vision.pixel_depth, vision.codebook_size, width)
+    return TiedFlatHead(vision.pixel_depth, vision.codebook_size, vision.codebook_dim, width)

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -37,18 +38,18 @@ class ConversationLayout:
         tokens: ids.
         learned: which of them are learned.
         is_image: which of them stand for an image.
-        image_steps: LLM steps that an image takes, its delimiters included; read or drawn makes no difference.
+        image_steps: LLM steps that each image takes, its delimiters included.
     """
 
     tokens: list[int]
     learned: list[bool]
     is_image: list[bool]
-    image_steps: int
+    image_steps: list[int]
 
     @property
     def num_steps(self) -> int:
         """LLM steps: one a text token, and those of the images."""
-        return len(self.tokens) + sum(self.is_image) * (self.image_steps - 1)
+        return len(self.tokens) - len(self.image_steps) + sum(self.image_steps)
 
     def cut_to(self, num_steps: int) -> "ConversationLayout":
         """Leave out from the end what exceeds `num_steps` LLM steps; images are kept, and whole.
@@ -58,8 +59,9 @@ class ConversationLayout:
         """
         if self.num_steps <= num_steps:
             return self
-        steps = np.where(self.is_image, self.image_steps, 1).cumsum()
-        kept = int(np.searchsorted(steps, num_steps, side="right"))
+        steps = np.ones(len(self.tokens), np.int64)
+        steps[self.is_image] = self.image_steps
+        kept = int(np.searchsorted(steps.cumsum(), num_steps, side="right"))
         if any(self.is_image[kept:]):
             raise TooLong(f"{self.num_steps} steps, and the first {num_steps} do not hold all images whole")
         if not any(self.learned[:kept]):
@@ -82,6 +84,7 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         residual_token_offset: int = 0,
         num_levels: int = 4,
         codebook_size: int = 32768,
+        image_head: str = "depth",
         chat_template=None,
         **kwargs,
     ) -> None:
@@ -89,6 +92,7 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         self.residual_token_offset = residual_token_offset
         self.num_levels = num_levels
         self.codebook_size = codebook_size
+        self.image_head = image_head
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
@@ -101,7 +105,9 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         self._template: ConversationTemplate | None = None
 
     @classmethod
-    def from_parts(cls, image_processor, tokenizer, vision_config, text_vocab_size: int) -> "EvoTokLlavaProcessor":
+    def from_parts(
+        cls, image_processor, tokenizer, vision_config, text_vocab_size: int, image_head: str = "depth"
+    ) -> "EvoTokLlavaProcessor":
         """Build the processor for a text backbone: adds the image tokens, reserves the residual range behind both
         the tokenizer's ids and the backbone's embedding rows (`text_vocab_size`)."""
         tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
@@ -112,6 +118,7 @@ class EvoTokLlavaProcessor(ProcessorMixin):
             residual_token_offset=max(text_vocab_size, len(tokenizer)),
             num_levels=vision_config.pixel_depth,
             codebook_size=vision_config.codebook_size,
+            image_head=image_head,
         )
 
     @property
@@ -129,6 +136,11 @@ class EvoTokLlavaProcessor(ProcessorMixin):
 
     # Sequences -----------------------------------------------------------------------------------------------
 
+    def image_steps(self, drawn: bool) -> int:
+        """LLM steps of an image, its delimiters included: one a position, but one a residual token where the flat head
+        draws it."""
+        return 2 + self.num_positions * (self.num_levels if drawn and self.image_head == "flat" else 1)
+
     def encode_conversation(
         self, messages: Sequence[dict], drawn_codes: Sequence[Tensor | None], add_generation_prompt: bool = False
     ) -> EncodedConversation:
@@ -141,14 +153,20 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: the number of `<image>` and of images differ, or codes have another number of positions.
         """
-        layout = self.lay_out(messages, add_generation_prompt)
+        layout = self.lay_out(messages, add_generation_prompt, [codes is not None for codes in drawn_codes])
         return self.put_images(layout, drawn_codes)
 
-    def lay_out(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> ConversationLayout:
+    def lay_out(
+        self, messages: Sequence[dict], add_generation_prompt: bool = False, drawn: Sequence[bool] | None = None
+    ) -> ConversationLayout:
         """Messages as `encode_conversation` takes them, without the images: how long they are and what is learned.
 
+        Args:
+            drawn: of every image whether it is drawn; by default those in assistant turns are.
+
         Raises:
-            ValueError: a chat template that cannot render them, or text that holds an image token.
+            ValueError: a chat template that cannot render them, text that holds an image token, or another number of
+                images than `drawn` tells of.
         """
         contents = [str(message["content"]) for message in messages]
         for token in IMAGE_TOKENS:
@@ -168,18 +186,20 @@ class EvoTokLlavaProcessor(ProcessorMixin):
             first, end = (bisect_left(starts, edge) for edge in span)
             learned[first:end] = [True] * (end - first)
         is_image = [token == self.image_token_id for token in tokens]
-        return ConversationLayout(tokens, learned, is_image, self.num_positions + 2)
+        if drawn is None:
+            drawn = [by_assistant for by_assistant, image in zip(learned, is_image, strict=True) if image]
+        _check_count(is_image, drawn)
+        return ConversationLayout(tokens, learned, is_image, [self.image_steps(bool(one)) for one in drawn])
 
     def put_images(self, layout: ConversationLayout, drawn_codes: Sequence[Tensor | None]) -> EncodedConversation:
         """A layout with its images, for which `encode_conversation` says what is given."""
-        found = sum(layout.is_image)
-        if found != len(drawn_codes):
-            raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {len(drawn_codes)} images were given")
+        _check_count(layout.is_image, drawn_codes)
         ids, labels, images = [], [], iter(drawn_codes)
         for token, learned, is_image in zip(layout.tokens, layout.learned, layout.is_image, strict=True):
             piece = self._image_ids(next(images)) if is_image else [token]
             ids += piece
             labels += piece if learned else [-100] * len(piece)
+        labels = [-100 if label == self.image_token_id else label for label in labels]  # read, so not to be written
         return EncodedConversation(torch.tensor(ids), torch.tensor(labels))
 
     def _image_ids(self, codes: Tensor | None) -> list[int]:
@@ -194,6 +214,12 @@ class EvoTokLlavaProcessor(ProcessorMixin):
     def pad(self, sequences: Sequence[Tensor], value: int, side: str = "left") -> Tensor:
         """Stack sequences (T_i,) to (B, T) with `value` on the given side."""
         return torch.nn.utils.rnn.pad_sequence(list(sequences), True, value, padding_side=side)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where nothing does."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
 
     # Inference -----------------------------------------------------------------------------------------------
 
@@ -277,32 +303,63 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         return self._batch(rows)
 
     def _batch(self, rows: list[Tensor]) -> BatchFeature:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         mask = self.pad([torch.ones_like(row) for row in rows], 0)
-        return BatchFeature({"input_ids": self.pad(rows, pad), "attention_mask": mask})
+        return BatchFeature({"input_ids": self.pad(rows, self.pad_id), "attention_mask": mask})
 
     # Back to text --------------------------------------------------------------------------------------------
 
-    def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
-        """Ids to text; residual tokens appear as `<|evo:LEVEL:CODE|>`, or not at all with `skip_special_tokens`."""
+    def decode(self, token_ids, skip_special_tokens: bool = False, images_from=None, **kwargs) -> str | list[dict]:
+        """Ids to text; residual tokens appear as `<|evo:LEVEL:CODE|>`, or not at all with `skip_special_tokens`.
+
+        Args:
+            images_from: an EvoTok tokenizer (`model.vision_tower`). The answer is then taken apart into a list of
+                `{"type": "text", "text": str}` and `{"type": "image", "image": PIL image}`, without special tokens,
+                which may be a message's content: so a conversation goes on.
+
+        Raises:
+            ValueError: with `images_from`, an image that is not whole.
+        """
         ids = torch.as_tensor(token_ids).flatten()
-        residual = self.vocabulary.is_residual(ids)
-        text, run = [], []
-        for token, is_residual in zip(ids.tolist(), residual.tolist(), strict=True):
-            if not is_residual:
-                run.append(token)
-                continue
-            if run:
-                text.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
-                run = []
-            if not skip_special_tokens:
-                text.append(self.vocabulary.to_text(token))
-        if run:
-            text.append(self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs))
-        return "".join(text)
+        runs = self._runs(ids)
+        if images_from is not None:
+            parts = [self._image_part(run, images_from) if r else self._text_part(run, **kwargs) for r, run in runs]
+            return [part for part in parts if part.get("text") != ""]
+        words = {"skip_special_tokens": skip_special_tokens, **kwargs}
+        return "".join(
+            ("" if skip_special_tokens else "".join(map(self.vocabulary.to_text, run)))
+            if residual
+            else self.tokenizer.decode(run, **words)
+            for residual, run in runs
+        )
+
+    def _runs(self, ids: Tensor) -> list[tuple[bool, list[int]]]:
+        """Ids in runs of residual tokens and of others."""
+        residual = self.vocabulary.is_residual(ids).tolist()
+        pairs = zip(residual, ids.tolist(), strict=True)
+        return [(kind, [token for _, token in run]) for kind, run in groupby(pairs, key=lambda pair: pair[0])]
+
+    def _text_part(self, run: list[int], **kwargs) -> dict:
+        return {"type": "text", "text": self.tokenizer.decode(run, skip_special_tokens=True, **kwargs).strip()}
+
+    def _image_part(self, run: list[int], tokenizer) -> dict:
+        ids, expected = torch.tensor(run), torch.arange(self.num_levels).repeat(self.num_positions)
+        if len(ids) != len(expected) or not torch.equal(self.vocabulary.levels(ids), expected):
+            raise ValueError(
+                f"expected an image of {self.num_positions} positions with levels 0 to {self.num_levels - 1} each, got "
+                f"{len(ids)} residual tokens; was it cut?"
+            )
+        codes = self.vocabulary.codes(ids).view(1, self.num_positions, self.num_levels)
+        with torch.no_grad():
+            pixels = tokenizer.decode_pixels(codes.to(tokenizer.device))
+        return {"type": "image", "image": self.image_processor.to_pil(pixels)[0]}
 
     def batch_decode(self, sequences, **kwargs) -> list[str]:
         return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+
+def _check_count(is_image: Sequence[bool], images: Sequence) -> None:
+    if sum(is_image) != len(images):
+        raise ValueError(f"{sum(is_image)} {LLAVA_IMAGE} in the conversation but {len(images)} images were given")
 
 
 def _flatten_messages(messages: Sequence[dict]) -> tuple[list[dict], list]:

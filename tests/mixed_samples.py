@@ -19,7 +19,6 @@ CONVERSATIONS = {
     "draw, then read": [("a ring", "<image>"), ("<image>\nLike this one?", "no, a red one: <image>")],
     "unconditional": [("", "<image>")],
 }
-MODEL_PARTS = ("language_model", "lm_head", "read_projector", "write_projector", "image_head")
 
 
 def make_sample(model, processor, kind: str, seed: int = 0) -> Sample:
@@ -51,6 +50,36 @@ class Sums:
 
 def naive_sums(model, sample: Sample) -> Sums:
     """One sample's losses from its flat ids: embed each step, run the backbone on it alone, classify everything."""
+    steps, targets = (naive_flat_steps if model.config.image_head == "flat" else naive_steps)(model, sample)
+    hidden = model.language_model(inputs_embeds=torch.stack(steps)[None]).last_hidden_state[0]
+    text, image, tower, levels = [], [], model.vision_tower, model.config.vision_config.pixel_depth
+    for before, target in zip(hidden[:-1], targets[1:], strict=True):
+        if target is None:
+            continue
+        if isinstance(target, int):
+            text.append(F.cross_entropy(model.lm_head(before), torch.tensor(target)))
+        elif isinstance(target, FlatTarget):
+            logits = model.image_head.logits(before[None], target.level, tower.quantizer.codebooks)[0]
+            image.append(F.cross_entropy(logits, torch.tensor(target.code)) / levels)
+        else:
+            logits = model.image_head(before[None], tower.level_latents(target[None, None])[0])
+            terms = [F.cross_entropy(x[0], code) for x, code in zip(logits, target, strict=True)]
+            image.append(torch.stack(terms).mean())
+    add = lambda terms: torch.stack(terms).sum() if terms else torch.zeros(())  # noqa: E731
+    per_position = levels if model.config.image_head == "flat" else 1
+    return Sums(add(text), add(image), len(text), len(image) // per_position)
+
+
+@dataclass
+class FlatTarget:
+    """A residual token that is learned by itself."""
+
+    level: int
+    code: int
+
+
+def naive_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
+    """The LLM's input of each step, one a position, and what is learned there: None, a token, or codes (L,)."""
     vocabulary, levels = model.vocabulary, model.config.vision_config.pixel_depth
     read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
     ids, labels, at, place = sample.input_ids, sample.labels, 0, 0
@@ -66,21 +95,29 @@ def naive_sums(model, sample: Sample) -> Sums:
         place, at = 0, at + 1
         is_placeholder = token == model.config.image_token_id
         steps.append(read.pop(0) if is_placeholder else model.get_input_embeddings()(torch.tensor(token)))
-        targets.append(torch.tensor(token) if learned else None)
+        targets.append(token if learned else None)
     assert not read
-    hidden = model.language_model(inputs_embeds=torch.stack(steps)[None]).last_hidden_state[0]
-    text, image = [], []
-    for before, target in zip(hidden[:-1], targets[1:], strict=True):
-        if target is None:
-            continue
-        if target.ndim == 0:
-            text.append(F.cross_entropy(model.lm_head(before), target))
+    return steps, targets
+
+
+def naive_flat_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
+    """The same of a flat model: None, a token, or a `FlatTarget`."""
+    vocabulary, head, codebooks = model.vocabulary, model.image_head, model.vision_tower.quantizer.codebooks
+    read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
+    steps, targets = [], []
+    for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
+        level, code = divmod(token - vocabulary.offset, vocabulary.codebook_size)
+        target = token
+        if 0 <= level < vocabulary.num_levels:
+            target = FlatTarget(level, code)
+            steps.append(head.embed_level(torch.tensor([code]), level, codebooks)[0])
+        elif token == model.config.image_token_id:
+            steps.append(read.pop(0))
         else:
-            logits = model.image_head(before[None], model.vision_tower.level_latents(target[None, None])[0])
-            terms = [F.cross_entropy(x[0], code) for x, code in zip(logits, target, strict=True)]
-            image.append(torch.stack(terms).mean())
-    add = lambda terms: torch.stack(terms).sum() if terms else torch.zeros(())  # noqa: E731
-    return Sums(add(text), add(image), len(text), len(image))
+            steps.append(model.get_input_embeddings()(torch.tensor(token)))
+        targets.append(None if label == -100 else target)
+    assert not read
+    return steps, targets
 
 
 def pooled(sums: list[Sums]) -> tuple[Tensor, Tensor]:

@@ -310,6 +310,16 @@ def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
     return [_record(name, "read", _turns(*pairs)), *drawings]
 
 
+def interleaved_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
+    """One conversation that goes on after a drawing, with questions about it, and one that draws what it is shown."""
+    asked = [(rich_prompt(scene, skill, rng), "<image>"), *question_turns(scene, rng, num_questions=2)]
+    again = [("<image>\nDraw it again.", "<image>")]
+    return [
+        {**_record(name, "ask-drawn", _turns(*asked)), "drawn": [False]},
+        {**_record(name, "copy", _turns(*again)), "image": [name, name]},
+    ]
+
+
 def text_records(count: int, seed: int) -> list[dict]:
     """Text-only conversations about scenes told in words: what the embedded backbone learns language from."""
     rng = np.random.default_rng([seed, 2])

@@ -151,7 +151,8 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
     """Write the corpus that the embedded default trains on.
 
     `folder/{train,val}/` hold `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` a line) and LLaVA
-    JSON: `pretrain.json` (descriptions, read and drawn) and `finetune.json` (questions and GenEval prompts).
+    JSON: `pretrain.json` (descriptions, read and drawn), `finetune.json` (questions and GenEval prompts) and
+    `interleaved.json` (questions about what was drawn, images drawn again).
     """
     from evotok_plugin.data import scene_text
 
@@ -159,7 +160,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
         rng = np.random.default_rng([seed, stream])
         root = Path(folder) / split
         (root / "images").mkdir(parents=True, exist_ok=True)
-        captions, pretrain, finetune = [], [], []
+        captions, pretrain, finetune, interleaved = [], [], [], []
         for n in range(count):
             skill = SKILLS[n % len(SKILLS)]
             scene = sample_scene(rng, skill)
@@ -168,6 +169,9 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
             captions.append({"image": name, "captions": scene_text.captions(scene, skill, rng)})
             pretrain += scene_text.pretrain_records(scene, skill, name, rng)
             finetune += scene_text.finetune_records(scene, skill, name, rng)
+            further = np.random.default_rng([seed, stream, n])  # what the others draw does not depend on these
+            interleaved += scene_text.interleaved_records(scene, skill, name, further)
         (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         (root / "pretrain.json").write_text(json.dumps(pretrain))
         (root / "finetune.json").write_text(json.dumps(finetune))
+        (root / "interleaved.json").write_text(json.dumps(interleaved))

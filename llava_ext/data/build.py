@@ -41,7 +41,7 @@ def build_dataset(
     )
     bad = BadSamples(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
     bad.check(found.num_records)
-    tell_about_length(config, found, processor.num_positions + 2)
+    tell_about_length(config, found, processor)
     records, cache = found.records, None
     if len(found.images):
         cache = open_code_cache(config, found.images, model, processor, processes)
@@ -81,7 +81,7 @@ def tell_about_sources(config: StageConfig, sizes: Sequence[int]) -> None:
         logger.info("  %s: %d samples, %.1f %% of what is seen", path, size, 100 * weight / max(1, sum(weights)))
 
 
-def tell_about_length(config: StageConfig, found: Survey, image_steps: int) -> None:
+def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlavaProcessor) -> None:
     """Say how many samples are cut and how many left out; long conversations are no reason to stop.
 
     Raises:
@@ -101,7 +101,7 @@ def tell_about_length(config: StageConfig, found: Survey, image_steps: int) -> N
     if not len(found.records):
         raise ValueError(
             f"none of {found.num_records} samples fits model_max_length {config.model_max_length}; raise it "
-            f"(an image takes {image_steps} steps)"
+            f"(an image takes {processor.image_steps(False)} steps to read, {processor.image_steps(True)} to draw)"
         )
 
 

@@ -34,8 +34,9 @@ class Sample:
 class ConversationDataset(Dataset):
     """Encodes conversations on demand.
 
-    For guidance, the user's text of a share `prompt_dropout` of the drawing samples is emptied; which ones changes
-    from epoch to epoch and follows from (seed, epoch, index), so an interrupted run repeats its choices.
+    For guidance, the user's text before the last drawing is emptied in a share `prompt_dropout` of the drawing samples;
+    in which ones changes from epoch to epoch and follows from (seed, epoch, index), so an interrupted run repeats its
+    choices.
 
     Args:
         records: each fits `max_length`; a longer text is cut at its end.
@@ -76,7 +77,7 @@ class ConversationDataset(Dataset):
         """Of each record (len,) its LLM steps once it is cut, int32; one whose prompt is emptied takes fewer."""
         if isinstance(self.records, RecordTable):
             return self.records.lengths
-        layouts = (self._processor.lay_out(record.messages) for record in self.records)
+        layouts = (self._processor.lay_out(record.messages, drawn=record.drawn) for record in self.records)
         return np.array([layout.cut_to(self._max_length).num_steps for layout in layouts], np.int32)
 
     def count_kinds(self) -> dict[str, int]:
@@ -97,16 +98,21 @@ class ConversationDataset(Dataset):
         record = self.records[index]
         messages = list(record.messages)
         if record.kind == "draw" and self._drops_prompt(index):
-            messages = [
-                {"role": "user", "content": ""} if m["role"] == "user" and LLAVA_IMAGE not in m["content"] else m
-                for m in messages
-            ]
-        layout = self._processor.lay_out(messages).cut_to(self._max_length)
+            messages = _without_prompts(messages)
+        layout = self._processor.lay_out(messages, drawn=record.drawn).cut_to(self._max_length)
         codes = [self._cache.codes(name) for name in record.images]
         drawn = [c if is_drawn else None for c, is_drawn in zip(codes, record.drawn, strict=True)]
         encoded = self._processor.put_images(layout, drawn)
         read = [c for c, is_drawn in zip(codes, record.drawn, strict=True) if not is_drawn]
         return Sample(encoded.input_ids, encoded.labels, read)
+
+
+def _without_prompts(messages: list[dict]) -> list[dict]:
+    """Messages with the user's turns before the last drawing emptied; a turn that shows an image stays."""
+    drawing = max(n for n, m in enumerate(messages) if m["role"] == "assistant" and LLAVA_IMAGE in m["content"])
+    before = [m["role"] == "user" and LLAVA_IMAGE not in m["content"] for m in messages[:drawing]]
+    emptied = [{"role": "user", "content": ""} if dropped else m for m, dropped in zip(messages, before, strict=False)]
+    return emptied + messages[drawing:]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Several samples in one row: which go together, and the batch that the model gets.
 
-Lengths are LLM steps, as `ConversationDataset.lengths` has them: a text token is one, an image's position is one
-whether it is read or drawn, though a drawn one stands in the flat sequence as a token a level.
+Lengths are LLM steps, as `ConversationDataset.lengths` has them: a text token is one, and so is an image's position,
+though a drawn one stands in the flat sequence as a token a level; with the flat head each of these is one.
 
 B rows, T flat tokens, I images read in the batch, N positions, L levels.
 """

@@ -15,8 +15,8 @@ DESCRIBE = "Describe the image."
 @dataclass(frozen=True)
 class Record:
     """One conversation. `images` are the images' keys: paths relative to the image folder, or names that a source
-    gives to what it embeds. `drawn[i]` says that the assistant draws image i (it stands in an assistant turn) instead
-    of reading it."""
+    gives to what it embeds. `drawn[i]` says that the assistant draws image i instead of reading it: one of an assistant
+    turn, unless it is only shown there as it was drawn before."""
 
     id: str
     messages: tuple[dict, ...]
@@ -54,7 +54,9 @@ def parse_row(row: object, options: RowOptions, embedded: Sequence[str] = ()) ->
     """One row to its record; a caption to one for each of its tasks.
 
     A row holds `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`, the content a string or
-    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images.
+    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images. An
+    image in an assistant turn is drawn; `drawn` (a bool an image) says otherwise: false shows one that was drawn
+    before, which is read, as it is when a conversation goes on after a drawing.
 
     Args:
         embedded: keys of the images that come with the row.
@@ -79,7 +81,7 @@ def parse_row(row: object, options: RowOptions, embedded: Sequence[str] = ()) ->
         _check_counts(messages, len(embedded) or len(named))
     images = tuple(embedded) or tuple(_image_key(name, options.image_folder) for name in named)
     identity = "" if row.get("id") is None else str(row["id"])
-    return tuple(Record(identity, messages, images, _drawn(messages)) for messages in conversations)
+    return tuple(Record(identity, messages, images, _drawn(messages, row)) for messages in conversations)
 
 
 def parse_record(row: object, image_folder: Path | None) -> Record:
@@ -125,8 +127,19 @@ def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
     return {"role": "user", "content": ask}, {"role": "assistant", "content": answer}
 
 
-def _drawn(messages: Sequence[dict]) -> tuple[bool, ...]:
+def _by_assistant(messages: Sequence[dict]) -> tuple[bool, ...]:
     return tuple(m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE)))
+
+
+def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:
+    may, said = _by_assistant(messages), row.get("drawn")
+    if said is None:
+        return may
+    if not isinstance(said, list) or [type(value) for value in said] != [bool] * len(may):
+        raise ValueError(f"drawn: expected true or false for each of {len(may)} images, got {said!r}")
+    if any(value and not allowed for value, allowed in zip(said, may, strict=True)):
+        raise ValueError(f"drawn: {said} says that an image outside the assistant's turns is drawn")
+    return tuple(said)
 
 
 def _check_text(messages: Sequence[dict]) -> None:
@@ -138,7 +151,7 @@ def _check_text(messages: Sequence[dict]) -> None:
 
 
 def _check_counts(messages: Sequence[dict], num_images: int) -> None:
-    found = len(_drawn(messages))
+    found = len(_by_assistant(messages))
     if found != num_images:
         raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {num_images} images; they must match")
 

@@ -205,7 +205,7 @@ class _Chunks(Dataset):
 
     def _look_at(self, record: Record, place: tuple[int, int, int], notes: _Notes) -> None:
         try:
-            whole = self._processor.lay_out(record.messages)
+            whole = self._processor.lay_out(record.messages, drawn=record.drawn)
             layout = whole.cut_to(self._max_length)
         except ValueError as error:
             problems = notes.too_long if isinstance(error, TooLong) else notes.bad

@@ -1,16 +1,19 @@
 """Answers: text, images drawn through the image head, and both in one document."""
 
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
-from llava_ext.generation.images import ImageGenerationMixin, SamplingOptions, sample
+from llava_ext.generation.images import ImageGenerationMixin
+from llava_ext.generation.interleaved import AnswerOptions, InterleavedGenerationMixin
+from llava_ext.generation.options import DrawingOptions
 
 __all__ = [
+    "AnswerOptions",
+    "DrawingOptions",
     "Event",
     "Finished",
     "ImageDrawn",
     "ImageGenerationMixin",
     "ImagePreview",
     "ImageStarted",
-    "SamplingOptions",
+    "InterleavedGenerationMixin",
     "TextDelta",
-    "sample",
 ]

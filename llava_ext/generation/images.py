@@ -1,21 +1,24 @@
-"""Drawing: one LLM step an image position, one cached depth step a level, classifier-free guidance in one batch.
+"""Drawing images for prompts: one step of the language model an image position, guidance in one batch.
 
-R rows drawn together, G = 2 R rows with guidance (conditional first), L levels, K codebook_size, D LLM width.
+R rows drawn together, G = 2 R rows with guidance (conditional first), N positions, L levels, D LLM width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from evotok_plugin.image_head import SamplingOptions, sample
-
-__all__ = ["ImageGenerationMixin", "SamplingOptions", "sample"]
+from evotok_plugin.sampling import SamplingOptions, uniform_noise
+from llava_ext.generation.drawers import drawer_for
+from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.previews import preview
+from llava_ext.generation.repeated import RepeatedSteps, SingleSteps
+from llava_ext.generation.steps import Steps, can_be_fixed
 
 
 class ImageGenerationMixin:
-    """`generate_images` for a model with a language model, a write projector and a depth transformer head."""
+    """`generate_images` for a model with a language model, an image head and an EvoTok tokenizer."""
 
     @torch.no_grad()
     def generate_images(
@@ -24,103 +27,130 @@ class ImageGenerationMixin:
         processor,
         num_images: int = 1,
         guidance_scale: float = 3.0,
+        guidance_schedule: str = "constant",
+        negative_prompt: str = "",
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
         batch_size: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[Image]:
+        on_preview: Callable[[list[Image]], None] | None = None,
+        preview_every: int = 0,
+        output_type: str = "pil",
+        use_graphs: bool = False,
+    ) -> list[Image] | Tensor:
         """Draw images for prompts.
 
         Args:
             prompt: one prompt or several.
             processor: the model's `EvoTokLlavaProcessor`.
             num_images: images a prompt.
-            guidance_scale: 1 draws from the prompt alone; larger follows it more closely, at twice the cost.
-            seed: an int (image i gets seed + i) or one int per image; an image depends on its prompt and seed only.
+            guidance_scale, guidance_schedule, negative_prompt: of `DrawingOptions`.
+            seed: an int (image i gets seed + i) or one int per image; an image depends on its prompt, its seed and the
+                settings only.
+            temperature, top_k, top_p, min_p: of `SamplingOptions`, each a number or one a level.
             batch_size: images drawn together.
             on_progress: called with (positions drawn, positions in all).
+            on_preview: called after every `preview_every` positions with the images being drawn as they are, grey where
+                nothing is drawn.
+            output_type: "pil", or "pt" for a tensor of pixels (images, 3, H, W) in [-1, 1].
+            use_graphs: on CUDA record one step and repeat it, without the time that starting its kernels takes; for
+                backbones with full attention in every layer, computed by PyTorch's SDPA, others draw as without it.
 
         Returns:
-            `len(prompts) * num_images` PIL images, those of one prompt together.
+            `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
-            ValueError: no prompt, a guidance scale below 1, or seeds that do not match the number of images.
+            ValueError: no prompt or one that is too long, impossible settings, or seeds that do not match the number of
+                images.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise ValueError("expected at least one prompt and none empty; say what to draw")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, got {guidance_scale}")
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
-        total = len(prompts) * num_images
-        seeds = [seed + i for i in range(total)] if isinstance(seed, int) else [int(s) for s in seed]
-        if len(seeds) != total:
-            raise ValueError(f"got {len(seeds)} seeds for {total} images ({len(prompts)} prompts x {num_images})")
-        options = SamplingOptions(temperature, top_k, top_p)
+        prompts = _checked_prompts(prompt)
+        if num_images < 1 or batch_size < 1 or preview_every < 0:
+            raise ValueError(
+                "num_images and batch_size must be at least 1 and preview_every at least 0, got "
+                f"{num_images}, {batch_size} and {preview_every}"
+            )
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type: expected 'pil' or 'pt', got {output_type!r}")
+        sampling = SamplingOptions(temperature, top_k, top_p, min_p)
+        options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, sampling)
         rows = [p for p in prompts for _ in range(num_images)]
-        positions = self.config.vision_config.num_positions
-        done, images = 0, []
+        seeds = _seeds(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
+        positions, pixels = self.config.vision_config.num_positions, []
         was_training = self.training
         self.eval()
         try:
-            for start in range(0, total, batch_size):
+            for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
-                part_size = len(rows[part])
-
-                def report(position: int, before: int = done, size: int = part_size) -> None:
+                for codes in self.draw_codes(rows[part], processor, seeds[part], options, use_graphs):
+                    drawn = codes.shape[1]
                     if on_progress is not None:
-                        on_progress(before + position * size, total * positions)
-
-                codes = self.generate_codes(
-                    rows[part], processor, guidance_scale, seeds[part], options, on_position=report
-                )
-                images += processor.image_processor.to_pil(self.vision_tower.decode_pixels(codes))
-                done += part_size * positions
+                        on_progress(start * positions + drawn * codes.shape[0], len(rows) * positions)
+                    if on_preview is not None and preview_every and drawn % preview_every == 0 and drawn < positions:
+                        on_preview(preview(self.vision_tower, processor, codes))
+                pixels.append(self.vision_tower.decode_pixels(codes))
         finally:
             self.train(was_training)
-        return images
+        pixels = torch.cat(pixels)
+        return pixels if output_type == "pt" else processor.image_processor.to_pil(pixels)
 
-    def generate_codes(
+    @torch.no_grad()
+    def draw_codes(
         self,
-        prompts: list[str],
+        prompts: Sequence[str],
         processor,
-        guidance_scale: float,
-        seeds: list[int],
-        options: SamplingOptions,
-        on_position: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Draw the codes (R, N, L) of one image a prompt."""
-        num_rows, guided = len(prompts), guidance_scale != 1
-        inputs = processor.drawing_prompts(prompts + [""] * num_rows if guided else prompts)
-        ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        codebooks = self.vision_tower.quantizer.codebooks
+        seeds: Sequence[int],
+        options: DrawingOptions | None = None,
+        use_graphs: bool = False,
+    ) -> Iterator[Tensor]:
+        """Draw one image a prompt: the codes so far, (R, p, L), after every position p = 1 ... N.
 
-        outputs = self.language_model(
-            inputs_embeds=self.get_input_embeddings()(ids),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-        )
-        positions = []
-        for index in range(self.config.vision_config.num_positions):
-            hidden = outputs.last_hidden_state[:, -1]  # (G, D)
-            positions.append(self.image_head.sample(hidden, codebooks, generators, options, guidance_scale))
-            if on_position is not None:
-                on_position(index + 1)
-            if index + 1 == self.config.vision_config.num_positions:
-                break
-            place = torch.full((num_rows,), index, device=self.device)
-            step = self.embed_written(positions[-1], place)[:, None]
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-            outputs = self.language_model(
-                inputs_embeds=torch.cat([step, step]) if guided else step,
-                attention_mask=mask,
-                position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=outputs.past_key_values,
-                use_cache=True,
-            )
-        return torch.stack(positions, dim=1)
+        Args:
+            use_graphs: as `generate_images` takes it.
+
+        Raises:
+            ValueError: settings for another number of levels, or a prompt that is too long.
+        """
+        options, drawer = options or DrawingOptions(), drawer_for(self)
+        vision = self.config.vision_config
+        options.sampling.check_levels(vision.pixel_depth)
+        noise = torch.stack([uniform_noise(s, drawer.steps_per_image, drawer.codes_per_step) for s in seeds])
+        noise = noise.to(self.device)
+        steps = self._take_in(prompts, processor, options, drawer.steps_per_image)
+        fixed = use_graphs and can_be_fixed(self.language_model)
+        positions = RepeatedSteps if fixed else SingleSteps
+        drawn = []
+        for codes in positions(drawer, steps, noise, options):
+            drawn.append(codes)
+            together = torch.cat(drawn, dim=1)
+            if together.shape[1] % vision.pixel_depth == 0:
+                yield together.unflatten(1, (-1, vision.pixel_depth))
+
+    def _take_in(self, prompts: Sequence[str], processor, options: DrawingOptions, num_steps: int) -> Steps:
+        """Every different prompt once, then a row for each image, with guidance one more for each."""
+        asked = list(dict.fromkeys(prompts))
+        rows = [asked.index(p) for p in prompts]
+        if options.guided:
+            rows += [len(asked)] * len(prompts)
+            asked.append(options.negative_prompt)
+        inputs = processor.drawing_prompts(asked).to(self.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        steps = Steps(self.language_model, self.get_input_embeddings()(ids), mask, ids.shape[1] + num_steps)
+        steps.select(rows)
+        return steps
+
+
+def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError("expected at least one prompt and none empty; say what to draw")
+    return prompts
+
+
+def _seeds(seed: int | Sequence[int], count: int, what: str) -> list[int]:
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != count:
+        raise ValueError(f"got {len(seeds)} seeds for {count} images ({what})")
+    return seeds

@@ -15,14 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import set_seed
 
-from llava_ext.checkpointing import assemble, load_model, model_type_of, save_model, weights_fingerprint, write_folder
-from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.checkpointing import (
+    NEW_PARTS,
+    assemble,
+    load_model,
+    model_type_of,
+    save_model,
+    weights_fingerprint,
+    write_folder,
+)
+from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parts import plain_name
 
 WEIGHTS, SETTINGS, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
-_NOT_QUANTIZED = ["vision_tower", "lm_head", "read_projector", "write_projector", "image_head"]
+_NOT_QUANTIZED = ["vision_tower", "lm_head", *NEW_PARTS]
 
 
 def quantization_for(config: StageConfig, dtype: torch.dtype):
@@ -93,8 +101,8 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings.save_pretrained(folder)
-    sizes = {name: getattr(model.config, name) for name in ("head_hidden_size", "head_num_layers", "head_num_heads")}
-    (folder / BASE).write_text(json.dumps({**base, **sizes}, indent=2))
+    head = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
+    (folder / BASE).write_text(json.dumps({**base, **head}, indent=2))
 
 
 @torch.no_grad()
@@ -152,8 +160,8 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
             f"{str(base)!r} is a text model; pass --vision_tower FOLDER, the tokenizer it was trained with"
         )
     else:
-        sizes = (facts["head_hidden_size"], facts["head_num_layers"], facts["head_num_heads"])
-        model, processor = assemble(base, vision_tower, *sizes, dtype="auto")
+        head = {name: facts[name] for name in HEAD_SETTINGS if name in facts}  # adapters were once all of depth heads
+        model, processor = assemble(base, vision_tower, **head, dtype="auto")
     model = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
 
     def write(folder: Path) -> None:

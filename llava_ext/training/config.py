@@ -11,6 +11,13 @@ import torch
 from transformers import TrainingArguments
 
 from evotok_plugin.recipes import RECIPES_FOLDER
+from llava_ext.configuration_evotok_llava import (
+    HEAD_SETTINGS,
+    IMAGE_HEADS,
+    RESIDUAL_EMBEDDINGS,
+    EvoTokLlavaConfig,
+    check_choice,
+)
 
 DEEPSPEED_FOLDER = RECIPES_FOLDER.parent / "deepspeed"
 
@@ -48,13 +55,21 @@ class StageConfig(TrainingArguments):
     model_max_length: int = field(default=2048, metadata=_help("LLM steps a sample may have; text beyond is cut"))
     prompt_dropout: float = field(default=0.1, metadata=_help("share of drawing samples whose prompt is emptied"))
     tune_projectors: bool = field(default=True, metadata=_help("train both projectors"))
-    tune_image_head: bool = field(default=True, metadata=_help("train the depth transformer"))
+    tune_image_head: bool = field(default=True, metadata=_help("train the image head"))
     tune_language_model: bool = field(default=True, metadata=_help("train the text backbone"))
+    image_head: str | None = field(
+        default=None,
+        metadata=_help("of a new model: depth (one LLM step a position, the default) or flat (one a residual token)"),
+    )
+    residual_embeddings: str | None = field(
+        default=None,
+        metadata=_help("of a new flat head: tied (rows follow from the codebooks, the default) or free (tables)"),
+    )
     head_hidden_size: int = field(default=2560, metadata=_help("width of a new depth transformer"))
     head_num_layers: int = field(default=6, metadata=_help("layers of a new depth transformer"))
     head_num_heads: int = field(default=40, metadata=_help("heads of a new depth transformer"))
     mm_projector_lr: float | None = field(default=None, metadata=_help("learning rate of both projectors"))
-    image_head_lr: float | None = field(default=None, metadata=_help("learning rate of the depth transformer"))
+    image_head_lr: float | None = field(default=None, metadata=_help("learning rate of the image head"))
     language_model_lr: float | None = field(
         default=None,
         metadata=_help("learning rate of the text backbone or its adapters; each defaults to learning_rate"),
@@ -129,6 +144,10 @@ class StageConfig(TrainingArguments):
         for name in ("text_loss_weight", "image_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
+        if self.image_head is not None:
+            check_choice("image_head", self.image_head, IMAGE_HEADS)
+        if self.residual_embeddings is not None:
+            check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
         if not (self.tune_projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
@@ -141,6 +160,27 @@ class StageConfig(TrainingArguments):
             raise ValueError("a 4-bit backbone is trained through adapters; pass --lora_enable true, or --bits 16")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
+
+
+def new_head_settings(config: StageConfig) -> dict[str, Any]:
+    """What the run says of a new model's image head, by the names of `EvoTokLlavaConfig`."""
+    said = {name: getattr(config, name) for name in HEAD_SETTINGS}
+    return {name: getattr(EvoTokLlavaConfig, name) if value is None else value for name, value in said.items()}
+
+
+def check_head(config: StageConfig, model: EvoTokLlavaConfig) -> None:
+    """Refuse to go on from a model with another image head than the run asks for.
+
+    Raises:
+        ValueError: it has another.
+    """
+    for name in ("image_head", "residual_embeddings"):
+        asked, has = getattr(config, name), getattr(model, name)
+        if asked not in (None, has):
+            raise ValueError(
+                f"{name} is {has!r} in {config.model_name_or_path!r}, but {asked!r} is asked for; leave --{name} out, "
+                "or start from a causal LM"
+            )
 
 
 def find_deepspeed_config(name_or_path: str) -> Path:

@@ -21,7 +21,7 @@ from llava_ext.checkpointing import model_type_of, set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.training.adapters import add_lora
-from llava_ext.training.config import StageConfig, read_deepspeed_config
+from llava_ext.training.config import StageConfig, check_head, new_head_settings, read_deepspeed_config
 from llava_ext.training.parts import PARTS, choose_trainable, part_of
 
 GIB = 2**30
@@ -120,7 +120,9 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
         raise ValueError("model_name_or_path is not set; pass --model_name_or_path or put it into the recipe")
     name = run.model_name_or_path.replace("{workspace}", run.workspace)
     if Path(name).is_dir() and model_type_of(name) == EvoTokLlavaConfig.model_type:
-        return EvoTokLlavaConfig.from_pretrained(name), []
+        config = EvoTokLlavaConfig.from_pretrained(name)
+        check_head(run, config)
+        return config, []
     try:
         text = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -141,9 +143,7 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
         residual_token_offset=text.vocab_size,
-        head_hidden_size=run.head_hidden_size,
-        head_num_layers=run.head_num_layers,
-        head_num_heads=run.head_num_heads,
+        **new_head_settings(run),
     ), notes
 
 
@@ -218,24 +218,35 @@ def _weight_bytes(model: nn.Module, run: SimpleNamespace) -> float:
 
 def activations(model: nn.Module, config: EvoTokLlavaConfig, run: SimpleNamespace) -> dict[str, float]:
     """Bytes a GPU that a micro-batch keeps for its backward pass, and what the losses hold beside it."""
-    rows, steps, vision = run.per_device_train_batch_size, run.model_max_length, config.vision_config
+    rows, steps = run.per_device_train_batch_size, run.model_max_length
     embedding = model.get_input_embeddings().weight
     hidden = torch.empty(rows, steps, embedding.shape[1], dtype=embedding.dtype, device="meta", requires_grad=True)
-    drawn = rows * min(steps, vision.num_positions)
-    latents = torch.empty(drawn, vision.pixel_depth, vision.codebook_dim, dtype=embedding.dtype, device="meta")
+    drawn = hidden.flatten(0, 1)[: rows * min(steps, config.steps_per_drawn_image)]
     backbone = kept_bytes(model, lambda: model.language_model(inputs_embeds=hidden, use_cache=False))
-    head = kept_bytes(model, lambda: model.image_head(hidden.flatten(0, 1)[:drawn], latents))
+    head = kept_bytes(model, lambda: _run_head(model, config, drawn))
     layers = config.text_config.num_hidden_layers
     checkpointed = layers * hidden.numel() * hidden.element_size() + backbone / layers  # one layer at a time is redone
     logits = min(MAX_LOGITS, rows * steps * config.text_config.vocab_size)
     classifiers = [model.get_output_embeddings(), *model.image_head.classifiers]
     learned = sum(p.numel() * p.element_size() for c in classifiers for p in c.parameters() if p.requires_grad)
+    if config.image_head == "flat" and config.residual_embeddings == "tied":  # features of a codebook and their slopes
+        learned += 2 * config.vision_config.codebook_size * embedding.shape[1] * embedding.element_size()
     return {
         "activations": (checkpointed if run.gradient_checkpointing else backbone) + head,
         "activations_without_checkpointing": backbone + head,
         # A chunk of logits, their scores and slopes; the gradients at the classifiers, made while going forward.
         "transient": logits * (2 * embedding.element_size() + 4) + learned,
     }
+
+
+def _run_head(model: nn.Module, config: EvoTokLlavaConfig, hidden: Tensor) -> None:
+    """The image head on the hidden states before drawn steps."""
+    vision, head = config.vision_config, model.image_head
+    if config.image_head == "depth":
+        head(hidden, hidden.new_empty(hidden.shape[0], vision.pixel_depth, vision.codebook_dim))
+        return
+    for level in range(vision.pixel_depth):  # of a classifier's work its rows' gradients are kept, as large as they are
+        head.states(hidden[level :: vision.pixel_depth], level).square()
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:

@@ -36,7 +36,7 @@ from llava_ext.training.checkpoints import (
     publish,
     steps_of,
 )
-from llava_ext.training.config import StageConfig
+from llava_ext.training.config import StageConfig, check_head, new_head_settings
 from llava_ext.training.parts import choose_trainable, learning_rates, part_of, size_of
 from llava_ext.training.trainer import EvoTokTrainer
 from llava_ext.training.zero import whole_models, zero_stage
@@ -216,6 +216,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     source = config.model_name_or_path
     if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
+            check_head(config, EvoTokLlavaConfig.from_pretrained(source))
             model, processor = load_model(source, dtype, attention, quantization)
             if zero_stage(config) == 3:
                 with whole_models(config):
@@ -229,9 +230,15 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
         )
     if not config.vision_tower:
         raise ValueError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
-    sizes = (config.head_hidden_size, config.head_num_layers, config.head_num_heads)
     with whole_models(config):
-        return assemble(source, config.vision_tower, *sizes, dtype, attention, quantization)
+        return assemble(
+            source,
+            config.vision_tower,
+            **new_head_settings(config),
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=quantization,
+        )
 
 
 def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationDataset) -> None:

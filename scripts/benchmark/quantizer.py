@@ -14,13 +14,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
 
 import torch  # noqa: E402
+from measuring import CLOCKS, device_name, peak_mebibytes, seconds  # noqa: E402
 
 from evotok_plugin import ResidualVectorQuantizer  # noqa: E402
 
@@ -77,38 +77,10 @@ def codes_that_differ(z: torch.Tensor, codebooks: torch.Tensor, codes: torch.Ten
     return wrong
 
 
-def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Time of one call by that clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def peak_mebibytes(run: Callable[[], object], device: torch.device) -> float:
-    """Most memory that torch holds during a call beyond what it held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
 def compare(num_images: int, options: argparse.Namespace) -> dict:
     """All contestants on one batch: {name: {milliseconds, times_floor, peak_mebibytes}} and what codes differ."""
     device = torch.device(options.device)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = CLOCKS[options.clock]
     torch.manual_seed(0)
     z = torch.randn(num_images, options.positions, options.dim, device=device)
     sizes = {
@@ -152,15 +124,9 @@ def version(package: str) -> str:
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
     """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    if options.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(options.device)
     packages = ("torch", "triton", "vector-quantize-pytorch")
     return {
-        "device": name,
+        "device": device_name(torch.device(options.device)),
         "threads": str(torch.get_num_threads()),
         "clock": options.clock,
         "python": platform.python_version(),

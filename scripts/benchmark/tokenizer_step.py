@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from measuring import synchronize
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -51,11 +52,6 @@ def random_lpips() -> torch.nn.Module:
     import lpips
 
     return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from measuring import CLOCKS, device_name, peak_mebibytes, seconds  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -279,34 +279,6 @@ def learn(model, batches: Iterator, step: Callable[..., Tensor]) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Time of one call by that clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def peak_mebibytes(run: Callable[[], object], device: torch.device) -> float:
-    """Most memory that torch holds during a call beyond what it held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
 def to_device(batch, device: torch.device):
     """A batch of tensors, dict or dataclass, on a device."""
     if isinstance(batch, dict):
@@ -317,7 +289,7 @@ def to_device(batch, device: torch.device):
 def compare(options: argparse.Namespace, work: Path) -> dict:
     """All contestants over the same samples."""
     device, sizes = torch.device(options.device), options.model
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = CLOCKS[options.clock]
     model, processor = make_model(sizes, device, work)
     records = make_records(options.samples, work / "images", seed=0)
     names = [name for record in records for name in record.images]
@@ -383,14 +355,8 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
     """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    if options.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(options.device)
     return {
-        "device": name,
+        "device": device_name(torch.device(options.device)),
         "threads": str(torch.get_num_threads()),
         "clock": options.clock,
         "python": platform.python_version(),

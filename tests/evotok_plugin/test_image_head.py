@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel, SamplingOptions
+from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel, SamplingOptions, uniform_noise
 
 CONFIG = DepthTransformerConfig(
     llm_hidden_size=10, codebook_dim=6, codebook_size=12, num_levels=3, hidden_size=16, num_layers=2, num_heads=4
@@ -32,8 +32,8 @@ def hidden():
     return torch.randn(4, CONFIG.llm_hidden_size)
 
 
-def generators(count):
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+def noise_of(count):
+    return torch.stack([uniform_noise(seed, CONFIG.num_levels) for seed in range(count)])
 
 
 def latents_of(codebooks, codes):
@@ -53,8 +53,8 @@ def drawn_without_cache(head, hidden, codebooks, options, noise, guidance=None, 
             if options.temperature == 0:
                 codes[row, level] = row_logits.argmax()
                 continue
-            probability, generator = (row_logits / options.temperature).softmax(-1), noise[row]
-            codes[row, level] = (probability / torch.empty(len(probability)).exponential_(generator=generator)).argmax()
+            sums = (row_logits / options.temperature).softmax(-1).cumsum(-1)
+            codes[row, level] = int((sums <= noise[row, level]).sum())
     return codes
 
 
@@ -64,19 +64,19 @@ def drawn_without_cache(head, hidden, codebooks, options, noise, guidance=None, 
 def test_cached_sampling_draws_what_recomputing_every_level_draws(head, codebooks, hidden, temperature, scale):
     options, without = SamplingOptions(temperature=temperature), hidden.flip(0)
     rows = hidden if scale == 1 else torch.cat([hidden, without])
-    drawn = head.sample(rows, codebooks, generators(4), options, scale)
+    drawn = head.sample(rows, codebooks, noise_of(4), options, scale)
     guidance = None if scale == 1 else without
-    expected = drawn_without_cache(head, hidden, codebooks, options, generators(4), guidance, scale)
+    expected = drawn_without_cache(head, hidden, codebooks, options, noise_of(4), guidance, scale)
     assert torch.equal(drawn, expected)
 
 
 @torch.no_grad()
-def test_a_row_depends_on_its_hidden_state_and_its_generator_alone(head, codebooks, hidden):
-    together = head.sample(hidden, codebooks, generators(4))
+def test_a_row_depends_on_its_hidden_state_and_its_noise_alone(head, codebooks, hidden):
+    together = head.sample(hidden, codebooks, noise_of(4))
     for row in range(4):
-        alone = head.sample(hidden[row : row + 1], codebooks, generators(4)[row : row + 1])
+        alone = head.sample(hidden[row : row + 1], codebooks, noise_of(4)[row : row + 1])
         assert torch.equal(alone[0], together[row])
-    assert not torch.equal(together, head.sample(hidden, codebooks, generators(5)[1:]))
+    assert not torch.equal(together, head.sample(hidden, codebooks, noise_of(5)[1:]))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_draws_follow_the_distribution_of_the_joint_codes(head, codebooks, hidde
     """Frequencies of the first two levels against the product of the teacher-forced probabilities."""
     count, size = 5000, CONFIG.codebook_size
     rows = hidden[:1].expand(count, -1)
-    drawn = head.sample(rows, codebooks, generators(count))
+    drawn = head.sample(rows, codebooks, noise_of(count))
     found = torch.bincount(drawn[:, 0] * size + drawn[:, 1], minlength=size * size) / count
     firsts = torch.stack([torch.arange(size), torch.zeros(size).long(), torch.zeros(size).long()], dim=1)
     first, second, _ = head(hidden[:1].expand(size, -1), latents_of(codebooks, firsts))
@@ -126,13 +126,13 @@ def test_it_learns_what_follows_from_the_hidden_state(tiny_evotok_folder):
         optimizer.zero_grad()
         head.loss(hidden, latents, codes).backward()
         optimizer.step()
-    greedy = SamplingOptions(temperature=0)
-    assert torch.equal(head.sample(hidden, tokenizer.quantizer.codebooks, generators(16), greedy), codes)
+    greedy, noise = SamplingOptions(temperature=0), torch.zeros(16, sizes.pixel_depth)
+    assert torch.equal(head.sample(hidden, tokenizer.quantizer.codebooks, noise, greedy), codes)
 
 
 def test_half_precision_draws_valid_codes(head, codebooks, hidden):
     half = DepthTransformerHead(CONFIG).to(torch.bfloat16)
-    codes = half.sample(hidden.to(torch.bfloat16), codebooks, generators(4))
+    codes = half.sample(hidden.to(torch.bfloat16), codebooks, noise_of(4))
     assert codes.shape == (4, 3) and codes.dtype == torch.long and 0 <= codes.min() and codes.max() < 12
 
 
@@ -149,18 +149,27 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 @pytest.mark.parametrize(
-    ("count", "codebooks_shape", "scale", "message"),
+    ("noise_shape", "codebooks_shape", "message"),
     [
-        (3, (5, 12, 6), 1.0, "4 hidden states for 3 generators"),
-        (4, (5, 12, 6), 3.0, "4 hidden states for 4 generators and guidance_scale 3.0"),
-        (0, (5, 12, 6), 1.0, "for 0 generators"),
-        (4, (2, 12, 6), 1.0, r"expected codebooks \(3 or more, 12, 6\), got \(2, 12, 6\)"),
-        (4, (5, 13, 6), 1.0, "made for another tokenizer"),
+        ((3, 3), (5, 12, 6), r"4 hidden states for noise of shape \(3, 3\)"),
+        ((4, 2), (5, 12, 6), r"4 hidden states for noise of shape \(4, 2\)"),
+        ((0, 3), (5, 12, 6), r"noise of shape \(0, 3\)"),
+        ((4, 3), (2, 12, 6), r"expected codebooks \(3 or more, 12, 6\), got \(2, 12, 6\)"),
+        ((4, 3), (5, 13, 6), "made for another tokenizer"),
     ],
 )
-def test_what_does_not_fit_is_explained(head, hidden, count, codebooks_shape, scale, message):
+def test_what_does_not_fit_is_explained(head, hidden, noise_shape, codebooks_shape, message):
     with pytest.raises(ValueError, match=message):
-        head.sample(hidden, torch.zeros(codebooks_shape), generators(count), None, scale)
+        head.sample(hidden, torch.zeros(codebooks_shape), torch.zeros(noise_shape))
+
+
+@torch.no_grad()
+def test_one_cache_serves_all_positions(head, codebooks, hidden):
+    cache = head.new_cache(4)
+    for seed in range(3):
+        noise = uniform_noise(seed, 4, CONFIG.num_levels)
+        again = head.sample(hidden, codebooks, noise, cache=cache)
+        assert torch.equal(again, head.sample(hidden, codebooks, noise))
 
 
 def test_latents_of_another_shape_are_explained(head, hidden):

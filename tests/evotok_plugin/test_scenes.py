@@ -66,7 +66,7 @@ def test_the_corpus_is_a_function_of_its_seed(tmp_path):
         scenes.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
     scenes.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
     read = lambda name, file: (tmp_path / name / "train" / file).read_bytes()  # noqa: E731
-    for file in ("finetune.json", "pretrain.json", "images/000003.png"):
+    for file in ("finetune.json", "pretrain.json", "interleaved.json", "images/000003.png"):
         assert read("a", file) == read("b", file) != read("c", file)
     kinds = [record["id"].split("-")[1] for record in json.loads(read("a", "finetune.json"))]
     assert kinds == ["read", "draw", "draw", "draw"] * 7

@@ -49,6 +49,32 @@ def test_prompt_dropout_empties_the_user_turn_of_drawing_samples(tiny_mllm, data
     assert len(never[drawing].input_ids) > len(drawn)
 
 
+def test_questions_after_the_last_drawing_are_never_dropped(tiny_mllm, scene_folder, cache_folder):
+    model, processor = tiny_mllm
+    talk = ["draw a ring", "<image>", "once more", "<image>", "What is it?", "a ring"]
+    row = {
+        "image": ["images/000000.png"] * 2,
+        "conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(talk)],
+    }
+    records = [parse_record(row, scene_folder / "train")]
+    cache = CodeCache(cache_folder, model.vision_tower.fingerprint())
+    dataset = ConversationDataset(records, processor, cache, prompt_dropout=0.999)
+    text = processor.decode(dataset[0].input_ids)
+    assert "draw a ring" not in text and "once more" not in text and "What is it?" in text
+
+
+def test_an_image_shown_in_an_assistant_turn_is_read_and_not_learned(tiny_mllm, scene_folder, cache_folder):
+    model, processor = tiny_mllm
+    rows = json.loads((scene_folder / "train" / "interleaved.json").read_text())
+    cache = CodeCache(cache_folder, model.vision_tower.fingerprint())
+    dataset = ConversationDataset([parse_record(row, scene_folder / "train") for row in rows[:2]], processor, cache)
+    asked, copied = dataset[0], dataset[1]
+    assert len(asked.read_codes) == 1 and not model.vocabulary.is_residual(asked.input_ids).any()
+    shown = asked.input_ids == processor.image_token_id
+    assert shown.sum() == 9 and (asked.labels[shown] == -100).all() and (asked.labels != -100).any()
+    assert len(copied.read_codes) == 1 and model.vocabulary.is_residual(copied.labels).sum() == 36
+
+
 def test_which_prompts_are_dropped_follows_from_the_epoch(dataset_of):
     dataset, again = dataset_of(prompt_dropout=0.5), dataset_of(prompt_dropout=0.5)
     first = [len(dataset[i].input_ids) for i in range(len(dataset))]

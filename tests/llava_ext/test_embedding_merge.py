@@ -78,7 +78,7 @@ def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
 )
 def test_images_of_another_size_are_refused(rows):
     folded = fold_residual_tokens(VOCABULARY, torch.tensor(rows), None, None)
-    with pytest.raises(ValueError, match="no whole images of 2 positions"):
+    with pytest.raises(ValueError, match="no whole images of 2 steps"):
         folded.written_places(2)
 
 
@@ -94,3 +94,15 @@ def test_merge_counts_places_and_features():
     assert merged.tolist() == [[[1, 2], [0, 0], [3, 4]]]
     with pytest.raises(ValueError, match="2 image placeholders .* 1 image positions"):
         merge_features(embeddings, where, torch.zeros(1, 2), "image")
+
+
+def test_without_folding_each_residual_token_is_a_step_and_all_is_checked_alike():
+    ids, mask = batch([[7, *IMAGE, 9], [5, 6]], "right")
+    folded = fold_residual_tokens(VOCABULARY, ids, mask, ids, fold=False)
+    assert torch.equal(folded.input_ids, ids) and torch.equal(folded.attention_mask, mask)
+    assert torch.equal(folded.written, VOCABULARY.is_residual(ids))
+    assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and folded.written_places(6).tolist() == [*range(6)]
+    with pytest.raises(ValueError, match="no whole images of 9 steps"):
+        folded.written_places(9)
+    with pytest.raises(ValueError, match="in another order"):
+        fold_residual_tokens(VOCABULARY, ids[:1, :5], None, None, fold=False)

@@ -1,10 +1,23 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from llava_ext.generation import SamplingOptions, sample
+from evotok_plugin import SamplingOptions, uniform_noise
+from evotok_plugin.sampling import sample
+from llava_ext.generation import DrawingOptions
+from llava_ext.generation.options import SCHEDULES
 
 PROMPTS = ["a photo of a ring", "a photo of a red circle above a blue square"]
+
+
+GREEDY = DrawingOptions(guidance_scale=1.0, sampling=SamplingOptions(temperature=0))
+
+
+def drawn(model, processor, prompts, seeds, options, use_graphs=False):
+    """The codes (R, N, L) of finished images."""
+    return list(model.draw_codes(prompts, processor, seeds, options, use_graphs))[-1]
 
 
 def pixels(images):
@@ -24,16 +37,15 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_mllm):
 
 def test_guidance_one_is_the_conditional_model(tiny_mllm):
     model, processor = tiny_mllm
-    options, seeds = SamplingOptions(), [1, 2]
-    plain = model.generate_codes(PROMPTS, processor, 1.0, seeds, options)
-    nearly = model.generate_codes(PROMPTS, processor, 1.0 + 1e-9, seeds, options)
+    plain = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_scale=1.0))
+    nearly = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_scale=1.0 + 1e-9))
     assert plain.shape == (2, 9, 4) and torch.equal(plain, nearly)
 
 
 def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
     """With temperature 0 every drawn code is the arg-max of the training-time logits given the codes before it."""
     model, processor = tiny_mllm
-    codes = model.generate_codes(PROMPTS[:1], processor, 1.0, [0], SamplingOptions(temperature=0))[0]
+    codes = drawn(model, processor, PROMPTS[:1], [0], GREEDY)[0]
     ids = processor.drawing_prompts(PROMPTS[:1])["input_ids"]
     with torch.no_grad():
         written = model.embed_written(codes, torch.arange(9))
@@ -53,6 +65,11 @@ def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
         ({"prompt": "x", "seed": [1, 2]}, "2 seeds for 1 images"),
         ({"prompt": "x", "top_p": 0.0}, "top_p"),
         ({"prompt": "x", "num_images": 0}, "num_images"),
+        ({"prompt": "x", "min_p": 1.5}, "min_p"),
+        ({"prompt": "x", "temperature": [1.0, 0.5]}, "temperature has 2 values, but 4 levels"),
+        ({"prompt": "x", "guidance_schedule": "steep"}, "expected constant, linear, cosine, got 'steep'"),
+        ({"prompt": "x", "output_type": "np"}, "expected 'pil' or 'pt', got 'np'"),
+        ({"prompt": "ring " * 33000}, "language model sees"),
     ],
 )
 def test_bad_settings_are_refused(tiny_mllm, arguments, message):
@@ -61,19 +78,123 @@ def test_bad_settings_are_refused(tiny_mllm, arguments, message):
         model.generate_images(processor=processor, **arguments)
 
 
-def test_sampling_follows_the_distribution_and_its_filters():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
-    rows = logits.expand(4000, -1)
-    share = torch.bincount(sample(rows, SamplingOptions(), generators), minlength=4) / 4000
-    torch.testing.assert_close(share, logits.softmax(-1)[0], atol=0.03, rtol=0)
-    assert set(sample(rows, SamplingOptions(top_k=2), generators).tolist()) == {0, 1}
-    assert set(sample(rows, SamplingOptions(top_p=0.6), generators).tolist()) == {0}
-    assert set(sample(rows, SamplingOptions(temperature=0), generators).tolist()) == {0}
-
-
 def test_progress_counts_positions(tiny_mllm):
     model, processor = tiny_mllm
     seen = []
     model.generate_images("a ring", processor, num_images=3, batch_size=2, on_progress=lambda *s: seen.append(s))
     assert seen[-1] == (27, 27) and all(a[0] < b[0] for a, b in zip(seen, seen[1:]))
+
+
+def naive_codes(model, processor, prompt, options, seed):
+    """One image with neither cache nor batch: both prompts again from their beginning at every position."""
+    noise, written, codes = uniform_noise(seed, 9, 4), [], []
+    for position in range(9):
+        hidden = []
+        for text in (prompt, options.negative_prompt):
+            ids = processor.drawing_prompts([text])["input_ids"]
+            embeddings = torch.cat([model.get_input_embeddings()(ids)[0], *written])[None]
+            hidden.append(model.language_model(inputs_embeds=embeddings).last_hidden_state[:, -1])
+        head, total, drawn = model.image_head, torch.zeros(2, model.config.vision_config.codebook_dim), []
+        for level in range(4):
+            before = torch.stack(
+                [model.vision_tower.quantizer.codebooks[n, c] for n, c in enumerate(drawn)] or [total[0]]
+            )
+            latents = torch.zeros(2, 4, before.shape[1])
+            latents[:, : len(drawn)] = before[: len(drawn)]
+            conditional, unconditional = head(torch.cat(hidden), latents)[level]
+            logits = unconditional + options.scale_at(position, 9) * (conditional - unconditional)
+            drawn.append(
+                int(sample(logits[None], options.sampling.at_level(level), noise[position, level : level + 1]))
+            )
+        codes.append(torch.tensor(drawn))
+        written.append(model.embed_written(codes[-1][None], torch.tensor([position])))
+    return torch.stack(codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        DrawingOptions(3.0),
+        DrawingOptions(5.0, "linear", "a photo of a blue cross and nothing else that anyone could name"),
+        DrawingOptions(2.0, "cosine", sampling=SamplingOptions([1.0, 0.5, 0.0, 2.0], [0, 5, 0, 3], 0.9, 0.01)),
+    ],
+    ids=["plain", "linear, negative", "cosine, a setting a level"],
+)
+def test_a_batch_draws_what_the_naive_loop_draws(tiny_mllm, options):
+    model, processor = tiny_mllm
+    codes = drawn(model, processor, [*PROMPTS, PROMPTS[0]], [1, 2, 3], options)
+    for row, (prompt, seed) in enumerate([(PROMPTS[0], 1), (PROMPTS[1], 2), (PROMPTS[0], 3)]):
+        assert torch.equal(codes[row], naive_codes(model, processor, prompt, options, seed))
+
+
+def test_the_guidance_scale_rises_as_its_schedule_says():
+    scales = {name: [DrawingOptions(5.0, name).scale_at(step, 9) for step in (0, 2, 4, 8)] for name in SCHEDULES}
+    assert scales["constant"] == [5.0] * 4
+    assert scales["linear"] == [1.0, 2.0, 3.0, 5.0]
+    assert scales["cosine"] == pytest.approx([1.0, 1 + 4 * 0.1464466, 3.0, 5.0])
+
+
+def test_previews_show_what_is_drawn_and_grey_elsewhere(tiny_mllm):
+    model, processor = tiny_mllm
+    shown = []
+    (whole,) = model.generate_images("a ring", processor, on_preview=shown.extend, preview_every=3)
+    assert len(shown) == 2
+    for thirds, image in enumerate(shown, 1):
+        rows = np.asarray(image, int)
+        assert image.size == whole.size and (abs(rows[16 * thirds :] - 127.5) < 1).all()
+        assert (abs(rows[: 16 * thirds] - 127.5) > 1).any()
+
+
+def test_pixels_are_what_the_images_show(tiny_mllm):
+    model, processor = tiny_mllm
+    pixels = model.generate_images(PROMPTS, processor, output_type="pt", batch_size=1)
+    assert pixels.shape == (2, 3, 48, 48)
+    for image, expected in zip(processor.image_processor.to_pil(pixels), model.generate_images(PROMPTS, processor)):
+        np.testing.assert_allclose(np.asarray(image, int), np.asarray(expected, int), atol=1)
+
+
+def test_every_prompt_is_taken_in_once(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    seen = []
+    forward = model.language_model.forward
+    monkeypatch.setattr(
+        model.language_model,
+        "forward",
+        lambda **inputs: seen.append(inputs["inputs_embeds"].shape) or forward(**inputs),
+    )
+    model.generate_images(PROMPTS, processor, num_images=4)
+    assert seen[0][0] == 3 and [shape[:2] for shape in seen[1:]] == [(16, 1)] * 8  # two prompts and none; 8 images
+
+
+@pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
+def test_steps_that_are_all_alike_draw_the_same(tiny_mllm, options):
+    model, processor = tiny_mllm
+    expected = drawn(model, processor, PROMPTS, [1, 2], options)
+    assert torch.equal(drawn(model, processor, PROMPTS, [1, 2], options, use_graphs=True), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
+def test_recorded_steps_draw_the_same(tiny_mllm, options):
+    model, processor = tiny_mllm
+    model = copy.deepcopy(model).to("cuda")
+    expected = drawn(model, processor, PROMPTS, [1, 2], options)
+    for _ in range(2):
+        assert torch.equal(drawn(model, processor, PROMPTS, [1, 2], options, use_graphs=True), expected)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "mistral", "qwen3"])
+def test_other_backbones_draw_alike_in_a_batch(
+    make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path, backbone
+):
+    from llava_ext.checkpointing import assemble
+
+    settings = {"sliding_window": 6} if backbone == "mistral" else {}
+    folder = make_backbone(tiny_tokenizer_folder, tmp_path, backbone, **settings)
+    model, processor = assemble(folder, tiny_evotok_folder, 32, 2, 2)
+    model.eval()
+    together = drawn(model, processor, PROMPTS, [4, 5], DrawingOptions())
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            assert torch.equal(together[row], naive_codes(model, processor, prompt, DrawingOptions(), 4 + row))

@@ -83,14 +83,12 @@ def test_image_loss_equals_a_position_by_position_computation(tiny_mllm, samples
 
 
 def test_cached_levels_equal_teacher_forcing(tiny_mllm):
-    from evotok_plugin.image_head import LevelCache
-
     model, _ = tiny_mllm
     head, hidden = model.image_head, torch.randn(5, 32)
     codes = torch.randint(0, model.vocabulary.codebook_size, (5, 4))
     latents = model.vision_tower.level_latents(codes[None])[0]
     with torch.no_grad():
-        forced, cache = head(hidden, latents), LevelCache()
+        forced, cache = head(hidden, latents), head.new_cache(5)
         for level in range(4):
             conditioning = hidden if level == 0 else latents[:, :level].sum(dim=1)
             torch.testing.assert_close(head.step(level, conditioning, cache), forced[level], atol=1e-5, rtol=1e-5)

@@ -25,6 +25,15 @@ def test_an_image_in_a_human_turn_is_read_and_in_a_gpt_turn_is_drawn(folder):
     assert (text.kind, text.images) == ("text", ())
 
 
+def test_a_row_may_show_an_image_that_was_drawn_before(folder):
+    talk = [*turns("draw", "<image>"), *turns("and what is it?", "a ring")]
+    shown = parse_record({"image": "a.png", "conversations": talk, "drawn": [False]}, folder)
+    assert (shown.kind, shown.drawn) == ("read", (False,))
+    again = [*turns("draw", "<image>"), *turns("once more", "<image>")]
+    both = parse_record({"image": ["a.png", "a.png"], "conversations": again, "drawn": [False, True]}, folder)
+    assert (both.kind, both.drawn) == ("draw", (False, True))
+
+
 def test_messages_say_the_same_as_conversations(folder):
     image = {"image": "a.png"}
     llava = parse_record(image | {"conversations": turns("<image>\nwhat?", "a")}, folder)
@@ -73,6 +82,9 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"conversations": turns("half \ud83d", "a")}, "turn 0 is no Unicode text"),
         ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got a int"),
         ({"image": "b.png", "conversations": turns("<image>", "a")}, "'b.png' not found"),
+        ({"image": "a.png", "conversations": turns("<image>", "a"), "drawn": [True]}, "outside the assistant's turns"),
+        ({"image": "a.png", "conversations": turns("a", "<image>"), "drawn": [1]}, r"for each of 1 images, got \[1\]"),
+        ({"image": "a.png", "conversations": turns("a", "<image>"), "drawn": []}, r"for each of 1 images, got \[\]"),
         ({"image": "../a.png", "conversations": turns("<image>", "a")}, "leaves the image folder"),
         ({"image": "/etc/hostname", "conversations": turns("<image>", "a")}, "leaves the image folder"),
     ],

@@ -1,11 +1,13 @@
 """Runs that are stopped, killed, short of disk or out of numbers: nothing saved is lost, and they end where they would
 have ended."""
 
+import io
 import json
 import os
 import resource
 import shutil
 import signal
+import tarfile
 
 import pytest
 import torch
@@ -334,19 +336,35 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(recipe, tmp_p
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_code_cache_that_vanishes_while_training_is_named(recipe, tmp_path, workers):
     flags = ["--code_cache", str(tmp_path / "codes"), "--dataloader_num_workers", str(workers)]
-    code, line = run_forked(_with_a_vanishing_cache, recipe, tmp_path / "run", flags, tmp_path / "codes")
+    code, line = run_forked(_with_vanishing_files, recipe, tmp_path / "run", flags, tmp_path / "codes", "shard-*.npy")
     assert code == 2 and "shard-000000.npy" in line and "evotok encode" in line and line.startswith("error: '")
 
 
-def _with_a_vanishing_cache(recipe, output, flags, cache):
+def test_a_shard_of_records_that_vanishes_while_training_is_named(recipe, tmp_path):
+    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number}.tar", "w") as archive:
+            for sample in range(8):
+                content = json.dumps({"conversations": said}).encode()
+                member = tarfile.TarInfo(f"{sample}.json")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    flags = ["--data_path", str(shards / "*.tar"), "--dataloader_num_workers", "1"]
+    code, line = run_forked(_with_vanishing_files, recipe, tmp_path / "run", flags, shards, "1.tar")
+    assert code == 2 and "1.tar" in line and line.startswith("error: ")
+
+
+def _with_vanishing_files(recipe, output, flags, folder, pattern):
     from llava_ext.training import train
 
     build = train.build_dataset
 
     def build_then_lose(*arguments):
         dataset = build(*arguments)
-        for shard in cache.glob("shard-*.npy"):
-            os.remove(shard)
+        for file in folder.glob(pattern):
+            os.remove(file)
         return dataset
 
     train.build_dataset = build_then_lose
