@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,10 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
+from llava_ext.checkpointing import default_model_folder
+from llava_ext.drawn_files import chunks_of, write_png
+
+logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
 # A model that has learned little says such characters; upstream's XLSX writers abort the whole run on one.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -66,7 +71,7 @@ class DrawingOptions:
     min_p: float = 0.0
 
     def generate_kwargs(self) -> dict[str, Any]:
-        return vars(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ class _Request:
     context: str
     messages: Callable[[], ChatMessages]
     options: ReadingOptions | DrawingOptions
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One image to draw: its file, and the text chunks that tell how it was drawn, which it keeps."""
+
+    path: Path
+    prompt: str
+    seed: int
+    chunks: dict[str, str]
 
 
 def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +118,6 @@ def check_checkpoint(pretrained: str | Path) -> Path:
         ValueError: no folder, or one of another kind of model.
     """
     wanted = "--model_args pretrained=DIR needs the output folder of scripts/finetune.sh"
-    if not pretrained:
-        raise ValueError(f"{wanted}, got none")
     folder = Path(pretrained).expanduser()
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
@@ -115,13 +128,22 @@ def check_checkpoint(pretrained: str | Path) -> Path:
     return folder
 
 
-def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> tuple[Any, Any]:
-    """The model on its device, ready to generate, and its processor."""
-    folder = check_checkpoint(pretrained)
-    from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, ready to generate, its processor, and what tells its weights from others'."""
 
-    model = EvoTokLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return model, EvoTokLlavaProcessor.from_pretrained(folder)
+    model: Any
+    processor: Any
+    fingerprint: str
+
+
+def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> LoadedModel:
+    """Open a model folder."""
+    folder = check_checkpoint(pretrained)
+    from llava_ext.checkpointing import load_model, weights_fingerprint
+
+    model, processor = load_model(folder, dtype)
+    return LoadedModel(model.to(device).eval(), processor, weights_fingerprint(folder))
 
 
 def _parse_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
@@ -147,7 +169,8 @@ class EvoTokLmms(lmms):
     `{"text": "", "images": [absolute paths]}`; any other is read and answered with text.
 
     Args:
-        pretrained: output folder of `scripts/finetune.sh`.
+        pretrained: output folder of `scripts/finetune.sh`; by default the newest of this working folder, else the model
+            that comes with the package. Which it is, is said.
         device: "cpu", "cuda:0", ...; by default what Accelerate picks, and always that with several processes.
         dtype: float32, bfloat16 or float16; by default float32 on a CPU, the checkpoint's on a GPU.
         batch_size: questions answered, and images drawn, together; "auto" is `max_batch_size` (16 unless given).
@@ -180,7 +203,7 @@ class EvoTokLmms(lmms):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        load: Callable[[str, torch.dtype | str, torch.device], tuple[Any, Any]] = load_checkpoint,
+        load: Callable[[str, torch.dtype | str, torch.device], LoadedModel] = load_checkpoint,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -204,9 +227,13 @@ class EvoTokLmms(lmms):
             "top_p": float(top_p),
             "min_p": float(min_p),
         }
+        if not pretrained:
+            pretrained = str(default_model_folder())
+            logger.warning("no pretrained= in --model_args: the model is %s", pretrained)
         self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
         # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
-        self._model, self._processor = load(pretrained, _parse_dtype(dtype, self._device), self._device)
+        loaded = load(pretrained, _parse_dtype(dtype, self._device), self._device)
+        self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
 
     def _default_images_dir(self, pretrained: str) -> Path:
         """One folder a model and setting, so that runs with other settings do not overwrite each other's images."""
@@ -296,30 +323,39 @@ class EvoTokLmms(lmms):
     # Drawing -------------------------------------------------------------------------------------------------
 
     def _draw(self, batch: Sequence[_Request]) -> list[str]:
-        options = batch[0].options
-        samples = [[request.repeat * options.num_images + n for n in range(options.num_images)] for request in batch]
-        images = self._model.generate_images(
-            [_prompt(request) for request in batch],
-            processor=self._processor,
-            **options.generate_kwargs(),
-            seed=[
-                image_seed(self.seed, request.task, request.doc_id, sample)
-                for request, numbers in zip(batch, samples, strict=True)
-                for sample in numbers
-            ],
-            batch_size=self.batch_size,
-        )
-        drawn = iter(images)
-        return [
-            json.dumps({"text": "", "images": [self._save(next(drawn), request, sample) for sample in numbers]})
-            for request, numbers in zip(batch, samples, strict=True)
-        ]
+        """Draw what is not there yet: an interrupted run's images are taken as they are."""
+        wanted = [[self._wanted(request, sample) for sample in _samples(request)] for request in batch]
+        missing = [image for images in wanted for image in images if chunks_of(image.path) != image.chunks]
+        if missing:
+            settings = batch[0].options.generate_kwargs() | {"num_images": 1}
+            drawn = self._model.generate_images(
+                [image.prompt for image in missing],
+                processor=self._processor,
+                seed=[image.seed for image in missing],
+                batch_size=self.batch_size,
+                **settings,
+            )
+            for image, picture in zip(missing, drawn, strict=True):
+                write_png(picture, image.path, image.chunks)
+        return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in wanted]
 
-    def _save(self, image: Image.Image, request: _Request, sample: int) -> str:
-        path = self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        return str(path)
+    def _wanted(self, request: _Request, sample: int) -> _Wanted:
+        seed = image_seed(self.seed, request.task, request.doc_id, sample)
+        settings = request.options.generate_kwargs()
+        del settings["num_images"]  # an image does not depend on how many are drawn beside it
+        chunks = {
+            "prompt": (prompt := _prompt(request)),
+            "seed": str(seed),
+            "model": self._fingerprint,
+            "settings": json.dumps(settings, sort_keys=True),
+        }
+        return _Wanted(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)
+
+
+def _samples(request: _Request) -> range:
+    """The numbers of a request's images among those of its document."""
+    count = request.options.num_images
+    return range(request.repeat * count, (request.repeat + 1) * count)
 
 
 def _readable(request: _Request) -> list[dict]:

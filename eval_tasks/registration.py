@@ -1,4 +1,5 @@
-"""lmms-eval's entry point: registers the model `evotok` and makes our task folder visible.
+"""lmms-eval's entry point: registers the model `evotok`, also as the one meant where no `--model` is given, and makes
+our task folder visible.
 
 lmms-eval loads the entry points of all plug-ins under one try/except and imports `lmms_eval.tasks` (seconds) only
 when it evaluates. So this module imports next to nothing, never raises, and adds the tasks when, and only when,
@@ -19,18 +20,38 @@ logger = logging.getLogger(__name__)
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 DATA_ROOT_VARIABLE = "EVOTOK_DATA_ROOT"
 _TASKS_MODULE = "lmms_eval.tasks"
+_DEFAULT_NAME = "hf"
 _MARK = "_evotok_registered"
 
 
 def register():
     """Entry point of the group `lmms_eval.models`: returns the model's `ModelManifest`."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 
     try:
+        _answer_to_the_default_name(ModelRegistryV2)
         _patch_tasks_when_imported()
     except Exception as error:  # raising here would unregister every plug-in that comes after ours
         logger.warning("evotok's tasks are not visible (%s); pass --include_path %s", error, TASKS_FOLDER)
     return ModelManifest(model_id="evotok", chat_class_path="eval_tasks.model.EvoTokLmms")
+
+
+# The model that `lmms-eval --tasks ...` means ------------------------------------------------------------------
+
+
+def _answer_to_the_default_name(registry: type) -> None:
+    """`--model` has a default that lmms-eval itself has no model for; without one of that name, it means ours."""
+    if getattr(registry, _MARK, False):
+        return
+    resolve = registry.resolve
+
+    @functools.wraps(resolve)
+    def resolve_default(self, model_name, *args, **kwargs):
+        unclaimed = model_name == _DEFAULT_NAME and model_name not in self.list_model_names()
+        return resolve(self, "evotok" if unclaimed else model_name, *args, **kwargs)
+
+    registry.resolve = resolve_default
+    setattr(registry, _MARK, True)
 
 
 # Our task folder -----------------------------------------------------------------------------------------------

@@ -82,13 +82,13 @@ def lmms_eval_tasks():
 @pytest.fixture
 def make_lm(tmp_path, lmms_eval_tasks):
     """Builds the adapter around a fake model."""
-    from eval_tasks.model import EvoTokLmms
+    from eval_tasks.model import EvoTokLmms, LoadedModel
 
-    def make(answer=lambda text, images: "A", drawer=blank, **kwargs) -> EvoTokLmms:
+    def make(answer=lambda text, images: "A", drawer=blank, fingerprint="fake", **kwargs) -> EvoTokLmms:
         processor = FakeProcessor()
         model = FakeModel(processor, answer, drawer)
         kwargs = {"device": "cpu", "images_dir": str(tmp_path / "images"), **kwargs}
-        return EvoTokLmms("somewhere", load=lambda *_: (model, processor), **kwargs)
+        return EvoTokLmms("somewhere", load=lambda *_: LoadedModel(model, processor, fingerprint), **kwargs)
 
     return make
 

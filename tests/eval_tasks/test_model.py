@@ -49,7 +49,7 @@ def test_one_list_of_reading_and_drawing_requests(make_lm, instance, tmp_path):
         assert drawn == {"text": "", "images": [str(path) for path in expected]}
         assert all(path.is_file() for path in expected)
     assert lm._processor.batch_sizes == [4, 3]
-    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [2, 2, 2, 1]
+    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [4, 4, 4, 2]  # two images a request
     assert lm._model.draw_kwargs[0]["guidance_scale"] == 3.0 and lm._model.draw_kwargs[0]["batch_size"] == 4
 
 
@@ -68,6 +68,23 @@ def test_images_depend_on_task_document_sample_and_seed_alone(make_lm, instance)
     assert some == {key: everything[key] for key in some}
     assert not set(drawn(make_lm(drawer=seeded, seed=1), range(5)).values()) & set(everything.values())
     assert not set(drawn(make_lm(drawer=seeded), range(5), "other").values()) & set(everything.values())
+
+
+def test_a_run_that_was_stopped_draws_only_what_is_missing(make_lm, instance, tmp_path):
+    def drawn_prompts(texts=("a", "b", "c"), **kwargs):
+        lm = make_lm(drawer=seeded, **kwargs)
+        answers = lm.generate_until([instance(lm, "draw", n, text, DRAW) for n, text in enumerate(texts)])
+        assert all(len(json.loads(answer)["images"]) == 2 for answer in answers)
+        return sorted(prompt for call in lm._model.draw_kwargs for prompt in call["prompt"])
+
+    assert drawn_prompts() == ["a", "a", "b", "b", "c", "c"]
+    before = (tmp_path / "images/draw/00000_1.png").read_bytes()
+    (tmp_path / "images/draw/00002_0.png").unlink()
+    assert drawn_prompts() == ["c"]
+    assert drawn_prompts(("a", "other", "c")) == ["other", "other"]
+    assert (tmp_path / "images/draw/00000_1.png").read_bytes() == before
+    for changed in ({"fingerprint": "trained on"}, {"seed": 1}, {"guidance_scale": 2.0}, {"negative_prompt": "x"}):
+        assert len(drawn_prompts(**changed)) == 6 and drawn_prompts(**changed) == []
 
 
 def test_repeated_requests_are_further_samples(make_lm, instance):
@@ -141,7 +158,7 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
     cases = {
-        "": "got none",
+        "": "no trained model in outputs/finetune",
         str(tmp_path / "nowhere"): "is no folder",
         str(tmp_path / "empty"): "has no config.json",
         str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
@@ -165,13 +182,15 @@ def test_model_args(make_lm):
 
 
 def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
-    from eval_tasks.model import EvoTokLmms
+    from eval_tasks.model import EvoTokLmms, LoadedModel
 
     monkeypatch.chdir(tmp_path)
     loaded = []
 
     def build(**kwargs):
-        return EvoTokLmms("runs/finetune", load=lambda *args: loaded.append(args) or (None, None), **kwargs)
+        return EvoTokLmms(
+            "runs/finetune", load=lambda *args: loaded.append(args) or LoadedModel(None, None, ""), **kwargs
+        )
 
     plain, bf16, guided = (
         build(device="cpu"),
@@ -186,12 +205,16 @@ def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
 
 
 def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, tiny_mllm, tmp_path):
-    from eval_tasks.model import EvoTokLmms
+    from eval_tasks.model import EvoTokLmms, LoadedModel
 
     def answers(batch_size):
         folder = tmp_path / str(batch_size)
         lm = EvoTokLmms(
-            "random", load=lambda *_: tiny_mllm, device="cpu", batch_size=batch_size, images_dir=str(folder)
+            "random",
+            load=lambda *_: LoadedModel(*tiny_mllm, ""),
+            device="cpu",
+            batch_size=batch_size,
+            images_dir=str(folder),
         )
         requests = []
         for n in range(3):

@@ -47,6 +47,18 @@ def test_model_is_registered_as_a_chat_model(lmms_eval_tasks):
     assert registry.get_model_class("evotok") is EvoTokLmms
 
 
+def test_the_default_name_is_ours_as_long_as_nobody_has_it(lmms_eval_tasks):
+    from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(registration.register())
+    assert registry.resolve("hf").model_id == "evotok"
+    with pytest.raises(ValueError, match="unheard_of"):
+        registry.resolve("unheard_of")
+    registry.register_manifest(ModelManifest("other", chat_class_path="other.model.Other", aliases=("hf",)))
+    assert registry.resolve("hf").model_id == "other"
+
+
 def test_installed_entry_point(lmms_eval_tasks):
     found = importlib.metadata.entry_points(group="lmms_eval.models", name="evotok")
     if not found:

@@ -1,0 +1,2 @@
+"""The commands of `evotok-llava`, one a module: `add(commands, shared)` puts a parser in place, `run(arguments)` does
+it."""

@@ -1,0 +1,40 @@
+"""`evotok-llava convert`: research adapters to a model folder."""
+
+import argparse
+
+import torch
+
+from evotok_plugin.recipes import add_arguments, load_recipe
+from llava_ext.commands.shared import SharedOptions
+from llava_ext.conversion import HeadOptions, convert_adapters
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser("convert", help="research adapters to a model folder")
+    parser.add_argument("file", nargs="+", help="rqtransformer.bin, mm_projector.bin (of reading, of drawing)")
+    parser.add_argument("--language_model", required=True, help="the text model the adapters were trained for")
+    parser.add_argument("--vision_tower", required=True, help="tokenizer folder, made by `evotok convert`")
+    parser.add_argument("-o", "--output", required=True, help="new folder for the model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights of the model")
+    add_arguments(parser, HeadOptions)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Put a model together from a causal LM, a converted tokenizer and research adapters."""
+    given = {k: v for k, v in vars(arguments).items() if k.startswith("head_")}
+    converted = convert_adapters(
+        arguments.file,
+        arguments.language_model,
+        arguments.vision_tower,
+        arguments.output,
+        load_recipe(None, HeadOptions, given),
+        dtype=getattr(torch, arguments.dtype),
+    )
+    for part, file in converted.parts.items():
+        print(f"{part}: {file}")
+    for part in converted.random:
+        print(f"{part}: no file was given, it starts at random")
+    for reason, count in converted.bookkeeping.items():
+        print(f"left out: {count} keys, {reason}")
+    print(arguments.output)

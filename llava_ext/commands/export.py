@@ -1,0 +1,28 @@
+"""`evotok-llava export`: a model folder that needs nothing else."""
+
+import argparse
+
+from llava_ext.causal_lm_export import export_causal_lm
+from llava_ext.checkpointing import export_model
+from llava_ext.commands.shared import SharedOptions
+
+
+def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
+    parser = commands.add_parser("export", help="a model folder that needs nothing else")
+    parser.add_argument("folder", help="a trained model, or a checkpoint of a run")
+    parser.add_argument("-o", "--output", required=True, help="new folder")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument(
+        "--format",
+        choices=("evotok", "causal-lm"),
+        default="evotok",
+        help="causal-lm: of a model with the flat head, what any LLM server loads (it reads no pictures)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write a model folder that can be given away."""
+    write = export_causal_lm if arguments.format == "causal-lm" else export_model
+    write(arguments.folder, arguments.output, arguments.dtype)
+    print(arguments.output)

@@ -1,0 +1,1 @@
+"""The web page: chat that reads and draws, and the evolution of an image over the levels."""

@@ -1,0 +1,81 @@
+"""One image, rebuilt level by level: pictures and curves for the page."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from evotok_plugin.evolution import Evolution, measure_evolution, plot_curves
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.training.teacher import Teacher
+
+_SHOWN = 192  # pixels a side that small images are enlarged to
+
+
+@dataclass(frozen=True)
+class LevelByLevel:
+    """What the page shows of an image.
+
+    Attributes:
+        pictures: the image as the model sees it, then what 1, 2, ... levels rebuild, each with its caption.
+        curves: PSNR and cosine over depth.
+    """
+
+    pictures: list[tuple[Image.Image, str]]
+    curves: Image.Image
+
+
+@dataclass(frozen=True)
+class _OnePicture:
+    """The `ImageSource` of one image that is there already."""
+
+    image: Image.Image
+    name: str = "the image"
+
+    def __len__(self) -> int:
+        return 1
+
+    def key(self, index: int) -> str:
+        return self.name
+
+    def picture(self, index: int) -> Image.Image:
+        return self.image
+
+    def label(self, index: int) -> str | None:
+        return None
+
+    def groups(self) -> np.ndarray | None:
+        return None
+
+
+def level_by_level(
+    tokenizer: EvoTokModel, processor: EvoTokImageProcessor, image: Image.Image, teacher: Teacher | None = None
+) -> LevelByLevel:
+    """Rebuild an RGB image from 1, 2, ... L levels of its codes.
+
+    Args:
+        teacher: with it, features are compared with its own, else with the tokenizer's own at `semantic_depth`.
+
+    Raises:
+        ValueError: the teacher does not fit the tokenizer.
+    """
+    evolution = measure_evolution(tokenizer, processor, _OnePicture(image), teacher, num_strips=1)
+    file = io.BytesIO()
+    plot_curves(evolution).savefig(file, format="png")
+    return LevelByLevel(_pictures(evolution), Image.open(file))
+
+
+def _pictures(evolution: Evolution) -> list[tuple[Image.Image, str]]:
+    (strip,) = evolution.strips
+    captions = ["original"]
+    for depth, quality in zip(evolution.depths, strip.psnr, strict=True):
+        captions.append(f"{depth} level{'s' if depth > 1 else ''}: {quality:.1f} dB")
+    images = EvoTokImageProcessor.to_pil(strip.original[None]) + EvoTokImageProcessor.to_pil(strip.rebuilt)
+    return list(zip(map(_enlarged, images), captions, strict=True))
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    scale = max(1, _SHOWN // image.width)
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)

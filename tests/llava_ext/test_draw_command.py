@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_ext.cli import main
+from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+
+RING = "a photo of a ring"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_mllm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny_mllm:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def draw(model_folder, tmp_path, capsys):
+    """Runs the command; gives the exit code, and what it wrote to stderr."""
+
+    def run(*arguments):
+        flags = [] if "-o" in arguments else ["-o", tmp_path]
+        code = main(["draw", *map(str, [*arguments, "--model", model_folder, *flags])])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_files_say_how_they_were_drawn(draw, tmp_path, model_folder):
+    assert draw("a naïve ring, 環", "-n", 2, "--seed", 3, "--top_p", 0.9, "--temperature", "1,0.9,0.8,0.7")[0] == 0
+    text = Image.open(tmp_path / "a_naïve_ring_環_seed4.png").text
+    assert (text["prompt"], text["seed"], text["model"]) == ("a naïve ring, 環", "4", model_folder.name)
+    settings = json.loads(text["settings"])
+    assert settings["top_p"] == 0.9 and settings["temperature"] == [1, 0.9, 0.8, 0.7] and settings["top_k"] == 0
+    assert json.loads(Image.open(tmp_path / "a_naïve_ring_環_grid.png").text["settings"])["num_images"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_again_replaces_and_anything_else_stands_beside(draw, tmp_path):
+    for _ in range(2):
+        draw(RING)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_photo_of_a_ring_seed0.png"]
+    first = (tmp_path / "a_photo_of_a_ring_seed0.png").read_bytes()
+    draw(RING, "--top_k", 5)
+    draw("A photo of a ring!")
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "a_photo_of_a_ring_seed0.png").read_bytes() == first
+
+
+def test_a_file_of_someone_else_is_left_alone(draw, tmp_path):
+    mine = tmp_path / "a_photo_of_a_ring_seed0.png"
+    mine.write_text("dear")
+    assert draw(RING)[0] == 0
+    assert mine.read_text() == "dear" and Image.open(tmp_path / "a_photo_of_a_ring_seed0_2.png").text["seed"] == "0"
+
+
+def test_an_image_is_the_same_whatever_is_drawn_beside_it(draw, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a photo of two squares\n\n{RING}\n")
+    draw("a red circle", "--prompts", prompts, "-n", 2, "-o", tmp_path / "many", "--batch_size", 4)
+    draw(RING, "--seed", 1, "-o", tmp_path / "one")
+    assert len(list((tmp_path / "many").iterdir())) == 3 * (2 + 1)
+    many, one = (pixels(tmp_path / folder / "a_photo_of_a_ring_seed1.png").astype(int) for folder in ("many", "one"))
+    np.testing.assert_allclose(many, one, atol=1)  # the decoder's sums round differently in another batch
+
+
+def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
+    generate, calls = EvoTokLlavaForConditionalGeneration.generate_images, []
+
+    def interrupted(model, *arguments, **settings):
+        calls.append(settings)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(model, *arguments, **settings)
+
+    monkeypatch.setattr(EvoTokLlavaForConditionalGeneration, "generate_images", interrupted)
+    code, error = draw(RING, "-n", 4, "--batch_size", 1)
+    assert code == 130 and "2 of 4 images were drawn" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a_photo_of_a_ring_seed{seed}.png" for seed in (0, 1)]
+
+
+def test_a_preview_shows_the_batch_and_takes_no_other_files_place(draw, tmp_path):
+    preview = tmp_path / "preview.png"
+    for _ in range(2):
+        assert draw(RING, "-n", 2, "--preview", preview, "--preview_every", 2)[0] == 0
+    grid = pixels(preview)
+    assert grid.shape == pixels(tmp_path / "a_photo_of_a_ring_grid.png").shape
+    assert (grid[-1, -1] == 128).all()  # the last place is never drawn in a preview
+    drawn = tmp_path / "a_photo_of_a_ring_seed0.png"
+    code, error = draw(RING, "--preview", drawn)
+    assert code == 2 and "is there already and is no preview" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "at least one prompt"),
+        ([" "], "none empty"),
+        (["ring " * 40000], "shorten the prompt"),
+        ([RING, "--guidance_scale", 0.5], "guidance_scale must be at least 1, got 0.5"),
+        ([RING, "--guidance_scale", "nan"], "guidance_scale must be at least 1"),
+        ([RING, "--top_p", 0], "top_p"),
+        ([RING, "--min_p", 2], "min_p"),
+        ([RING, "--temperature", "1,0.5"], "temperature has 2 values, but 4 levels"),
+        ([RING, "-n", 0], "--num_images must be at least 1, got 0"),
+        ([RING, "--batch_size", 0], "--batch_size must be at least 1"),
+        ([RING, "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(draw, tmp_path, arguments, message):
+    code, error = draw(*arguments)
+    last = error.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and message in last
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--guidance_schedule", "quadratic"], ["--temperature", "warm"]])
+def test_flags_of_the_wrong_kind_are_named(draw, flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        draw(RING, *flags)
+    assert left.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(draw, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, error = draw(RING, "-o", tmp_path / "file")
+    assert code == 2 and "file cannot be made: File exists" in error and "drawing" not in error
