@@ -19,6 +19,7 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
+from eval_tasks.reconstruction import measure
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
 
@@ -75,6 +76,11 @@ class DrawingOptions:
 
 
 @dataclass(frozen=True)
+class ReconstructionOptions:
+    """The tokenizer is measured on a folder of images; the task `evotok_reconstruction` says which and how."""
+
+
+@dataclass(frozen=True)
 class _Request:
     """One answer to give: where it goes in the list, whose it is, and the options it asks for."""
 
@@ -84,7 +90,7 @@ class _Request:
     repeat: int  # lmms-eval repeats a request by listing it again
     context: str
     messages: Callable[[], ChatMessages]
-    options: ReadingOptions | DrawingOptions
+    options: ReadingOptions | DrawingOptions | ReconstructionOptions
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class EvoTokLmms(lmms):
     """`lmms-eval --model evotok --model_args pretrained=DIR,guidance_scale=3,dtype=float32,...`
 
     A request whose `generation_kwargs` say `modality: image` is drawn, its answer is the JSON
-    `{"text": "", "images": [absolute paths]}`; any other is read and answered with text.
+    `{"text": "", "images": [absolute paths]}`; one with `modality: reconstruction` measures the tokenizer; any other is
+    read and answered with text.
 
     Args:
         pretrained: output folder of `scripts/finetune.sh`; by default the newest of this working folder, else the model
@@ -258,11 +265,15 @@ class EvoTokLmms(lmms):
         answers = [""] * len(requests)
         with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
             for batch in self._batches(wanted):
-                give = self._draw if isinstance(batch[0].options, DrawingOptions) else self._read
+                give = self._answerers[type(batch[0].options)]
                 for request, answer in zip(batch, give(batch), strict=True):
                     answers[request.place] = answer
                 progress.update(len(batch))
         return answers
+
+    @property
+    def _answerers(self) -> dict[type, Callable[[Sequence[_Request]], list[str]]]:
+        return {ReadingOptions: self._read, DrawingOptions: self._draw, ReconstructionOptions: self._rebuild}
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("evotok answers by generating; tasks that score given answers are not supported")
@@ -286,7 +297,9 @@ class EvoTokLmms(lmms):
             yield _Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
             seen[task, doc_id] += 1
 
-    def _options(self, gen_kwargs: dict[str, Any]) -> ReadingOptions | DrawingOptions:
+    def _options(self, gen_kwargs: dict[str, Any]) -> ReadingOptions | DrawingOptions | ReconstructionOptions:
+        if gen_kwargs.get("modality") == "reconstruction":
+            return ReconstructionOptions()
         if gen_kwargs.get("modality") == "image":
             return DrawingOptions(**{**self.drawing, **_known(DrawingOptions, gen_kwargs)})
         known = _known(ReadingOptions, gen_kwargs)
@@ -319,6 +332,12 @@ class EvoTokLmms(lmms):
         ids = self._model.generate(**inputs, **options.generate_kwargs())
         texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
+
+    # Rebuilding ----------------------------------------------------------------------------------------------
+
+    def _rebuild(self, batch: Sequence[_Request]) -> list[str]:
+        tower, processor = self._model.vision_tower, self._processor.image_processor
+        return [measure(tower, processor, self.images_dir / request.task) for request in batch]
 
     # Drawing -------------------------------------------------------------------------------------------------
 

@@ -129,9 +129,12 @@ def _judged(task):
 
 
 def local_dataset(dataset_path: str | None) -> str | None:
-    """Where a task's data lies: `$EVOTOK_DATA_ROOT/<dataset_path>` if there is such a folder, else as it was.
+    """Where a task's data lies: `$EVOTOK_DATA_ROOT/<dataset_path>`; without the variable nothing changes.
 
-    Only names of the hub's form (`owner/name`) are looked up; without the variable nothing changes.
+    Only names of the hub's form (`owner/name`) are looked up. Where the variable is set, nothing comes from the hub.
+
+    Raises:
+        ValueError: there is no such folder.
     """
     root = os.environ.get(DATA_ROOT_VARIABLE)
     if not root or not isinstance(dataset_path, str) or "/" not in dataset_path or os.path.isabs(dataset_path):
@@ -140,7 +143,10 @@ def local_dataset(dataset_path: str | None) -> str | None:
     if folder.is_dir():
         logger.info("data set %s is read from %s", dataset_path, folder)
         return str(folder)
-    logger.warning(
-        "%s is set but %s does not exist; %s is looked up as usual", DATA_ROOT_VARIABLE, folder, dataset_path
+    if Path(dataset_path).is_dir():  # a task of the user's, with data beside the working folder
+        return dataset_path
+    raise ValueError(
+        f"{DATA_ROOT_VARIABLE} is set, so {dataset_path} is expected in {folder}, which is no folder; fetch it with "
+        f"`hf download --repo-type dataset {dataset_path} --local-dir {folder}`, or unset {DATA_ROOT_VARIABLE} to read "
+        "from the hub"
     )
-    return dataset_path

@@ -310,13 +310,33 @@ def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
     return [_record(name, "read", _turns(*pairs)), *drawings]
 
 
-def interleaved_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """One conversation that goes on after a drawing, with questions about it, and one that draws what it is shown."""
-    asked = [(rich_prompt(scene, skill, rng), "<image>"), *question_turns(scene, rng, num_questions=2)]
-    again = [("<image>\nDraw it again.", "<image>")]
+@dataclass(frozen=True)
+class Pictured:
+    """A scene, the skill that it was made for, and the name of its image."""
+
+    scene: Scene
+    skill: str
+    name: str
+
+
+def interleaved_records(this: Pictured, other: Pictured, rng: np.random.Generator) -> list[dict]:
+    """Conversations that go on: questions about what was drawn, a drawing after questions or after another drawing, and
+    an image drawn again as it is shown."""
+    asked = [(rich_prompt(this.scene, this.skill, rng), "<image>"), *question_turns(this.scene, rng, num_questions=2)]
+    wish = (rich_prompt(other.scene, other.skill, rng), "<image>")
+    if rng.random() < 0.5:
+        ((question, answer),) = question_turns(this.scene, rng, num_questions=1)
+        before = (f"<image>\n{question}", answer)
+    else:
+        before = asked[0]
     return [
-        {**_record(name, "ask-drawn", _turns(*asked)), "drawn": [False]},
-        {**_record(name, "copy", _turns(*again)), "image": [name, name]},
+        {**_record(this.name, "ask-drawn", _turns(*asked)), "drawn": [False]},
+        {
+            **_record(this.name, "draw-next", _turns(before, wish)),
+            "image": [this.name, other.name],
+            "drawn": [False, True],
+        },
+        {**_record(this.name, "copy", _turns(("<image>\nDraw it again.", "<image>"))), "image": [this.name, this.name]},
     ]
 
 

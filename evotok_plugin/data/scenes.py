@@ -152,7 +152,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
 
     `folder/{train,val}/` hold `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` a line) and LLaVA
     JSON: `pretrain.json` (descriptions, read and drawn), `finetune.json` (questions and GenEval prompts) and
-    `interleaved.json` (questions about what was drawn, images drawn again).
+    `interleaved.json` (conversations that read and draw).
     """
     from evotok_plugin.data import scene_text
 
@@ -160,7 +160,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
         rng = np.random.default_rng([seed, stream])
         root = Path(folder) / split
         (root / "images").mkdir(parents=True, exist_ok=True)
-        captions, pretrain, finetune, interleaved = [], [], [], []
+        captions, pretrain, finetune, interleaved, before = [], [], [], [], None
         for n in range(count):
             skill = SKILLS[n % len(SKILLS)]
             scene = sample_scene(rng, skill)
@@ -170,7 +170,9 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
             pretrain += scene_text.pretrain_records(scene, skill, name, rng)
             finetune += scene_text.finetune_records(scene, skill, name, rng)
             further = np.random.default_rng([seed, stream, n])  # what the others draw does not depend on these
-            interleaved += scene_text.interleaved_records(scene, skill, name, further)
+            this = scene_text.Pictured(scene, skill, name)
+            interleaved += scene_text.interleaved_records(this, before or this, further)
+            before = this
         (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         (root / "pretrain.json").write_text(json.dumps(pretrain))
         (root / "finetune.json").write_text(json.dumps(finetune))

@@ -84,14 +84,17 @@ def test_a_changed_lmms_eval_costs_our_tasks_and_nothing_else(monkeypatch, caplo
     assert "--include_path" in caplog.text
 
 
-def test_local_dataset(tmp_path, monkeypatch, caplog):
+def test_local_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(registration.DATA_ROOT_VARIABLE, raising=False)
     assert registration.local_dataset("owner/data") == "owner/data"
-    monkeypatch.setenv(registration.DATA_ROOT_VARIABLE, str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert registration.local_dataset("owner/data") == "owner/data"
-    assert "does not exist" in caplog.text
-    (tmp_path / "owner/data").mkdir(parents=True)
-    assert registration.local_dataset("owner/data") == str(tmp_path / "owner/data")
+    monkeypatch.setenv(registration.DATA_ROOT_VARIABLE, str(tmp_path / "root"))
+    folder = tmp_path / "root/owner/data"
+    with pytest.raises(ValueError, match=f"hf download --repo-type dataset owner/data --local-dir {folder}"):
+        registration.local_dataset("owner/data")
+    folder.mkdir(parents=True)
+    assert registration.local_dataset("owner/data") == str(folder)
     assert registration.local_dataset("json") == "json"
     assert registration.local_dataset(None) is None
+    (tmp_path / "mine/data").mkdir(parents=True)
+    assert registration.local_dataset("mine/data") == "mine/data"

@@ -67,11 +67,12 @@ def test_an_image_shown_in_an_assistant_turn_is_read_and_not_learned(tiny_mllm, 
     model, processor = tiny_mllm
     rows = json.loads((scene_folder / "train" / "interleaved.json").read_text())
     cache = CodeCache(cache_folder, model.vision_tower.fingerprint())
-    dataset = ConversationDataset([parse_record(row, scene_folder / "train") for row in rows[:2]], processor, cache)
-    asked, copied = dataset[0], dataset[1]
+    records = [parse_record(row, scene_folder / "train") for row in rows[3:6]]
+    asked, following, copied = (ConversationDataset(records, processor, cache, prompt_dropout=0)[n] for n in range(3))
     assert len(asked.read_codes) == 1 and not model.vocabulary.is_residual(asked.input_ids).any()
     shown = asked.input_ids == processor.image_token_id
     assert shown.sum() == 9 and (asked.labels[shown] == -100).all() and (asked.labels != -100).any()
+    assert len(following.read_codes) == 1 and model.vocabulary.is_residual(following.labels).sum() == 36
     assert len(copied.read_codes) == 1 and model.vocabulary.is_residual(copied.labels).sum() == 36
 
 

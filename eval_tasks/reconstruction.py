@@ -1,0 +1,108 @@
+"""The task `evotok_reconstruction`: a model's tokenizer on a folder of images, measured as `evotok evaluate` does.
+
+The model that answers holds the tokenizer, so it is the answer that is measured: one request, a folder; one answer, all
+figures as JSON.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+
+from evotok_plugin.data.sources import ImageSource, Subset, open_sources
+from evotok_plugin.losses.perceptual import load_lpips
+from evotok_plugin.metrics.inception import load_inception
+
+if TYPE_CHECKING:
+    from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+
+logger = logging.getLogger(__name__)
+
+IMAGES_VARIABLE = "EVOTOK_RECONSTRUCTION_IMAGES"
+LIMIT_VARIABLE = "EVOTOK_RECONSTRUCTION_LIMIT"  # lmms-eval's own limit counts documents, and the folder is one
+_METRICS = ("rfid", "psnr", "ssim", "lpips")
+
+
+def images_source() -> ImageSource:
+    """The images to rebuild: those of EVOTOK_RECONSTRUCTION_IMAGES, the first EVOTOK_RECONSTRUCTION_LIMIT of them.
+
+    Raises:
+        ValueError: no folder is named, it holds no images, or the limit is no number.
+    """
+    folder, limit = os.environ.get(IMAGES_VARIABLE), os.environ.get(LIMIT_VARIABLE, "")
+    if not folder:
+        raise ValueError(f"evotok_reconstruction rebuilds the images of a folder: set {IMAGES_VARIABLE}=FOLDER")
+    source = open_sources([folder])
+    if not limit:
+        return source
+    if not limit.isdigit() or int(limit) < 1:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a number of at least 1, got {limit!r}")
+    return Subset(source, np.arange(min(int(limit), len(source))))
+
+
+def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
+    """One document, the images' name; they are looked for now, before a model works."""
+    return datasets.Dataset.from_list([{"images": images_source().name}])
+
+
+def measure(tokenizer: "EvoTokModel", processor: "EvoTokImageProcessor", output: Path) -> str:
+    """Rebuild and measure; the answer to the task's request.
+
+    Args:
+        tokenizer: in eval mode.
+        output: folder for `metrics.json`, `metrics.md`, `grid.png` and, where images are broken, `bad_samples.jsonl`.
+
+    Returns:
+        JSON: the figures of `evotok evaluate`, and `left_out`: metrics whose weights cannot be had, with the reason.
+
+    Raises:
+        ValueError: too many images cannot be read.
+    """
+    from evotok_plugin.evaluation import EvaluationOptions, evaluate
+
+    source = images_source()
+    left_out = _left_out(len(source))
+    for metric, reason in left_out.items():
+        logger.warning("evotok_reconstruction leaves %s out: %s", metric, reason)
+    metrics = [metric for metric in (*_METRICS, "usage") if metric not in left_out]
+    output.mkdir(parents=True, exist_ok=True)
+    options = EvaluationOptions(metrics=metrics, report=output / "bad_samples.jsonl")
+    evaluation = evaluate(tokenizer, processor, source, options)
+    (output / "metrics.json").write_text(evaluation.as_json())
+    (output / "metrics.md").write_text(evaluation.as_markdown())
+    evaluation.grid().save(output / "grid.png")
+    return json.dumps({**evaluation.values, "left_out": left_out})
+
+
+def _left_out(num_images: int) -> dict[str, str]:
+    """Metrics that cannot be measured: their figures come from the published weights, or not at all."""
+    left_out = {}
+    if num_images < 2:
+        left_out["rfid"] = "it needs at least 2 images"
+    for metric, load in (("rfid", load_inception), ("lpips", load_lpips)):
+        try:
+            load()
+        except ValueError as error:
+            left_out.setdefault(metric, str(error))
+    return left_out
+
+
+def process_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
+    """The figures that were measured; code usage as the mean over levels.
+
+    Raises:
+        ValueError: the answer is not that of a model with a tokenizer.
+    """
+    try:
+        values = json.loads(results[0])
+        figures = {metric: values[metric] for metric in _METRICS if metric in values}
+        return {**figures, "code_usage": float(np.mean(values["code_usage"])), "num_images": values["images"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"evotok_reconstruction needs `--model evotok`, whose tokenizer it measures; got {results[0][:80]!r}"
+        ) from error
