@@ -7,6 +7,7 @@ when it evaluates. So this module imports next to nothing, never raises, and add
 """
 
 import functools
+import hashlib
 import importlib.abc
 import importlib.machinery
 import logging
@@ -92,6 +93,7 @@ def _patch(tasks: ModuleType) -> None:
         return
     index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
     build_requests = tasks.ConfigurableTask.build_all_requests
+    from tenacity import RetryError
 
     @functools.wraps(index_tasks)
     def initialize_tasks(self, include_path=None, *args, **kwargs):
@@ -101,11 +103,16 @@ def _patch(tasks: ModuleType) -> None:
         return index_tasks(self, folders, *args, **kwargs)
 
     @functools.wraps(download)
-    def download_from_data_root(self, *args, **kwargs):
-        self.DATASET_PATH = local_dataset(self.DATASET_PATH)
+    def download_from_data_root(self, dataset_kwargs=None):
+        if (folder := local_dataset(self.DATASET_PATH)) != self.DATASET_PATH:
+            self.DATASET_PATH = folder
+            dataset_kwargs = {"cache_dir": local_cache(folder), **(dataset_kwargs or {})}
         if judged := _judged(self):  # here, because lmms-eval hides what `download` raises behind five attempts
             self.config.metadata = {**(self.config.metadata or {}), "judges": judged.prepare()}
-        return download(self, *args, **kwargs)
+        try:
+            return download(self, dataset_kwargs)
+        except RetryError as error:  # says that something was raised; what it was helps
+            raise error.last_attempt.exception() from error
 
     @functools.wraps(build_requests)
     def build_requests_when_judges_are_there(self, *args, **kwargs):
@@ -150,3 +157,19 @@ def local_dataset(dataset_path: str | None) -> str | None:
         f"`hf download --repo-type dataset {dataset_path} --local-dir {folder}`, or unset {DATA_ROOT_VARIABLE} to read "
         "from the hub"
     )
+
+
+def local_cache(folder: str) -> str:
+    """Where `datasets` keeps a local folder's tables: a place of its own for every state of the folder.
+
+    Left to itself, `datasets` tells local folders apart by their last name and README alone, and gives the rows of one
+    for those of another, or of an earlier state.
+    """
+    import datasets
+
+    root = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or datasets.config.HF_DATASETS_CACHE
+    state = hashlib.sha256(folder.encode())
+    for path in sorted(Path(folder).rglob("*")):
+        facts = path.stat()
+        state.update(f"\n{path} {facts.st_size} {facts.st_mtime_ns}".encode(errors="surrogateescape"))
+    return str(Path(root).expanduser() / "evotok_data_root" / state.hexdigest()[:16])

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval_tasks.registration import local_dataset
+from eval_tasks.registration import local_cache, local_dataset
 
 if TYPE_CHECKING:
     import datasets
@@ -55,9 +55,10 @@ def gqa_process_docs(questions: "datasets.Dataset") -> "datasets.Dataset":
     """
     import datasets
 
-    images = datasets.load_dataset(local_dataset(_GQA), "testdev_balanced_images", split="testdev")
+    path = local_dataset(_GQA)
+    cache = local_cache(path) if path != _GQA else None
+    images = datasets.load_dataset(path, "testdev_balanced_images", split="testdev", cache_dir=cache)
     rows = {name: row for row, name in enumerate(images["id"])}
-    print("DEBUG", local_dataset(_GQA), images["id"], questions["imageId"])
     missing = [name for name in questions["imageId"] if name not in rows]
     if missing:
         raise ValueError(f"GQA: {len(missing)} questions without image, the first about {missing[0]!r}; fetch it again")

@@ -158,6 +158,17 @@ class EvoTokModel(PreTrainedModel):
                 f"expected codes (B, N, l) with 1 <= l <= {self.config.num_quantizers}, got {tuple(codes.shape)}"
             )
 
+    def _check_range(self, codes: Tensor) -> None:
+        """Of codes that come from elsewhere; on a GPU an index out of range would end the whole process."""
+        if torch.compiler.is_compiling() or not codes.numel():
+            return
+        least, most = int(codes.min()), int(codes.max())
+        if least < 0 or most >= self.config.codebook_size:
+            raise ValueError(
+                f"expected codes from 0 to {self.config.codebook_size - 1}, got {least} to {most}; are they another "
+                "tokenizer's, or ids of the language model?"
+            )
+
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         """Sum of the levels given: (B, N, l) -> (B, N, C)."""
         self._check_codes(codes)
@@ -175,8 +186,10 @@ class EvoTokModel(PreTrainedModel):
             grid: rows and columns of positions, as `grid_of` says; without it the image is square.
 
         Raises:
-            ValueError: no such levels, or N positions do not fill the grid.
+            ValueError: no such levels or codes, or N positions do not fill the grid.
         """
+        self._check_codes(codes)
+        self._check_range(codes)
         latents = self.codes_to_latents(codes)
         return self._to_pixels(latents, self._grid_of_codes(codes.shape[1], grid))
 
@@ -187,8 +200,10 @@ class EvoTokModel(PreTrainedModel):
             grid: rows and columns of positions, as `grid_of` says; without it the image is square.
 
         Raises:
-            ValueError: no such levels, or N positions do not fill the grid.
+            ValueError: no such levels or codes, or N positions do not fill the grid.
         """
+        self._check_codes(codes)
+        self._check_range(codes)
         latents = self.codes_to_latents(codes)
         return self._to_features(latents, self._grid_of_codes(codes.shape[1], grid))
 

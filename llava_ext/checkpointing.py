@@ -322,17 +322,28 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export_model(folder: str | Path, output: str | Path, dtype: torch.dtype | str = "auto") -> None:
+def export_model(
+    folder: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | str = "auto",
+    decoder_dtype: torch.dtype | str = "float32",
+) -> None:
     """Write a model folder that needs nothing else: weights, configuration, processor, how to load it.
 
     Args:
         folder: a trained model, or a checkpoint of a run.
         dtype: of all weights but the tokenizer's; "auto" leaves it.
+        decoder_dtype: in which the tokenizer's two decoders are written; they are float32 again once loaded. What
+            chooses codes is always written in float32.
 
     Raises:
         ValueError: the folder is no whole model, or the output is there already or cannot be written.
     """
     model, processor = load_model(folder, dtype)
+    if isinstance(decoder_dtype, str):
+        decoder_dtype = getattr(torch, decoder_dtype)
+    for decoder in (model.vision_tower.pixel_decoder, model.vision_tower.semantic_decoder):
+        decoder.to(decoder_dtype)
 
     def write(out: Path) -> None:
         save_model(model, out, max_shard_size="5GB")

@@ -13,6 +13,12 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("-o", "--output", required=True, help="new folder")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     parser.add_argument(
+        "--decoder_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the tokenizer's two decoders; what chooses codes stays float32",
+    )
+    parser.add_argument(
         "--format",
         choices=("evotok", "causal-lm"),
         default="evotok",
@@ -23,6 +29,8 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a model folder that can be given away."""
-    write = export_causal_lm if arguments.format == "causal-lm" else export_model
-    write(arguments.folder, arguments.output, arguments.dtype)
+    if arguments.format == "causal-lm":
+        export_causal_lm(arguments.folder, arguments.output, arguments.dtype)
+    else:
+        export_model(arguments.folder, arguments.output, arguments.dtype, arguments.decoder_dtype)
     print(arguments.output)

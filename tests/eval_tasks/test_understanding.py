@@ -79,7 +79,7 @@ def data_root(tmp_path, monkeypatch):
         for n in (0, 1)
     ], images=("image_1",))  # fmt: skip
     monkeypatch.setenv("EVOTOK_DATA_ROOT", str(root))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     return root
@@ -150,6 +150,15 @@ def test_data_that_is_not_there_is_not_sought_on_the_hub(data_root, upstream, ma
     (data_root / HUB / "POPE").rename(data_root / "elsewhere")
     with pytest.raises(ValueError, match="hf download --repo-type dataset lmms-lab-encoder/POPE"):
         evaluate(make_lm(), ["evotok_understanding"], include_path=upstream)
+
+
+def test_changed_data_is_read_again(data_root, upstream, make_lm, evaluate):
+    (file,) = (data_root / HUB / "MMBench/en").iterdir()
+    for answer, score in (("B", 100.0), ("A", 0.0)):
+        rows = [{"image": picture(0)} | options_row(0, answer)]
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(file)
+        results = evaluate(make_lm(lambda text, images: "B"), ["mmbench_en_dev_static"], include_path=upstream)
+        assert results["results"]["mmbench_en_dev_static"]["gpt_eval_score,none"] == score
 
 
 def test_gqa_without_an_image_says_so(data_root, upstream, make_lm, evaluate):

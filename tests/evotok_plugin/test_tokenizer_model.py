@@ -111,6 +111,16 @@ def test_every_config_field_is_read():
     assert fields - read == set()
 
 
+@pytest.mark.parametrize("decode", ["decode_pixels", "decode_semantics"])
+@pytest.mark.parametrize("code", [-1, 10**6])
+def test_codes_out_of_range_are_refused(tiny_evotok_folder, decode, code):
+    model = EvoTokModel.from_pretrained(tiny_evotok_folder)
+    codes = torch.zeros(1, model.config.num_positions, 4, dtype=torch.long)
+    codes[0, 3, 1] = code
+    with pytest.raises(ValueError, match="expected codes from 0 to .*another tokenizer's"):
+        getattr(model, decode)(codes)
+
+
 def test_image_processor_round_trip_and_crop(rng):
     processor = EvoTokImageProcessor(size=16)
     picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))

@@ -106,6 +106,17 @@ def test_export_writes_a_folder_that_needs_nothing_else(model_folder, tmp_path, 
         assert torch.equal(exported, tensor.to(torch.bfloat16) if rounded else tensor), name
 
 
+def test_an_export_may_round_the_tokenizers_decoders_and_nothing_that_chooses_codes(model_folder, tmp_path):
+    flags = ["--dtype", "bfloat16", "--decoder_dtype", "bfloat16"]
+    assert main(["export", str(model_folder), "-o", str(tmp_path / "out"), *flags]) == 0
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        chooses = name.startswith(("vision_tower.encoder.", "vision_tower.quantizer."))
+        assert tensor.dtype == (torch.float32 if chooses else torch.bfloat16), name
+    model, _ = load_model(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.vision_tower.fingerprint() == load_model(model_folder)[0].vision_tower.fingerprint()
+
+
 def test_the_readme_of_an_export_works_and_names_no_path(model_folder, tmp_path, monkeypatch):
     assert main(["export", str(model_folder), "-o", str(tmp_path / "out")]) == 0
     for file in (tmp_path / "out").iterdir():
