@@ -4,6 +4,7 @@ Source: GenAI-Bench (arXiv 2406.13743), VQAScore (arXiv 2404.01291): the probabi
 `Does this figure show "{prompt}"? Please answer yes or no.` Figures by different judges do not compare.
 """
 
+import ast
 import json
 import os
 import re
@@ -98,12 +99,22 @@ def _from_pair(folder: Path) -> list[dict]:
     return documents
 
 
+def _literal(text: str, path: Path) -> object:
+    """A list or mapping written as text, as JSON or as Python writes it."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    raise ValueError(f"prompts file {path}: {text[:80]!r} is neither JSON nor a Python literal")
+
+
 def _tags(row: dict, path: Path) -> list:
     """The skills of a table's row: one column of tags or two, lists or text, nested or not."""
     plain = {str(name).strip().lower(): value for name, value in row.items()}
     nested = plain.get("tags") or plain.get("skills") or {}
     if isinstance(nested, str) and nested.lstrip()[:1] in ("{", "["):
-        nested = json.loads(nested.replace("'", '"'))
+        nested = _literal(nested, path)
     if isinstance(nested, dict):
         plain |= {str(name).lower(): value for name, value in nested.items()}
         nested = [plain.get(name) for name in ("basic_skills", "advanced_skills", "basic", "advanced")]

@@ -36,7 +36,7 @@ def _csv_rows(text: str) -> list[dict]:
 
 
 def _json_lines(text: str) -> list:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _json_rows(text: str) -> list:

@@ -178,7 +178,7 @@ class DepthTransformerHead(nn.Module):
         codebooks: Tensor,
         noise: Tensor,
         options: SamplingOptions | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Tensor = 1.0,
         cache: LevelCache | None = None,
     ) -> Tensor:
         """Draw the levels of one position a row, each level once: codes (R, L).
@@ -191,7 +191,7 @@ class DepthTransformerHead(nn.Module):
                 hidden state and its noise alone.
             options: how codes are chosen; without them they are drawn from the whole distribution.
             guidance_scale: how far the logits are pushed away from those without the prompt; with one hidden state a
-                row there is nothing to push away from, and it is not used.
+                row there is nothing to push away from, and it is not used. A number, or a float32 tensor of one.
             cache: of `new_cache`, for as many rows as there are hidden states; without it, one is made.
 
         Raises:
@@ -214,7 +214,7 @@ class DepthTransformerHead(nn.Module):
         for level in range(config.num_levels):
             logits = self.step(level, conditioning, cache)
             if guided:
-                conditional, unconditional = logits[:num_rows], logits[num_rows:]
+                conditional, unconditional = logits.float().chunk(2)  # half precision would blur what is pushed apart
                 logits = torch.lerp(unconditional, conditional, guidance_scale)
             codes.append(sample(logits, options.at_level(level), noise[:, level]))
             total = total + F.embedding(codes[-1], codebooks[level])  # the sum stays in float32

@@ -162,7 +162,7 @@ class EvoTokModel(PreTrainedModel):
         """Of codes that come from elsewhere; on a GPU an index out of range would end the whole process."""
         if torch.compiler.is_compiling() or not codes.numel():
             return
-        least, most = int(codes.min()), int(codes.max())
+        least, most = torch.stack(torch.aminmax(codes)).tolist()
         if least < 0 or most >= self.config.codebook_size:
             raise ValueError(
                 f"expected codes from 0 to {self.config.codebook_size - 1}, got {least} to {most}; are they another "

@@ -10,6 +10,7 @@ R rows, K codes.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class SamplingOptions:
     """How a code is chosen from its logits. Every value is one number, or one a level.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely code.
+        temperature: divides the logits, 0.001 to 1000; 0 takes the most likely code.
         top_k: that many of the most likely codes; 0 is all.
         top_p: of them the most likely ones that together reach this share of the probability; 1 is all.
         min_p: of them those at least this many times as likely as the likeliest one; 0 is all.
@@ -37,7 +38,7 @@ class SamplingOptions:
         for name, (fits, wanted) in _LIMITS.items():
             value = getattr(self, name)
             values = tuple(value) if isinstance(value, Sequence) else (value,)
-            if not values or not all(isinstance(one, int | float) and fits(one) for one in values):
+            if not values or not all(isinstance(one, Real) and math.isfinite(one) and fits(one) for one in values):
                 raise ValueError(f"expected {wanted}, got {name}={value!r}")
             if isinstance(value, Sequence):
                 object.__setattr__(self, name, values)
@@ -56,7 +57,7 @@ class SamplingOptions:
 
 
 _LIMITS = {
-    "temperature": (lambda t: t >= 0, "temperature >= 0"),
+    "temperature": (lambda t: t == 0 or 1e-3 <= t <= 1e3, "temperature 0, or 0.001 to 1000"),
     "top_k": (lambda k: k >= 0 and int(k) == k, "a whole top_k >= 0"),
     "top_p": (lambda p: 0 < p <= 1, "0 < top_p <= 1"),
     "min_p": (lambda p: 0 <= p <= 1, "0 <= min_p <= 1"),
@@ -113,4 +114,5 @@ def _at_quantile(probabilities: Tensor, noise: Tensor) -> Tensor:
     wanted = noise.to(sums.device)[:, None] * end
     # Rounding may bring the product to the end itself, behind which nothing stands.
     wanted = torch.minimum(wanted, torch.nextafter(end, torch.full_like(end, -math.inf)))
-    return torch.searchsorted(sums, wanted, right=True)[:, 0]
+    # No place is beyond the last, whatever the numbers are: on a GPU such an index would end the whole process.
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)

@@ -22,6 +22,8 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.vocabulary import ResidualVocabulary
 
 EVOTOK_FOLDER = "evotok"  # the tokenizer, which turns residual tokens into pictures, within the model's folder
+# Ours are the bare products with the output rows, whatever the backbone's own class would make of them.
+_SCALES_OF_LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 _TEXT_FORM = r"<\|evo:[0-9]+:[0-9]+\|>"
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own pattern
 
@@ -84,6 +86,9 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
     ]
     config = copy.deepcopy(model.config.text_config)
     config.vocab_size, config.tie_word_embeddings = tables[0].shape[0], False
+    for name, neutral in _SCALES_OF_LOGITS.items():
+        if hasattr(config, name):
+            setattr(config, name, neutral)
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
         classifier = nn.Linear(tables[1].shape[1], tables[1].shape[0], bias=False)

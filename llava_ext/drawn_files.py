@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def write_png(image: Image.Image, path: Path, chunks: dict[str, str]) -> None:
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be written cannot always be looked for either
+            part.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -101,5 +103,6 @@ def make_folder(folder: Path) -> None:
 
 
 def file_name(prompt: str) -> str:
-    """A prompt as the beginning of a file's name: words between underscores, at most 60 characters."""
-    return re.sub(r"\W+", "_", prompt.lower()).strip("_")[:60] or "image"
+    """A prompt as the beginning of a file's name: words between underscores, at most 60 characters and 180 bytes."""
+    name = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:60]
+    return name.encode(errors="ignore")[:180].decode(errors="ignore") or "image"

@@ -93,10 +93,12 @@ def fold_residual_tokens(
     labels: Tensor | None,
     segment_ids: Tensor | None = None,
     fold: bool = True,
+    pad_left: bool = False,
 ) -> FoldedSequence:
     """Fold runs of L residual tokens into one step each; padding stays on the side where it was.
 
     Args:
+        pad_left: where padding goes that only folding makes; by default where padding is already, else on the right.
         fold: False where each residual token stays a step of its own: nothing moves, all is checked and marked alike.
         segment_ids: (B, T), which of its row's samples a token belongs to, numbered from 1; 0 is padding. Instead of
             `attention_mask`.
@@ -129,7 +131,7 @@ def fold_residual_tokens(
     keep = ~residual | (vocabulary.levels(input_ids) == 0)
     real = keep & (segment_ids > 0)
     steps = int(real.sum(dim=1).max())
-    left_padded = bool((segment_ids[:, 0] == 0).any())
+    left_padded = pad_left or bool((segment_ids[:, 0] == 0).any())
     # A stable sort on "is it dropped" brings the kept steps together without changing their order.
     order = torch.argsort(real.long() if left_padded else (~real).long(), dim=1, stable=True)
     order = order[:, -steps:] if left_padded else order[:, :steps]

@@ -58,6 +58,10 @@ class FlatHead(nn.Module):
             total = total + chunked_cross_entropy(classifier, states, codes[here], self.codebook_size)
         return total / max(1, codes.numel())
 
+    def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
+        """(K, F), products with which are the logits of a level from what `states` gives: for many steps to share."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def input_rows(self, codebooks: Tensor) -> Tensor:
         """(L, K, D), what an embedding table holds for the residual tokens."""
@@ -94,6 +98,9 @@ class TiedFlatHead(FlatHead):
     def classifier(self, level: int, codebooks: Tensor) -> nn.Module:
         return self.classifiers[level].of(_at_unit_length(codebooks[level]))
 
+    def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
+        return self.classifiers[level].features(_at_unit_length(codebooks[level]))
+
     def states(self, hidden: Tensor, level: int) -> Tensor:
         return self.outputs[level](hidden)
 
@@ -113,9 +120,13 @@ class CodeFeatures(nn.Module):
         nn.init.normal_(self.weight)
         nn.init.uniform_(self.bias, -1, 1)
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def features(self, vectors: Tensor) -> Tensor:
+        """(..., C) to (..., F)."""
         bent = F.gelu(F.linear(vectors.to(self.weight.dtype), self.weight, self.bias))
         return bent * (1.5 / self.bias.shape[0] ** 0.5)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.features(vectors)
 
 
 class FeatureClassifier(CodeFeatures):
@@ -128,7 +139,7 @@ class FeatureClassifier(CodeFeatures):
 
     def forward(self, states: Tensor) -> Tensor:
         """States (R, F) to logits (R, K)."""
-        return states @ super().forward(self._vectors).T
+        return states @ self.features(self._vectors).T
 
 
 class FreeFlatHead(FlatHead):
@@ -146,6 +157,9 @@ class FreeFlatHead(FlatHead):
 
     def classifier(self, level: int, codebooks: Tensor) -> nn.Module:
         return self.classifiers[level]
+
+    def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
+        return self.classifiers[level].weight
 
 
 def _at_unit_length(codebook: Tensor) -> Tensor:

@@ -273,9 +273,9 @@ class EvoTokLlavaForConditionalGeneration(
         image_codes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the language model reads of a batch (B, T), with images as `forward` takes them: embeddings (B, S, D)
-        and their mask (B, S)."""
+        and their mask (B, S), padded on the left."""
         fold = self.config.image_head == "depth"
-        folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold)
+        folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold, pad_left=True)
         return self._embed(folded, pixel_values, image_codes), folded.attention_mask
 
     def prepare_inputs_for_generation(

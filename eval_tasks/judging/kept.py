@@ -82,7 +82,7 @@ def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRu
     """
     (folder / "images").mkdir(parents=True, exist_ok=False)
     drawn, faults = [], []
-    with (folder / _LINES).open("w") as lines:
+    with (folder / _LINES).open("w", encoding="utf-8") as lines:
         for document, answer in sorted(answers, key=lambda pair: pair[0]["index"]):
             try:
                 paths = image_paths(answer)
@@ -91,6 +91,9 @@ def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRu
                 continue
             for sample, path in enumerate(paths):
                 name = f"images/{document['index']:05d}_{sample}{path.suffix.lower()}"
+                if (folder / name).exists():
+                    faults.append(f"document {document['index']}: its number comes twice")
+                    continue
                 try:
                     shutil.copyfile(path, folder / name)
                 except OSError as error:
@@ -116,7 +119,7 @@ def open_kept(folder: Path) -> KeptRun:
     """
     try:
         about = json.loads((folder / _ABOUT).read_text())
-        drawn = tuple(Drawn(**json.loads(line)) for line in (folder / _LINES).read_text().splitlines())
+        drawn = tuple(Drawn(**json.loads(line)) for line in _lines(folder / _LINES))
         task, faults = about["task"], about["faults"]
     except OSError as error:
         raise ValueError(f"{folder} holds no drawn images to judge ({error})") from error
@@ -130,9 +133,25 @@ def open_kept(folder: Path) -> KeptRun:
 
 
 def kept_folders(folder: Path, task: str) -> list[Path]:
-    """The folders of a task's kept images at or below a folder, the newest last."""
-    found = [path.parent for path in folder.rglob(_ABOUT) if json.loads(path.read_text()).get("task") == task]
+    """The folders of a task's kept images at or below a folder, the newest last.
+
+    Raises:
+        ValueError: what stands in one of them is damaged.
+    """
+    found = [path.parent for path in folder.rglob(_ABOUT) if _task_of(path) == task]
     return sorted(found, key=lambda path: path.name)
+
+
+def _task_of(about: Path) -> str | None:
+    try:
+        return json.loads(about.read_text(encoding="utf-8")).get("task")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a JSON-lines file; other characters that end a line elsewhere may stand within one."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 # What lmms-eval itself leaves ----------------------------------------------------------------------------------
@@ -150,7 +169,7 @@ def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
     Raises:
         ValueError: the file has another format.
     """
-    for number, line in enumerate(samples.read_text().splitlines(), start=1):
+    for number, line in enumerate(_lines(samples), start=1):
         try:
             row = json.loads(line)
             document, answer = json.loads(row["target"]), row["filtered_resps"]

@@ -1,7 +1,7 @@
 """A benchmark as an lmms-eval task: documents, answers kept, all images judged at once, figures by name.
 
 lmms-eval scores document by document; judges work in batches, and only when the drawing model has left memory. So a
-document's answer is only passed on, and whichever figure is asked for first keeps and judges the whole run.
+document's answer is only passed on, and the overall figure, which is asked for first, keeps and judges the whole run.
 """
 
 import json

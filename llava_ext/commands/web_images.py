@@ -4,10 +4,15 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 _TIMEOUT_S, _DEADLINE_S, _MAX_REDIRECTS = 10.0, 30.0, 3  # of one operation, of a whole answer
+
+
+# NAT64, 6to4 and addresses "compatible" with IPv4: what they lead to may be of this machine or a local network.
+_CARRIERS_OF_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "::/96")))
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
@@ -44,25 +49,36 @@ def _get(url: str, max_bytes: int) -> bytes | str:
     connection.address = _public_address(host, connection.port)
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote(target, safe="/%?&=+:;,@!$'()*~-._")
+        started = time.monotonic()
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "evotok-llava"})
-        response = connection.getresponse()
+        # Single lines of the header may each come in time, and their end never.
+        watch = threading.Timer(_DEADLINE_S, lambda: connection.sock and connection.sock.shutdown(socket.SHUT_RDWR))
+        watch.daemon = True
+        watch.start()
+        try:
+            response = connection.getresponse()
+        finally:
+            watch.cancel()
         if response.status in (301, 302, 303, 307, 308) and response.getheader("Location"):
             return response.getheader("Location")
         if response.status != 200:
             raise ValueError(f"{url} cannot be fetched: the server answered {response.status} {response.reason}")
-        return _read(response, url, max_bytes)
+        return _read(response, url, max_bytes, started + _DEADLINE_S)
     finally:
         connection.close()
 
 
-def _read(response: http.client.HTTPResponse, url: str, max_bytes: int) -> bytes:
-    body, deadline = bytearray(), time.monotonic() + _DEADLINE_S
+def _read(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline: float) -> bytes:
+    body, announced = bytearray(), response.getheader("Content-Length")
     while chunk := response.read1(65536):
         body += chunk
         if len(body) > max_bytes:
             raise ValueError(f"{url} has more than the {max_bytes / 2**20:g} MB allowed")
         if time.monotonic() > deadline:
             raise ValueError(f"{url} took longer than {_DEADLINE_S:g} s")
+    if announced is not None and announced.isdigit() and len(body) < int(announced):
+        raise ValueError(f"{url} cannot be fetched: {len(body)} of {announced} bytes came")
     return bytes(body)
 
 
@@ -76,7 +92,8 @@ def _public_address(host: str, port: int) -> str:
     for address in addresses:
         parsed = ipaddress.ip_address(address.partition("%")[0])
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not parsed.is_global or parsed.is_multicast:
+        carries = parsed.version == 6 and any(parsed in network for network in _CARRIERS_OF_IPV4)
+        if not parsed.is_global or parsed.is_multicast or carries:
             raise ValueError(f"{host} is at {address}, which is no public address; save the image and give its path")
     return min(addresses, key=lambda address: (":" in address, address))  # IPv4 first: it is there everywhere
 

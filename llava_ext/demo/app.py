@@ -1,6 +1,7 @@
 """The page itself: components, and what happens when they are used."""
 
 import html
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -277,18 +278,16 @@ class _Page:
             self._check_length("the message", text)
             if len(files) > self.limits.max_images:
                 raise ValueError(f"a message may have {self.limits.max_images} images, got {len(files)}")
-            pictures = [open_upload(file, self.limits.upload) for file in files]
+            pictures = self._open(files)
             seed += talk.conversation.num_turns
             events = talk.conversation.ask(self.model, self.processor, text, pictures, options, seed)
             asked = {"role": "user", "content": [*map(_file, pictures), *_words(text)]}
-            settings = settings_of(options.drawing)
-            answer = _Answer(lambda index: Origin(text, seed + index, self.name, settings, self.weights))
+            drawn_with = settings_of(options.drawing)
+            answer = _Answer(lambda index: Origin(text, seed + index, self.name, drawn_with, self.weights))
             shown = [*talk.shown, asked, {"role": "assistant", "content": answer.content}]
             box: Any = {"text": "", "files": []}
             with closing(events):
                 for event in events:
-                    for file in files:
-                        Path(file).unlink(missing_ok=True)  # with all that is in it; the page shows clean copies
                     answer.take(event)
                     yield box, shown, talk
                     box = gr.skip()
@@ -329,10 +328,24 @@ class _Page:
         with _told_to_the_user():
             if not upload:
                 raise ValueError("no image; upload one first")
-            picture = open_upload(upload["path"], self.limits.upload, upload.get("orig_name"))
+            (picture,) = self._open([upload["path"]], upload.get("orig_name"))
             levels = level_by_level(self.model.vision_tower, self.processor.image_processor, picture, self.teacher)
-        Path(upload["path"]).unlink(missing_ok=True)
         return _reduced(picture), levels.pictures, levels.curves
+
+    def _open(self, files: Sequence[str], name: str | None = None) -> list[Image.Image]:
+        """Uploaded pictures, clean. Their files go, with all that is in them; the page shows copies.
+
+        Raises:
+            ValueError: a file that was not uploaded, too many bytes or pixels, or no picture.
+        """
+        uploads = Path(get_upload_folder()).resolve()
+        if not all(Path(file).resolve().is_relative_to(uploads) for file in files):
+            raise ValueError("no image; upload one first")
+        try:
+            return [open_upload(file, self.limits.upload, name) for file in files]
+        finally:
+            for file in files:
+                Path(file).unlink(missing_ok=True)
 
 
 @dataclass
@@ -389,7 +402,8 @@ def _words(text: str) -> list[dict]:
 
 def _file(image: Image.Image) -> dict:
     """An image as a file of the page, with no metadata but PNG text that is ours."""
-    return {"path": save_pil_to_cache(_reduced(image), get_upload_folder(), format="png")}
+    # In a folder of its own: files lie by what is in them, and an upload of the same picture goes when it is read.
+    return {"path": save_pil_to_cache(_reduced(image), os.path.join(get_upload_folder(), "shown"), format="png")}
 
 
 def _reduced(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ _POLICY = (
     "default-src 'self' blob: data:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
+_MARK = {"_type": "gradio.FileData"}
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -81,6 +82,7 @@ def _names_a_foreign_file(body: bytes) -> bool:
     return any(
         str(file.get("path", "")).lower().startswith(("http:", "https:", "data:"))
         or str(file.get("url", "")).lower().startswith("data:")
+        or ("path" in file and file.get("meta") != _MARK)  # without it the server does not look where the file lies
         for file in _files(values)
     )
 

@@ -45,7 +45,7 @@ def open_upload(upload: str | Path | bytes, limits: UploadLimits, name: str | No
     try:
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
     except OSError as error:
-        raise ValueError(f"image {name!r} cannot be read: {error.strerror}") from error
+        raise ValueError(f"image {name!r} cannot be read: {error.strerror}; upload it again") from error
     if size > limits.max_bytes:
         raise ValueError(f"image {name!r} has {size / 2**20:.1f} MB, more than the {limits.max_mb:g} MB allowed")
     _check_pixels(file, name, limits)

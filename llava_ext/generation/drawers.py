@@ -61,15 +61,18 @@ class FlatDrawer(Drawer):
         vision = model.config.vision_config
         super().__init__(vision.num_positions, vision.pixel_depth, 1)
         self._head, self._codebooks = model.image_head, model.vision_tower.quantizer.codebooks
+        self._rows: dict[int, Tensor] = {}  # of the levels' classifiers
 
     def draw(
         self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
     ) -> Tensor:
         """The code of this step: hidden (R, D) or (G, D), noise (R, 1) -> (R, 1)."""
         level = step % self.steps_per_position
-        logits = self._head.logits(hidden, level, self._codebooks)
+        if level not in self._rows:
+            self._rows[level] = self._head.classifier_rows(level, self._codebooks)
+        logits = self._head.states(hidden, level) @ self._rows[level].T
         if hidden.shape[0] == 2 * noise.shape[0]:
-            conditional, unconditional = logits.chunk(2)
+            conditional, unconditional = logits.float().chunk(2)
             logits = torch.lerp(unconditional, conditional, scale)
         return sample(logits, sampling.at_level(level), noise[:, 0])[:, None]
 

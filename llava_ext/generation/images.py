@@ -11,10 +11,10 @@ from torch import Tensor
 
 from evotok_plugin.sampling import SamplingOptions, uniform_noise
 from llava_ext.generation.drawers import drawer_for
-from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.repeated import RepeatedSteps, SingleSteps
-from llava_ext.generation.steps import Steps, can_be_fixed
+from llava_ext.generation.steps import Steps, can_be_fixed, check_room
 
 
 class ImageGenerationMixin:
@@ -77,7 +77,7 @@ class ImageGenerationMixin:
         sampling = SamplingOptions(temperature, top_k, top_p, min_p)
         options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, sampling)
         rows = [p for p in prompts for _ in range(num_images)]
-        seeds = _seeds(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
+        seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
         positions, pixels = self.config.vision_config.num_positions, []
         was_training = self.training
         self.eval()
@@ -118,8 +118,9 @@ class ImageGenerationMixin:
         options.sampling.check_levels(vision.pixel_depth)
         noise = torch.stack([uniform_noise(s, drawer.steps_per_image, drawer.codes_per_step) for s in seeds])
         noise = noise.to(self.device)
-        steps = self._take_in(prompts, processor, options, drawer.steps_per_image)
         fixed = use_graphs and can_be_fixed(self.language_model)
+        # Steps that are all alike include one behind the last codes, which nobody reads.
+        steps = self._take_in(prompts, processor, options, drawer.steps_per_image - (not fixed))
         positions = RepeatedSteps if fixed else SingleSteps
         drawn = []
         for codes in positions(drawer, steps, noise, options):
@@ -137,6 +138,7 @@ class ImageGenerationMixin:
             asked.append(options.negative_prompt)
         inputs = processor.drawing_prompts(asked).to(self.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        check_room(self.language_model.config, int(mask.sum(dim=1).max()) + num_steps)
         steps = Steps(self.language_model, self.get_input_embeddings()(ids), mask, ids.shape[1] + num_steps)
         steps.select(rows)
         return steps
@@ -147,10 +149,3 @@ def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError("expected at least one prompt and none empty; say what to draw")
     return prompts
-
-
-def _seeds(seed: int | Sequence[int], count: int, what: str) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != count:
-        raise ValueError(f"got {len(seeds)} seeds for {count} images ({what})")
-    return seeds

@@ -15,9 +15,9 @@ from torch import Tensor
 from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
 from llava_ext.generation.drawers import drawer_for
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
-from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
-from llava_ext.generation.steps import Steps
+from llava_ext.generation.steps import Steps, check_room, step_limit
 
 GREEDY = SamplingOptions(temperature=0)
 _HALF_A_CHARACTER = "\ufffd"
@@ -63,6 +63,7 @@ class _Row:
     number: int
     seed: int
     noise: torch.Generator
+    prompt_length: int
     ids: list[int] = field(default_factory=list)
     num_text_tokens: int = 0
     words: list[int] = field(default_factory=list)  # text since the last image
@@ -86,30 +87,48 @@ class Answers:
     ):
         """Take in the conversations, embedded (B, T, D) with their mask (B, T), padded on the left."""
         self._model, self._processor, self._options = model, processor, options
-        self._drawer = drawer_for(model)
+        self._drawer, self._limit = drawer_for(model), step_limit(model.config.text_config)
         options.drawing.sampling.check_levels(model.config.vision_config.pixel_depth)
-        self._rows = [_Row(n, seed, torch.Generator().manual_seed(seed)) for n, seed in enumerate(seeds)]
+        lengths = mask.sum(dim=1).tolist()
+        self._rows = [
+            _Row(number, seed, torch.Generator().manual_seed(seed), length)
+            for number, (seed, length) in enumerate(zip(seeds, lengths, strict=True))
+        ]
+        self._check_room(max(lengths))
         self._unprompted = self._without_prompt() if options.drawing.guided and options.max_images else None
         missing = 0 if self._unprompted is None else max(0, self._unprompted.taken - mask.shape[1])
         if missing:  # a partner's prompt must fit into the steps behind it
             embeddings = torch.cat([embeddings.new_zeros(len(seeds), missing, embeddings.shape[2]), embeddings], dim=1)
             mask = torch.cat([mask.new_zeros(len(seeds), missing), mask], dim=1)
-        self._steps = Steps(model.language_model, embeddings, mask, self._num_slots(mask.shape[1]))
+        self._width = mask.shape[1]
+        self._steps = Steps(model.language_model, embeddings, mask, self._width + self._longest_answer(min(lengths)))
         eos = model.generation_config.eos_token_id
         self._ends = set(eos) if isinstance(eos, list) else {eos}
         self._filler = self._embed(processor.image_end_id)
 
-    def _num_slots(self, prompt: int) -> int:
-        image = self._drawer.steps_per_image + 2
-        wanted = prompt + self._options.max_new_tokens + self._options.max_images * image
-        limit = getattr(self._model.config.text_config, "max_position_embeddings", None) or wanted
-        least = prompt + (image if self._options.image_first else 1)
-        return max(least, min(wanted, limit))
+    @property
+    def _image_steps(self) -> int:
+        """Steps of an image and of what stands around it."""
+        return self._drawer.steps_per_image + 2
+
+    def _check_room(self, longest: int) -> None:
+        check_room(self._model.config.text_config, longest + (self._image_steps if self._options.image_first else 1))
+
+    def _longest_answer(self, shortest_prompt: int) -> int:
+        wanted = self._options.max_new_tokens + self._options.max_images * self._image_steps
+        return wanted if self._limit is None else min(wanted, self._limit - shortest_prompt)
+
+    def _room(self, row: _Row) -> int:
+        """Steps that a row may still take: so far as there are slots, and as the language model sees."""
+        taken = self._steps.taken - self._width
+        seen = self._steps.num_free if self._limit is None else self._limit - row.prompt_length - taken
+        return min(self._steps.num_free, seen)
 
     def _without_prompt(self) -> Steps:
         """A row that has seen the negative prompt up to where an image would begin."""
         prompt = self._processor.drawing_prompts([self._options.drawing.negative_prompt]).to(self._model.device)
         ids, mask = prompt["input_ids"][:, :-1], prompt["attention_mask"][:, :-1]
+        check_room(self._model.config.text_config, ids.shape[1] + self._image_steps)
         embeddings = self._model.get_input_embeddings()(ids)
         return Steps(self._model.language_model, embeddings, mask, ids.shape[1])
 
@@ -161,7 +180,7 @@ class Answers:
             following[row.number] = self._embed(token)
             if row.must_close:
                 row.must_close = False
-                if self._options.image_first or not self._steps.num_free:
+                if self._options.image_first or self._room(row) <= 0:
                     yield from self._finish(row)
             elif token == self._processor.image_start_id:
                 yield from self._say(row, last=True)
@@ -175,7 +194,7 @@ class Answers:
         ended = token in self._ends
         if not ended:
             row.words.append(token)
-        no_room = row.num_text_tokens >= self._options.max_new_tokens or not self._steps.num_free
+        no_room = row.num_text_tokens >= self._options.max_new_tokens or self._room(row) <= 0
         yield from self._say(row, last=ended or no_room)
         if ended or no_room:
             yield from self._finish(row)
@@ -191,7 +210,7 @@ class Answers:
                 forced[place] = self._processor.image_end_id
             elif self._options.image_first and not row.ids:
                 forced[place] = self._processor.image_start_id
-            elif row.num_images >= self._options.max_images or self._steps.num_free < self._drawer.steps_per_image + 2:
+            elif row.num_images >= self._options.max_images or self._room(row) < self._image_steps:
                 logits[place, self._processor.image_start_id] = -torch.inf
         noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows])
         chosen = sample(logits, self._options.text, noise).tolist()
@@ -221,8 +240,9 @@ class Answers:
         """One step of every image; rows at the same step of theirs go together."""
         # An image that has just begun waits: the language model has not seen its <|image_start|>.
         rows = [row for row in self._rows if row.in_image and following[row.number] is None]
-        for step in sorted({len(row.drawn) for row in rows}):
-            together = [row for row in rows if len(row.drawn) == step]
+        steps = {row.number: len(row.drawn) for row in rows}  # of now: a row that draws is not to draw again
+        for step in sorted(set(steps.values())):
+            together = [row for row in rows if steps[row.number] == step]
             numbers = [row.number for row in together]
             partners = [len(self._rows) + n for n in numbers] if self._has_partners else []
             noise = torch.stack([row.image_noise[step] for row in together])
@@ -237,16 +257,15 @@ class Answers:
 
     def _after_step(self, row: _Row) -> Iterator[Event]:
         """Show what is drawn; put an image that is whole into the answer."""
-        vision, levels = self._model.config.vision_config, self._model.config.vision_config.pixel_depth
-        codes = torch.cat(row.drawn, dim=1)
-        if codes.shape[1] % levels:
+        vision, tower, every = self._model.config.vision_config, self._model.vision_tower, self._options.preview_every
+        drawn, part_of_a_position = divmod(len(row.drawn), self._drawer.steps_per_position)
+        whole = drawn == vision.num_positions
+        if part_of_a_position or not (whole or every and drawn % every == 0):
             return
-        codes = codes.unflatten(1, (-1, levels))  # (1, p, L)
-        drawn, every, tower = codes.shape[1], self._options.preview_every, self._model.vision_tower
-        if drawn < vision.num_positions:
-            if every and drawn % every == 0:
-                image = preview(tower, self._processor, codes)[0]
-                yield ImagePreview(row.number, row.num_images, image, drawn, vision.num_positions)
+        codes = torch.cat(row.drawn, dim=1).unflatten(1, (-1, vision.pixel_depth))  # (1, p, L)
+        if not whole:
+            image = preview(tower, self._processor, codes)[0]
+            yield ImagePreview(row.number, row.num_images, image, drawn, vision.num_positions)
             return
         image = self._processor.image_processor.to_pil(tower.decode_pixels(codes))[0]
         row.ids += self._processor.vocabulary.to_ids(codes[0]).flatten().tolist()
@@ -278,9 +297,7 @@ class InterleavedGenerationMixin:
         """
         options, mask = options or AnswerOptions(), inputs["attention_mask"]
         num_rows = mask.shape[0]
-        seeds = [seed + row for row in range(num_rows)] if isinstance(seed, int) else [int(s) for s in seed]
-        if len(seeds) != num_rows:
-            raise ValueError(f"got {len(seeds)} seeds for {num_rows} conversations")
+        seeds = seeds_for(seed, num_rows, "one a conversation")
         was_training = self.training
         self.eval()
         try:

@@ -1,10 +1,13 @@
 """How images are drawn."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from evotok_plugin.sampling import SamplingOptions
 
+_LARGEST_SCALE = 1000  # far beyond what makes sense, and far from where numbers overflow
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -21,7 +24,7 @@ class DrawingOptions:
         sampling: how codes are chosen.
 
     Raises:
-        ValueError: a scale below 1, or no such schedule.
+        ValueError: a scale below 1 or beyond all measure, or no such schedule.
     """
 
     guidance_scale: float = 3.0
@@ -30,9 +33,10 @@ class DrawingOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale <= _LARGEST_SCALE:
             raise ValueError(
-                f"guidance_scale must be at least 1, got {self.guidance_scale}; 1 draws from the prompt alone"
+                f"guidance_scale must be at least 1 and at most {_LARGEST_SCALE}, got {self.guidance_scale}; 1 draws "
+                "from the prompt alone"
             )
         if self.guidance_schedule not in SCHEDULES:
             raise ValueError(f"guidance_schedule: expected {', '.join(SCHEDULES)}, got {self.guidance_schedule!r}")
@@ -49,3 +53,17 @@ class DrawingOptions:
             return self.guidance_scale
         rise = share if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * share)) / 2
         return 1 + (self.guidance_scale - 1) * rise
+
+
+def seeds_for(seed: int | Sequence[int], count: int, what: str) -> list[int]:
+    """One seed for each of `count` draws, which `what` explains: those given, or as many from one on.
+
+    Raises:
+        ValueError: another number of them, or one that no generator takes.
+    """
+    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else [int(s) for s in seed]
+    if len(seeds) != count:
+        raise ValueError(f"got {len(seeds)} seeds for {count} ({what})")
+    if wrong := [s for s in seeds if not -(2**63) <= s < 2**63]:
+        raise ValueError(f"a seed has at most 63 bits, got {wrong[0]}")
+    return seeds

@@ -23,11 +23,7 @@ class Steps:
             embeddings: (G, T, D), padded on the left.
             mask: (G, T), 1 on what is no padding.
             num_slots: steps in all that there is to be room for.
-
-        Raises:
-            ValueError: the language model cannot look so far.
         """
-        check_room(language_model.config, num_slots)
         self._language_model = language_model
         self._cache = SlotCache(language_model.config.num_hidden_layers, num_slots)
         self._mask = mask.new_zeros(mask.shape[0], num_slots, dtype=torch.bool)
@@ -129,18 +125,28 @@ class FixedSteps:
 
 
 def can_be_fixed(language_model) -> bool:
-    """Whether one mask fits all layers of a language model: full attention everywhere, computed by PyTorch's SDPA."""
+    """Whether all steps of a language model can be alike: full attention in every layer, computed by PyTorch's SDPA,
+    rotary embeddings that do not change with the length, no experts to choose (a GPU waits for the CPU there)."""
     config = language_model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if rope in ("dynamic", "longrope") or experts:
+        return False
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
     return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
+
+
+def step_limit(config) -> int | None:
+    """How many steps a language model can look at; None where its configuration does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def check_room(config, num_steps: int) -> None:
     """Raises:
     ValueError: the language model cannot look at so many steps.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = step_limit(config)
     if limit is not None and num_steps > limit:
         raise ValueError(
             f"prompt and answer take {num_steps} steps, but the language model sees {limit}; shorten the prompt or the "

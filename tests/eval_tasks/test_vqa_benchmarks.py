@@ -7,9 +7,10 @@ from dataclasses import replace
 import judges
 import numpy as np
 import pytest
+from PIL import Image
 
 from eval_tasks import dpg_bench, genai_bench
-from eval_tasks.judging.kept import Drawn
+from eval_tasks.judging.kept import Drawn, keep, kept_folders
 from eval_tasks.judging.vqa import Answer
 from eval_tasks.prompt_files import read_rows
 
@@ -249,3 +250,26 @@ def test_a_missing_vqa_judge_is_told_before_drawing(make_lm, evaluate, monkeypat
         evaluate(lm, ["genai_bench"])
     assert not lm._model.draw_kwargs
     assert replace(genai_bench.BENCHMARK).overall == "images"
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_rows(path) == [{"prompt": "one\u2028two\x85three"}]
+
+
+def test_skills_may_be_written_as_python_writes_them(tmp_path):
+    for text in ('{"basic_skills": ["scene"], "advanced_skills": null}', "{'basic_skills': ['scene'], 'x': None}"):
+        assert genai_bench._tags({"Prompt": "a", "Tags": text}, tmp_path) == ["scene"]
+    with pytest.raises(ValueError, match="neither JSON nor a Python literal"):
+        genai_bench._tags({"Tags": "{broken"}, tmp_path)
+
+
+def test_what_is_kept_twice_or_damaged_is_told(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    answer = json.dumps({"text": "", "images": [str(tmp_path / "a.png")]})
+    with pytest.raises(ValueError, match="document 3: its number comes twice"):
+        keep(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
+    (tmp_path / "kept" / "drawn.json").write_text("{")
+    with pytest.raises(ValueError, match="drawn.json is damaged"):
+        kept_folders(tmp_path, "geneval")

@@ -134,6 +134,8 @@ def test_half_precision_draws_valid_codes(head, codebooks, hidden):
     half = DepthTransformerHead(CONFIG).to(torch.bfloat16)
     codes = half.sample(hidden.to(torch.bfloat16), codebooks, noise_of(4))
     assert codes.shape == (4, 3) and codes.dtype == torch.long and 0 <= codes.min() and codes.max() < 12
+    guided = half.sample(hidden.to(torch.bfloat16), codebooks, noise_of(2), guidance_scale=torch.tensor(2.0))
+    assert torch.equal(guided, half.sample(hidden.to(torch.bfloat16), codebooks, noise_of(2), guidance_scale=2.0))
 
 
 @pytest.mark.parametrize(

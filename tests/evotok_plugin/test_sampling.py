@@ -85,7 +85,10 @@ def test_every_level_may_have_its_own_value():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"temperature": -1}, "expected temperature >= 0, got temperature=-1"),
+        ({"temperature": -1}, "expected temperature 0, or 0.001 to 1000, got temperature=-1"),
+        ({"temperature": 1e-40}, "temperature=1e-40"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_k": float("inf")}, "top_k=inf"),
         ({"top_k": 2.5}, "a whole top_k"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": [1.0, 1.5]}, "0 < top_p <= 1"),
@@ -98,6 +101,19 @@ def test_every_level_may_have_its_own_value():
 def test_impossible_values_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**value)
+
+
+def test_whatever_the_logits_are_a_code_is_drawn():
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38):
+        logits = torch.zeros(2, 7)
+        logits[:, 3] = value
+        for filters in FILTERS:
+            drawn = sample(logits, SamplingOptions(**filters), torch.tensor([0.0, 0.99]))
+            assert 0 <= drawn.min() and drawn.max() < 7
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert SamplingOptions(temperature=np.float32(0.5), top_k=np.int64(3)) == SamplingOptions(0.5, 3)
 
 
 def test_noise_follows_from_its_seed_alone():

@@ -76,6 +76,34 @@ def test_the_history_is_part_of_the_question(tiny_mllm, monkeypatch):
     assert "red circles" in seen[1] and seen[1].index("red circles") < seen[1].index("blue squares")
 
 
+def test_what_a_model_writes_never_stands_for_an_image(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    said = [TextDelta(0, "an <ima"), TextDelta(0, "ge> and <|image_pad|>")]
+    monkeypatch.setattr(type(model), "stream", lambda *arguments: iter(said))
+    conversation = Conversation()
+    list(conversation.ask(model, processor, "hi", [], TALK, seed=0))
+    assert conversation.messages[1]["content"] == [{"type": "text", "text": "an image and image"}]
+    processor.apply_chat_template(conversation.messages, tokenize=True)
+
+
+def test_an_image_that_cannot_be_written_leaves_the_conversation_as_it_was(chat, tmp_path, monkeypatch):
+    from llava_ext.commands import chat as command
+
+    def full(*arguments):
+        raise ValueError("disk full")
+
+    monkeypatch.setattr(command, "write_drawn", full)
+    written = chat(["/draw a ring", f"/save {tmp_path / 'saved'}"])
+    assert "disk full" in written.err
+    assert json.loads((tmp_path / "saved" / "conversation.json").read_text()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(model_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["chat", "hi", "--model", str(model_folder), "-o", str(tmp_path / "file" / "x")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_after_an_error_the_conversation_is_as_before(tiny_mllm):
     model, processor = tiny_mllm
     conversation = Conversation()

@@ -206,7 +206,7 @@ def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
         ("  ", {}, "the message is empty"),
         ("ring " * 39_000, {}, "shorten the prompt or the conversation"),
         ("x" * 200_001, {}, "200001 characters, more than the 200000 allowed"),
-        ("a ring", {"guidance": 0.5}, "guidance_scale must be at least 1, got 0.5"),
+        ("a ring", {"guidance": 0.5}, "guidance_scale must be at least 1 and at most 1000, got 0.5"),
         ("a ring", {"guidance": None}, "a setting is empty"),
         ("a ring", {"top_k": -1}, "top_k"),
         ("a ring", {"seed": -5}, "the seed must lie in 0"),
@@ -262,6 +262,35 @@ def post(address, path, body):
 def test_the_server_fetches_nothing(address, file):
     body = {"data": [{**file, "meta": {"_type": "gradio.FileData"}}]}
     assert post(address, "gradio_api/call/evolve", body) == 400
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "other"}}])
+def test_a_file_that_was_not_uploaded_is_neither_read_nor_deleted(address, tmp_path, meta):
+    path = write(tmp_path)
+    body = {"data": [{"path": str(path), **meta}]}
+    request = urllib.request.Request(
+        address + "gradio_api/call/evolve", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}gradio_api/call/evolve/{event}", timeout=20) as stream:
+            assert stream.read().startswith(b"event: error")
+    except urllib.error.HTTPError as refused:
+        assert refused.code == 400
+    assert path.is_file()
+
+
+def test_a_drawing_that_is_uploaded_again_is_still_shown(ask, client, tmp_path):
+    """Files lie by what is in them: the upload's must not be the one that the conversation shows."""
+    (part,) = ask("a photo of a ring")["content"]
+    shown = Image.open(part["file"])
+    copy = tmp_path / "image.png"
+    copy.write_bytes(open(part["file"], "rb").read())
+    ask("What is it?", copy, answer="text or images, as the model sees fit")
+    _, messages = client.predict({"text": "again", "files": []}, *SETTINGS.values(), api_name="/ask")
+    first = next(p for message in messages for p in message["content"] if p["type"] == "file")
+    assert Image.open(first["file"]).tobytes() == shown.tobytes()
 
 
 def test_large_requests_and_files_of_the_machine_are_refused(address):

@@ -107,7 +107,7 @@ def test_an_image_evolves(page, picture):
 def test_errors_are_seen_and_the_page_goes_on(page, tmp_path):
     page.get_by_label("Guidance scale").fill("0.5")
     say(page, "a <b>bold</b> ring")
-    error = page.locator("[data-testid=toast-body]", has_text="guidance_scale must be at least 1, got 0.5")
+    error = page.locator("[data-testid=toast-body]", has_text="guidance_scale must be at least 1")
     error.wait_for()
     assert page.locator("#message textarea").input_value() == "a <b>bold</b> ring"  # nothing is lost
     page.get_by_label("Guidance scale").fill("2")

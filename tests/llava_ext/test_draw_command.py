@@ -104,7 +104,7 @@ def test_a_preview_shows_the_batch_and_takes_no_other_files_place(draw, tmp_path
         ([], "at least one prompt"),
         ([" "], "none empty"),
         (["ring " * 40000], "shorten the prompt"),
-        ([RING, "--guidance_scale", 0.5], "guidance_scale must be at least 1, got 0.5"),
+        ([RING, "--guidance_scale", 0.5], "guidance_scale must be at least 1 and at most 1000, got 0.5"),
         ([RING, "--guidance_scale", "nan"], "guidance_scale must be at least 1"),
         ([RING, "--top_p", 0], "top_p"),
         ([RING, "--min_p", 2], "min_p"),

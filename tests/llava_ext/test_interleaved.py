@@ -118,6 +118,48 @@ def test_a_batch_answers_as_the_naive_loop_does_one_by_one(talker, drawing):
     assert len(seen) > 1 and all(len(starts) == 2 for starts in seen)  # the rows did not draw in step
 
 
+def test_rows_that_are_one_step_apart_draw_as_they_do_alone(talker):
+    """Sampled texts bring the rows' images to all distances from each other."""
+    model, processor = talker
+    settings = {"do_sample": True, "temperature": 0.03, "max_new_tokens": 8, "max_images": 2}
+    texts = [ASKED[row % 3] for row in range(8)]
+    inputs = asked(processor, texts)
+    ids = answer(model, processor, inputs, seed=list(range(8)), **settings)[:, inputs["input_ids"].shape[1] :]
+    starts = [(row == processor.image_start_id).nonzero().flatten().tolist() for row in ids]
+    assert any(abs(a - b) == 1 for one in starts for other in starts for a in one for b in other)
+    for row, text in enumerate(texts):
+        alone = asked(processor, text)
+        expected = answer(model, processor, alone, seed=row, **settings)[0, alone["input_ids"].shape[1] :]
+        assert ids[row, : len(expected)].tolist() == expected.tolist()
+
+
+def test_rows_have_as_much_room_as_they_would_alone(talker, monkeypatch):
+    model, processor = talker
+    inputs = asked(processor, ASKED)
+    longest = int(inputs["attention_mask"].sum(dim=1).max())
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", longest + 14)
+    ids = answer(model, processor, inputs, max_new_tokens=40, max_images=1)[:, inputs["input_ids"].shape[1] :]
+    for row, text in enumerate(ASKED):
+        alone = asked(processor, text)
+        expected = answer(model, processor, alone, seed=row, max_new_tokens=40, max_images=1)
+        expected = expected[0, alone["input_ids"].shape[1] :]
+        assert ids[row, : len(expected)].tolist() == expected.tolist()
+        assert (ids[row, len(expected) :] == processor.pad_id).all()
+
+
+def test_prompts_of_one_length_with_images_in_some_are_answered_as_alone(talker):
+    """Where folding alone makes padding, it goes to the left as all other padding of prompts."""
+    model, processor = talker
+    drawn = processor.vocabulary.to_ids(torch.zeros(9, 4, dtype=torch.long)).flatten()
+    before = processor("draw")["input_ids"][0]
+    first = torch.cat([before, torch.tensor([processor.image_start_id]), drawn, torch.tensor([processor.image_end_id])])
+    ids = torch.stack([first, torch.full_like(first, 9)])
+    together = answer(model, processor, {"input_ids": ids}, max_new_tokens=5, max_images=0)
+    for row in range(2):
+        alone = answer(model, processor, {"input_ids": ids[row : row + 1]}, max_new_tokens=5, max_images=0)
+        assert torch.equal(together[row], alone[0])
+
+
 @torch.no_grad()
 def test_an_image_in_the_prompt_and_one_as_the_answer(talker):
     model, processor = talker
@@ -222,7 +264,7 @@ def test_a_drawn_image_in_the_prompt_is_gone_on_from(talker):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_images": -1}, "max_images must be at least 0"),
         ({"num_beams": 4}, "does not take num_beams"),
-        ({"seed": [1, 2]}, "2 seeds for 1 conversations"),
+        ({"seed": [1, 2]}, "2 seeds for 1 .one a conversation"),
         ({"drawing": DrawingOptions(sampling=SamplingOptions(top_k=[1, 2]))}, "top_k has 2 values, but 4 levels"),
     ],
 )
