@@ -1,4 +1,4 @@
-"""`evotok-eval judge`: evaluation on the command line, beside lmms-eval."""
+"""`evotok-eval judge|report`: evaluation on the command line, beside lmms-eval."""
 
 import argparse
 import logging
@@ -6,13 +6,13 @@ import sys
 
 import transformers
 
-from eval_tasks.commands import judge
+from eval_tasks.commands import judge, report
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evotok-eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (judge,):
+    for command in (judge, report):
         command.add(commands)
     return parser
 

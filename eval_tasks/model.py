@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval_tasks.reconstruction import measure
+from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
 
@@ -337,7 +338,8 @@ class EvoTokLmms(lmms):
 
     def _rebuild(self, batch: Sequence[_Request]) -> list[str]:
         tower, processor = self._model.vision_tower, self._processor.image_processor
-        return [measure(tower, processor, self.images_dir / request.task) for request in batch]
+        processes = Processes(self.rank, self.world_size, self.device)
+        return [measure(tower, processor, self.images_dir / request.task, processes) for request in batch]
 
     # Drawing -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The task `evotok_reconstruction`: a model's tokenizer on a folder of images, measured as `evotok evaluate` does.
 
-The model that answers holds the tokenizer, so it is the answer that is measured: one request, a folder; one answer, all
-figures as JSON.
+The model that answers holds the tokenizer, so it measures too: the request is the folder, the answer all figures as
+JSON. Every process gets the request and does its share of the images; the first one has the answer.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 from evotok_plugin.data.sources import ImageSource, Subset, open_sources
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics.inception import load_inception
+from evotok_plugin.processes import Processes
 
 if TYPE_CHECKING:
     from evotok_plugin import EvoTokImageProcessor, EvoTokModel
@@ -46,33 +47,39 @@ def images_source() -> ImageSource:
 
 
 def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
-    """One document, the images' name; they are looked for now, before a model works."""
-    return datasets.Dataset.from_list([{"images": images_source().name}])
+    """The images' name, a document a process; they are looked for now, before a model works."""
+    name, num_processes = images_source().name, int(os.environ.get("WORLD_SIZE", "1"))
+    return datasets.Dataset.from_list([{"images": name, "process": number} for number in range(num_processes)])
 
 
-def measure(tokenizer: "EvoTokModel", processor: "EvoTokImageProcessor", output: Path) -> str:
+def measure(
+    tokenizer: "EvoTokModel", processor: "EvoTokImageProcessor", output: Path, processes: Processes | None = None
+) -> str:
     """Rebuild and measure; the answer to the task's request.
 
     Args:
-        tokenizer: in eval mode.
+        tokenizer: in eval mode, the same in every process.
         output: folder for `metrics.json`, `metrics.md`, `grid.png` and, where images are broken, `bad_samples.jsonl`.
 
     Returns:
-        JSON: the figures of `evotok evaluate`, and `left_out`: metrics whose weights cannot be had, with the reason.
+        JSON: the figures of `evotok evaluate`, and `left_out`: metrics whose weights cannot be had, with the reason;
+        nothing in other processes than the first.
 
     Raises:
         ValueError: too many images cannot be read.
     """
     from evotok_plugin.evaluation import EvaluationOptions, evaluate
 
-    source = images_source()
-    left_out = _left_out(len(source))
+    source, processes = images_source(), processes or Processes(0, 1, tokenizer.device)
+    left_out = processes.gather(_left_out(len(source)) if processes.is_first else {})[0]
     for metric, reason in left_out.items():
         logger.warning("evotok_reconstruction leaves %s out: %s", metric, reason)
     metrics = [metric for metric in (*_METRICS, "usage") if metric not in left_out]
     output.mkdir(parents=True, exist_ok=True)
     options = EvaluationOptions(metrics=metrics, report=output / "bad_samples.jsonl")
-    evaluation = evaluate(tokenizer, processor, source, options)
+    evaluation = evaluate(tokenizer, processor, source, options, processes)
+    if evaluation is None:
+        return ""
     (output / "metrics.json").write_text(evaluation.as_json())
     (output / "metrics.md").write_text(evaluation.as_markdown())
     evaluation.grid().save(output / "grid.png")
@@ -92,16 +99,23 @@ def _left_out(num_images: int) -> dict[str, str]:
     return left_out
 
 
+def _about(values: dict) -> dict[str, int]:
+    """What decides whether the figures can be compared with others."""
+    return {"num_images": values["images"], "image_size": values["image_size"]}
+
+
 def process_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
-    """The figures that were measured; code usage as the mean over levels.
+    """The figures that were measured, none for other processes than the first; code usage as the mean over levels.
 
     Raises:
         ValueError: the answer is not that of a model with a tokenizer.
     """
+    if doc["process"]:
+        return {}
     try:
         values = json.loads(results[0])
         figures = {metric: values[metric] for metric in _METRICS if metric in values}
-        return {**figures, "code_usage": float(np.mean(values["code_usage"])), "num_images": values["images"]}
+        return {**figures, "code_usage": float(np.mean(values["code_usage"])), **_about(values)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"evotok_reconstruction needs `--model evotok`, whose tokenizer it measures; got {results[0][:80]!r}"

@@ -89,11 +89,12 @@ class _PatchingLoader(importlib.machinery.SourceFileLoader):
 
 def _patch(tasks: ModuleType) -> None:
     """Add our folder to the task index, let `EVOTOK_DATA_ROOT` redirect data sets, find judges before drawing; once."""
+    from tenacity import RetryError
+
     if getattr(tasks.TaskManager, _MARK, False):
         return
     index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
     build_requests = tasks.ConfigurableTask.build_all_requests
-    from tenacity import RetryError
 
     @functools.wraps(index_tasks)
     def initialize_tasks(self, include_path=None, *args, **kwargs):

@@ -43,10 +43,13 @@ def read_results(
     """
     path = newest_results_file(output_dir, not_before)
     try:
-        by_task = json.loads(path.read_text())["results"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text())
+        by_task = content["results"]
+        groups = {name for name, members in content.get("group_subtasks", {}).items() if members}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
     results = {task: _metrics(values) for task, values in by_task.items()}
+    results = {task: figures for task, figures in results.items() if figures or task not in groups}
     empty = [task for task in {**dict.fromkeys(tasks), **results} if not results.get(task)]
     if empty or not results:
         raise ValueError(f"{path} has no figures for {', '.join(empty) or 'any task'}; it has {sorted(results)}")

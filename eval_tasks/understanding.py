@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNJUDGED = (
+    "pope",
+    "mmbench_en_dev_static",
+    "mme",
+    "seedbench",
+    "evotok_gqa",
+    "textvqa_val",
+    "vqav2_val",
+    "ai2d",
+    "mmmu_val",
+)
 _GQA = "lmms-lab-encoder/GQA"
 # By upstream's API_TYPE; others (a local server) need none.
 _JUDGE_KEYS = {
@@ -25,25 +36,29 @@ _JUDGE_KEYS = {
 }
 
 
-def judged_group(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The tasks that an online model judges, as a group: `mmvet` where the key of its judge is set, else none.
-
-    Upstream asks MM-Vet's questions with "think step by step" before them, which a model trained on LLaVA's data has
-    never seen: here they stand alone, as LLaVA asks them.
-    """
-    group = "evotok_understanding_judged"
-    key = _JUDGE_KEYS.get(environment.get("API_TYPE", "openai").lower())
-    if key is not None and not environment.get(key):
+def judged_tasks(environment: Mapping[str, str]) -> list[str]:
+    """The tasks whose answers are judged by a model online: `evotok_mmvet` where its judge's key is set, else none."""
+    key = _missing_key(environment)
+    if key:
         logger.warning("mmvet is left out: its answers are judged by a model online, for which %s must be set", key)
-        return {"group": group, "group_alias": f"mmvet (left out: no {key})", "task": []}
-    prompts = {"default": {"pre_prompt": "", "post_prompt": ""}}
-    return {"group": group, "task": [{"task": "mmvet", "lmms_eval_specific_kwargs": prompts}]}
+    return [] if key else ["evotok_mmvet"]
+
+
+def _missing_key(environment: Mapping[str, str]) -> str:
+    key = _JUDGE_KEYS.get(environment.get("API_TYPE", "openai").lower(), "")
+    return "" if environment.get(key) else key
+
+
+def suite(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The members of the group `evotok_understanding`, for who runs them one by one."""
+    return [*UNJUDGED, *judged_tasks(environment)]
 
 
 def __getattr__(name: str) -> dict[str, Any]:
     """`JUDGED`, made at every look: lmms-eval takes apart what it gets, and the environment decides."""
     if name == "JUDGED":
-        return judged_group(os.environ)
+        group = {"group": "evotok_understanding_judged", "task": judged_tasks(os.environ)}
+        return group if group["task"] else {**group, "group_alias": f"mmvet (left out: no {_missing_key(os.environ)})"}
     raise AttributeError(name)
 
 

@@ -52,3 +52,12 @@ def test_failed_runs_are_told(tmp_path):
     (tmp_path / "20260103_000000_results.json").write_text("{")
     with pytest.raises(ValueError, match="not an lmms-eval results file"):
         read_results(tmp_path)
+
+
+def test_a_group_has_no_figures_of_its_own(tmp_path):
+    results = {**RESULTS["results"], "all": {"alias": "all", " ": ""}}
+    members = {"all": ["mmbench_scenes", "other"], "mmbench_scenes": [], "other": []}
+    write(tmp_path, "20260103_000000_results.json", {"results": results, "group_subtasks": members})
+    assert set(read_results(tmp_path)) == {"mmbench_scenes", "other"}
+    with pytest.raises(ValueError, match="no figures for all"):
+        read_results(tmp_path, tasks=["all"])

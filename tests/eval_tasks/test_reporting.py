@@ -1,0 +1,155 @@
+"""The report card: result files in, table, JSON and plot out; what is not comparable is marked."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from eval_tasks.cli import main
+from eval_tasks.reporting.card import make_card
+from eval_tasks.reporting.plot import plot_card
+from eval_tasks.reporting.published import benchmarks, published
+from eval_tasks.reporting.runs import read_run
+
+
+def write(folder, results, model="models/a", time="20260101_000000", asked=100, groups=None):
+    """A results file as lmms-eval 0.7.3 writes it, of 100 documents a task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "results": {task: {"alias": task, **values} for task, values in results.items()},
+        "group_subtasks": {task: [] for task in results} | (groups or {}),
+        "n-samples": {task: {"original": 100, "effective": asked} for task in results},
+        "config": {"model_args": f"pretrained={model}"},
+        "model_name": model,
+    }
+    path = folder / f"{time}_results.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def card_of(*folders):
+    return make_card([read_run(folder) for folder in folders], benchmarks(), published())
+
+
+def reconstruction(images=50000, size=256, **figures):
+    return {"evotok_reconstruction": {"num_images,none": images, "image_size,none": size, "psnr,none": 24.0, **figures}}
+
+
+def row_of(card, name):
+    (row,) = [row for row in card.rows if row.benchmark.name == name]
+    return row
+
+
+def test_a_run_is_all_results_below_its_folder_the_newest_of_each(tmp_path):
+    write(tmp_path / "gqa/a", {"gqa": {"exact_match,none": 0.5}})
+    write(
+        tmp_path / "gqa/a", {"gqa": {"exact_match,none": 0.6, "exact_match_stderr,none": 0.1}}, time="20260102_000000"
+    )
+    group = {"evotok_understanding": {" ": " "}, "ai2d": {"exact_match,flexible-extract": 0.7, "submission,none": None}}
+    write(tmp_path / "suite", group, groups={"evotok_understanding": ["ai2d"]})
+    (tmp_path / "suite/mmbench_en_dev_static_results.json").write_text("{}")  # upstream's submission, not results
+    run = read_run(tmp_path)
+    assert {task: result.figures for task, result in run.tasks.items()} == {
+        "gqa": {"exact_match": 0.6},
+        "ai2d": {"exact_match,flexible-extract": 0.7},
+    }
+
+
+def test_figures_in_the_unit_that_is_published(tmp_path):
+    write(tmp_path, {"gqa": {"exact_match,none": 0.6}, "geneval": {"overall,none": 0.62}})
+    card = card_of(tmp_path)
+    row = row_of(card, "GQA")
+    assert row.ours[tmp_path.name].value == pytest.approx(60.0) and not row.ours[tmp_path.name].differs
+    assert row.theirs["UniTok"].value == 61.1
+    assert "| GQA | 60.0 | 61.1 | 58.3 | 62.7 | 62.0 |" in card.as_markdown()
+    assert "- **UniTok**: GQA: UniTok README, unified MLLM (256x256, Llama-2-7B)" in card.as_markdown()
+
+
+def test_a_run_of_some_documents_is_marked(tmp_path):
+    write(tmp_path, {"gqa": {"exact_match,none": 0.6}}, asked=10)
+    text = card_of(tmp_path).as_markdown()
+    assert "| GQA | 60.0 *1 | 61.1 |" in text and "1. gqa: only 10 documents were asked" in text
+
+
+@pytest.mark.parametrize(("images", "size", "comparable"), [(50000, 256, True), (50, 256, False), (50000, 48, False)])
+def test_rfid_is_comparable_at_the_published_number_and_size(tmp_path, images, size, comparable):
+    write(tmp_path, reconstruction(images, size, **{"rfid,none": 0.5}))
+    cell = row_of(card_of(tmp_path), "rFID").ours[tmp_path.name]
+    assert bool(cell.differs) is not comparable
+
+
+def test_rfid_that_was_left_out_has_a_row_and_no_figure(tmp_path):
+    write(tmp_path, reconstruction())
+    text = card_of(tmp_path).as_markdown()
+    assert "| rFID (lower is better) | not measured | 0.43 | 0.41 |" in text and "LPIPS" not in text
+
+
+def test_what_no_skill_scores_stands_below_and_unknown_tasks_last(tmp_path):
+    write(tmp_path, {"new": {"acc,none": 0.25}, "mmbench_scenes": {"overall,none": 0.7, "chance,none": 0.27}})
+    lines = card_of(tmp_path).as_markdown().splitlines()
+    assert lines[2:5] == ["| MMBench scenes | 70.0 |", "| - chance | 27.0 |", "| new: acc | 0.250 |"]
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for model in "ab":
+        write(tmp_path / model / "results", {"gqa": {"exact_match,none": 0.5}}, model=model)
+    card = card_of(tmp_path / "a/results", tmp_path / "b/results")
+    assert list(row_of(card, "GQA").ours) == ["results", "results (2)"]
+
+
+def test_every_published_figure_has_a_row_and_a_source():
+    rows = {benchmark.name for benchmark in benchmarks()}
+    for model in published():
+        assert model.figures and set(model.figures) <= rows, model.name
+        assert all(figure.source and figure.setting for figure in model.figures.values())
+    assert {model.name for model in published()} == {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro"}
+
+
+def test_rows_name_tasks_and_metrics_that_exist(lmms_eval_tasks):
+    manager = lmms_eval_tasks.TaskManager()
+    for benchmark in benchmarks():
+        if benchmark.task == "mmvet":  # loads with its judge's key alone
+            continue
+        metrics = {metric["metric"] for metric in manager._get_config(benchmark.task)["metric_list"]}
+        wanted = [benchmark.metric.split(",")[0], *filter(None, [benchmark.beside])]
+        assert set(wanted) <= metrics, benchmark.name
+
+
+def test_bars_are_ours_and_theirs_and_hatched_where_marked(tmp_path):
+    write(tmp_path, {"gqa": {"exact_match,none": 0.6}, "pope": {"pope_accuracy,none": 0.8}}, asked=10)
+    figure = plot_card(card_of(tmp_path))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.patches}
+    assert [round(bar.get_width(), 1) for bar in panels["GQA"].patches] == [60.0, 61.1, 58.3, 62.7, 62.0]
+    assert [bool(bar.get_hatch()) for bar in panels["GQA"].patches] == [True, False, False, False, False]
+    assert all(bar.get_hatch() for bar in panels["POPE"].patches)
+
+
+def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
+    write(tmp_path / "runs", {"gqa": {"exact_match,none": 0.6}})
+    assert main(["report", f"mine={tmp_path / 'runs'}", "-o", str(tmp_path / "out"), "--compare", "UniTok"]) == 0
+    assert (tmp_path / "out/report.md").read_text().startswith("|  | mine | UniTok |\n")
+    assert (tmp_path / "out/report.md").read_text() in capsys.readouterr().out
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    assert content["rows"][0]["ours"]["mine"] == {"value": 60.0, "differs": ""}
+    assert content["rows"][0]["published"]["UniTok"]["value"] == 61.1
+    with Image.open(tmp_path / "out/report.png") as picture:
+        assert picture.width > 200
+
+
+def test_bad_input_is_told(tmp_path, capsys):
+    def error(*arguments):
+        assert main(["report", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    write(tmp_path / "good", {"gqa": {"exact_match,none": 0.6}})
+    (tmp_path / "none").mkdir()
+    write(tmp_path / "empty", {"gqa": {}})
+    (write(tmp_path / "broken", {"gqa": {}})).write_text('{"results": ')
+    write(tmp_path / "two/a", {"gqa": {"exact_match,none": 0.6}}, model="a")
+    write(tmp_path / "two/b", {"pope": {"pope_accuracy,none": 0.6}}, model="b")
+    assert "nowhere does not exist" in error(tmp_path / "nowhere")
+    assert "the run failed" in error(tmp_path / "none")
+    assert "no figures for gqa" in error(tmp_path / "empty")
+    assert "not an lmms-eval results file" in error(tmp_path / "broken")
+    assert "results of several models" in error(tmp_path / "two")
+    assert "did you mean UniTok?" in error(tmp_path / "good", "--compare", "Unitok")

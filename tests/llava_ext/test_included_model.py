@@ -1,0 +1,78 @@
+"""The model that comes with the package: small, whole, found without being named, and able to do what it is for."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval_tasks.scene_detector import SceneDetector
+from evotok_plugin.data.scenes import SKILLS, render, sample_scene
+from evotok_plugin.data.scene_text import sample_question
+from llava_ext.checkpointing import INCLUDED_MODEL, default_model_folder, load_model
+from llava_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def included():
+    model, processor = load_model(INCLUDED_MODEL)
+    return model.eval(), processor
+
+
+def test_it_is_small_and_names_no_other_folder():
+    weights = list(INCLUDED_MODEL.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) <= 16 * 2**20
+    assert not [path for path in INCLUDED_MODEL.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    for path in INCLUDED_MODEL.glob("*.json"):
+        assert "/" not in json.loads(path.read_text()).get("_name_or_path", "")
+
+
+def test_it_is_taken_where_nothing_was_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert default_model_folder() == INCLUDED_MODEL
+    assert main(["draw", "a photo of a red circle", "-o", "drawn"]) == 0
+    assert str(INCLUDED_MODEL) in capsys.readouterr().err
+    (tmp_path / "outputs/finetune").mkdir(parents=True)
+    (tmp_path / "outputs/finetune/config.json").write_text("{}")
+    assert default_model_folder().name == "finetune"
+
+
+def test_it_draws_what_it_is_asked_for(included):
+    model, processor = included
+    wanted = [("red", "circle"), ("blue", "square"), ("green", "triangle"), ("yellow", "ring")]
+    prompts = [f"a photo of a {color} {shape}" for color, shape in wanted]
+    images = model.generate_images(prompts, processor, num_images=4, seed=0)
+    detector, right = SceneDetector(), 0
+    for number, image in enumerate(images):
+        color, shape = wanted[number // 4]
+        right += any((found.color, found.label) == (color, shape) for found in detector.detect(image))
+    assert right >= 14
+
+
+def test_it_answers_about_scenes_that_it_has_not_seen(included):
+    model, processor = included
+    rng = np.random.default_rng(12345)
+    scenes = [sample_scene(rng, SKILLS[n % len(SKILLS)]) for n in range(60)]
+    questions = [sample_question(scene, rng) for scene in scenes]
+    inputs = processor([f"<image>\n{q.text}" for q in questions], images=[render(scene) for scene in scenes])
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = sum(answer.strip() == q.answer for answer, q in zip(answers, questions, strict=True))
+    assert right >= 40
+
+
+def test_it_draws_and_speaks_of_what_it_drew(included):
+    model, processor = included
+    right = 0
+    for seed in range(4):
+        chat = [{"role": "user", "content": "a photo of a red circle"}]
+        inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+        ids = model.generate(**inputs, modalities="auto", processor=processor, max_new_tokens=32, seed=seed)
+        parts = processor.decode(ids[0, inputs["input_ids"].shape[1] :], images_from=model.vision_tower)
+        assert isinstance(parts[0].get("image"), Image.Image)
+        chat += [{"role": "assistant", "content": parts}, {"role": "user", "content": "What color is the circle?"}]
+        inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+        ids = model.generate(**inputs, modalities="auto", processor=processor, max_new_tokens=32)
+        parts = processor.decode(ids[0, inputs["input_ids"].shape[1] :], images_from=model.vision_tower)
+        right += parts == [{"type": "text", "text": "red"}]
+    assert right >= 3
