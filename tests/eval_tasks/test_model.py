@@ -158,7 +158,6 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
     cases = {
-        "": "no trained model in outputs/finetune",
         str(tmp_path / "nowhere"): "is no folder",
         str(tmp_path / "empty"): "has no config.json",
         str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
@@ -166,6 +165,16 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     for pretrained, message in cases.items():
         with pytest.raises(ValueError, match=message):
             EvoTokLmms(pretrained, device="cpu")
+
+
+def test_without_a_checkpoint_the_default_one_is_taken_and_named(lmms_eval_tasks, tmp_path, monkeypatch, caplog):
+    from eval_tasks import model as adapter
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapter, "default_model_folder", lambda: tmp_path / "newest")
+    opened = []
+    adapter.EvoTokLmms(device="cpu", load=lambda *a: opened.append(a[0]) or adapter.LoadedModel(None, None, ""))
+    assert opened == [str(tmp_path / "newest")] and str(tmp_path / "newest") in caplog.text
 
 
 def test_model_args(make_lm):
