@@ -110,9 +110,10 @@ class ConversationDataset(Dataset):
 def _without_prompts(messages: list[dict]) -> list[dict]:
     """Messages with the user's turns before the last drawing emptied; a turn that shows an image stays."""
     drawing = max(n for n, m in enumerate(messages) if m["role"] == "assistant" and LLAVA_IMAGE in m["content"])
-    before = [m["role"] == "user" and LLAVA_IMAGE not in m["content"] for m in messages[:drawing]]
-    emptied = [{"role": "user", "content": ""} if dropped else m for m, dropped in zip(messages, before, strict=False)]
-    return emptied + messages[drawing:]
+    return [
+        {"role": "user", "content": ""} if m["role"] == "user" and LLAVA_IMAGE not in m["content"] else m
+        for m in messages[:drawing]
+    ] + messages[drawing:]
 
 
 @dataclass
