@@ -102,6 +102,17 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"the folder {folder} cannot be written to")
 
 
+def check_folder(folder: Path) -> None:
+    """Find out whether files can go into a folder before there are any; it is not made yet.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"the folder {folder} cannot be made: {existing} is no folder that can be written to")
+
+
 def file_name(prompt: str) -> str:
     """A prompt as the beginning of a file's name: words between underscores, at most 60 characters and 180 bytes."""
     name = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:60]

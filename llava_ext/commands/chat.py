@@ -17,7 +17,7 @@ from llava_ext.commands.answering import Conversation
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model, settings_of
 from llava_ext.commands.web_images import fetch
 from llava_ext.demo.uploads import UploadLimits, open_upload
-from llava_ext.drawn_files import Origin, file_name, make_folder, write_drawn
+from llava_ext.drawn_files import Origin, check_folder, file_name, write_drawn
 from llava_ext.generation import Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     pictures = Pictures(arguments.allow_urls)
     pending = [pictures.open(where) for where in arguments.image]
     options = AnswerOptions(arguments.max_new_tokens, arguments.max_images, drawing=drawing_options(arguments))
-    make_folder(arguments.output)
+    check_folder(arguments.output)
     chat = Chat(open_model(arguments), options, arguments.seed, arguments.output, pictures, pending)
     if arguments.question is not None:
         chat.ask(*pictures.in_line(arguments.question))
