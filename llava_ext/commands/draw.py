@@ -12,7 +12,7 @@ from tqdm import tqdm
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.progress import progress_interval
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model, settings_of
-from llava_ext.drawn_files import Origin, chunks_of, file_name, make_folder, write_drawn, write_png
+from llava_ext.drawn_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
 
 _GRID_COLUMNS, _GRID_IMAGE = 4, 256  # images a row, and pixels a side that small ones are enlarged to
 _PREVIEW = {"preview": "evotok-llava draw"}  # by this text a preview is told from pictures that someone may miss
@@ -120,7 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
     preview = arguments.preview
     if preview and preview.exists() and chunks_of(preview) != _PREVIEW:
         raise ValueError(f"--preview {preview} is there already and is no preview; name another file")
-    make_folder(arguments.output)
+    check_folder(arguments.output)
 
 
 def _grid(images: Sequence[Image.Image]) -> Image.Image:
