@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # `20260731_120000_results.json`; tasks leave other *_results.json beside it.
-_RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
+RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
 
 
 def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path:
@@ -18,7 +18,7 @@ def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path
     Raises:
         ValueError: there is none, which is how a failed lmms-eval run shows.
     """
-    found = [path for path in Path(output_dir).rglob("*_results.json") if _RESULTS_NAME.fullmatch(path.name)]
+    found = [path for path in Path(output_dir).rglob("*_results.json") if RESULTS_NAME.fullmatch(path.name)]
     recent = [path for path in found if path.stat().st_mtime >= not_before]
     if not recent:
         older = f" ({len(found)} of earlier runs are there)" if found else ""
@@ -48,7 +48,7 @@ def read_results(
         groups = {name for name, members in content.get("group_subtasks", {}).items() if members}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
-    results = {task: _metrics(values) for task, values in by_task.items()}
+    results = {task: figures_of(values) for task, values in by_task.items()}
     results = {task: figures for task, figures in results.items() if figures or task not in groups}
     empty = [task for task in {**dict.fromkeys(tasks), **results} if not results.get(task)]
     if empty or not results:
@@ -56,12 +56,12 @@ def read_results(
     return results
 
 
-def _metrics(values: dict) -> dict[str, float]:
-    """Numbers by metric name; keys are `metric,filter`, where the filter `none` goes without saying."""
-    numbers = {}
+def figures_of(values: dict) -> dict[str, float]:
+    """Numbers by metric of one task's row, whose keys are `metric,filter`; the filter `none` goes without saying."""
+    figures = {}
     for key, value in values.items():
         metric, _, selection = key.partition(",")
-        if "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not selection or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        numbers[metric if selection in ("", "none") else key] = float(value)
-    return numbers
+        figures[metric if selection == "none" else key] = float(value)
+    return figures

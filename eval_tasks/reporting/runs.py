@@ -1,13 +1,11 @@
 """What lmms-eval has left in a folder: figures by task, and what makes them comparable or not."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# `20260731_120000_results.json`; tasks leave other *_results.json beside it.
-_RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
+from eval_tasks.results import RESULTS_NAME, figures_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def make_run(name: str, files: Sequence[Path]) -> Run:
 
 def _results_files(folder: Path, not_before: float) -> list[Path]:
     """Oldest first."""
-    found = [file for file in folder.rglob("*_results.json") if _RESULTS_NAME.fullmatch(file.name)]
+    found = [file for file in folder.rglob("*_results.json") if RESULTS_NAME.fullmatch(file.name)]
     recent = [file for file in found if file.stat().st_mtime >= not_before]
     if not recent:
         older = f" ({len(found)} of earlier runs are there)" if found else ""
@@ -102,7 +100,7 @@ def read_results_file(file: Path) -> list[TaskResult]:
             TaskResult(
                 task=task,
                 model=model,
-                figures=_figures(values),
+                figures=figures_of(values),
                 documents=int(samples[task].get("effective", 0)),
                 limited=samples[task].get("effective") != samples[task].get("original"),
                 file=file,
@@ -115,14 +113,3 @@ def read_results_file(file: Path) -> list[TaskResult]:
     if empty or not results:
         raise ValueError(f"{file} has no figures for {', '.join(empty) or 'any task'}: nothing was answered or scored")
     return results
-
-
-def _figures(values: dict) -> dict[str, float]:
-    """Numbers by metric; the filter `none` goes without saying."""
-    figures = {}
-    for key, value in values.items():
-        metric, _, selection = key.partition(",")
-        if not selection or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        figures[metric if selection == "none" else key] = float(value)
-    return figures

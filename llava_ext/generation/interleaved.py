@@ -310,7 +310,7 @@ class InterleavedGenerationMixin:
         """transformers' `generate` for text; with `modalities` also images.
 
         Args:
-            modalities: "text" answers in words alone and takes all that transformers' does. "auto" lets the model
+            modalities: "text" is transformers' own and takes all that it does. "auto" lets the model
                 choose, "image" has it draw one image. Both take `processor`, `seed`, `max_new_tokens`, `max_images`,
                 `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` of text, and `drawing`, a `DrawingOptions`.
 

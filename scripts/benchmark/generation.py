@@ -9,6 +9,8 @@ transformers' `DynamicCache`, the depth transformer runs over all levels so far 
 sorting all of them. Ours is `draw_codes`. Both draw with guidance, top-k 900 and top-p 0.96. Weights are random, since
 time does not depend on their values; drawn greedily, both give the same codes, which is checked.
 
+The image head is timed a second time with PyTorch's own linear layers in place of `thin_linear`, to tell its share.
+
 An image has 256 positions. On a CPU a few of them are timed, `--positions`; images a second follow from the time of one
 position, of taking in the prompts and of decoding the pixels. The first preview stands after 16 positions.
 """
@@ -22,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
 
@@ -240,6 +243,8 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
         theirs.append(plain.draw(prompts, drawing, options.positions)[1])
         ours.append(draw_ours(model, prompts, drawing, options.positions, options.use_graphs)[1:])
     head, sampling = time_head(model, count, drawing, options.rounds + 1)
+    with mock.patch("evotok_plugin.image_head.thin_linear", nn.Module.__call__):
+        plain_layers, _ = time_head(model, count, drawing, options.rounds + 1)
     least = Timing(*(min(getattr(t, name) for t in theirs) for name in vars(theirs[0])))
     ours_prompts, ours_position = (min(values) for values in zip(*ours, strict=True))
 
@@ -266,6 +271,8 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
     ratio = {
         name: round(getattr(least, name) / value, 2) for name, value in [("head", head), ("position", ours_position)]
     }
+    rows["ours"]["of_them_image_head_by_plain_layers"] = round(1000 * plain_layers, 2)
+    rows["straightforward"]["of_them_image_head_by_plain_layers"] = rows["straightforward"]["of_them_image_head"]
     whole = rows["ours"]["images_per_second"] / rows["straightforward"]["images_per_second"]
     return {
         "batch": count,

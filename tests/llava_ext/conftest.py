@@ -24,3 +24,12 @@ def flat_mllm(request, tiny_backbone_folder, tiny_evotok_folder):
 def any_mllm(request, tiny_backbone_folder, tiny_evotok_folder):
     """A model with each image head in turn; tests must not change its weights."""
     return make_mllm(tiny_backbone_folder, tiny_evotok_folder, request.param)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_mllm, tmp_path_factory):
+    """A random model with its processor, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny_mllm:
+        part.save_pretrained(folder)
+    return folder

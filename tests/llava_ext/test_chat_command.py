@@ -18,14 +18,6 @@ DRAW = AnswerOptions(image_first=True)
 TALK = AnswerOptions(max_new_tokens=4, max_images=0)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_mllm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    for part in tiny_mllm:
-        part.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def picture(tmp_path):
     """A red image of 60 x 40 pixels as a file whose name holds a space."""

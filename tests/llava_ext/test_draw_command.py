@@ -10,14 +10,6 @@ from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 RING = "a photo of a ring"
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_mllm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    for part in tiny_mllm:
-        part.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def draw(model_folder, tmp_path, capsys):
     """Runs the command; gives the exit code, and what it wrote to stderr."""
