@@ -1,7 +1,7 @@
 """Seeded values for the tensors of a research checkpoint, and images to run it on.
 
-The outputs in `tests/golden` were computed by the research code from exactly these values, so every formula here is fixed:
-a tensor follows from its name, its shape and the seed.
+The outputs in `tests/golden` were computed by the research code from exactly these values, so every formula here is
+fixed: a tensor follows from its name, its shape and the seed.
 """
 
 import math
