@@ -19,7 +19,11 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
+from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
+from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse_dtype
 from eval_tasks.reconstruction import measure
+from eval_tasks.registration import GIVEN
+from eval_tasks.response_cache import key_by_weights
 from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
@@ -28,7 +32,6 @@ logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
 # A model that has learned little says such characters; upstream's XLSX writers abort the whole run on one.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 # What a request asks for ---------------------------------------------------------------------------------------
@@ -44,11 +47,14 @@ class ReadingOptions:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
+    repetition_penalty: float = 1.0
     until: tuple[str, ...] = ()
 
     def generate_kwargs(self) -> dict[str, Any]:
         sampled = self.temperature > 0 if self.do_sample is None else self.do_sample
         kwargs = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampled}
+        if self.repetition_penalty != 1.0:
+            kwargs["repetition_penalty"] = self.repetition_penalty
         if sampled:
             kwargs |= {"temperature": self.temperature or 1.0, "top_k": self.top_k, "top_p": self.top_p}
         return kwargs
@@ -104,8 +110,11 @@ class _Wanted:
     chunks: dict[str, str]
 
 
+_KINDS = {"text": ReadingOptions, "image": DrawingOptions, "reconstruction": ReconstructionOptions}
+
+
 def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are options of `kind`; tasks of all origins bring others, meant for other models."""
+    """The entries that are options of `kind`."""
     return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
 
 
@@ -115,60 +124,6 @@ def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
     return int.from_bytes(digest[:8]) >> 2
 
 
-# Loading -------------------------------------------------------------------------------------------------------
-
-
-def check_checkpoint(pretrained: str | Path) -> Path:
-    """The folder of a model, checked before anything large is loaded.
-
-    Raises:
-        ValueError: no folder, or one of another kind of model.
-    """
-    wanted = "--model_args pretrained=DIR needs the output folder of scripts/finetune.sh"
-    folder = Path(pretrained).expanduser()
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{wanted}, but {str(pretrained)!r} {what}")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type != "evotok_llava":
-        raise ValueError(f"{wanted}, but {str(pretrained)!r} holds a model of type {model_type!r}, not 'evotok_llava'")
-    return folder
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model on its device, ready to generate, its processor, and what tells its weights from others'."""
-
-    model: Any
-    processor: Any
-    fingerprint: str
-
-
-def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> LoadedModel:
-    """Open a model folder."""
-    folder = check_checkpoint(pretrained)
-    from llava_ext.checkpointing import load_model, weights_fingerprint
-
-    model, processor = load_model(folder, dtype)
-    return LoadedModel(model.to(device).eval(), processor, weights_fingerprint(folder))
-
-
-def _parse_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
-    """A named dtype; else float32 on a CPU, where bfloat16 can be 200 times slower, and the checkpoint's on a GPU."""
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    return getattr(torch, dtype)
-
-
-def _parse_batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
-    value = max_batch_size or _AUTO_BATCH_SIZE if batch_size == "auto" else batch_size
-    if not str(value).isdigit() or int(value) < 1:
-        raise ValueError(f"batch_size must be a number of at least 1 or 'auto', got {batch_size!r}")
-    return int(value)
-
-
 class EvoTokLmms(lmms):
     """`lmms-eval --model evotok --model_args pretrained=DIR,guidance_scale=3,dtype=float32,...`
 
@@ -176,12 +131,20 @@ class EvoTokLmms(lmms):
     `{"text": "", "images": [absolute paths]}`; one with `modality: reconstruction` measures the tokenizer; any other is
     read and answered with text.
 
+    `--gen_kwargs` reaches every task of a run: its temperature, top_k and top_p are those of the answers in a task that
+    reads and those of the images in one that draws. For images alone, put them into `--model_args`. A key that takes
+    effect on none of the tasks is an error; a task's own keys that this model has no use for are logged.
+
+    With `--use_cache`, answers are reused only from the same content of the model folder; images never come from that
+    cache, since they are reused from `images_dir` by prompt, seed, settings and fingerprint.
+
     Args:
         pretrained: output folder of `scripts/finetune.sh`; by default the newest of this working folder, else the model
             that comes with the package. Which it is, is said.
         device: "cpu", "cuda:0", ...; by default what Accelerate picks, and always that with several processes.
         dtype: float32, bfloat16 or float16; by default float32 on a CPU, the checkpoint's on a GPU.
-        batch_size: questions answered, and images drawn, together; "auto" is `max_batch_size` (16 unless given).
+        batch_size: questions answered, and images drawn, together; "auto" and "auto:N" are `max_batch_size` (16 unless
+            given).
         images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
             `./outputs/lmms_eval_images` for this model and these settings.
         guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them.
@@ -220,11 +183,12 @@ class EvoTokLmms(lmms):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ValueError(f"--model_args: unknown argument {name!r}; {hint}")
+        drawing = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_values({**drawing, "min_p": min_p, "seed": seed}, "--model_args")
+        self._batch_size = parse_batch_size(batch_size, max_batch_size, _AUTO_BATCH_SIZE)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        chosen = device is not None and self._world_size == 1
-        self._device = torch.device(device) if chosen else self.accelerator.device
-        self._batch_size = _parse_batch_size(batch_size, max_batch_size)
+        self._device = parse_device(device, self.accelerator)
         self.seed = int(seed)
         self.drawing = {
             "guidance_scale": float(guidance_scale),
@@ -235,13 +199,25 @@ class EvoTokLmms(lmms):
             "top_p": float(top_p),
             "min_p": float(min_p),
         }
+        pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
             logger.warning("no pretrained= in --model_args: the model is %s", pretrained)
-        self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
+        self.images_dir = Path(str(images_dir or "") or self._default_images_dir(pretrained)).expanduser().resolve()
         # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
-        loaded = load(pretrained, _parse_dtype(dtype, self._device), self._device)
+        loaded = load(pretrained, parse_dtype(dtype, self._device), self._device)
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
+        self._named_tasks: set[str] = set()
+        key_by_weights()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "EvoTokLmms":
+        """The model of `--model_args` and of lmms-eval's own flags.
+
+        Raises:
+            ValueError: an argument without a value, unknown, impossible or given twice.
+        """
+        return cls(**parse_model_args(arg_string, additional_config or {}))
 
     def _default_images_dir(self, pretrained: str) -> Path:
         """One folder a model and setting, so that runs with other settings do not overwrite each other's images."""
@@ -258,10 +234,21 @@ class EvoTokLmms(lmms):
     def batch_size(self) -> int:
         return self._batch_size
 
+    @property
+    def response_identity(self) -> str:
+        """What answers depend on beyond the arguments by which lmms-eval's response cache knows a model."""
+        return f"{self._fingerprint}|{self._model.dtype}"
+
+    def may_be_cached(self, request: Instance) -> bool:
+        """Whether an answer stays right whatever happens to files: images and measured folders may change."""
+        return (request.args[2].get("modality") or "text") == "text"
+
     # lmms-eval's interface -----------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer all requests of a run, in their order; padding clones get an empty answer and leave no file."""
+        given = {task: GIVEN[task] for task in self.task_dict if task in GIVEN}
+        check_given(given, {modality: kind.__dataclass_fields__ for modality, kind in _KINDS.items()})
         wanted = list(self._parse(requests))
         answers = [""] * len(requests)
         with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
@@ -294,18 +281,32 @@ class EvoTokLmms(lmms):
             def messages(doc_to_messages=doc_to_messages, task=task, split=split, doc_id=doc_id) -> ChatMessages:
                 return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
 
-            options = self._options(gen_kwargs)
+            options = self._options(gen_kwargs, task)
             yield _Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
             seen[task, doc_id] += 1
 
-    def _options(self, gen_kwargs: dict[str, Any]) -> ReadingOptions | DrawingOptions | ReconstructionOptions:
-        if gen_kwargs.get("modality") == "reconstruction":
+    def _options(
+        self, gen_kwargs: dict[str, Any], task: str
+    ) -> ReadingOptions | DrawingOptions | ReconstructionOptions:
+        check_values(gen_kwargs, f"{task}: generation_kwargs")
+        kind = _KINDS[gen_kwargs.get("modality") or "text"]
+        self._name_unused(kind, gen_kwargs, task)
+        if kind is ReconstructionOptions:
             return ReconstructionOptions()
-        if gen_kwargs.get("modality") == "image":
+        if kind is DrawingOptions:
             return DrawingOptions(**{**self.drawing, **_known(DrawingOptions, gen_kwargs)})
         known = _known(ReadingOptions, gen_kwargs)
+        if known.get("do_sample") and known.get("temperature") == 0:
+            raise ValueError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")
         until = known.get("until", ())
         return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
+
+    def _name_unused(self, kind: type, gen_kwargs: dict[str, Any], task: str) -> None:
+        """Log, once a task, the keys of its own that have no effect here; tasks bring them for other models."""
+        ignored = set(gen_kwargs) - set(kind.__dataclass_fields__) - {"modality", "until"}
+        if ignored and task not in self._named_tasks:
+            self._named_tasks.add(task)
+            logger.warning("%s: generation_kwargs without effect on evotok: %s", task, ", ".join(sorted(ignored)))
 
     def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
         """Requests with equal options, the longest texts first: little padding, and too large a batch fails soon."""

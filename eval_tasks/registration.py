@@ -13,6 +13,7 @@ import importlib.machinery
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,25 @@ DATA_ROOT_VARIABLE = "EVOTOK_DATA_ROOT"
 _TASKS_MODULE = "lmms_eval.tasks"
 _DEFAULT_NAME = "hf"
 _MARK = "_evotok_registered"
+
+
+@dataclass(frozen=True)
+class GivenKwargs:
+    """What `--gen_kwargs` set in a task, and what came of it.
+
+    Attributes:
+        given: the keys and values of the command line.
+        modality: of the task's requests.
+        samples: whether its answers are sampled.
+    """
+
+    given: dict
+    modality: str
+    samples: bool
+
+
+# By name of the task, for the run that is being set up; lmms-eval mixes these keys with the task's own.
+GIVEN: dict[str, GivenKwargs] = {}
 
 
 def register():
@@ -88,13 +108,14 @@ class _PatchingLoader(importlib.machinery.SourceFileLoader):
 
 
 def _patch(tasks: ModuleType) -> None:
-    """Add our folder to the task index, let `EVOTOK_DATA_ROOT` redirect data sets, find judges before drawing; once."""
+    """Add our folder to the task index, let `EVOTOK_DATA_ROOT` redirect data sets, find judges before drawing, note
+    `--gen_kwargs`; once."""
     from tenacity import RetryError
 
     if getattr(tasks.TaskManager, _MARK, False):
         return
     index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
-    build_requests = tasks.ConfigurableTask.build_all_requests
+    build_requests, set_config = tasks.ConfigurableTask.build_all_requests, tasks.ConfigurableTask.set_config
 
     @functools.wraps(index_tasks)
     def initialize_tasks(self, include_path=None, *args, **kwargs):
@@ -105,6 +126,7 @@ def _patch(tasks: ModuleType) -> None:
 
     @functools.wraps(download)
     def download_from_data_root(self, dataset_kwargs=None):
+        GIVEN.pop(self.config.task, None)  # a task that is set up anew has been given nothing yet
         if (folder := local_dataset(self.DATASET_PATH)) != self.DATASET_PATH:
             self.DATASET_PATH = folder
             dataset_kwargs = {"cache_dir": local_cache(folder), **(dataset_kwargs or {})}
@@ -121,6 +143,16 @@ def _patch(tasks: ModuleType) -> None:
             judged.before_drawing()
         return build_requests(self, *args, **kwargs)
 
+    @functools.wraps(set_config)
+    def set_config_and_note(self, key, value, update=False):
+        set_config(self, key, value, update)
+        if key == "generation_kwargs" and update:  # which only --gen_kwargs does
+            settings = self.config.generation_kwargs
+            sampled = settings.get("do_sample")
+            sampled = (settings.get("temperature") or 0) != 0 if sampled is None else bool(sampled)
+            GIVEN[self.config.task] = GivenKwargs(dict(value), settings.get("modality") or "text", sampled)
+
+    tasks.ConfigurableTask.set_config = set_config_and_note
     tasks.TaskManager.initialize_tasks = initialize_tasks
     tasks.ConfigurableTask.download = download_from_data_root
     tasks.ConfigurableTask.build_all_requests = build_requests_when_judges_are_there

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # `20260731_120000_results.json`; tasks leave other *_results.json beside it.
 RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
+_NOT_METRICS = ("alias", "name", "samples", "sample_len", "sample_count")
 
 
 def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path:
@@ -57,10 +58,15 @@ def read_results(
 
 
 def figures_of(values: dict) -> dict[str, float]:
-    """Numbers by metric of one task's row, whose keys are `metric,filter`; the filter `none` goes without saying."""
-    figures = {}
+    """Numbers by metric of one task's row, whose keys are `metric,filter`; the filter `none` is left out.
+
+    Rows of versions before filters have bare metrics.
+    """
+    figures, has_filters = {}, any("," in key for key in values)
     for key, value in values.items():
         metric, _, selection = key.partition(",")
+        if not has_filters and key not in _NOT_METRICS:
+            selection = "none"
         if not selection or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         figures[metric if selection == "none" else key] = float(value)

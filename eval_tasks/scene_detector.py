@@ -309,9 +309,9 @@ def rebuilding(folder: str) -> Callable[[Image.Image], Image.Image]:
     """Rebuilds images with an EvoTok model: what a drawer that makes no mistake would be judged on."""
     import torch
 
-    from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+    from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 
-    model, processor = EvoTokModel.from_pretrained(folder).eval(), EvoTokImageProcessor.from_pretrained(folder)
+    model, processor = load_tokenizer(folder).eval(), open_image_processor(folder)
 
     @torch.no_grad()
     def rebuild(image: Image.Image) -> Image.Image:

@@ -64,6 +64,22 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_types(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
+    """Check the fields that are annotated as a number or as a truth value.
+
+    Raises:
+        ValueError: one holds a value of another type.
+    """
+    for name, kind in fields.items():
+        value = getattr(config, name)
+        fits = isinstance(value, (int, float) if kind is float else kind) if kind in _NUMBERS else True
+        if not fits or (kind in (int, float) and isinstance(value, bool)):
+            raise ValueError(f"{name}: expected {_NUMBERS[kind]}, got {value!r}")
+
+
 class EvoTokConfig(PreTrainedConfig):
     """Sizes of encoder, quantizer and both decoders; the defaults are the paper's (arXiv 2603.12108).
 
@@ -84,6 +100,8 @@ class EvoTokConfig(PreTrainedConfig):
         ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see
             `ResidualVectorQuantizer`.
         level_dropout: share of a training batch that the decoders see at a random depth.
+        semantic_decoder_trained: False where a tokenizer was trained without a teacher, so that its semantic decoder
+            still has random weights. Images can then be encoded and rebuilt, but not read.
     """
 
     model_type = "evotok"
@@ -115,9 +133,13 @@ class EvoTokConfig(PreTrainedConfig):
     codebook_warmup_steps: int = 2000
     restart_by_error: bool = False
     level_dropout: float = 0.0
+    semantic_decoder_trained: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_types(self, EvoTokConfig.__annotations__)
+        if not isinstance(self.decoder_channel_multipliers, (list, tuple)):
+            raise ValueError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
         self.decoder_channel_multipliers = list(self.decoder_channel_multipliers)
         self._check()
         super().__post_init__(**kwargs)
@@ -151,6 +173,21 @@ class EvoTokConfig(PreTrainedConfig):
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise ValueError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"
+            )
+
+    def require_semantics(self, what: str = "this tokenizer") -> None:
+        """Reject a tokenizer whose semantic decoder was not trained.
+
+        Args:
+            what: for the error: the name of the tokenizer.
+
+        Raises:
+            ValueError: it was trained without a teacher.
+        """
+        if not self.semantic_decoder_trained:
+            raise ValueError(
+                f"the semantic decoder of {what} was not trained (it learned pixels without a teacher), so images "
+                "cannot be read through it; resume its training with --teacher FOLDER --semantic_weight 1"
             )
 
     @property

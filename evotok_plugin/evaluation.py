@@ -166,7 +166,7 @@ def evaluate(
         raise ValueError("the model is in training mode, in which it would learn from these images; call model.eval()")
     options = options or EvaluationOptions()
     processes = processes or Processes(0, 1, model.device)
-    metrics = chosen_metrics(options, source)
+    metrics = _without_untrained(chosen_metrics(options, source), options, model)
     networks = _first_then_others(processes, lambda: _networks(metrics, options, model.device))
     meters = _meters(metrics, networks, model, processor, source, options, processes)
     pictures = _Pictures(spread(len(source), options.num_pictures))
@@ -208,6 +208,22 @@ def chosen_metrics(options: EvaluationOptions, source: ImageSource) -> list[str]
     if "probes" in chosen:
         probes.check_installed()
     return chosen
+
+
+def _without_untrained(metrics: list[str], options: EvaluationOptions, model: EvoTokModel) -> list[str]:
+    """The metrics without those of semantic features, where nothing has trained them.
+
+    Raises:
+        ValueError: such a metric is asked for by name, or by giving a teacher.
+    """
+    if model.config.semantic_decoder_trained:
+        return metrics
+    semantic = [metric for metric in ("cosine", "probes") if metric in metrics]
+    if options.teacher is not None or set(semantic) & set(options.metrics or ()):
+        model.config.require_semantics()
+    if semantic:
+        logger.warning("not measured: %s; the semantic decoder was not trained", ", ".join(semantic))
+    return [metric for metric in metrics if metric not in semantic]
 
 
 def _lacking(wanted: Sequence[str], options: EvaluationOptions, source: ImageSource) -> dict[str, str]:

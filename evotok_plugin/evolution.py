@@ -69,7 +69,7 @@ class Evolution:
     Attributes:
         psnr: of the pixel decoder's images, in dB.
         cosine_own: of the semantic features to the model's own features at `semantic_depth`, mean over positions; one
-            there by definition.
+            there by definition. None where the semantic decoder was not trained.
         cosine_teacher: of the semantic features to the teacher's; None without a teacher.
         code_usage, perplexity: of each level's codes, (L,).
         num_codes: how many codes of a level have been counted: images times positions.
@@ -80,7 +80,7 @@ class Evolution:
     num_images: int
     image_size: int
     psnr: Curve
-    cosine_own: Curve
+    cosine_own: Curve | None
     cosine_teacher: Curve | None
     code_usage: list[float]
     perplexity: list[float]
@@ -143,7 +143,8 @@ def measure_evolution(
         max_images: of a larger source so many are taken, evenly spread.
 
     Raises:
-        ValueError: a model in training mode, a teacher that does not fit, no readable image, or too many broken ones.
+        ValueError: a model in training mode, a teacher that does not fit or that the model was not trained with, no
+            readable image, or too many broken ones.
     """
     if model.training:
         raise ValueError("the model is in training mode, in which it would learn from these images; call model.eval()")
@@ -151,6 +152,7 @@ def measure_evolution(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if teacher is not None:
+        model.config.require_semantics()
         teacher.check_fits(model.config, processor.size)
     bad = bad or BadSamples(None, limit=0.0)
     usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
@@ -167,7 +169,7 @@ def measure_evolution(
         num_images=usage.num_codes() // codes.shape[1],
         image_size=processor.size,
         psnr=Curve.over(torch.cat(scores.psnr)),
-        cosine_own=Curve.over(torch.cat(scores.cosine_own)),
+        cosine_own=Curve.over(torch.cat(scores.cosine_own)) if scores.cosine_own else None,
         cosine_teacher=Curve.over(torch.cat(scores.cosine_teacher)) if teacher is not None else None,
         code_usage=usage.usage(),
         perplexity=usage.perplexity(),
@@ -194,7 +196,9 @@ def _decode_all(
     num_kept: int,
 ) -> Tensor:
     """Score codes (B, N, L) at every depth; gives the pixels of the first images (num_kept or less, L, 3, H, W)."""
-    targets = [(scores.cosine_own, model.decode_semantics(codes[..., : model.config.semantic_depth]))]
+    targets = []
+    if model.config.semantic_decoder_trained:
+        targets.append((scores.cosine_own, model.decode_semantics(codes[..., : model.config.semantic_depth])))
     if teacher is not None:
         targets.append((scores.cosine_teacher, teacher_features(teacher, pixel_values)))
     kept, quality, closeness = [], [], [[] for _ in targets]
@@ -202,7 +206,7 @@ def _decode_all(
         pixels = model.decode_pixels(codes[..., :depth])
         quality.append(psnr(pixels, pixel_values))
         kept.append(pixels[:num_kept].float().cpu())
-        features = model.decode_semantics(codes[..., :depth])
+        features = model.decode_semantics(codes[..., :depth]) if targets else None
         for values, (_, target) in zip(closeness, targets, strict=True):
             values.append(F.cosine_similarity(features.float(), target.float(), dim=-1).mean(dim=1))
     scores.psnr.append(torch.stack(quality, dim=1).cpu())
@@ -281,27 +285,27 @@ def plot_curves(evolution: Evolution) -> "Figure":
     bands.
 
     The cosine is to the teacher's features where there is a teacher, else to the model's own at `semantic_depth`, and
-    is named so. Each axis has its half of the plot: where curves of two units cross means nothing.
+    is named so; the plot has none where the semantic decoder was not trained. Each axis has its half of the plot: where
+    curves of two units cross means nothing.
     """
     config, figure = evolution.config, _figure(4.8)
     left = figure.add_subplot()
-    right = left.twinx()
+    lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o")]
     if evolution.cosine_teacher is not None:
         cosine, target = evolution.cosine_teacher, "the teacher"
     else:
         own = "all" if config.semantic_depth == config.num_quantizers else f"the first {config.semantic_depth}"
         cosine, target = evolution.cosine_own, f"the features of {own} levels"
-    lines = [
-        _draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o"),
-        _draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=_RIGHT, marker="s"),
-    ]
     left.set_xlabel("depth: levels summed")
     left.set_ylabel("PSNR of the image (dB)", color=_LEFT, y=0.75)
-    right.set_ylabel("cosine of the features", color=_RIGHT, y=0.25)
     _mark_depths(left, config)
     _finish_depth_axis(left, config.num_quantizers)
-    right.grid(axis="y", alpha=0.3)
-    right.spines["top"].set_visible(False)
+    if cosine is not None:
+        right = left.twinx()
+        lines.append(_draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=_RIGHT, marker="s"))
+        right.set_ylabel("cosine of the features", color=_RIGHT, y=0.25)
+        right.grid(axis="y", alpha=0.3)
+        right.spines["top"].set_visible(False)
     figure.suptitle(f"What each level adds: {evolution.images}")
     if evolution.num_images > 1:
         from matplotlib.patches import Patch

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 _ONE_REQUEST_S = 3.0  # a launcher and a batch system may each pass on the same request
+_clock = time.monotonic
 
 
 class StopSignals:
@@ -29,8 +30,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: object) -> None:
         if not self.caught:
-            self.caught, self._caught_at = int(number), time.monotonic()
-        elif time.monotonic() - self._caught_at > _ONE_REQUEST_S:
+            self.caught, self._caught_at = int(number), _clock()
+        elif _clock() - self._caught_at > _ONE_REQUEST_S:
             self.end()
             signal.raise_signal(number)
 

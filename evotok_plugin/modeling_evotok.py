@@ -200,8 +200,10 @@ class EvoTokModel(PreTrainedModel):
             grid: rows and columns of positions, as `grid_of` says; without it the image is square.
 
         Raises:
-            ValueError: no such levels or codes, or N positions do not fill the grid.
+            ValueError: no such levels or codes, N positions do not fill the grid, or the semantic decoder was not
+                trained.
         """
+        self.config.require_semantics()
         self._check_codes(codes)
         self._check_range(codes)
         latents = self.codes_to_latents(codes)

@@ -11,14 +11,12 @@ B images, N positions, D semantic_dim.
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -29,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.model_folder import load_whole, model_type_of, open_config
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.quantizer import ResidualVectorQuantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
@@ -83,6 +82,7 @@ class EvoTokVisionModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: EvoTokVisionConfig) -> None:
+        config.require_semantics(f"the vision tower {config.name_or_path!r}")
         super().__init__(config)
         self.encoder = EvoTokEncoder(config)
         quantizer = ResidualVectorQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
@@ -167,26 +167,17 @@ def _flat(images) -> list:
 
 def is_evotok_folder(name: str | Path | None) -> bool:
     """Whether this is a folder with a tokenizer or a vision tower in it."""
-    try:
-        values = json.loads((Path(name) / "config.json").read_text()) if name else None
-    except (OSError, ValueError):
+    if not name or not (Path(name) / "config.json").is_file():
         return False
-    return isinstance(values, dict) and values.get("model_type") in (
-        EvoTokConfig.model_type,
-        EvoTokVisionConfig.model_type,
-    )
+    try:
+        return model_type_of(name) in _MODEL_TYPES
+    except ValueError:  # not ours to read: another tower's folder may hold anything
+        return False
 
 
 def _open(folder: str, device_map: Any = None) -> EvoTokVisionModel:
-    """The tower of a folder; every weight must be there and fit."""
-    try:
-        model, report = EvoTokVisionModel.from_pretrained(folder, device_map=device_map, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"vision tower {folder!r} cannot be loaded: {error}") from error
-    wrong = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report.get(what, ())]
-    if wrong:
-        raise ValueError(f"{folder!r} is no whole vision tower: {len(wrong)} weights do not fit, first {wrong[0]}")
-    return model
+    """The tower of a folder; every weight must be present and fit."""
+    return load_whole(EvoTokVisionModel, folder, device_map=device_map)
 
 
 class _TowerInCheckpoint(EvoTokVisionModel):
@@ -227,7 +218,8 @@ class EvoTokVisionTower(nn.Module):
     def __init__(self, vision_tower: str | Path, args: Any = None, delay_load: bool = False) -> None:
         super().__init__()
         self.vision_tower_name = str(vision_tower)
-        self.config = EvoTokVisionConfig.from_pretrained(vision_tower)
+        self.config = open_config(EvoTokVisionConfig, vision_tower)
+        self.config.require_semantics(repr(self.vision_tower_name))
         self.image_processor = EvoTokVisionImageProcessor(self.config.image_size)
         self.is_loaded = False
         tuned = getattr(args, "mm_tunable_parts", None) or ""

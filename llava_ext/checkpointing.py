@@ -1,18 +1,28 @@
 """Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.model_folder import (
+    load_strictly,
+    load_whole,
+    model_type_of,
+    open_config,
+    open_processor,
+    open_tokenizer_folder,
+    read_config,
+)
+from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
+from evotok_plugin.weight_files import named_weights
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -22,23 +32,6 @@ TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model
 NEW_PARTS = ("read_projector", "write_projector", "image_head")  # a flat model has no write_projector
 INCLUDED_MODEL = Path(__file__).parent / "pretrained" / "scenes"
 DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
-
-
-def model_type_of(folder: str | Path) -> str:
-    """The `model_type` of a model folder.
-
-    Raises:
-        ValueError: no such folder, or no model in it.
-    """
-    config = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise ValueError(f"model folder {str(folder)!r} does not exist")
-    if not config.is_file():
-        raise ValueError(f"{str(folder)!r} is no model folder: it holds no config.json")
-    try:
-        return json.loads(config.read_text()).get("model_type", "")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
 
 
 def load_model(
@@ -67,70 +60,70 @@ def load_model(
             f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; "
             "give the output folder of scripts/pretrain.sh or scripts/finetune.sh"
         )
-    try:
-        model, report = EvoTokLlavaForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
-    problems = {
-        what: sorted(map(str, report[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report.get(what)
-    }  # fmt: skip
-    if problems:
-        shown = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items())
-        raise ValueError(f"{str(folder)!r} is not a whole checkpoint of this model: {shown}")
-    return model, EvoTokLlavaProcessor.from_pretrained(folder)
+    model = load_whole(
+        EvoTokLlavaForConditionalGeneration,
+        folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
+    return model, open_llava_processor(folder, model.config)
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder.
+def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTokLlavaProcessor:
+    """The processor of a model folder.
 
     Raises:
-        ValueError: it has none.
+        ValueError: its files are missing or damaged, or it belongs to another model.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no weights (model.safetensors)")
-    return files
-
-
-def _each_weight(folder: str | Path) -> Iterator[tuple[str, object, Callable[[], Tensor]]]:
-    """Name, slice and way to read of every weight; nothing is read before it is asked for."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    yield name, file.get_slice(name), lambda file=file, name=name: file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    processor = open_processor(
+        EvoTokLlavaProcessor,
+        folder,
+        "the processor",
+        [("processor_config.json",), ("tokenizer_config.json",), ("tokenizer.json",)],
+        "copy the processor's files from the folder that the model was trained or saved in, "
+        "or write them with processor.save_pretrained",
+    )
+    vision = config.vision_config
+    for name, found, expected in (
+        ("num_positions", processor.num_positions, vision.num_positions),
+        ("num_levels", processor.num_levels, vision.pixel_depth),
+        ("codebook_size", processor.codebook_size, vision.codebook_size),
+        ("residual_token_offset", processor.residual_token_offset, config.residual_token_offset),
+        ("image_head", processor.image_head, config.image_head),
+        ("image_token_id", processor.image_token_id, config.image_token_id),
+        ("image_start_token_id", processor.image_start_id, config.image_start_token_id),
+        ("image_end_token_id", processor.image_end_id, config.image_end_token_id),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"the processor in {str(folder)!r} belongs to another model: its {name} is {found}, the model's is "
+                f"{expected}; copy the processor's files from the folder that the model was trained or saved in"
+            )
+    return processor
 
 
 def read_tower(folder: str | Path) -> EvoTokModel:
     """The tokenizer alone of a model folder, in float32 on the CPU, whatever engine is about to take the rest.
 
     Raises:
-        ValueError: it is not there whole.
+        ValueError: its weights are missing, damaged or do not fit.
     """
-    config = EvoTokLlavaConfig.from_pretrained(folder).vision_config
-    weights = {name.removeprefix(TOWER): read() for name, _, read in _each_weight(folder) if name.startswith(TOWER)}
+    config = open_config(EvoTokLlavaConfig, folder).vision_config
+    weights = {name.removeprefix(TOWER): read() for name, _, read in named_weights(folder) if name.startswith(TOWER)}
     tower = EvoTokModel(config)
-    try:
-        tower.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the tokenizer in {str(folder)!r} is not whole: {error}") from error
+    load_strictly(tower, weights, f"the tokenizer in {str(folder)!r}")
     return tower.requires_grad_(False).eval()
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out: which model an
-    adapter was trained on, without reading all of it."""
+    """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out.
+
+    A sample that tells which model an adapter was trained on, stored in adapters' `base.json`. It does not change where
+    weights differ in later rows alone; `folder_fingerprint` does.
+    """
     facts = []
-    for name, part, read in _each_weight(folder):
+    for name, part, read in named_weights(folder):
         if not name.startswith(TOWER):
             row = part[:1] if part.get_shape() else read()
             first = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
@@ -175,20 +168,25 @@ def assemble(
     Raises:
         ValueError: a folder that does not hold what is needed.
     """
-    if model_type_of(vision_tower) != "evotok":
-        raise ValueError(f"{str(vision_tower)!r} is no EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})")
-    try:
-        backbone = AutoModelForCausalLM.from_pretrained(
-            language_model,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
+    if model_type_of(vision_tower) != EvoTokConfig.model_type:
+        raise ValueError(
+            f"{str(vision_tower)!r} is not an EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})"
         )
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text model {str(language_model)!r} cannot be loaded: {error}") from error
-    tower = EvoTokModel.from_pretrained(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
-    images = EvoTokImageProcessor.from_pretrained(vision_tower)
+    if not Path(language_model).is_dir() and Path(language_model).exists():
+        raise ValueError(f"text model {str(language_model)!r} is a file; give the folder of a causal LM or a hub id")
+    if Path(language_model).is_dir():
+        read_config(language_model)
+    tower = load_tokenizer(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
+    tower.config.require_semantics(repr(str(vision_tower)))
+    images = open_image_processor(vision_tower)
+    tokenizer = open_tokenizer_folder(language_model, "the text tokenizer")
+    backbone = load_whole(
+        AutoModelForCausalLM,
+        language_model,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
     processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size, image_head)
     new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin import EvoTokConfig
+from evotok_plugin.configuration_evotok import check_types
 from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_HEADS = ("depth", "flat")
@@ -54,6 +55,7 @@ class EvoTokLlavaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_types(self, EvoTokLlavaConfig.__annotations__)
         text = self.text_config if self.text_config is not None else {"model_type": "qwen2"}
         if isinstance(text, dict):
             text = AutoConfig.for_model(**text)

@@ -27,7 +27,8 @@ from evotok_plugin.conversion import (
     rename,
     save_whole,
 )
-from llava_ext.checkpointing import assemble, model_type_of
+from evotok_plugin.model_folder import model_type_of, open_config
+from llava_ext.checkpointing import assemble
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.projector import Projector
 
@@ -175,12 +176,10 @@ def convert_adapters(
     """
     prepare_output(output)
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
-        raise ValueError(f"{str(vision_tower)!r} is no EvoTok tokenizer; `evotok convert` makes one")
-    tokenizer = EvoTokConfig.from_pretrained(vision_tower)
-    try:
-        width = AutoConfig.from_pretrained(language_model).get_text_config().hidden_size
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text model {str(language_model)!r} cannot be loaded: {error}") from error
+        raise ValueError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; `evotok convert` makes one")
+    tokenizer = open_config(EvoTokConfig, vision_tower)
+    tokenizer.require_semantics(repr(str(vision_tower)))
+    width = open_config(AutoConfig, language_model).get_text_config().hidden_size
     options = options or HeadOptions()
     parts: dict[str, Path] = {}
     states: dict[str, dict[str, Tensor]] = {}

@@ -20,7 +20,7 @@ class Origin:
         seed: of its random numbers.
         model: name of the model's folder, without where it lies.
         settings: all others that the image depends on.
-        weights: what tells the model's weights from others' (`weights_fingerprint`).
+        weights: fingerprint of the content of the model's folder (`folder_fingerprint`).
     """
 
     prompt: str

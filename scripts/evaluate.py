@@ -49,12 +49,12 @@ class Evaluation:
 
     def is_finished(self, task: str) -> bool:
         """Whether a whole run with these settings is there."""
-        from eval_tasks.reporting.runs import read_results_file
+        from eval_tasks.reporting.runs import read_results_file, require_figures
 
         try:
             if self._state(task)["settings"] != self.settings(task):
                 return False
-            read_results_file(self.results_file(task))
+            require_figures(read_results_file(self.results_file(task)))
         except (OSError, ValueError, KeyError):
             return False
         return True
@@ -93,7 +93,7 @@ class Evaluation:
         Raises:
             ValueError: it has left no whole results.
         """
-        from eval_tasks.reporting.runs import read_run
+        from eval_tasks.reporting.runs import read_run, require_figures
 
         folder = self.folder(task)
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,9 @@ class Evaluation:
         code = _run_to_its_end(self.command(task), self.environment(task))
         if code:
             raise ValueError(f"lmms-eval ended with exit code {code}")
-        results = {result.file for result in read_run(folder, not_before=started).tasks.values()}
-        newest = max(results, key=lambda file: file.stat().st_mtime)
+        results = list(read_run(folder, not_before=started).tasks.values())
+        require_figures(results)
+        newest = max({result.file for result in results}, key=lambda file: file.stat().st_mtime)
         state = {"settings": self.settings(task), "results": str(newest.relative_to(folder))}
         temporary = folder / f"{DONE}.tmp"
         temporary.write_text(json.dumps(state, indent=1) + "\n")

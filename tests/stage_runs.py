@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import yaml
 
 from llava_ext.training import train
 
+LIMIT_S = 900  # no speed is expected: this only ends a test that hangs
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -21,7 +24,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(rank, world_size, port, function, arguments, queue):
+def _child(rank, world_size, port, function, arguments, queue, watch=None):
+    if watch is not None:
+        threading.Thread(target=_signal_self, args=watch, daemon=True).start()
     if world_size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -33,12 +38,24 @@ def _child(rank, world_size, port, function, arguments, queue):
         queue.put((rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
-def start_forked(function: Callable, *arguments, world_size: int = 1):
-    """Start `function` in forked ranks; the ranks and the queue of their results."""
+def _signal_self(happened: Callable[[], bool], number: int) -> None:
+    while not happened():
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
+def start_forked(function: Callable, *arguments, world_size: int = 1, watches: dict[int, tuple] | None = None):
+    """Start `function` in forked ranks; the ranks and the queue of their results.
+
+    Args:
+        watches: by rank a condition and the signal that the rank sends to itself once it is met.
+    """
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), _free_port()
     ranks = [
-        context.Process(target=_child, args=(rank, world_size, port, function, arguments, queue))
+        context.Process(
+            target=_child, args=(rank, world_size, port, function, arguments, queue, (watches or {}).get(rank))
+        )
         for rank in range(world_size)
     ]
     for rank in ranks:
@@ -60,7 +77,7 @@ def run_forked(function: Callable, *arguments, world_size: int = 1):
                     rank.kill()
                 raise RuntimeError(f"a rank died with exit code {died[0]}") from None
     for rank in ranks:
-        rank.join(60)
+        rank.join(LIMIT_S)
     results.sort(key=lambda result: result[0])
     for rank, status, result in results:
         if status != "ok":
@@ -68,19 +85,25 @@ def run_forked(function: Callable, *arguments, world_size: int = 1):
     return results[0][2]
 
 
-def signal_when(
-    ranks, signal_number: int, happened: Callable[[], bool], only_first: bool = False, limit_s: float = 60
+def exit_codes_when(
+    happened: Callable[[], bool],
+    signal_number: int,
+    function: Callable,
+    *arguments,
+    world_size: int = 1,
+    only_first: bool = False,
 ) -> list[int]:
-    """Send a signal to forked ranks as soon as something has happened; their exit codes."""
-    deadline = time.monotonic() + limit_s
-    while not happened():
-        alive = [rank for rank in ranks if rank.is_alive()]
-        assert alive and time.monotonic() < deadline, "the run ended before there was anything to interrupt"
-        time.sleep(0.001)
-    for rank in ranks[:1] if only_first else ranks:
-        os.kill(rank.pid, signal_number)
+    """Exit codes of forked ranks that run `function` and get a signal as soon as something has happened.
+
+    A thread of each rank watches and signals: on a loaded machine it is as slow as the rank itself, so that the signal
+    arrives in time.
+    """
+    watched = range(1 if only_first else world_size)
+    watches = dict.fromkeys(watched, (happened, signal_number))
+    ranks, _ = start_forked(function, *arguments, world_size=world_size, watches=watches)
     for rank in ranks:
-        rank.join(limit_s)
+        rank.join(LIMIT_S)
+    assert happened(), "the run ended before there was anything to interrupt"
     return [rank.exitcode for rank in ranks]
 
 

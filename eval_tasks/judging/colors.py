@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from eval_tasks.geneval_prompts import COLORS
 from eval_tasks.judging.rules import Instance
 from eval_tasks.judging.weights import require_weights
+from evotok_plugin.model_folder import check_values, reading
 
 _GROUND = "#999"
 _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -44,7 +45,7 @@ class ColorClassifier:
         """Load a folder in open_clip's format (open_clip_config.json beside safetensors).
 
         Raises:
-            ValueError: no such folder.
+            ValueError: no such folder, or damaged files.
         """
         require_weights(folder, "the colour classifier's weights", "open_clip_config.json")
         try:
@@ -52,8 +53,11 @@ class ColorClassifier:
         except ImportError as error:
             raise ValueError("colours are judged with open_clip; pip install open_clip_torch") from error
         name = f"local-dir:{folder.resolve()}"
-        model, transform = open_clip.create_model_from_pretrained(name, precision="fp32")
-        return cls(model, transform, open_clip.get_tokenizer(name), device)
+        with reading(f"the color classifier in {str(folder)!r}", "download the folder again"):
+            model, transform = open_clip.create_model_from_pretrained(name, precision="fp32")
+            tokenizer = open_clip.get_tokenizer(name)
+        check_values(model.state_dict(), f"the color classifier in {str(folder)!r}")
+        return cls(model, transform, tokenizer, device)
 
     def prepare(self, image: Image.Image, instance: Instance) -> Crop:
         """An instance with its mask, as a crop; afterwards the mask is no longer needed."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from eval_tasks.geneval_prompts import CLASSES
 from eval_tasks.judging.rules import GENEVAL_RULES, Box, Instance, Rules
 from eval_tasks.judging.weights import require_weights
+from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
 
 _WHAT = "the detector's weights"
 # COCO's own names where GenEval has others.
@@ -62,18 +63,31 @@ class Mask2FormerDetector:
         """Load a folder of transformers' Mask2Former.
 
         Raises:
-            ValueError: no such folder, another kind of model, or other classes than COCO's 80.
+            ValueError: no such folder, another kind of model, damaged files, weights that are missing or do not fit, or
+                other classes than COCO's 80.
         """
         require_weights(folder, _WHAT)
-        from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = model_type_of(folder)
         if kind != "mask2former":
             raise ValueError(f"{_WHAT}: {folder} holds a model of type {kind!r}, expected 'mask2former'")
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, local_files_only=True
+        model = load_whole(
+            Mask2FormerForUniversalSegmentation,
+            folder,
+            use_safetensors=True,
+            dtype=torch.float32,
+            local_files_only=True,
         )
-        return cls(model, AutoImageProcessor.from_pretrained(folder, local_files_only=True), device)
+        processor = open_processor(
+            AutoImageProcessor,
+            folder,
+            "the detector's image processor",
+            [("preprocessor_config.json", "processor_config.json")],
+            "download the folder again",
+            local_files_only=True,
+        )
+        return cls(model, processor, device)
 
     @torch.inference_mode()
     def detect_batch(self, images: Sequence[Image]) -> list[list[Instance]]:

@@ -8,6 +8,7 @@ import torch
 from PIL.Image import Image
 
 from eval_tasks.judging.weights import require_weights
+from evotok_plugin.model_folder import load_whole, open_config, open_processor
 
 _WHAT = "the VQA judge's weights"
 
@@ -39,14 +40,14 @@ class YesNoJudge:
         """Load a folder of a transformers model that answers questions about images.
 
         Raises:
-            ValueError: no such folder, or another kind of model.
+            ValueError: no such folder, another kind of model, damaged files, or weights that are missing or do not fit.
         """
         require_weights(folder, _WHAT)
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
         from transformers import AutoProcessor as Processor
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as GENERATIVE
 
-        config = AutoConfig.from_pretrained(folder)
+        config = open_config(AutoConfig, folder)
         answering = (config.architectures or [""])[0].endswith("ForQuestionAnswering")
         if not answering and config.model_type not in GENERATIVE:
             raise ValueError(
@@ -54,10 +55,18 @@ class YesNoJudge:
             )
         kind = AutoModelForVisualQuestionAnswering if answering else AutoModelForImageTextToText
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        model = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype, local_files_only=True)
+        model = load_whole(kind, folder, use_safetensors=True, dtype=dtype, local_files_only=True)
         if not hasattr(model, "generate"):
             raise ValueError(f"{_WHAT}: {folder} holds a {config.architectures[0]}, which does not write its answers")
-        return cls(model, Processor.from_pretrained(folder, local_files_only=True), device)
+        processor = open_processor(
+            Processor,
+            folder,
+            "the VQA judge's processor",
+            [("preprocessor_config.json", "processor_config.json"), ("tokenizer_config.json",)],
+            "download the folder again",
+            local_files_only=True,
+        )
+        return cls(model, processor, device)
 
     def _first_tokens(self, answer: str) -> list[int]:
         """The ids of an answer that is one token, at the start of a text or behind a space."""

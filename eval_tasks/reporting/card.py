@@ -43,8 +43,7 @@ class ReportCard:
         reasons: dict[str, int] = {}
         for row in self.rows:
             cells = [
-                _cell(row, row.ours.get(run.name), reasons)
-                or ("not measured" if row.benchmark.task in run.tasks else "")
+                _cell(row, row.ours.get(run.name), reasons) or _without_figure(run.tasks.get(row.benchmark.task))
                 for run in self.runs
             ]
             cells += [_cell(row, row.theirs.get(name), reasons) for name in names[1]]
@@ -56,6 +55,8 @@ class ReportCard:
         if reasons:
             parts.append("Not comparable:\n\n" + "\n".join(f"{n}. {reason}" for reason, n in reasons.items()))
         parts.append("Evaluated:\n\n" + "\n".join(_about(run) for run in self.runs))
+        if unreadable := [line for run in self.runs for line in run.unreadable]:
+            parts.append("Not readable:\n\n" + "\n".join(f"- {line}" for line in unreadable))
         if sources := [line for model in self.published if (line := _sources(model, self.rows))]:
             parts.append("Published:\n\n" + "\n".join(sources))
         return "\n\n".join(parts) + "\n"
@@ -67,6 +68,7 @@ class ReportCard:
                 {
                     "name": run.name,
                     "model": run.model,
+                    "unreadable": list(run.unreadable),
                     "tasks": {
                         task: {"file": str(result.file), "documents": result.documents, "limited": result.limited}
                         | {"figures": result.figures}
@@ -109,7 +111,10 @@ def make_card(runs: Sequence[Run], rows: Sequence[Benchmark], models: Sequence[P
     shown = [row for benchmark in known if (row := _row(benchmark, runs, models)) is not None]
     if not any(row.ours for row in shown):
         tasks = ", ".join(task for run in runs for task in run.tasks)
-        raise ValueError(f"no figures to report: what {tasks} should have measured is not there")
+        raise ValueError(
+            f"no figures for {tasks}: nothing was scored, or the task only writes a submission file; "
+            "evaluate a task with a figure, or score the submission"
+        )
     compared = [model for model in models if any(model.name in row.theirs for row in shown)]
     return ReportCard(list(runs), compared, shown)
 
@@ -131,17 +136,19 @@ def _unknown_tasks(runs: Sequence[Run], rows: Sequence[Benchmark]) -> list[Bench
         for run in runs
         for task, result in run.tasks.items()
         if task not in tasks
-        for metric in result.figures
+        for metric in result.figures or ("",)
     )
+    scored = {task for task, metric in metrics if metric}
     return [
-        Benchmark(name=f"{task}: {metric}", group="other", task=task, metric=metric, digits=3)
+        Benchmark(name=f"{task}: {metric}" if metric else task, group="other", task=task, metric=metric, digits=3)
         for task, metric in metrics
+        if metric or task not in scored
     ]
 
 
 def _row(benchmark: Benchmark, runs: Sequence[Run], models: Sequence[PublishedModel]) -> Row | None:
-    """None if no run was given the task, or there is no figure at all. A figure that a task left out, as rFID where
-    weights are missing, has a row where others have published it."""
+    """None if no run was given the task, or there is nothing to show. A figure that a task left out, as rFID where
+    weights are missing, has a row where others have published it; a task without any figure always has one."""
     if not any(benchmark.task in run.tasks for run in runs):
         return None
     ours, beside = {}, {}
@@ -156,12 +163,14 @@ def _row(benchmark: Benchmark, runs: Sequence[Run], models: Sequence[PublishedMo
     for model in models:
         if figure := model.figures.get(benchmark.name):
             theirs[model.name] = Cell(figure.value, "; ".join(filter(None, (benchmark.differs, figure.differs))))
-    return Row(benchmark, ours, theirs, beside) if ours or theirs else None
+    empty = any(not run.tasks[benchmark.task].figures for run in runs if benchmark.task in run.tasks)
+    return Row(benchmark, ours, theirs, beside) if ours or theirs or empty else None
 
 
 def _why_ours_differs(benchmark: Benchmark, result: TaskResult) -> str:
     if result.limited:
-        return f"{result.task}: only {result.documents} documents were asked"
+        count = "some" if result.documents is None else result.documents
+        return f"{result.task}: only {count} documents were asked"
     made_of = tuple(int(result.figures.get(name, 0)) for name in ("num_images", "image_size"))
     wanted = benchmark.images, benchmark.image_size
     if benchmark.images and made_of != wanted:
@@ -196,6 +205,13 @@ def _cell(row: Row, cell: Cell | None, reasons: dict[str, int]) -> str:
     return f"{text} {MARK}{number}"
 
 
+def _without_figure(result: TaskResult | None) -> str:
+    """The cell of a run that has no figure in a row."""
+    if result is None:
+        return ""
+    return "not measured" if result.figures else "no figure"
+
+
 def _about(run: Run) -> str:
     return f"- **{run.name}**: {run.model}; " + ", ".join(_asked(result) for result in run.tasks.values())
 
@@ -204,6 +220,8 @@ def _asked(result: TaskResult) -> str:
     """How much a task's figures rest on."""
     if "num_images" in result.figures:
         return f"{result.task} {result.figures['num_images']:.0f} images"
+    if result.documents is None:
+        return result.task
     return f"{result.task} {result.documents} documents"
 
 

@@ -1,11 +1,16 @@
 """What lmms-eval has left in a folder: figures by task, and what makes them comparable or not."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_tasks.results import RESULTS_NAME, figures_of
+from eval_tasks.results import figures_of
+
+# `20260731_120000_results.json` today; results.json or 0731_1200_NAME_results.json in older versions.
+_RESULTS_NAMES = re.compile(r"(\d{8}_\d{6}_|\d{4}_\d{4}_(.+_)?)?results\.json")
+_BESIDE = {"config", "configs", "versions", "n-samples", "group_subtasks", "model_configs", "model_name"}
 
 
 @dataclass(frozen=True)
@@ -14,26 +19,29 @@ class TaskResult:
 
     Attributes:
         model: what was evaluated, as lmms-eval names it.
-        figures: by metric; keys are `metric`, or `metric,filter` where a filter has a name.
-        documents, limited: how many of how many documents were asked, and whether that is fewer.
+        figures: by metric; keys are `metric`, or `metric,filter` where a filter has a name. Empty where the task left
+            none, such as one that writes a submission file.
+        documents: how many were asked; None where the file does not say.
+        limited: whether that is fewer than the task has.
         file: where this stands.
     """
 
     task: str
     model: str
     figures: dict[str, float]
-    documents: int
+    documents: int | None
     limited: bool
     file: Path
 
 
 @dataclass(frozen=True)
 class Run:
-    """The results of one model, by task: the newest of each."""
+    """The results of one model, by task: the newest of each; `unreadable` says which files could not be read."""
 
     name: str
     model: str
     tasks: dict[str, TaskResult]
+    unreadable: tuple[str, ...] = ()
 
 
 def read_run(path: str | Path, name: str | None = None, not_before: float = 0.0) -> Run:
@@ -44,7 +52,7 @@ def read_run(path: str | Path, name: str | None = None, not_before: float = 0.0)
         not_before: seconds since the epoch; older files belong to an earlier run.
 
     Raises:
-        ValueError: nothing there, a file that cannot be read, a task without figures, or results of several models.
+        ValueError: nothing there, no file that can be read, or results of several models.
     """
     path = Path(path)
     if not path.exists():
@@ -54,22 +62,31 @@ def read_run(path: str | Path, name: str | None = None, not_before: float = 0.0)
 
 
 def make_run(name: str, files: Sequence[Path]) -> Run:
-    """The tasks of results files, later ones over earlier ones.
+    """The tasks of results files, later ones over earlier ones; files that cannot be read are named by the run.
 
     Raises:
-        ValueError: a file that cannot be read, a task without figures, or results of several models.
+        ValueError: no file that can be read, or results of several models.
     """
-    tasks = {result.task: result for file in files for result in read_results_file(file)}
+    tasks: dict[str, TaskResult] = {}
+    unreadable: dict[Path, str] = {}
+    for file in files:
+        try:
+            tasks |= {result.task: result for result in read_results_file(file)}
+        except ValueError as error:
+            unreadable[file] = str(error)
+    if not tasks:
+        raise ValueError(next(iter(unreadable.values()), f"{name} has no results of any task"))
     by_model = {result.model: result for result in tasks.values()}
     if len(by_model) > 1:
         places = "; ".join(f"{model} in {result.file.parent}" for model, result in by_model.items())
         raise ValueError(f"{name} would have results of several models ({places}); give their folders one by one")
-    return Run(name, next(iter(by_model)), tasks)
+    return Run(name, next(iter(by_model)), tasks, tuple(unreadable.values()))
 
 
 def _results_files(folder: Path, not_before: float) -> list[Path]:
-    """Oldest first."""
-    found = [file for file in folder.rglob("*_results.json") if RESULTS_NAME.fullmatch(file.name)]
+    """Oldest first. Names differ between versions of lmms-eval, so other names count where the content does."""
+    named = [file for file in folder.rglob("*results*.json") if file.is_file()]
+    found = [file for file in named if _RESULTS_NAMES.fullmatch(file.name) or _holds_results(file)]
     recent = [file for file in found if file.stat().st_mtime >= not_before]
     if not recent:
         older = f" ({len(found)} of earlier runs are there)" if found else ""
@@ -80,36 +97,70 @@ def _results_files(folder: Path, not_before: float) -> list[Path]:
     return sorted(recent, key=lambda file: (file.stat().st_mtime, file.name))
 
 
+def _holds_results(file: Path) -> bool:
+    """Whether a file is an lmms-eval results file; tasks leave submissions under similar names."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("results"), dict) and bool(_BESIDE & set(content))
+
+
 def read_results_file(file: Path) -> list[TaskResult]:
-    """The tasks of a results file; groups, which have no figures of their own, are passed over.
+    """The tasks of a results file of any version; groups, which have no figures of their own, are left out.
 
     Raises:
-        ValueError: it is no results file, or a task has no figure, which is how an empty run shows.
+        ValueError: it is not a results file, or holds no task.
     """
     try:
         content = json.loads(file.read_text())
-        groups = {name for name, members in content.get("group_subtasks", {}).items() if members}
+        groups = {name for name, members in (content.get("group_subtasks") or {}).items() if members}
         by_task = {
             task: values
             for task, values in content["results"].items()
-            if task not in groups and values.get(" ") != " "  # an empty group
+            if task not in groups and isinstance(values, dict) and values.get(" ") != " "  # an empty group
         }
-        samples = {task: content.get("n-samples", {}).get(task, {}) for task in by_task}
-        model = str(content.get("model_name") or content["config"]["model_args"])
+        model, config = _model_of(content), content.get("config") or {}
+        limited = isinstance(config, dict) and config.get("limit") not in (None, 0, -1)
         results = [
-            TaskResult(
-                task=task,
-                model=model,
-                figures=figures_of(values),
-                documents=int(samples[task].get("effective", 0)),
-                limited=samples[task].get("effective") != samples[task].get("original"),
-                file=file,
-            )
+            _task_result(task, values, model, (content.get("n-samples") or {}).get(task), limited, file)
             for task, values in by_task.items()
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
-    empty = [result.task for result in results if not result.figures]
-    if empty or not results:
-        raise ValueError(f"{file} has no figures for {', '.join(empty) or 'any task'}: nothing was answered or scored")
+    if not results:
+        raise ValueError(f"{file} has no results of any task; run lmms-eval again")
     return results
+
+
+def _model_of(content: dict) -> str:
+    """The model's name, which has moved between versions."""
+    config = content.get("config") or content.get("model_configs") or {}
+    values = (content.get("model_name"), *(config.get(key) for key in ("model_args", "model") if config))
+    return next((str(value) for value in values if value), "unnamed model")
+
+
+def _task_result(task: str, values: dict, model: str, samples: object, limited: bool, file: Path) -> TaskResult:
+    counts = samples if isinstance(samples, dict) else {"effective": samples, "original": samples}
+    effective, original = counts.get("effective"), counts.get("original")
+    return TaskResult(
+        task=task,
+        model=model,
+        figures=figures_of(values),
+        documents=effective if isinstance(effective, int) else None,
+        limited=limited or effective != original,
+        file=file,
+    )
+
+
+def require_figures(results: Sequence[TaskResult]) -> None:
+    """Check that every task has been scored, which lmms-eval's exit code does not tell.
+
+    Raises:
+        ValueError: a task without a figure.
+    """
+    if empty := [result for result in results if not result.figures]:
+        names = ", ".join(result.task for result in empty)
+        raise ValueError(
+            f"{empty[0].file} has no figures for {names}: nothing was scored, or the task only writes a submission file"
+        )

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     _print_table(evolution)
+    if evolution.cosine_own is None:
+        print("no curve of features: the semantic decoder was not trained (the tokenizer learned without a teacher)")
     for name, reason in bad.reasons.items():
         print(f"left out: {name}: {reason}")
     _write(evolution, out)

@@ -1,7 +1,6 @@
 """What several commands have in common: options, opening a tokenizer, batches of pictures."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.progress import progress_interval
+from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 
 DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
 
@@ -51,21 +50,10 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
         if not found:
             raise ValueError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
         folder = found[0]
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder!r} is no model folder: it does not exist or holds no config.json")
-    kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
-    if kind != EvoTokConfig.model_type:
-        raise ValueError(f"{folder!r} holds a {kind} model, expected {EvoTokConfig.model_type}")
-    try:
-        model, report = EvoTokModel.from_pretrained(folder, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder!r} cannot be loaded: {error}") from error
-    wrong = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report.get(what, ())]
-    if wrong:
-        raise ValueError(f"{folder!r} is not a whole checkpoint: {len(wrong)} weights do not fit, first {wrong[0]}")
+    model, processor = load_tokenizer(folder), open_image_processor(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), EvoTokImageProcessor.from_pretrained(folder)
+    return model.to(device).eval(), processor
 
 
 def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer,
+    AutoConfig,
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
@@ -28,8 +28,12 @@ from evotok_plugin.data.images import as_bytes, open_picture, to_pixel_values
 from evotok_plugin.data.sources import FileSource, open_source
 from evotok_plugin.data.stream import Augmentation
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.model_folder import load_whole, model_type_of, open_config, open_tokenizer_folder
 from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import parse_mapping
+
+# SigLIP2 of a fixed resolution has SigLIP's architecture and model_type.
+_TEACHER_TYPES = ("siglip", "siglip_vision_model")
 
 
 class Teacher(nn.Module):
@@ -69,16 +73,26 @@ class Teacher(nn.Module):
 
 
 def load_teacher(folder: str) -> Teacher:
-    """The frozen vision tower of any SigLIP folder or hub id.
+    """The frozen vision tower of a SigLIP or SigLIP2 folder or hub id, of the tower alone or of the whole model.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it is another kind of model, or cannot be loaded whole.
     """
     try:
-        tower = SiglipVisionModel.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        kind = model_type_of(folder) if Path(folder).is_dir() else open_config(AutoConfig, folder).model_type
+        if kind not in _TEACHER_TYPES:
+            variable = " of variable resolution (NaFlex)" if kind.startswith("siglip2") else ""
+            raise ValueError(f"it holds a {kind or 'nameless'} model{variable}, expected SigLIP of a fixed resolution")
+        # The text half is not loaded; the pooling head, the last layer's norm and the head's probe are never used.
+        tower = load_whole(
+            SiglipVisionModel,
+            folder,
+            unused=(r"^text_model\.", r"^logit_(scale|bias)$"),
+            not_needed=(r"^(vision_model\.)?(head|post_layernorm)\.",),
+        )
+    except ValueError as error:
         raise ValueError(
-            f"teacher {folder!r} cannot be loaded ({' '.join(str(error).split())}); "
+            f"teacher {folder!r} cannot be loaded: {error}; "
             "give a SigLIP folder, for the paper's recipe a download of google/siglip2-large-patch16-256, "
             "or train without one: --semantic_weight 0, or the recipe photos"
         ) from error
@@ -159,7 +173,7 @@ def train_teacher(
         ValueError: no captions, or a loss that is not finite.
     """
     pairs = captioned_images(data)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = open_tokenizer_folder(tokenizer_folder)
     length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

@@ -125,8 +125,9 @@ class TokenizerTrainer:
         config = self.config
         self.model = EvoTokModel(EvoTokConfig.preset(config.preset, **config.model)).to(self.device).train()
         self.objective = TokenizerObjective(config, self.model)
+        self.model.config.semantic_decoder_trained = self.objective.teacher is not None
         if self.objective.teacher is None:
-            self.model.semantic_decoder.requires_grad_(False)  # nothing teaches it
+            self.model.semantic_decoder.requires_grad_(False)  # it gets no gradient
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         if config.compile:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from evotok_plugin.sampling import SamplingOptions
-from llava_ext.checkpointing import default_model_folder, load_model, weights_fingerprint
+from evotok_plugin.weight_files import folder_fingerprint
+from llava_ext.checkpointing import default_model_folder, load_model
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
@@ -58,7 +59,7 @@ def _numbers(kind: type) -> Callable[[str], float | tuple[float, ...]]:
 @dataclass(frozen=True)
 class OpenModel:
     """A model on its device, in evaluation mode, and its processor; `name` is its folder's, without the path, `weights`
-    the fingerprint of what is in it."""
+    the fingerprint of the folder's content."""
 
     model: EvoTokLlavaForConditionalGeneration
     processor: EvoTokLlavaProcessor
@@ -82,7 +83,7 @@ def open_model(arguments: argparse.Namespace) -> OpenModel:
         model = model.to(name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return OpenModel(model.eval(), processor, folder.resolve().name, weights_fingerprint(folder))
+    return OpenModel(model.eval(), processor, folder.resolve().name, folder_fingerprint(folder))
 
 
 def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import set_seed
 
+from evotok_plugin.model_folder import model_type_of, reading
+from evotok_plugin.weight_files import damage_of, read_json
 from llava_ext.checkpointing import (
     NEW_PARTS,
     assemble,
     load_model,
-    model_type_of,
     save_model,
     weights_fingerprint,
     write_folder,
@@ -112,10 +113,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         ValueError: it does not fit.
     """
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    tensors = _read_adapter(folder / WEIGHTS)
     parameters, trained = dict(model.named_parameters()), _trained(model)
     if set(tensors) != set(trained):
         odd = sorted(set(tensors) ^ set(trained))
@@ -127,6 +125,15 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
                 "was lora_r changed?"
             )
         parameters[name].copy_(tensors[saved])
+
+
+def _read_adapter(file: Path) -> dict[str, Tensor]:
+    if cause := damage_of(file):
+        raise ValueError(f"{file} {cause}")
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_tower: str | Path | None = None) -> None:
@@ -146,7 +153,9 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         inside = adapter / "adapter" / SETTINGS
         hint = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
         raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS}, {WEIGHTS} and {BASE}){hint}")
-    facts = json.loads((adapter / BASE).read_text())
+    facts = read_json(adapter / BASE)
+    if not {"name", "fingerprint"} <= set(facts):
+        raise ValueError(f"{adapter / BASE} does not say which model the adapter was trained on; copy it again")
     known = facts["fingerprint"]
     if known is not None and Path(base).is_dir() and weights_fingerprint(base) != known:
         raise ValueError(
@@ -173,7 +182,9 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
 
 def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> PeftModel:
     """The model with the adapter and the modules of a folder."""
-    settings = LoraConfig.from_pretrained(folder)
+    read_json(folder / SETTINGS)
+    with reading(str(folder / SETTINGS), "copy the adapter's folder again"):
+        settings = LoraConfig.from_pretrained(folder)
     modules, settings.modules_to_save = settings.modules_to_save or (), None
     settings.base_model_name_or_path = None  # peft warns where the base lies elsewhere now
     adapted = get_peft_model(model, settings)

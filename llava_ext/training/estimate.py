@@ -16,8 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.losses.cross_entropy import MAX_LOGITS
+from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.recipes import recipe_values
-from llava_ext.checkpointing import model_type_of, set_tower_aside
+from llava_ext.checkpointing import set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.training.adapters import add_lora
@@ -120,22 +121,22 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
         raise ValueError("model_name_or_path is not set; pass --model_name_or_path or put it into the recipe")
     name = run.model_name_or_path.replace("{workspace}", run.workspace)
     if Path(name).is_dir() and model_type_of(name) == EvoTokLlavaConfig.model_type:
-        config = EvoTokLlavaConfig.from_pretrained(name)
+        config = open_config(EvoTokLlavaConfig, name)
         check_head(run, config)
         return config, []
     try:
-        text = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        text = open_config(AutoConfig, name)
+    except ValueError as error:
         raise ValueError(
-            f"the configuration of {name!r} cannot be had: {str(error).splitlines()[0]} Without a connection, pass "
+            f"the configuration of {name!r} cannot be read: {error}. Without a connection, pass "
             "--model_name_or_path FOLDER (or its config.json)"
         ) from error
     notes = []
     if run.vision_tower:
         folder = run.vision_tower.replace("{workspace}", run.workspace)
         if model_type_of(folder) != "evotok":
-            raise ValueError(f"{folder!r} is no EvoTok tokenizer (model_type {model_type_of(folder)!r})")
-        vision = EvoTokConfig.from_pretrained(folder)
+            raise ValueError(f"{folder!r} is not an EvoTok tokenizer (model_type {model_type_of(folder)!r})")
+        vision = open_config(EvoTokConfig, folder)
     else:
         vision = EvoTokConfig.preset("paper")
         notes.append("no vision_tower is given, the paper's tokenizer is assumed")

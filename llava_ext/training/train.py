@@ -16,8 +16,9 @@ import transformers
 import yaml
 from transformers.utils import is_flash_attn_2_available
 
+from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.recipes import add_arguments, recipe_values
-from llava_ext.checkpointing import assemble, load_model, model_type_of, read_tower, set_tower_aside
+from llava_ext.checkpointing import assemble, load_model, read_tower, set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
@@ -216,7 +217,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     source = config.model_name_or_path
     if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
-            check_head(config, EvoTokLlavaConfig.from_pretrained(source))
+            check_head(config, open_config(EvoTokLlavaConfig, source))
             model, processor = load_model(source, dtype, attention, quantization)
             if zero_stage(config) == 3:
                 with whole_models(config):

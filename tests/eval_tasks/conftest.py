@@ -97,13 +97,13 @@ def make_lm(tmp_path, lmms_eval_tasks):
 def evaluate(tmp_path, lmms_eval_tasks):
     """lmms-eval's own evaluation of an adapter on tasks, with an output folder: its results by task."""
 
-    def run(lm, tasks, limit=None, include_path=None, output_path=tmp_path / "results") -> dict:
+    def run(lm, tasks, limit=None, include_path=None, output_path=tmp_path / "results", **options) -> dict:
         from lmms_eval.evaluator import simple_evaluate
 
         manager = lmms_eval_tasks.TaskManager(include_path=include_path, include_defaults=False, model_name="evotok")
         cli_args = argparse.Namespace(output_path=str(output_path), process_with_media=False, reasoning_tags=None)
         return simple_evaluate(
-            model=lm, tasks=tasks, limit=limit, task_manager=manager, cli_args=cli_args, bootstrap_iters=0
+            model=lm, tasks=tasks, limit=limit, task_manager=manager, cli_args=cli_args, bootstrap_iters=0, **options
         )
 
     return run

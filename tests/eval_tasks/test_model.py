@@ -158,7 +158,7 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
     cases = {
-        str(tmp_path / "nowhere"): "is no folder",
+        str(tmp_path / "nowhere"): "is not a folder",
         str(tmp_path / "empty"): "has no config.json",
         str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
     }
@@ -242,3 +242,153 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
         48,
         48,
     )
+
+
+# Arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("guidance_scale=abc", "guidance_scale must be a number, got 'abc'"),
+        ("guidance_scale=0.5", "guidance_scale must be at least 1, got 0.5"),
+        ("temperature=-1", "temperature must be at least 0"),
+        ("top_k=0.5", "top_k must be a whole number"),
+        ("top_p=2", "top_p must be from 0 to 1"),
+        ("seed=1.5", "seed must be a whole number"),
+        ("seed=true", "seed must be a whole number"),
+        ("gudiance_scale=2", "unknown argument 'gudiance_scale'; did you mean 'guidance_scale'"),
+        ("pretrained", "must be KEY=VALUE"),
+        ("device=cuda:77", "device cuda:77"),
+        ("device=quantum", "device must be cpu"),
+        ("batch_size=0", "batch_size must be a number of at least 1"),
+        ("batch_size=2,max_batch_size=8", "max_batch_size has no effect beside batch_size 2"),
+        ("batch_size=auto:x", "batch_size must be a number of at least 1 or auto"),
+    ],
+)
+def test_arguments_without_effect_or_meaning_are_rejected(make_lm, text, message):
+    from eval_tasks.model import EvoTokLmms
+
+    with pytest.raises(ValueError, match=message):
+        EvoTokLmms.create_from_arg_string(text, {"batch_size": 1})
+
+
+def test_an_option_is_given_once(lmms_eval_tasks):
+    from eval_tasks.arguments import parse_model_args
+
+    assert parse_model_args("batch_size=8", {"batch_size": 1, "device": None}) == {"batch_size": 8}
+    with pytest.raises(ValueError, match="batch_size is given twice"):
+        parse_model_args("batch_size=8", {"batch_size": "4"})
+
+
+@pytest.mark.parametrize(("given", "largest", "size"), [("auto", None, 16), ("auto:4", None, 16), ("auto:4", 8, 8)])
+def test_automatic_batch_sizes(make_lm, given, largest, size):
+    assert make_lm(batch_size=given, max_batch_size=largest).batch_size == size
+
+
+@pytest.mark.parametrize(
+    ("gen_kwargs", "message"),
+    [
+        ({"max_new_tokens": "many"}, "read: generation_kwargs: max_new_tokens must be a whole number, got 'many'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"do_sample": "yes"}, "do_sample must be true or false"),
+        ({"do_sample": True, "temperature": 0}, "do_sample=true needs a temperature above 0"),
+        ({"until": 7}, "until must be a text or a list of texts"),
+        ({"modality": "video"}, "modality must be text, image, reconstruction, got 'video'"),
+        ({**DRAW, "num_images": 0}, "num_images must be at least 1"),
+    ],
+)
+def test_generation_kwargs_of_another_type_are_rejected(make_lm, instance, gen_kwargs, message):
+    lm = make_lm()
+    with pytest.raises(ValueError, match=message):
+        lm.generate_until([instance(lm, "read", 0, "x", gen_kwargs)])
+
+
+def test_keys_of_a_task_without_effect_are_logged_once(make_lm, instance, caplog):
+    lm = make_lm()
+    requests = [instance(lm, "read", n, "x", {"image_aspect_ratio": "original", "until": []}) for n in range(2)]
+    lm.generate_until(requests)
+    assert caplog.text.count("read: generation_kwargs without effect on evotok: image_aspect_ratio") == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gen_kwargs", "message"),
+    [
+        (["mmbench_scenes"], "max_new_tokens=4,num_beams=2", None),
+        (["mmbench_scenes"], "do_sample=true,temperature=0.5,top_p=0.9", None),
+        (["mmbench_scenes", "geneval_scenes"], "guidance_scale=2,max_new_tokens=4", None),
+        (["mmbench_scenes"], "guidance_scale=2", "guidance_scale has no effect on mmbench_scenes"),
+        (["geneval_scenes"], "num_beams=2", "num_beams has no effect on geneval_scenes"),
+        (["mmbench_scenes"], "max_new_token=4", "did you mean 'max_new_tokens'"),
+        (["mmbench_scenes"], "quality=best", "known are, for text: .*max_new_tokens.*for image: .*guidance_scale"),
+        (["mmbench_scenes"], "temperature=0.7", "answer without sampling; add do_sample=true"),
+    ],
+)
+def test_gen_kwargs_of_the_command_line_take_effect_or_are_rejected(
+    make_lm, evaluate, lmms_eval_tasks, tasks, gen_kwargs, message
+):
+    lm = make_lm(batch_size=8)
+    if message is None:
+        evaluate(lm, tasks, limit=1, gen_kwargs=gen_kwargs)
+        return
+    with pytest.raises(ValueError, match=message):
+        evaluate(lm, tasks, limit=1, gen_kwargs=gen_kwargs)
+    evaluate(lm, tasks, limit=1)  # a later run in the same process is given nothing
+
+
+# The response cache --------------------------------------------------------------------------------------------
+
+
+def cached(lm, requests, folder):
+    """Answers through lmms-eval's response cache, as `--use_cache` gives them."""
+    from lmms_eval.caching.response_cache import ResponseCache
+
+    cache = ResponseCache(str(folder / "cache.db"), str(folder / "audit.jsonl"), "evotok|pretrained=m")
+    return cache.execute(lm, "generate_until", requests)
+
+
+def test_cached_answers_belong_to_the_weights(make_lm, instance, tmp_path):
+    """`--use_cache` reuses answers of the same weights alone."""
+
+    def run(fingerprint, answer):
+        asked = []
+        lm = make_lm(lambda text, images: asked.append(text) or answer, fingerprint=fingerprint, batch_size=8)
+        requests = [instance(lm, "read", n, f"x{n}", {"max_new_tokens": 4, "until": []}) for n in range(3)]
+        requests.insert(1, instance(lm, "draw", 0, "x", DRAW))
+        answers = cached(lm, requests, tmp_path)
+        assert len(json.loads(answers.pop(1))["images"]) == 2
+        return len(asked), set(answers)
+
+    assert run("first", "A") == (3, {"A"})
+    assert run("first", "B") == (0, {"A"})
+    assert run("trained on", "B") == (3, {"B"})
+    assert run("first", "C") == (0, {"A"})
+
+
+def test_images_are_drawn_again_after_training_and_never_come_from_the_cache(make_lm, instance, tmp_path):
+    def answers(fingerprint, color):
+        lm = make_lm(drawer=lambda prompt, seed: Image.new("RGB", (4, 4), color), fingerprint=fingerprint)
+        (answer,) = cached(lm, [instance(lm, "draw", 0, "x", DRAW)], tmp_path)
+        return Image.open(json.loads(answer)["images"][0]).getpixel((0, 0))
+
+    assert answers("first", (1, 0, 0)) == (1, 0, 0)
+    assert answers("trained on", (2, 0, 0)) == (2, 0, 0)
+    assert answers("first", (3, 0, 0)) == (3, 0, 0)
+
+
+def test_other_models_use_the_cache_as_before(make_lm, instance, tmp_path):
+    make_lm()
+
+    class Other:
+        task_dict: dict = {}
+        calls = 0
+
+        def generate_until(self, requests):
+            self.calls += len(requests)
+            return ["text"] * len(requests)
+
+    other = Other()
+    requests = [instance(other, "draw", 0, "x", {"modality": "image", "until": []})]
+    assert cached(other, requests, tmp_path) == cached(other, requests, tmp_path) == ["text"]
+    assert other.calls == 1

@@ -153,3 +153,57 @@ def test_bad_input_is_told(tmp_path, capsys):
     assert "not an lmms-eval results file" in error(tmp_path / "broken")
     assert "results of several models" in error(tmp_path / "two")
     assert "did you mean UniTok?" in error(tmp_path / "good", "--compare", "Unitok")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "results.json",
+        "1105_1010_llava_model_args_results.json",
+        "0131_1205_results.json",
+        "20241105_101010_results.json",
+        "results_2024-11-05T10-10-10.123456.json",
+        "run/1105_1010_llava/results.json",
+    ],
+)
+def test_results_of_older_versions_are_found(tmp_path, name, capsys):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"results": {"pope": {"pope_accuracy,none": 0.86}}, "config": {"model": "m", "model_args": "a=b"}}
+    file.write_text(json.dumps(content))
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions/mmbench_results.json").write_text('{"results": {"a": 1}}')
+    (tmp_path / "submissions/vqav2_results.json").write_text("[1, 2")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "| POPE | 86.0 |" in capsys.readouterr().out
+    run = read_run(tmp_path)
+    assert list(run.tasks) == ["pope"] and run.model == "a=b" and run.unreadable == ()
+
+
+def test_a_row_of_a_version_without_filters(tmp_path):
+    content = {"results": {"gqa": {"exact_match": 0.5, "exact_match_stderr": 0.1, "samples": 9}}, "versions": {}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert read_run(tmp_path).tasks["gqa"].figures == {"exact_match": 0.5}
+
+
+def test_a_task_without_a_figure_is_shown_beside_the_others(tmp_path, capsys):
+    results = {
+        "gqa": {"submission,none": None},
+        "vqav2_test": {"submission,none": "vqav2.json"},
+        "by_topic": {"score,none": {"color": 1.0}},
+        "pope": {"pope_accuracy,none": 0.86},
+    }
+    write(tmp_path, results)
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| POPE | 86.0 |" in text and "| vqav2_test | no figure |" in text and "| by_topic | no figure |" in text
+    assert "| GQA | no figure |" in text and "vqav2_test 100 documents" in text and "nothing" not in text
+
+
+def test_a_file_that_cannot_be_read_is_named_beside_the_others(tmp_path, capsys):
+    write(tmp_path / "good", {"gqa": {"exact_match,none": 0.6}})
+    write(tmp_path / "bad", {"pope": {}}).write_text('{"results": ')
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| GQA | 60.0 |" in text and "Not readable:" in text and "bad/20260101_000000_results.json" in text
+    assert len(json.loads((tmp_path / "out/report.json").read_text())["runs"][0]["unreadable"]) == 1

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,14 +27,23 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.processes import Processes
 
 SIZE = 48
+_LIMIT_S = 600  # no speed is expected: this only ends a test that hangs
 CHILDREN = []
 
 
 class Noise:
     """Pictures of noise, all of different sizes; those in `broken` cannot be read."""
 
-    def __init__(self, count: int, seconds: float = 0.0, broken: tuple[int, ...] = (), prefix: str = "noise") -> None:
+    def __init__(
+        self,
+        count: int,
+        seconds: float = 0.0,
+        broken: tuple[int, ...] = (),
+        prefix: str = "noise",
+        gate: Path | None = None,
+    ) -> None:
         self.name, self.seconds, self.broken, self.prefix = "noise", seconds, broken, prefix
+        self.gate = gate  # pictures from the 50th on wait for this file
         self.count, self.opened = count, []
 
     def __len__(self) -> int:
@@ -44,6 +54,8 @@ class Noise:
 
     def picture(self, index: int) -> Image.Image:
         time.sleep(self.seconds)
+        while self.gate is not None and index >= 50 and not self.gate.exists():
+            time.sleep(0.005)
         self.opened.append(index)
         if index in self.broken:
             raise ValueError(f"picture {index} is broken")
@@ -219,7 +231,7 @@ def test_a_run_killed_at_random_moments_ends_with_every_image_once(model, tmp_pa
         shards = num_shards(tmp_path)
         child = in_child(encode, tmp_path, source, model, num_workers=num_workers)
         if attempt % 2:
-            _wait_for(lambda: num_shards(tmp_path) > shards)  # noqa: B023 - called at once
+            _wait_for(lambda: num_shards(tmp_path) > shards or not child.is_alive())  # noqa: B023 - called at once
         time.sleep(float(rng.uniform(0, 0.06)))
         child.kill()
         child.join()
@@ -263,12 +275,13 @@ def test_a_kill_between_any_two_files_loses_and_doubles_nothing(model, tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_with_what_it_has_encoded(model, tmp_path, number):
-    source = Noise(300, seconds=0.005)
-    child = in_child(_encode_in_own_group, tmp_path, source, model)
+def test_a_signal_ends_a_run_with_what_it_has_encoded(model, tmp_path_factory, number):
+    tmp_path, gate = tmp_path_factory.mktemp("codes"), tmp_path_factory.mktemp("gate") / "open"
+    child = in_child(_encode_in_own_group, tmp_path, Noise(300, gate=gate), model)
     _wait_for(lambda: num_shards(tmp_path))
     os.killpg(child.pid, number)  # as a terminal does: the processes that decode get it, too
-    child.join(10)
+    gate.touch()  # only now can the run get beyond its first 50 images
+    child.join(_LIMIT_S)
     assert child.exitcode == 128 + number
     cache = CodeCache(tmp_path)
     assert 7 <= len(cache) < 300 and len(cache) % 7 in (0, 3, 6)  # a shard's batches are of 3, 3 and 1
@@ -280,8 +293,8 @@ def _encode_in_own_group(folder, source, model):
     encode(folder, source, model, num_workers=2)
 
 
-def _wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def _wait_for(condition) -> None:
+    end = time.monotonic() + _LIMIT_S
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

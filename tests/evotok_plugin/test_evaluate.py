@@ -340,7 +340,7 @@ def test_two_processes_find_what_one_finds(model, processor, teacher, network, t
     children = [context.Process(target=_evaluate_on_rank, args=(rank, port, shared, queue)) for rank in range(2)]
     for child in children:
         child.start()
-    found = dict(queue.get(timeout=120) for _ in children)
+    found = dict(queue.get(timeout=900) for _ in children)
     for child in children:
         child.join(30)
     alone = work(options(**given, stats_cache=tmp_path / "one"))

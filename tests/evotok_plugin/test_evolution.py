@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -341,3 +342,19 @@ def test_usage_stands_beside_what_as_many_even_draws_would_give(tokenizer, folde
         assert drawn == pytest.approx(100 * share, abs=100 * 2 / 32)
         assert perplexities.get_lines()[0].get_ydata()[0] <= drawn / 100 * 32
     assert perplexities.get_lines()[0].get_ydata()[0] == pytest.approx(32, abs=0.1)
+
+
+def test_without_a_trained_semantic_decoder_pixels_alone_are_shown(
+    capsys, folder, tiny_evotok_folder, teacher_folder, tmp_path
+):
+    model = shutil.copytree(tiny_evotok_folder, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"semantic_decoder_trained": False}))
+    arguments = ["evolve", str(folder), "-o", str(tmp_path / "out"), "--model", str(model)]
+    assert main(arguments) == 0
+    assert "no curve of features" in capsys.readouterr().out
+    header = (tmp_path / "out" / "evolution.csv").read_text().splitlines()[0]
+    assert "psnr" in header and "cosine" not in header
+    for command in (arguments, ["evaluate", str(folder), "--model", str(model), "--num_workers", "0"]):
+        assert main([*command, "--teacher", str(teacher_folder)]) == 2
+        assert "semantic decoder of this tokenizer was not trained" in capsys.readouterr().err

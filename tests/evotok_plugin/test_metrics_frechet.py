@@ -85,7 +85,7 @@ def test_two_processes_find_what_one_finds(features):
     children = [context.Process(target=_distance_on_rank, args=(rank, port, features, queue)) for rank in range(2)]
     for child in children:
         child.start()
-    found = [queue.get(timeout=120) for _ in children]
+    found = [queue.get(timeout=900) for _ in children]
     for child in children:
         child.join(30)
     joint = [np.concatenate([vectors[0::2], vectors[1::2][:220]]) for vectors in features]

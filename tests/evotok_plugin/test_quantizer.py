@@ -436,7 +436,7 @@ def test_two_processes_equal_one_on_the_joint_batch_to_the_bit():
     children = [context.Process(target=_learn_on_rank, args=(rank, port, parts, queue)) for rank in range(2)]
     for child in children:
         child.start()
-    ranks = sorted((queue.get(timeout=120) for _ in children), key=lambda result: result[0])
+    ranks = sorted((queue.get(timeout=900) for _ in children), key=lambda result: result[0])
     for child in children:
         child.join(30)
     alone = learn(z)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -102,33 +101,39 @@ def settings_as_flags(settings):
     return flags
 
 
-def run_in_a_process(settings, until=None):
-    """The real command; `until(process)` may interfere. Returns exit code and what it said."""
-    command = [sys.executable, "-m", "evotok_plugin.cli", "train", *settings_as_flags(settings)]
+# The command, with a signal to itself as soon as its first checkpoint is written.
+STOPPED_AT_A_CHECKPOINT = """
+import os, sys
+from evotok_plugin import cli
+from evotok_plugin.training import tokenizer_trainer
+
+write, number = tokenizer_trainer.write_checkpoint, int(sys.argv.pop(1))
+
+def write_and_signal(*arguments):
+    path = write(*arguments)
+    tokenizer_trainer.write_checkpoint = write
+    os.kill(os.getpid(), number)
+    return path
+
+tokenizer_trainer.write_checkpoint = write_and_signal
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run_until_a_checkpoint(settings, number):
+    """The command in a process that gets a signal at its first checkpoint: exit code and output."""
+    command = [sys.executable, "-c", STOPPED_AT_A_CHECKPOINT, str(int(number)), "train", *settings_as_flags(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if until is not None:
-        until(process)
-    said = process.communicate(timeout=120)[0]
-    return process.returncode, said
-
-
-def wait_for(path, pattern, process):
-    while not list(path.glob(pattern)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(scene_folder, tmp_path, number, code):
     options = {"max_steps": 60, "save_every": 7, "val_every": 60, "log_every": 60, "num_workers": 1}
 
-    def stop(process):
-        wait_for(tmp_path / "parts", "checkpoint-*.safetensors", process)
-        process.send_signal(number)
-
     settings = config(scene_folder, tmp_path / "parts", **options)
-    returned, said = run_in_a_process(settings, until=stop)
+    returned, said = run_until_a_checkpoint(settings, number)
     assert returned == code, said
     found = checkpoints(tmp_path / "parts")
     assert found and "000000060" not in found[-1].name
@@ -415,3 +420,14 @@ def test_damaged_weights_are_not_loaded_in_silence(tmp_path, tiny_evotok_folder)
 def test_preset_and_teacher_shapes_agree():
     tiny = EvoTokConfig.preset("tiny")
     assert tiny.semantic_dim == tiny.encoder_hidden_size
+
+
+def test_a_tokenizer_says_whether_its_semantic_decoder_was_trained(scene_folder, teacher_folder, tmp_path):
+    def trained() -> bool:
+        return json.loads((tmp_path / "config.json").read_text())["semantic_decoder_trained"]
+
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=2)).run()
+    assert trained() is False
+    with_teacher = {"teacher": str(teacher_folder), "semantic_weight": 1.0}
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=4, **with_teacher)).run()
+    assert trained() is True

@@ -169,7 +169,7 @@ def test_a_tokenizer_is_sent_to_the_other_command(convert, tiny_evotok_folder, t
     code, error = convert(tmp_path / "evotok.pt")
     assert code == 2 and "`evotok convert` takes tokenizers" in error
     code, error = convert(files["read_projector"], vision_tower=tiny_backbone_folder)
-    assert code == 2 and "is no EvoTok tokenizer" in error
+    assert code == 2 and "is not an EvoTok tokenizer" in error
 
 
 class Code:

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ext.checkpointing import assemble, load_model
+from llava_ext.checkpointing import assemble, load_model, read_tower
 from llava_ext.cli import main
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 
@@ -38,7 +39,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, tiny_backbone_folder,
         load_model(tmp_path)
     with pytest.raises(ValueError, match="holds a qwen2 model, expected evotok_llava"):
         load_model(tiny_backbone_folder)
-    with pytest.raises(ValueError, match="no EvoTok tokenizer"):
+    with pytest.raises(ValueError, match="not an EvoTok tokenizer"):
         assemble(tiny_backbone_folder, tiny_backbone_folder, 32, 2, 2)
 
 
@@ -136,3 +137,81 @@ def test_export_overwrites_nothing(model_folder, tmp_path, capsys):
 def test_saved_files_name_no_path_of_this_machine(model_folder):
     for file in model_folder.glob("*.json"):
         assert str(model_folder.parent.parent) not in file.read_text(), file.name
+
+
+# Damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("processor_config.json", "processor_config.json is missing; copy the processor's files"),
+        ("tokenizer_config.json", "tokenizer_config.json is missing"),
+        ("tokenizer.json", "tokenizer.json is missing"),
+        ("chat_template.jinja", "no chat_template"),
+        ("config.json", "holds no config.json"),
+        ("model.safetensors", "holds no weights"),
+    ],
+)
+def test_a_file_that_is_missing_is_named_in_one_line(model_folder, tmp_path, capsys, name, message):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    (folder / name).unlink()
+    assert main(["draw", "a red circle", "--model", str(folder), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "processor_config.json", "config.json"])
+@pytest.mark.parametrize("command", ["draw", "chat", "export"])
+def test_a_git_lfs_pointer_is_named_with_its_remedy(model_folder, tmp_path, capsys, name, command):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 14458342\n")
+    arguments = {
+        "draw": ["draw", "a red circle", "--model", str(folder), "-o", str(tmp_path / "out")],
+        "chat": ["chat", "What is it?", "--model", str(folder)],
+        "export": ["export", str(folder), "-o", str(tmp_path / "out")],
+    }
+    assert main(arguments[command]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{folder / name} is a Git LFS pointer" in error and "git lfs pull" in error
+
+
+def test_the_processor_of_another_model_is_rejected(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"codebook_size": 64}))
+    with pytest.raises(ValueError, match="another model: its codebook_size is 64, the model's is 32"):
+        load_model(folder)
+
+
+def test_assembly_rejects_incomplete_parts(tiny_backbone_folder, tiny_evotok_folder, tmp_path):
+    def changed(folder, name, drop):
+        copy = shutil.copytree(folder, tmp_path / name)
+        weights = {key: value for key, value in load_file(copy / "model.safetensors").items() if drop not in key}
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+
+    backbone = changed(tiny_backbone_folder, "backbone", "layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
+        assemble(backbone, tiny_evotok_folder, 32, 2, 2)
+    with pytest.raises(ValueError, match=r"missing \(semantic_decoder"):
+        assemble(tiny_backbone_folder, changed(tiny_evotok_folder, "evotok", "semantic_decoder."), 32, 2, 2)
+
+
+def test_a_tokenizer_without_a_trained_semantic_decoder_is_not_assembled(
+    tiny_backbone_folder, tiny_evotok_folder, tmp_path
+):
+    tower = shutil.copytree(tiny_evotok_folder, tmp_path / "tower")
+    config = json.loads((tower / "config.json").read_text())
+    (tower / "config.json").write_text(json.dumps(config | {"semantic_decoder_trained": False}))
+    with pytest.raises(ValueError, match="semantic decoder of .*tower' was not trained"):
+        assemble(tiny_backbone_folder, tower, 32, 2, 2)
+
+
+def test_a_damaged_tokenizer_inside_a_model_folder_is_rejected(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("vision_tower.quantizer.codebooks")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the tokenizer in .*1 missing \(quantizer.codebooks\)"):
+        read_tower(folder)

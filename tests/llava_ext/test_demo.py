@@ -1,6 +1,7 @@
 """The page without a browser: what it takes, what it refuses, and that it goes on."""
 
 import io
+import itertools
 import json
 import socket
 import struct
@@ -22,8 +23,9 @@ from llava_ext.cli import main
 from llava_ext.demo.app import DemoLimits, build_demo, launch_demo
 from llava_ext.demo.evolution import level_by_level
 from llava_ext.demo.uploads import UploadLimits, open_upload
-from llava_ext.generation import Finished, TextDelta
+from llava_ext.generation import TextDelta
 
+LIMIT_S = 600  # no speed is expected: this only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
 SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant", "negative": "", "seed": 0}
 SETTINGS |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -186,18 +188,17 @@ def test_an_upload_does_not_stay_on_disk_as_it_came(ask, client, uploads, tmp_pa
 
 def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
     def slowly(model, *arguments):
-        for number in range(200):
-            time.sleep(0.05)
+        for number in itertools.count():  # only a stop ends it
+            time.sleep(0.02)
             yield TextDelta(0, f" {number}")
-        yield Finished(0, None)
 
     monkeypatch.setattr(type(tiny_mllm[0]), "stream", slowly)
     job = client.submit({"text": "count", "files": []}, *SETTINGS.values(), api_name="/ask")
     while not job.outputs():
         time.sleep(0.01)
     client.predict(api_name="/stop")
-    text = job.result(timeout=5)[1][-1]["content"][0]["text"]
-    assert text.startswith(" 0") and "199" not in text
+    text = job.result(timeout=LIMIT_S)[1][-1]["content"][0]["text"]
+    assert text.startswith(" 0")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_uploads_beyond_the_limits_are_refused(ask, client, tmp_path):
 def post(address, path, body):
     request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=LIMIT_S)
     return refused.value.code
 
 
@@ -272,9 +273,9 @@ def test_a_file_that_was_not_uploaded_is_neither_read_nor_deleted(address, tmp_p
         address + "gradio_api/call/evolve", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
             event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{address}gradio_api/call/evolve/{event}", timeout=20) as stream:
+        with urllib.request.urlopen(f"{address}gradio_api/call/evolve/{event}", timeout=LIMIT_S) as stream:
             assert stream.read().startswith(b"event: error")
     except urllib.error.HTTPError as refused:
         assert refused.code == 400
@@ -297,16 +298,16 @@ def test_large_requests_and_files_of_the_machine_are_refused(address):
     assert post(address, "gradio_api/call/evolve", {"data": ["x" * 2**19]}) == 413
     for secret in ("/etc/passwd", __file__):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}gradio_api/file={secret}", timeout=10)
+            urllib.request.urlopen(f"{address}gradio_api/file={secret}", timeout=LIMIT_S)
         assert refused.value.code in (403, 404)
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_answers_to_its_own_name(address):
-    with urllib.request.urlopen(address, timeout=10) as page:
+    with urllib.request.urlopen(address, timeout=LIMIT_S) as page:
         assert "default-src 'self'" in page.headers["Content-Security-Policy"]
         assert "fonts.googleapis.com" not in page.read().decode()
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=10)
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=LIMIT_S)
     assert refused.value.code == 400
 
 

@@ -50,7 +50,7 @@ def browser():
 def page(browser, address):
     """The page, which must ask nothing of any other server."""
     page, asked = browser.new_page(viewport={"width": 1200, "height": 900}), []
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     page.wait_for_selector("#message textarea")

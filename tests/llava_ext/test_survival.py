@@ -12,7 +12,7 @@ import tarfile
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import losses, run, run_forked, signal_when, stage_exit, start_forked, write_recipe
+from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, start_forked, write_recipe
 
 from evotok_plugin import interruption
 from llava_ext.checkpointing import load_model
@@ -177,8 +177,8 @@ def has_steps(output, count):
 )
 def test_a_stopped_run_saves_its_step_and_goes_on_from_it(recipe, tmp_path, number, code):
     settings = {"max_steps": 40, "save_steps": 1000}
-    ranks, _ = start_forked(run, recipe, tmp_path / "run", settings)
-    assert signal_when(ranks, number, has_steps(tmp_path / "run", 3)) == [code]
+    reached = has_steps(tmp_path / "run", 3)
+    assert exit_codes_when(reached, number, run, recipe, tmp_path / "run", settings) == [code]
     (saved,) = checkpoints(tmp_path / "run")
     assert is_complete(saved) and 3 <= int(saved.name.split("-")[1]) < 40
     assert not (tmp_path / "run" / "finished.json").exists()
@@ -190,19 +190,21 @@ def test_a_stopped_run_saves_its_step_and_goes_on_from_it(recipe, tmp_path, numb
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(recipe, tmp_path):
     settings = {"max_steps": 60, "save_steps": 1000}
-    ranks, _ = start_forked(run, recipe, tmp_path / "run", settings, world_size=2)
-    assert signal_when(ranks, signal.SIGTERM, has_steps(tmp_path / "run", 2), only_first=True) == [143, 143]
+    reached, two = has_steps(tmp_path / "run", 2), {"world_size": 2, "only_first": True}
+    assert exit_codes_when(reached, signal.SIGTERM, run, recipe, tmp_path / "run", settings, **two) == [143, 143]
     (saved,) = checkpoints(tmp_path / "run")
     assert is_complete(saved)
 
 
 def test_a_second_ctrl_c_ends_at_once_and_one_sent_twice_does_not(monkeypatch):
-    stop = StopInOrder()
+    now, stop = [0.0], StopInOrder()
+    monkeypatch.setattr(interruption, "_clock", lambda: now[0])
     stop.on_train_begin(None, None, None)
     try:
         signal.raise_signal(signal.SIGINT)
+        now[0] = 2.9
         signal.raise_signal(signal.SIGINT)  # a launcher passes on what the terminal has sent already
-        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
+        now[0] = 3.1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -215,9 +217,12 @@ def test_a_second_ctrl_c_ends_at_once_and_one_sent_twice_does_not(monkeypatch):
 
 def kill_while_saving(recipe, output, settings, pattern, world_size=1):
     """Kill -9 all processes as soon as a file of checkpoint-8 appears; were they still at work on it?"""
-    ranks, _ = start_forked(run, recipe, output, settings, world_size=world_size)
-    codes = signal_when(ranks, signal.SIGKILL, lambda: any((output / "checkpoint-8").glob(pattern)))
-    assert codes == [-signal.SIGKILL] * world_size
+
+    def appeared():
+        return any((output / "checkpoint-8").glob(pattern))
+
+    codes = exit_codes_when(appeared, signal.SIGKILL, run, recipe, output, settings, world_size=world_size)
+    assert codes[0] == -signal.SIGKILL
     return not is_complete(output / "checkpoint-8")
 
 

@@ -22,7 +22,7 @@ task, folder, what = sys.argv[1:]
 with open("ran.txt", "a") as notes:
     notes.write(f"{task} {os.getpid()}\\n")
 if what == "hang":
-    time.sleep(60)
+    time.sleep(3600)
 if what != "fail":
     values = {} if what == "empty" else {"acc,none": 0.5}
     content = {"results": {task: values}, "model_name": "m", "n-samples": {task: {"original": 1, "effective": 1}}}
@@ -148,11 +148,11 @@ def test_a_stopped_script_leaves_no_evaluation_behind(module, tmp_path, number, 
     )
     script = subprocess.Popen([sys.executable, str(starter)], cwd=tmp_path, stderr=subprocess.DEVNULL)
     notes = tmp_path / "ran.txt"
-    _wait(lambda: notes.exists() and notes.read_text().endswith("\n"), 60)
+    _wait(lambda: notes.exists() and notes.read_text().endswith("\n"), 900)
     script.send_signal(number)
-    assert script.wait(timeout=60) == code
+    assert script.wait(timeout=900) == code
     pid = int(notes.read_text().split()[1])
-    _wait(lambda: not _is_alive(pid), 20)
+    _wait(lambda: not _is_alive(pid), 900)
     assert not (tmp_path / "out/a/finished.json").exists()
 
 
@@ -184,16 +184,16 @@ def test_the_default_tasks_on_a_small_model(tiny_mllm, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     command = ["bash", str(ROOT / "scripts/evaluate.sh"), "--model", "model", "--limit", "4", "--output", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "out/report/report.json").read_text())
     assert {"PSNR", "SSIM", "code usage", "MMBench scenes", "GenEval scenes"} <= {
         row["name"] for row in content["rows"]
     }
     two = [*command[:-1], "two", "--tasks", "evotok_reconstruction"]
-    done = subprocess.run(two, cwd=tmp_path, env=environment | {"NPROC": "2"}, capture_output=True, timeout=200)
+    done = subprocess.run(two, cwd=tmp_path, env=environment | {"NPROC": "2"}, capture_output=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     one, both = (_figures(tmp_path / name) for name in ("out", "two"))
     assert both == pytest.approx(one) and both["num_images"] == 4
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert again.returncode == 0 and again.stdout.count("finished before") == 3

@@ -1,0 +1,289 @@
+"""Loading of model folders: every weight must be present, of the right shape and finite; damage is named in one line.
+
+All packages load models, configurations, tokenizers and processors through this module. Whatever the readers of
+transformers, tokenizers or safetensors raise becomes one ValueError that names the file, the cause and the remedy.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from evotok_plugin.weight_files import damage_of, describe_error, named_weights, read_json, weight_files
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+# Every model may hold these without a loss: buffers that are computed from the configuration.
+_HARMLESS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SHOWN = 3
+_POINTER_SIZE = 1024  # bytes; a Git LFS pointer is smaller
+_PARTS = (".json", ".model", ".txt", ".jinja")
+
+
+@contextlib.contextmanager
+def reading(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever the reader of another library raises into one ValueError.
+
+    Args:
+        what: the file or folder that is read.
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        advice = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{what} cannot be loaded: {describe_error(error)}{advice}") from error
+
+
+# Configuration -------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        ValueError: no such folder, no config.json, or no JSON object in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"model folder {str(folder)!r} does not exist")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
+    return read_json(folder / CONFIG)
+
+
+def model_type_of(folder: str | Path) -> str:
+    """The `model_type` of a model folder; empty where config.json names none.
+
+    Raises:
+        ValueError: no such folder, or no readable config.json in it.
+    """
+    kind = read_config(folder).get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"{Path(folder) / CONFIG}: expected a name as model_type, got {kind!r}")
+    return kind
+
+
+def open_config(config_class: Any, folder: str | Path, **options: Any) -> PreTrainedConfig:
+    """The configuration in a folder or hub repository, read by `config_class` (or `AutoConfig`).
+
+    Raises:
+        ValueError: it is missing or holds values that the class rejects.
+    """
+    if Path(folder).is_dir():
+        read_config(folder)
+    where = Path(folder) / CONFIG if Path(folder).is_dir() else repr(str(folder))
+    with reading(str(where)):
+        return config_class.from_pretrained(folder, **options)
+
+
+# Weights -------------------------------------------------------------------------------------------------------
+
+
+def load_whole(
+    model_class: Any,
+    folder: str | Path,
+    *,
+    unused: Collection[str] = (),
+    not_needed: Collection[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a model with `model_class.from_pretrained`; every weight must be present and fit.
+
+    Tied weights, and patterns that the model class itself declares harmless, are not reported by transformers.
+
+    Args:
+        folder: a folder, or a repository of the hub.
+        unused: patterns of weights that the folder may hold beyond the model's own.
+        not_needed: patterns of the model's weights that the folder may lack because nothing reads them.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: damaged files, or weights that are missing, unexpected, of another shape or not finite.
+    """
+    local = Path(folder).is_dir()
+    what = f"{str(folder)!r}"
+    if local:
+        open_config(getattr(model_class, "config_class", None) or AutoConfig, folder)
+        _check_files(Path(folder), pickles=not options.get("use_safetensors"))
+    with reading(what):
+        model, report = model_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_report(report, what, (*unused, *_HARMLESS), not_needed)
+    if local:
+        _check_types(model, Path(folder), options.get("quantization_config"))
+    check_values(model.state_dict(), what)
+    return model
+
+
+def load_strictly(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load a state dict into a module; every weight must be present, fit and be finite.
+
+    Args:
+        what: for the error: where the weights come from.
+
+    Raises:
+        ValueError: weights that are missing, unexpected, of another shape or not finite.
+    """
+    expected = module.state_dict()
+    _check_report(
+        {
+            "missing_keys": set(expected) - set(weights),
+            "unexpected_keys": set(weights) - set(expected),
+            "mismatched_keys": [
+                (name, tuple(weights[name].shape), tuple(expected[name].shape))
+                for name in expected
+                if name in weights and weights[name].shape != expected[name].shape
+            ],
+        },
+        what,
+    )
+    check_values(weights, what)
+    module.load_state_dict(weights)
+
+
+def _check_report(
+    report: dict[str, Any], what: str, unused: Collection[str] = (), not_needed: Collection[str] = ()
+) -> None:
+    def odd(keys: Collection[str], harmless: Collection[str]) -> list[str]:
+        return sorted(key for key in map(str, keys) if not any(re.search(pattern, key) for pattern in harmless))
+
+    shapes = sorted(
+        f"{name} {tuple(found)} instead of {tuple(expected)}"
+        for name, found, expected in report.get("mismatched_keys", ())
+    )
+    problems = {
+        "missing": odd(report.get("missing_keys", ()), not_needed),
+        "unexpected": odd(report.get("unexpected_keys", ()), unused),
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if found or report.get("error_msgs"):
+        detail = "; ".join(found) or describe_error(str(report["error_msgs"]))
+        raise ValueError(
+            f"{what} is not a whole checkpoint of this model: weights {detail}; download, copy or save the folder again"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _check_files(folder: Path, pickles: bool) -> None:
+    """Look at the weight files before transformers opens them, to name damage by its cause."""
+    try:
+        files = weight_files(folder)
+    except ValueError:
+        pickled = [*folder.glob("pytorch_model*.bin")]
+        if not pickles or not pickled:
+            raise
+        files = pickled
+    for file in files:
+        if cause := damage_of(file):
+            raise ValueError(f"{file} {cause}")
+
+
+def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
+    """Integers under the name of a weight would be taken for its values."""
+    if quantization is not None or getattr(model.config, "quantization_config", None) is not None:
+        return
+    if not list(folder.glob("model*.safetensors")):
+        return
+    weights = model.state_dict()
+    wrong = [
+        f"{name} {kind}"
+        for name, kind in ((name, part.get_dtype()) for name, part, _ in named_weights(folder))
+        if name in weights and weights[name].is_floating_point() and kind[0] in "IUB" and kind[:2] != "BF"
+    ]
+    if wrong:
+        raise ValueError(
+            f"{str(folder)!r} holds integers where weights belong ({_some(wrong)}) and names no quantization; "
+            "download or save the folder again"
+        )
+
+
+@torch.no_grad()
+def check_values(weights: dict[str, Tensor], what: str) -> None:
+    """Reject weights that are NaN or infinite, or all zero; warn of single matrices of zeros.
+
+    A matrix of zeros may be meant (a new block that starts as the identity), a model of nothing else is a file that
+    was never filled.
+
+    Raises:
+        ValueError: values that are not finite, or matrices that are all zero.
+    """
+    matrices, zero = 0, []
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or value.is_meta or not value.numel() or value.dtype not in _CHECKED:
+            continue
+        least, most = torch.stack(torch.aminmax(value)).tolist()
+        if not abs(least) < float("inf") or not abs(most) < float("inf"):
+            raise ValueError(f"{what}: {name} holds values that are NaN or infinite; train or download it again")
+        if value.ndim >= 2 and name.endswith("weight"):
+            matrices += 1
+            zero += [name] if least == most == 0 else []
+    if zero and len(zero) == matrices:
+        raise ValueError(f"{what}: all {matrices} weight matrices are zero; download or save the folder again")
+    if zero:
+        logger.warning(
+            "%s: %d weight matrices are all zero (%s); was a download interrupted?", what, len(zero), _some(zero)
+        )
+
+
+# Processors ----------------------------------------------------------------------------------------------------
+
+
+def open_tokenizer_folder(folder: str | Path, what: str = "text tokenizer") -> Any:
+    """The text tokenizer of a folder or hub repository.
+
+    Args:
+        what: for the error: whose it is.
+
+    Raises:
+        ValueError: its files are missing or damaged.
+    """
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return open_processor(
+        AutoTokenizer, folder, what, [("tokenizer_config.json",), vocabularies], "copy the folder that it was saved in"
+    )
+
+
+def open_processor(
+    processor_class: Any,
+    folder: str | Path,
+    what: str,
+    files: Sequence[Sequence[str]] = (),
+    remedy: str = "copy it from the folder that the model was trained or saved in",
+    **options: Any,
+) -> Any:
+    """A processor of a folder or hub repository, by its class's `from_pretrained`.
+
+    Args:
+        what: for the error: what it is.
+        files: of every group one must be in the folder.
+        remedy: for the error: what to do about a missing file.
+
+    Raises:
+        ValueError: files that are missing or damaged.
+    """
+    folder = Path(folder) if Path(folder).is_dir() else folder
+    if isinstance(folder, Path):
+        for group in files:
+            if not any((folder / name).is_file() for name in group):
+                raise ValueError(f"{what} in {str(folder)!r} is incomplete: {' or '.join(group)} is missing; {remedy}")
+        for file in sorted(path for path in folder.iterdir() if path.suffix in _PARTS and path.is_file()):
+            if file.stat().st_size < _POINTER_SIZE and (cause := damage_of(file)):
+                raise ValueError(f"{file} {cause}")
+    with reading(f"{what} in {str(folder)!r}", remedy):
+        return processor_class.from_pretrained(folder, **options)

@@ -1,0 +1,40 @@
+"""Tokenizer folders: the model and the image processor of one."""
+
+from pathlib import Path
+from typing import Any
+
+from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
+from evotok_plugin.modeling_evotok import EvoTokModel
+
+
+def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
+    """The tokenizer of a folder.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: no such folder, another kind of model, or weights that are missing, damaged or do not fit.
+    """
+    kind = model_type_of(folder)
+    if kind != EvoTokConfig.model_type:
+        raise ValueError(f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokConfig.model_type}")
+    return load_whole(EvoTokModel, folder, **options)
+
+
+def open_image_processor(folder: str | Path) -> EvoTokImageProcessor:
+    """The image processor of a tokenizer folder.
+
+    Raises:
+        ValueError: its file is missing or damaged.
+    """
+    return open_processor(
+        EvoTokImageProcessor,
+        folder,
+        "the image processor",
+        [("preprocessor_config.json", "processor_config.json")],
+        "copy it from the folder that the tokenizer was trained in, or write it with "
+        "EvoTokImageProcessor(size=PIXELS).save_pretrained",
+    )

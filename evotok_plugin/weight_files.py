@@ -1,0 +1,139 @@
+"""Files of model folders: which hold the weights, what is in them, and what is wrong with a damaged one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LFS = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<?xml")
+_LONGEST = 300  # characters of an error of another library
+# The files, next to the weights, that answers and drawings depend on.
+_DECIDING = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def describe_error(error: Exception | str) -> str:
+    """An error of another library as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def damage_of(file: Path) -> str | None:
+    """The end of a sentence that begins with the file's path; None where nothing is wrong with its first bytes or, in
+    a safetensors file, with its header and length."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not head:
+        return "is empty; download or copy it again"
+    if head.startswith(_LFS):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in the repository that it came from"
+    if head.lstrip().lower().startswith(_PAGES):
+        return "is a web page, not the file itself; download it again, with a login where the model asks for one"
+    if file.suffix != ".safetensors":
+        return None
+    if not any(head):
+        return "begins with zeros, so its download or copy was interrupted; get it again"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a pickled file under the name of a safetensors file; convert it, or rename it to pytorch_model.bin"
+    try:
+        with safe_open(file, "pt"):
+            return None
+    except (OSError, SafetensorError, ValueError) as error:
+        return f"is cut off or damaged ({describe_error(error)}); download or copy it again"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    if cause := damage_of(file):
+        raise ValueError(f"{file} {cause}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {describe_error(error)}; restore or save it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}; restore or save it again")
+    return content
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that a model folder is loaded from: one file, or those that its index names.
+
+    Raises:
+        ValueError: it has none, or not all of those that it names.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        shards = sorted(folder.glob("model-*.safetensors"))
+        missing = f"{INDEX} is missing beside its {len(shards)} shards" if shards else f"no {SINGLE}"
+        raise ValueError(f"{str(folder)!r} holds no weights ({missing}); download or copy the folder again")
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{folder / INDEX}: expected a weight_map of file names; download or copy it again")
+    files = sorted(set(names.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{folder / INDEX} names {outside[0]!r}, expected a file of the folder")
+    if absent := [name for name in files if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder / absent[0]} does not exist, but {INDEX} names it ({len(absent)} of {len(files)} files are "
+            "missing); download or copy the folder again"
+        )
+    return [folder / name for name in files]
+
+
+def named_weights(folder: str | Path) -> Iterator[tuple[str, Any, Callable[[], Tensor]]]:
+    """Name, slice and way to read of every weight; values are read only when they are asked for.
+
+    Raises:
+        ValueError: files that are missing or damaged.
+    """
+    for path in weight_files(folder):
+        if cause := damage_of(path):
+            raise ValueError(f"{path} {cause}")
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    yield name, file.get_slice(name), lambda file=file, name=name: file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {describe_error(error)}") from error
+
+
+def folder_fingerprint(folder: str | Path) -> str:
+    """sha256 over the content of all files that decide what a model answers and draws: weights, configuration,
+    tokenizer, templates. Another value in any weight gives another fingerprint.
+
+    Raises:
+        ValueError: no weights, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    files = sorted([*weight_files(folder), *(path for name in _DECIDING if (path := folder / name).is_file())])
+    try:
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+            digests = list(pool.map(_digest, files))
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
+    facts = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

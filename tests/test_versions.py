@@ -1,0 +1,52 @@
+"""The versions that are allowed, and the set that is tested."""
+
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+# Libraries whose classes are subclassed or whose internals are used: a newer version may break the project.
+BOUNDED = {
+    "torch", "torchvision", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate", "peft",
+    "deepspeed", "datasets", "bitsandbytes", "lmms_eval", "gradio", "pillow", "open_clip_torch",
+}  # fmt: skip
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[Requirement]:
+    extras = project()["optional-dependencies"]
+    return [Requirement(line) for line in chain(project()["dependencies"], *extras.values())]
+
+
+def constraints() -> dict[str, str]:
+    lines = (line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_libraries_with_used_internals_have_an_upper_bound():
+    bounded = {
+        requirement.name
+        for requirement in requirements()
+        if any(part.operator in ("<", "<=", "==") for part in requirement.specifier)
+    }
+    assert BOUNDED <= bounded
+    assert not Requirement(next(r for r in project()["dependencies"] if "transformers" in r)).specifier.contains("5.24")
+
+
+def test_the_tested_versions_are_allowed():
+    tested = constraints()
+    for requirement in requirements():
+        if version := tested.get(requirement.name):
+            assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
+
+
+def test_the_license_is_named_and_comes_along():
+    assert project()["license"] == "Apache-2.0" and project()["license-files"] == ["LICENSE"]
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "Copyright 2026 EvoTok contributors" in text
