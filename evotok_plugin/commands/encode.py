@@ -4,8 +4,9 @@ import argparse
 import logging
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
-from evotok_plugin.data.sources import open_sources
+from evotok_plugin.data.sources import ImageSource, open_sources
 from evotok_plugin.processes import Processes
 
 
@@ -13,7 +14,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "encode",
         parents=[shared.model, shared.counting, shared.sizing],
-        help="write the codes of images into a cache; run again, it goes on where it was stopped",
+        help="write the codes of images into a cache; rerun to resume, or to encode what is new or has changed",
     )
     defaults = EncodingOptions()
     parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")
@@ -21,26 +22,32 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--shard_size", type=int, default=defaults.shard_size, help="images a file")
     parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images encoded at once")
     parser.add_argument("--num_workers", type=int, default=defaults.num_workers, help="processes that decode images")
-    parser.add_argument("--retry_broken", action="store_true", help="try images again that could not be read before")
-    parser.add_argument("--verify", action="store_true", help="recompute the checksums of all that the cache holds")
+    parser.add_argument("--retry_broken", action="store_true", help="also try unreadable images that have not changed")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="recompute all checksums, and compare the source's images with those that were encoded",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Encode what the cache lacks of the source; with --verify check the cache, too, or alone."""
+    """Encode what the cache lacks of the source; with --verify check the cache as well, or only the cache."""
     if not arguments.source and not arguments.verify:
         raise ValueError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
     processes = Processes.join(arguments.device)
+    logging.getLogger("evotok_plugin").setLevel(logging.INFO if processes.is_first else logging.ERROR)
     try:
-        cache = _encode(arguments, processes) if arguments.source else CodeCache(arguments.output)
+        source = open_sources(arguments.source) if arguments.source else None
+        if source is not None:
+            _encode(source, arguments, processes)
         if processes.is_first:
-            _report(cache, arguments)
+            _report(CodeCache(arguments.output), source, arguments)
     finally:
         processes.leave()
 
 
-def _encode(arguments: argparse.Namespace, processes: Processes) -> CodeCache:
-    logging.getLogger("evotok_plugin").setLevel(logging.INFO if processes.is_first else logging.WARNING)
+def _encode(source: ImageSource, arguments: argparse.Namespace, processes: Processes) -> None:
     options = EncodingOptions(
         shard_size=arguments.shard_size,
         batch_size=arguments.batch_size,
@@ -50,10 +57,10 @@ def _encode(arguments: argparse.Namespace, processes: Processes) -> CodeCache:
     )
     model, processor = open_tokenizer(arguments.model, str(processes.device))
     size = at_size(processor, model, arguments.size).size
-    return encode_images(arguments.output, open_sources(arguments.source), model, size, processes, options)
+    encode_images(arguments.output, source, model, size, processes, options)
 
 
-def _report(cache: CodeCache, arguments: argparse.Namespace) -> None:
+def _report(cache: CodeCache, source: ImageSource | None, arguments: argparse.Namespace) -> None:
     positions, levels = cache.facts.num_positions, cache.facts.num_quantizers
     broken = f", {len(cache.broken)} broken" if cache.broken else ""
     print(f"{arguments.output}: {len(cache)} images{broken}, {positions} x {levels} codes each")
@@ -61,6 +68,11 @@ def _report(cache: CodeCache, arguments: argparse.Namespace) -> None:
         if damaged := cache.verify(show_progress=True):
             raise ValueError(
                 f"{len(damaged)} shards are not as they were written: {', '.join(damaged)}; delete the .npy and .json "
-                "of each and encode again: their images alone are encoded again"
+                "of each and encode again: only their images are re-encoded"
             )
         print("all checksums are right")
+        if source is not None and (changed := cache.verify_contents(source, show_progress=True)):
+            raise ValueError(
+                f"{len(changed)} images are not the ones that were encoded, though their sizes and times are the same: "
+                f"{', '.join(map(shorten, changed[:3]))}; touch their files and encode again"
+            )

@@ -1,13 +1,23 @@
-"""What could not be used of a data set: named, counted, and too much of it stops the work."""
+"""Samples that cannot be used: named, counted, reported, and limited in number."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_SHOWN = 100  # characters of a user's value in a message
+
+
+def shorten(value: object, limit: int = _SHOWN) -> str:
+    """A user's value as a message quotes it: its `repr`, cut to about `limit` characters."""
+    if isinstance(value, (str, bytes)) and len(value) > limit:
+        return f"{value[:limit]!r}... ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"
+    text = repr(value)
+    return text if len(text) <= 2 * limit else f"{text[:limit]}... ({len(text)} characters)"
+
 
 @dataclass
 class BadSamples:
-    """Counts what could not be used, writes it to a report file and stops when there is too much of it."""
+    """Counts samples that cannot be used, writes them to a report file and stops when there are too many."""
 
     report: Path | None
     limit: float = 0.001

@@ -33,6 +33,9 @@ def build_dataset(
         ValueError: no data, too much that is bad, or nothing left.
     """
     check_weights(config.data_weights, len(config.data_path))
+    logging.getLogger("evotok_plugin.data").setLevel(
+        logger.getEffectiveLevel()
+    )  # skipped files, the state of the cache
     options = RowOptions(Path(config.image_folder) if config.image_folder else None, config.caption_task)
     sources = [open_records(path, options) for path in config.data_path]
     processes = Processes(config.process_index, config.world_size, config.device)
@@ -131,6 +134,6 @@ def without_broken(found: Survey, cache: CodeCache, bad: BadSamples) -> RecordTa
     left_out = np.zeros(len(found.records), bool)
     for record, why in found.needing(cache.broken).items():
         left_out[record] = True
-        bad.add(found.records.name(record), f"{why} (mended, `evotok encode --retry_broken` takes it up)")
+        bad.add(found.records.name(record), why)
     bad.check(found.num_records)
     return found.records.without(left_out)

@@ -1,27 +1,34 @@
 """Rows of any source, checked and turned into role/content messages. A bad row is named, never replaced."""
 
-import os
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.files import local_path
+from llava_ext.data.named_images import NamedImage, find_image, image_names, is_empty
 
 LLAVA_IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 KINDS = ("text", "read", "draw")
 CAPTION_TASKS = {"read": ("read",), "draw": ("draw",), "both": ("read", "draw")}
 DESCRIBE = "Describe the image."
+TURNS, CAPTIONS = ("conversations", "messages"), ("caption", "text")
+UNSUPPORTED = ("video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
 class Record:
     """One conversation. `images` are the images' keys: paths relative to the image folder, or names that a source
     gives to what it embeds. `drawn[i]` says that the assistant draws image i instead of reading it: one of an assistant
-    turn, unless it is only shown there as it was drawn before."""
+    turn, unless it is only shown there as it was drawn before. `stamps` tell the state of the images (`stamp_of`)."""
 
     id: str
     messages: tuple[dict, ...]
     images: tuple[str, ...] = ()
     drawn: tuple[bool, ...] = ()
+    stamps: tuple[bytes, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -48,46 +55,84 @@ class RowOptions:
     def __post_init__(self) -> None:
         if self.caption_task not in CAPTION_TASKS:
             raise ValueError(f"caption_task: expected one of {', '.join(CAPTION_TASKS)}, got {self.caption_task!r}")
+        if self.image_folder is not None:
+            object.__setattr__(self, "image_folder", Path(local_path(str(self.image_folder))))
 
 
-def parse_row(row: object, options: RowOptions, embedded: Sequence[str] = ()) -> tuple[Record, ...]:
+def parse_row(
+    row: object, options: RowOptions, embedded: Sequence[str] = (), stamps: Sequence[bytes] = ()
+) -> tuple[Record, ...]:
     """One row to its record; a caption to one for each of its tasks.
 
     A row holds `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`, the content a string or
-    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images. An
-    image in an assistant turn is drawn; `drawn` (a bool an image) says otherwise: false shows one that was drawn
-    before, which is read, as it is when a conversation goes on after a drawing.
+    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images. Fields
+    that are empty count as absent. An image in an assistant turn is drawn; `drawn` (a bool an image) says otherwise:
+    false shows one that was drawn before, which is read, as it is when a conversation goes on after a drawing.
 
     Args:
-        embedded: keys of the images that come with the row.
+        embedded: keys of the images that come with the row, and `stamps` their stamps.
 
     Raises:
         ValueError: no conversation, an unknown speaker, `<image>` and images that do not match, an image path that
-            leaves the image folder, or a missing image file.
+            leaves the image folder, a missing image file, or a video or sound.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object with 'conversations', got {type(row).__name__}")
-    turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
-    caption = row["caption"] if row.get("caption") is not None else row.get("text")
+    row = _checked(row)
+    turns = _turns_of(row)
+    caption = next((row[name] for name in CAPTIONS if not is_empty(row.get(name))), None)
     if turns is not None:
         conversations = [_messages(turns)]
-    elif isinstance(caption, str) and caption.strip():
+    elif isinstance(caption, str):
         conversations = [_about_caption(caption.strip(), task) for task in CAPTION_TASKS[options.caption_task]]
     else:
         raise ValueError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
-    named = _named_images(row)
+    names = [] if embedded else image_names(row, _images_in_parts(turns))
     for messages in conversations:
         _check_text(messages)
-        _check_counts(messages, len(embedded) or len(named))
-    images = tuple(embedded) or tuple(_image_key(name, options.image_folder) for name in named)
+        _check_counts(messages, len(embedded) or len(names))
+    found = [find_image(name, options.image_folder) for name in names]
+    images = tuple(embedded) or tuple(image.key for image in found)
+    stamps = tuple(stamps) if embedded else tuple(image.stamp for image in found)
     identity = "" if row.get("id") is None else str(row["id"])
-    return tuple(Record(identity, messages, images, _drawn(messages, row)) for messages in conversations)
+    return tuple(Record(identity, messages, images, _drawn(messages, row), stamps) for messages in conversations)
+
+
+def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
+    """Image `number` of those that a row names.
+
+    Raises:
+        ValueError: as `parse_row` raises it.
+    """
+    row = _checked(row)
+    return find_image(image_names(row, _images_in_parts(_turns_of(row)))[number], options.image_folder)
 
 
 def parse_record(row: object, image_folder: Path | None) -> Record:
     """A LLaVA row as its one record; the errors are those of `parse_row`."""
     (record,) = parse_row(row, RowOptions(image_folder, caption_task="read"))
     return record
+
+
+def _checked(row: object) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with 'conversations', got {type(row).__name__}")
+    for name in UNSUPPORTED:
+        if not is_empty(row.get(name)):
+            raise ValueError(f"the row has {name!r}, which is not supported; only text and images are")
+    return row
+
+
+def _turns_of(row: dict) -> object:
+    """The conversation of a row, None if it has none. Data sets also hold it as JSON text, or as lists by field."""
+    turns = next((row[name] for name in TURNS if not is_empty(row.get(name))), None)
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'conversations' is text that is not JSON: {error}") from error
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len({len(values) for values in turns.values()}) == 1:
+            turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    return turns
 
 
 def _messages(turns: object) -> tuple[dict, ...]:
@@ -97,7 +142,11 @@ def _messages(turns: object) -> tuple[dict, ...]:
     for turn in turns:
         speaker, content = _speaker_and_content(turn)
         if speaker not in ROLES or content is None:
-            raise ValueError(f"turn {len(messages)}: expected {{'from': 'human'|'gpt', 'value': text}}, got {turn!r}")
+            raise ValueError(
+                f"turn {len(messages)}: expected {{'from': 'human'|'gpt', 'value': text}}, got {shorten(turn)}"
+            )
+        if ROLES[speaker] == "assistant" and not content.strip():
+            raise ValueError(f"turn {len(messages)}: the answer of {speaker!r} is empty")
         messages.append({"role": ROLES[speaker], "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no 'gpt' turn: there is nothing to learn")
@@ -105,21 +154,32 @@ def _messages(turns: object) -> tuple[dict, ...]:
 
 
 def _speaker_and_content(turn: object) -> tuple[str | None, str | None]:
-    """Who speaks, and what as text; None for what is not understood."""
+    """Who speaks, and the content as text; None for what is not understood."""
     if not isinstance(turn, dict):
         return None, None
-    speaker = turn["from"] if turn.get("from") is not None else turn.get("role")
-    content = turn["value"] if turn.get("value") is not None else turn.get("content")
+    speaker, content = (_first_of(turn, *names) for names in (("from", "role"), ("value", "content")))
     if isinstance(content, list):
         parts = [_part(part) for part in content]
         content = None if None in parts else "\n".join(parts)
     return speaker if isinstance(speaker, str) else None, content if isinstance(content, str) else None
 
 
+def _first_of(turn: dict, *names: str) -> object:
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
 def _part(part: object) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if kind == "text" else LLAVA_IMAGE if kind == "image" else None
+    text = part.get("text") if kind == "text" else LLAVA_IMAGE if kind in ("image", "image_url") else None
     return text if isinstance(text, str) else None
+
+
+def _images_in_parts(turns: object) -> list[object]:
+    """The images that parts of messages name themselves: `{"type": "image", "image": path}` and its variants."""
+    contents = [_first_of(turn, "value", "content") for turn in turns if isinstance(turn, dict)] if turns else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    images = [part for part in parts if part.get("type") in ("image", "image_url")]
+    return [_first_of(part, "image", "image_url", "path", "url") for part in images]
 
 
 def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
@@ -136,7 +196,7 @@ def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:
     if said is None:
         return may
     if not isinstance(said, list) or [type(value) for value in said] != [bool] * len(may):
-        raise ValueError(f"drawn: expected true or false for each of {len(may)} images, got {said!r}")
+        raise ValueError(f"drawn: expected true or false for each of {len(may)} images, got {shorten(said)}")
     if any(value and not allowed for value, allowed in zip(said, may, strict=True)):
         raise ValueError(f"drawn: {said} says that an image outside the assistant's turns is drawn")
     return tuple(said)
@@ -148,32 +208,19 @@ def _check_text(messages: Sequence[dict]) -> None:
             message["content"].encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
             raise ValueError(f"turn {number} is no Unicode text: {error}") from error
+        for tag in ("<video>", "<audio>"):
+            if tag in message["content"]:
+                raise ValueError(f"turn {number} holds {tag}, which is not supported; only text and images are")
 
 
 def _check_counts(messages: Sequence[dict], num_images: int) -> None:
     found = len(_by_assistant(messages))
     if found != num_images:
-        raise ValueError(f"{found} {LLAVA_IMAGE} in the conversation but {num_images} images; they must match")
-
-
-def _named_images(row: dict) -> list[str]:
-    """The paths that a row names: `image` or `images`, one or several, each a string or `{"path": string}`."""
-    value = row["images"] if row.get("images") is not None else row.get("image")
-    several = value if isinstance(value, list) else [] if value is None else [value]
-    names = [name.get("path") if isinstance(name, dict) else name for name in several]
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"image: expected paths, got a {type(wrong[0]).__name__}")
-    return names
-
-
-def _image_key(name: str, image_folder: Path | None) -> str:
-    """The path of an image relative to the image folder, the same for every way to write it."""
-    if image_folder is None:
-        raise ValueError(f"image {name!r} but no image folder; pass --image_folder")
-    root = os.path.abspath(image_folder)
-    path = os.path.abspath(os.path.join(root, name))
-    if os.path.commonpath([root, path]) != root:
-        raise ValueError(f"image path {name!r} leaves the image folder {image_folder}")
-    if not os.path.isfile(path):
-        raise ValueError(f"image {name!r} not found in {image_folder}")
-    return os.path.relpath(path, root)
+        remedy = (
+            "'image' and 'images' are missing or empty, and text may not hold it"
+            if not num_images
+            else f"write {LLAVA_IMAGE} where each image belongs"
+        )
+        raise ValueError(
+            f"{found} {LLAVA_IMAGE} in the conversation but {num_images} images; they must match ({remedy})"
+        )

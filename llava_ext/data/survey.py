@@ -4,7 +4,6 @@ The look is divided among the processes of a run and, in each, among data-loadin
 is some bytes a record, and each image's key once.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,8 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from evotok_plugin.data.sources import PackedStrings
+from evotok_plugin.data.cache_ledger import key_digests
+from evotok_plugin.data.tar_shards import PackedStrings
 from evotok_plugin.processes import Processes
 from evotok_plugin.progress import progress_interval
 from llava_ext.data.record_sources import RecordSource
@@ -65,10 +65,13 @@ def _name(source: RecordSource, row: int, number: int) -> str:
 class RecordImages:
     """The images of all records, each once, as an `ImageSource`."""
 
-    def __init__(self, sources: Sequence[RecordSource], places: np.ndarray, keys: PackedStrings) -> None:
-        """`places` (len, 3) says of each image its source, the row in it, and which of the row's images it is."""
+    def __init__(
+        self, sources: Sequence[RecordSource], places: np.ndarray, keys: PackedStrings, stamps: np.ndarray
+    ) -> None:
+        """`places` (len, 3) says of each image its source, the row in it, and which of the row's images it is;
+        `stamps` (len,) tell its state."""
         self.name = ", ".join(source.name for source in sources)
-        self._sources, self._places, self._keys = list(sources), places, keys
+        self._sources, self._places, self._keys, self._stamps = list(sources), places, keys, stamps
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -79,6 +82,13 @@ class RecordImages:
     def picture(self, index: int) -> Image.Image:
         source, row, number = self._places[index].tolist()
         return self._sources[source].picture(row, number)
+
+    def stamp(self, index: int) -> bytes:
+        return bytes(self._stamps[index])
+
+    def content(self, index: int) -> bytes:
+        source, row, number = self._places[index].tolist()
+        return self._sources[source].content(row, number)
 
     def label(self, index: int) -> None:
         return None
@@ -113,7 +123,7 @@ class Survey:
 
     def needing(self, broken: dict[str, str]) -> dict[int, str]:
         """Which records need a broken image, and why it is broken, given by the images' keys."""
-        is_broken = np.isin(_digests(map(self.images.key, range(len(self.images)))), _digests(broken))
+        is_broken = np.isin(key_digests(map(self.images.key, range(len(self.images)))), key_digests(broken))
         uses = np.flatnonzero(is_broken[self._image_of])
         keys = (self.images.key(int(self._image_of[use])) for use in uses)
         return {int(self._record_of[use]): f"image {key!r}: {broken[key]}" for use, key in zip(uses, keys, strict=True)}
@@ -166,6 +176,7 @@ class _Notes:
     lengths: list[int] = field(default_factory=list)
     num_images: list[int] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    stamps: list[bytes] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
     too_long: dict[str, str] = field(default_factory=dict)
     num_cut: int = 0
@@ -178,7 +189,7 @@ class _Facts:
         self.places = np.array(notes.places, np.int64).reshape(-1, 3)
         self.kinds, self.lengths = np.array(notes.kinds, np.uint8), np.array(notes.lengths, np.int32)
         self.num_images, self.images = np.array(notes.num_images, np.int32), PackedStrings(notes.images)
-        self.digests = _digests(notes.images)
+        self.digests, self.stamps = key_digests(notes.images), np.array(notes.stamps, "S16")
         self.bad, self.too_long, self.num_cut = notes.bad, notes.too_long, notes.num_cut
 
 
@@ -216,22 +227,17 @@ class _Chunks(Dataset):
         notes.lengths.append(layout.num_steps)
         notes.num_images.append(len(record.images))
         notes.images += record.images
+        notes.stamps += record.stamps
         notes.num_cut += layout is not whole
-
-
-def _digests(keys) -> np.ndarray:
-    """128 bits a key, (keys,)."""
-    found = (hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() for key in keys)
-    return np.fromiter(found, dtype="S16")
 
 
 # Put together ------------------------------------------------------------------------------------------------
 
 
 def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
-    places, kinds, lengths, num_images, digests = (
+    places, kinds, lengths, num_images, digests, stamps = (
         np.concatenate([getattr(one, what) for one in facts])
-        for what in ("places", "kinds", "lengths", "num_images", "digests")
+        for what in ("places", "kinds", "lengths", "num_images", "digests", "stamps")
     )
     record_of = np.repeat(np.arange(len(places), dtype=np.int64), num_images)
     which = np.arange(len(record_of)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
@@ -243,7 +249,7 @@ def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
     keys = PackedStrings(key for key, needed in zip(uses, is_first, strict=True) if needed)
     return Survey(
         records=RecordTable(sources, places, kinds, lengths),
-        images=RecordImages(sources, image_places, keys),
+        images=RecordImages(sources, image_places, keys, stamps[first_use]),
         bad={name: why for one in facts for name, why in one.bad.items()},
         too_long={name: why for one in facts for name, why in one.too_long.items()},
         num_cut=sum(one.num_cut for one in facts),

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evotok_plugin.data.sources import (
-    PackedStrings,
-    TarSource,
-    is_held_out,
-    open_source,
-    open_sources,
-    shard_index,
-    split_held_out,
-)
+from evotok_plugin.data.sources import is_held_out, open_source, open_sources, split_held_out
+from evotok_plugin.data.tar_shards import PackedStrings, TarSource, shard_index
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +144,7 @@ def test_one_image_a_sample_whatever_its_suffix_and_folder(tmp_path):
     members = [("a/x.seg.png", png(1)), ("a/x.jpg", png(2, "jpg")), ("b/x.JPG", png(3, "jpg")), ("b/y.json", b"{}")]
     source = open_source(write_shard(tmp_path / "s.tar", members))
     assert [source.key(i) for i in range(len(source))] == ["s/a/x", "s/b/x"] and source.label(0) is None
-    assert values(source)[0] == 1
+    assert values(source)[0] == 2  # x.jpg is the image, x.seg.png belongs to it
 
 
 def test_other_processes_read_the_same_shards(tmp_path):
@@ -163,7 +156,7 @@ def test_other_processes_read_the_same_shards(tmp_path):
 
 
 def test_no_more_than_some_shards_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("evotok_plugin.data.sources._OPEN_SHARDS", 2)
+    monkeypatch.setattr("evotok_plugin.data.tar_shards._OPEN_SHARDS", 2)
     source = open_source(write_shards(tmp_path / "shards", count=4, size=2))
     assert values(source) == [0, 1, 10, 11, 20, 21, 30, 31] == values(source)
     assert len(source._open) == 2
@@ -173,7 +166,7 @@ def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path, monkeypatch
     path = str(write_shard(tmp_path / "s.tar", [("x.png", png(1))]))
     first = shard_index(path)
     with monkeypatch.context() as patch:
-        patch.setattr("evotok_plugin.data.sources._scan_shard", lambda shard: pytest.fail("scanned again"))
+        patch.setattr("evotok_plugin.data.tar_shards._scan_shard", lambda shard: pytest.fail("scanned again"))
         assert shard_index(path) == first
     write_shard(tmp_path / "s.tar", [("x.png", png(1)), ("y.png", png(2))])
     assert shard_index(path)["keys"] == ["x", "y"]

@@ -1,0 +1,192 @@
+"""The images that a code cache knows: by key, by place and state, and by content.
+
+An image is recognized by its key and its stamp (`stamp_of`: where it lies, its size and times) without reading it, else
+by the digest of its content. So a replaced image is encoded again, while one that was copied, moved or touched is not,
+and images of equal names from two folders stay apart. An *entry* is what one run has noted of one image.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evotok_plugin.data.cache_files import Shard, remedy, shard_name, shard_numbers
+from evotok_plugin.data.sources import ImageSource
+
+_BROKEN, _LOST = -1, -2  # rows of images that could not be read, and of known ones whose codes were deleted
+
+
+def key_digests(keys: Iterable[str]) -> np.ndarray:
+    """128 bits a key, (keys,)."""
+    digests = (hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() for key in keys)
+    return np.fromiter(digests, dtype="S16")
+
+
+def stamps_of(source: ImageSource, indices: Sequence[int]) -> np.ndarray:
+    """Stamps of images (indices,); zeros for a source whose keys alone identify its images."""
+    stamp = getattr(source, "stamp", None)
+    if stamp is None:
+        return np.zeros(len(indices), "S16")
+    return np.fromiter((stamp(index) for index in indices), "S16", len(indices))
+
+
+def as_hex(digest: bytes) -> str:
+    """A digest as a shard's .json holds it; numpy strips zeros from the end of bytes."""
+    return digest.ljust(16, b"\0").hex() if digest else ""
+
+
+class DigestIndex:
+    """The rows of digests: sorted digests and the row of each.
+
+    For the 13 M images of a large run a dict of strings takes more than 2 GB, and every forked data-loading process
+    comes to own a copy, because looking at a string counts a reference. These arrays take 20 bytes a digest and are
+    shared. That two of 13 M keys have one digest has a probability of 1e-25.
+    """
+
+    def __init__(self, digests: np.ndarray, rows: np.ndarray) -> None:
+        order = np.argsort(digests, kind="stable")
+        self._digests, self._rows = digests[order], rows[order].astype(np.uint32)
+
+    def rows(self, digests: np.ndarray) -> np.ndarray:
+        """Row of each (digests,), -1 where there is none; of a digest with several rows the first."""
+        if not len(self._digests):
+            return np.full(len(digests), -1)
+        places = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
+        return np.where(self._digests[places] == digests, self._rows[places].astype(np.int64), -1)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def holds(self, digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which digests (digests,) stand here with these rows."""
+        return np.isin(_with_rows(digests, rows), _with_rows(self._digests, self._rows))
+
+    def all_rows(self, digest: np.ndarray) -> np.ndarray:
+        """All rows of one digest (1,)."""
+        first, end = (int(np.searchsorted(self._digests, digest, side)[0]) for side in ("left", "right"))
+        return self._rows[first:end]
+
+    def repeated(self) -> tuple[int, int] | None:
+        """Two rows of one digest, if there are any."""
+        again = np.flatnonzero(self._digests[1:] == self._digests[:-1])
+        return (int(self._rows[again[0]]), int(self._rows[again[0] + 1])) if len(again) else None
+
+
+class Ledger:
+    """All entries of a cache, in the order in which they were written.
+
+    Attributes:
+        numbers: the shards.
+        row_starts: of each shard the number of its first row; a row is the codes of an image.
+        entry_starts: of each shard the number of its first entry: its rows, known images, broken images.
+        sizes: of each row the image's width and height in pixels (rows, 2).
+        keys: of each entry the digest of its key.
+        rows: of each entry its row, negative if it has none.
+        reasons: key and reason by entry of the broken images.
+        contents: the rows of contents.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: a shard that is damaged, or two that hold the same images.
+        """
+        self.numbers = shard_numbers(folder)
+        keys, stamps, contents, rows, sizes = [key_digests([])], [_digests_of([])], [_digests_of([])], [], []
+        self.reasons: dict[int, tuple[str, str]] = {}
+        num_rows, row_starts, entry_starts = 0, [0], [0]
+        for number in self.numbers:
+            shard, _ = Shard.read(folder, number)
+            try:
+                stamps.append(_digests_of([*shard.stamps, *shard.known_stamps, *shard.broken_stamps]))
+                contents.append(_digests_of([*shard.contents, *shard.known_contents, *[""] * len(shard.broken)]))
+            except ValueError as error:
+                raise ValueError(
+                    f"{shard_name(number)}.json is not what was written ({error}); {remedy(number)}"
+                ) from error
+            keys.append(key_digests(shard.all_keys()))
+            rows += [*range(num_rows, num_rows + len(shard.keys)), *[_LOST] * len(shard.known_keys)]
+            rows += [_BROKEN] * len(shard.broken)
+            sizes.append(np.asarray(shard.sizes, np.uint32).reshape(-1, 2))
+            first_broken = entry_starts[-1] + len(shard) - len(shard.broken)
+            self.reasons |= {first_broken + n: facts for n, facts in enumerate(shard.broken.items())}
+            num_rows += len(shard.keys)
+            row_starts.append(num_rows)
+            entry_starts.append(entry_starts[-1] + len(shard))
+        self.row_starts, self.entry_starts = np.array(row_starts), np.array(entry_starts)
+        self.sizes = np.concatenate([np.zeros((0, 2), np.uint32), *sizes])
+        self.keys, self.rows = np.concatenate(keys), np.array(rows, np.int64)
+        self._stamps, digests = np.concatenate(stamps), np.concatenate(contents)
+        self._resolve(digests)
+        self._sort(folder)
+
+    def _resolve(self, digests: np.ndarray) -> None:
+        """Give known images the rows of their contents."""
+        has_content = digests != b""
+        encoded, known = self.rows >= 0, self.rows == _LOST
+        self.contents = DigestIndex(digests[encoded & has_content], self.rows[encoded & has_content])
+        found = self.contents.rows(digests[known])
+        self.rows[known] = np.where(found >= 0, found, _LOST)
+        self._is_encoded = encoded
+
+    def _sort(self, folder: Path) -> None:
+        identities = _identities(self.keys, self._stamps)
+        entries = np.flatnonzero(self.rows != _LOST)
+        self._entries = entries[np.argsort(identities[entries], kind="stable")]
+        self._identities = identities[self._entries]
+        encoded = self._entries[self._is_encoded[self._entries]]
+        again = np.flatnonzero(identities[encoded][1:] == identities[encoded][:-1])
+        if len(again):
+            first, second = (self.numbers[self._shard_of(encoded[place])] for place in (again[0], again[0] + 1))
+            raise ValueError(
+                f"{shard_name(first)} and {shard_name(second)} of {folder} hold the same images; {remedy(second)}"
+            )
+
+    def _shard_of(self, entry: int) -> int:
+        return int(np.searchsorted(self.entry_starts, entry, side="right")) - 1
+
+    def entries_of(self, keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+        """The last entry of each image (keys,), given by the digest of its key and its stamp; -1 if there is none."""
+        if not len(self._identities):
+            return np.full(len(keys), -1)
+        wanted = _identities(keys, stamps)
+        places = (np.searchsorted(self._identities, wanted, side="right") - 1).clip(min=0)
+        return np.where(self._identities[places] == wanted, self._entries[places], -1)
+
+    def has_place(self, keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+        """Which images (keys,) have an entry for their key and place, whatever state they were in."""
+        return np.isin(_places(keys, stamps), _places(self.keys, self._stamps))
+
+    def current(self) -> np.ndarray:
+        """The entries that stand for the images as they were seen last: of every key and place the last entry, of
+        those with one key and the same codes the first."""
+        entries = np.flatnonzero(self.rows != _LOST)[::-1]
+        _, last = np.unique(_places(self.keys[entries], self._stamps[entries]), return_index=True)
+        entries = np.sort(entries[last])
+        _, first = np.unique(_with_rows(self.keys[entries], self.rows[entries]), return_index=True)
+        return np.sort(entries[first])
+
+
+def _digests_of(hexadecimal: Sequence[str]) -> np.ndarray:
+    return np.array([bytes.fromhex(text) for text in hexadecimal], "S16")
+
+
+def _as_bytes(digests: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)
+
+
+def _identities(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """128 bits for a key and a stamp; those of the key itself where the stamp is zero."""
+    return (_as_bytes(keys) ^ _as_bytes(stamps)).view("S16").ravel()
+
+
+def _places(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """The key and the half of the stamp that tells the place (keys,)."""
+    return np.concatenate([_as_bytes(keys), _as_bytes(stamps)[:, :8]], axis=1).view("S24").ravel()
+
+
+def _with_rows(digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Digests and rows in one comparable value each (digests,)."""
+    as_bytes = np.ascontiguousarray(rows.astype(np.int64)).view(np.uint8).reshape(-1, 8)
+    return np.concatenate([_as_bytes(digests), as_bytes], axis=1).view("S24").ravel()

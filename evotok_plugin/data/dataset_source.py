@@ -1,0 +1,142 @@
+"""Hugging Face data sets as sources of images: saved folders, parquet files and the hub."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from evotok_plugin.data.files import file_state, local_path, read_file, stamp_of
+from evotok_plugin.data.images import open_picture
+
+
+class DatasetSource:
+    """A split of a Hugging Face data set with an image column; labels are its `label` column.
+
+    Raises:
+        ValueError: the data set has no column of images.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        import datasets
+
+        self.name = name
+        column = next(
+            (c for c, kind in dataset.features.items() if isinstance(kind, datasets.Image)),
+            next((c for c in ("image", "jpg", "png", "webp") if c in dataset.features), None),
+        )
+        if column is None:
+            raise ValueError(f"{name!r} has no column of images; its columns are {', '.join(dataset.features)}")
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self._images = dataset.select_columns([column])
+        self._column = column
+        self._labels = dataset["label"] if "label" in dataset.features else None
+        self._names = getattr(dataset.features.get("label"), "names", None)
+        self._place = os.path.abspath(name) if os.path.exists(name) else name
+        self._state = dataset._fingerprint
+        self._arrow = None if _is_whole(self._images, column) else self._images.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        return f"{index:09d}"
+
+    def picture(self, index: int) -> Image.Image:
+        return open_picture(self.content(index), f"{self.name} row {index}")
+
+    def content(self, index: int) -> bytes:
+        content = self._images[int(index)][self._column]
+        if isinstance(content, dict):
+            content = content["bytes"] or content["path"]
+        if isinstance(content, str):
+            return read_file(local_path(content), f"{self.name} row {index}: {content}")
+        if not isinstance(content, bytes):
+            raise ValueError(f"image {self.key(index)!r} of {self.name!r} is missing: a {type(content).__name__}")
+        return content
+
+    def stamp(self, index: int) -> bytes:
+        place = f"{self._place}/{index}"
+        if self._arrow is None:
+            return stamp_of(place, self._state)
+        value = self._arrow[int(index)].column(0)[0].as_py()  # a row of a path, or of nothing
+        path = value.get("path") if isinstance(value, dict) else value
+        return stamp_of(place, self._state, *(file_state(path) if isinstance(path, str) else ()))
+
+    def label(self, index: int) -> str | None:
+        if self._labels is None:
+            return None
+        value = self._labels[int(index)]
+        return self._names[value] if self._names and isinstance(value, int) and value >= 0 else str(value)
+
+    def groups(self) -> None:
+        return None
+
+
+def _is_whole(images: Any, column: str) -> bool:
+    """Whether every row holds the bytes of its image; they are not read."""
+    import pyarrow
+    import pyarrow.compute
+
+    stored = images.data.column(column)
+    if pyarrow.types.is_struct(stored.type):
+        stored = pyarrow.compute.struct_field(stored, "bytes")
+    return stored.null_count == 0 and not pyarrow.types.is_string(stored.type)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets`' `save_to_disk` wrote the folder.
+
+    Raises:
+        ValueError: it holds several splits.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise ValueError(f"{str(folder)!r} holds several splits of a data set ({', '.join(splits)}); name one of them")
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def load_saved(folder: Path) -> Any:
+    """The `datasets.Dataset` that `save_to_disk` wrote.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever pyarrow says of a broken file
+        raise ValueError(f"{str(folder)!r} cannot be loaded as a saved data set: {error}") from error
+
+
+def load_parquet(files: Sequence[Path], name: str) -> Any:
+    """Parquet files as one `datasets.Dataset`, memory-mapped.
+
+    Raises:
+        ValueError: one of them is broken.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # whatever pyarrow says of a broken file
+        raise ValueError(f"{name!r} cannot be read as parquet: {error}") from error
+
+
+def load_hub(spec: str) -> Any:
+    """The `datasets.Dataset` that `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT` means.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    import datasets
+
+    _, name, *rest = spec.split(":")
+    split, configuration = (rest[-1] if rest else "train"), (rest[0] if len(rest) > 1 else None)
+    try:
+        return datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # no network, no such data set, no such split
+        raise ValueError(f"data set {spec!r} cannot be loaded: {error}") from error

@@ -1,0 +1,273 @@
+"""Tar shards as sources of images, read in place: a shard is scanned once for where its members lie."""
+
+import hashlib
+import json
+import os
+import tarfile
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.files import (
+    described,
+    distinct_names,
+    file_state,
+    is_hidden,
+    kind_of,
+    report_skipped,
+    stamp_of,
+    suffix_of,
+)
+from evotok_plugin.data.images import IMAGE_SUFFIXES, open_picture
+
+T = TypeVar("T")
+
+_OPEN_SHARDS = 64
+
+
+class PackedStrings(Sequence):
+    """Many strings in two arrays: small, and shared by data-loading processes without copies."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        ends, content = array("q"), bytearray()
+        for text in strings:
+            content += os.fsencode(text)
+            ends.append(len(content))
+        self._ends, self._bytes = np.array(ends, np.int64), np.frombuffer(bytes(content), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self._ends):
+            raise IndexError(f"index {index} of {len(self._ends)} strings")
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+class FilesInPlace:
+    """Files of which parts are read where they lie. Data-loading processes may share one, by fork or by pickle."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = [str(path) for path in paths]
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._owner = os.getpid()
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a file, which is named by its number.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        try:
+            return os.pread(self._descriptor(file), size, offset)
+        except OSError as error:
+            raise ValueError(f"{self._paths[file]!r} cannot be read: {error}") from error
+
+    def _descriptor(self, file: int) -> int:
+        """The open file; of many the ones used last stay open."""
+        if self._owner != os.getpid():  # a data-loading process: the parent's files stay the parent's
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if file not in self._open:
+            if len(self._open) >= _OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[file] = os.open(self._paths[file], os.O_RDONLY)
+        self._open.move_to_end(file)
+        return self._open[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+class TarSource(FilesInPlace):
+    """The images of tar shards, of WebDataset or of plain image files.
+
+    Files of one sample share their name up to the first dot. Its image is the file whose whole suffix is an image's
+    (`x.jpg`, whatever `x.seg.png` is there); without such a file, or with several, all its images count, under their
+    longer names (`x.0001.jpg`, `x.0002.jpg`). The label is what `.cls` holds.
+
+    Raises:
+        ValueError: a shard is missing, broken or compressed, holds two images of one name, or holds no images.
+    """
+
+    def __init__(self, shards: Sequence[Path], name: str) -> None:
+        super().__init__(shards)
+        self.name = name
+        parts = scan_shards(shards, shard_index)
+        self._shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["keys"]) for part in parts])
+        self._offsets, self._sizes = (
+            np.fromiter((value for part in parts for value in part[what]), np.int64) for what in ("offsets", "sizes")
+        )
+        self._keys = PackedStrings(key for part in parts for key in part["keys"])
+        labels = [label for part in parts for label in part["labels"]]
+        self._labels = PackedStrings(label or "" for label in labels) if any(labels) else None
+        self._shard_names = distinct_names(shards)
+        self._states = [(os.path.abspath(shard), file_state(shard)) for shard in shards]
+        skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
+        if not len(self._keys):
+            raise ValueError(f"{name!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
+        report_skipped(name, skipped, "members")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, index: int) -> str:
+        return f"{self._shard_names[self._shard[index]]}/{self._keys[index]}"
+
+    def picture(self, index: int) -> Image.Image:
+        return open_picture(self.content(index), self.key(index))
+
+    def content(self, index: int) -> bytes:
+        return self.read(int(self._shard[index]), int(self._offsets[index]), int(self._sizes[index]))
+
+    def stamp(self, index: int) -> bytes:
+        path, state = self._states[self._shard[index]]
+        return stamp_of(f"{path}/{self._keys[index]}", *state, int(self._offsets[index]), int(self._sizes[index]))
+
+    def label(self, index: int) -> str | None:
+        return (self._labels[index] or None) if self._labels is not None else None
+
+    def groups(self) -> np.ndarray:
+        return self._shard
+
+
+class _InPlace:
+    """As many workers as there is work for: none."""
+
+    map = staticmethod(map)
+
+    def __enter__(self) -> "_InPlace":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def scan_shards(shards: Sequence[Path], index: Callable[[str], T]) -> list[T]:
+    """`shard_index` or `shard_members` of tar shards; of many, in several processes."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(shards))) if len(shards) > 8 else _InPlace() as pool:
+        return list(pool.map(index, map(str, shards)))
+
+
+def _index_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evotok" / "shards"
+
+
+def shard_index(shard: str) -> dict[str, list]:
+    """`keys`, `labels`, `offsets` and `sizes` of the images in a tar shard, and how many of its other files are
+    `skipped` by suffix; kept in the user's cache folder until the shard changes.
+
+    Raises:
+        ValueError: the shard is missing, broken or compressed, or holds two images of one name.
+    """
+    return _kept("2", shard, _scan_shard)
+
+
+def shard_members(shard: str) -> dict[str, list]:
+    """`names`, `offsets` and `sizes` of all files in a tar shard, in their order, kept as `shard_index` keeps its
+    result. An offset of -1 stands for what has no content of its own (links to other places, devices)."""
+    return _kept("members 2", shard, _scan_members)
+
+
+def _kept(what: str, shard: str, scan: Callable[[str], dict[str, list]]) -> dict[str, list]:
+    state = file_state(shard)
+    if not state:
+        raise ValueError(f"shard {shard!r} does not exist")
+    identity = f"{what} {os.path.realpath(shard)} {state}"
+    kept = _index_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        index = scan(shard)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(index))
+        os.replace(temporary, kept)
+    except OSError:
+        pass  # no place to keep it: it will be made again
+    return index
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """The sample that a file of a shard belongs to, and the file's suffix: `a/x.0.jpg` is `0.jpg` of sample `a/x`."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, suffix
+
+
+def _members(shard: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of all files in a shard but the hidden ones."""
+    places: dict[str, tuple[int, int]] = {}  # of the files that hard links may mean
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                archive.members = []  # else every header stays in memory
+                if member.isdir() or is_hidden(member.name):
+                    continue
+                if member.isfile():
+                    places[member.name] = (member.offset_data, member.size)
+                target = member.linkname if member.islnk() else member.name
+                yield (member.name, *places.get(target, (-1, 0)))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        hint = "; compressed shards cannot be read in place, unpack them to .tar" if _is_compressed(shard) else ""
+        raise ValueError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
+
+
+def _scan_shard(shard: str) -> dict[str, Any]:
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    classes: dict[str, tuple[int, int]] = {}
+    skipped: Counter = Counter()
+    for name, offset, size in _members(shard):
+        key, suffix = split_member_name(name)
+        if offset < 0:
+            skipped["links or devices"] += 1
+        elif kind_of(name) == "image":
+            images = samples.setdefault(key, {})
+            if name in images:
+                raise ValueError(
+                    f"shard {shard!r} holds two files named {shorten(name)}; give every image its own name"
+                )
+            images[name] = (offset, size)
+        elif suffix == "cls":
+            classes[key] = (offset, size)
+        else:
+            skipped[suffix_of(name)] += 1
+    with open(shard, "rb") as file:
+        labels = {key: os.pread(file.fileno(), size, offset) for key, (offset, size) in classes.items()}
+    index: dict[str, Any] = {"keys": [], "labels": [], "offsets": [], "sizes": [], "skipped": skipped}
+    for sample, images in samples.items():
+        chosen = _images_of_sample(sample, images)
+        skipped.update(f".{split_member_name(name)[1]}" for name in images if name not in chosen.values())
+        for key, name in chosen.items():
+            index["keys"].append(key)
+            index["labels"].append(labels[sample].decode(errors="replace").strip() if sample in labels else None)
+            index["offsets"].append(images[name][0])
+            index["sizes"].append(images[name][1])
+    return index
+
+
+def _images_of_sample(sample: str, images: Iterable[str]) -> dict[str, str]:
+    """Members by key: the one image of a sample, or all that share its name up to the first dot."""
+    plain = [name for name in images if "." not in split_member_name(name)[1]]
+    if len(plain) == 1:
+        return {sample: plain[0]}
+    bare = Counter(os.path.splitext(name)[0] for name in images)
+    return {stem if bare[stem := os.path.splitext(name)[0]] == 1 else name: name for name in images}
+
+
+def _scan_members(shard: str) -> dict[str, list]:
+    found = list(_members(shard))
+    return {what: [one[place] for one in found] for place, what in enumerate(("names", "offsets", "sizes"))}
+
+
+def _is_compressed(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))

@@ -1,0 +1,160 @@
+"""The images that a row names: files of the image folder, or images in the row itself as base64."""
+
+import base64
+import binascii
+import math
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.files import content_digest, existing, local_path, read_file, stamp_of
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """An image that a row names.
+
+    Attributes:
+        key: its path relative to the image folder, or for an image in the row a digest of its content.
+        stamp: tells where the image lies and in which state (`stamp_of`).
+        path: its file, unless it is in the row.
+        data: its content, if it is in the row.
+    """
+
+    key: str
+    stamp: bytes
+    path: str = ""
+    data: bytes | None = None
+
+    def content(self) -> bytes:
+        """The image's file.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return read_file(self.path, self.key) if self.data is None else self.data
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN (as pandas writes it), "", [], {} or a list of such values."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_empty, value))
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value == {} or (isinstance(value, (str, bytes)) and not value.strip())
+
+
+def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
+    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or a
+    `{"path": string}`. Fields that are empty count as absent.
+
+    Raises:
+        ValueError: names that contradict each other, or values that are not names.
+    """
+    fields = {field: row.get(field) for field in ("images", "image")}
+    given = {field: _as_names(value, field) for field, value in fields.items() if not is_empty(value)}
+    if not is_empty(in_parts):
+        given["messages"] = _as_names(list(in_parts), "messages")
+    named = list(given.items())
+    for field, names in named[1:]:
+        if names != named[0][1]:
+            raise ValueError(
+                f"{named[0][0]!r} and {field!r} name different images ({shorten(named[0][1])} and {shorten(names)}); "
+                "keep one of them"
+            )
+    return named[0][1] if named else []
+
+
+def _as_names(value: object, field: str) -> list[str]:
+    several = value if isinstance(value, list) else [value]
+    names = []
+    for number, one in enumerate(several):
+        name = one
+        if isinstance(one, dict):
+            name = next((one[key] for key in ("path", "url", "bytes") if not is_empty(one.get(key))), None)
+        if is_empty(name):
+            raise ValueError(f"{field}: image {number} of {len(several)} is empty")
+        if not isinstance(name, str):
+            raise ValueError(f"{field}: expected paths, got a {type(name).__name__}")
+        names.append(name)
+    return names
+
+
+def find_image(name: str, image_folder: Path | None) -> NamedImage:
+    """The image of a name: a path relative to the image folder or absolute within it, a `file://` URL, a data URI, or
+    base64. One file has one key, however its path is written.
+
+    Raises:
+        ValueError: no such image, no image folder, a path outside of it, or base64 that cannot be decoded.
+    """
+    if name.startswith("data:"):
+        return _from_data_uri(name)
+    if name.startswith(_BASE64_STARTS) and _BASE64.fullmatch(name):
+        return _in_the_row(_decoded(name))
+    if "://" in name and not name.startswith("file:"):
+        raise ValueError(f"image {shorten(name)} is a URL; images are read from local files: download it first")
+    if image_folder is None:
+        raise ValueError(f"image {shorten(name)} but no image folder; pass --image_folder")
+    root = os.path.abspath(image_folder)
+    path = _existing(root, name)
+    if path is None:
+        _check_inside(os.path.abspath(os.path.join(root, name)), root, name, image_folder)
+        raise ValueError(f"image {shorten(name)} not found in {image_folder}")
+    root, path = _check_inside(path, root, name, image_folder)
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError(f"image {shorten(name)} in {image_folder} is a folder, a pipe or a device; expected a file")
+    state = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    return NamedImage(os.path.relpath(path, root), stamp_of(path, *state), path)
+
+
+def _existing(root: str, name: str) -> str | None:
+    """Where the file is: as it is written, in another Unicode normal form, or written with Windows' separators."""
+    try:
+        name = local_path(name) if name.startswith("file:") else name
+        for one in (name, name.replace("\\", "/")):
+            path = os.path.abspath(os.path.join(root, one))
+            if os.path.exists(path):
+                return path
+            if found := existing("", path):
+                return found if os.path.exists(found) else None
+    except (ValueError, OSError):  # a NUL in the name, or a URL of another host
+        return None
+    return None
+
+
+def _check_inside(path: str, root: str, name: str, image_folder: Path) -> tuple[str, str]:
+    """The image folder and the path in it, with links resolved if the path is in the folder only then."""
+    for folder, file in ((root, path), (os.path.realpath(root), os.path.realpath(path))):
+        if os.path.commonpath([folder, file]) == folder:
+            return folder, file
+    raise ValueError(f"image path {shorten(name)} leaves the image folder {image_folder}")
+
+
+def _from_data_uri(uri: str) -> NamedImage:
+    header, comma, content = uri.partition(",")
+    if not comma or not header.startswith("data:image/") or not header.endswith(";base64"):
+        raise ValueError(f"image {shorten(header, 60)}: expected a path, or data:image/...;base64,... with the image")
+    return _in_the_row(_decoded(content))
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"an image in the row ({len(text)} characters) is not valid base64: {error}") from None
+    if not content:
+        raise ValueError("an image in the row is empty")
+    return content
+
+
+def _in_the_row(content: bytes) -> NamedImage:
+    key = f"data-{content_digest(content).hex()}"
+    return NamedImage(key, stamp_of(key), data=content)
