@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
@@ -41,7 +42,8 @@ MAX_PIXELS = 89_478_485
 """Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
 number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+# Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 files.
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 
 
 def open_picture(
@@ -124,7 +126,7 @@ class _RejectedImage(ValueError):
 def _decode(file: io.BufferedIOBase, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
     remedy = "; reduce it" + (" or raise evotok_plugin.data.images.MAX_PIXELS" if max_pixels == MAX_PIXELS else "")
     try:
-        with _strict_decoding(max_pixels), Image.open(file, formats=formats) as picture:
+        with _strict_decoding(max_pixels), Image.open(file, formats=_supported(tuple(formats))) as picture:
             if picture.width * picture.height > max_pixels:
                 size = f"{picture.width} x {picture.height} pixels"
                 raise _RejectedImage(f"image {name!r} has {size}, more than the {max_pixels:,} allowed{remedy}")
@@ -133,6 +135,13 @@ def _decode(file: io.BufferedIOBase, name: str, max_pixels: int, formats: Sequen
         raise _RejectedImage(f"image {name!r} cannot be read: it is broken, or none of {', '.join(formats)}") from error
     except Image.DecompressionBombError as error:
         raise _RejectedImage(f"image {name!r} has far more than the {max_pixels:,} pixels allowed{remedy}") from error
+
+
+@cache
+def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out formats that Pillow does not know (AVIF before release 11.3): `Image.open` fails on their names."""
+    Image.init()
+    return tuple(kind for kind in formats if kind in Image.OPEN)
 
 
 def _located(text: str) -> bytes | str:

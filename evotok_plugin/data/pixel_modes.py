@@ -8,7 +8,7 @@ Rules, the same for files, PIL images, arrays and tensors:
   within 0..65535 and are read as 16-bit. Those that hold only values up to 255 would turn black and are rejected.
 * Floats run from 0 (black) to 1 (white). Boolean arrays are black and white, uint8 arrays run to 255, uint16 arrays to
   65535, and the values of all other integer arrays must lie within 0..255.
-* Everything else is a `ValueError`; no value is clamped.
+* Everything else is a `ValueError`; values outside their range are never clamped, save floats by half a level.
 """
 
 import numpy as np

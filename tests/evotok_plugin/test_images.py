@@ -338,6 +338,8 @@ def test_strings_that_hold_or_name_an_image(tmp_path):
         ("data:image/png;base64,!!!", "base64"),
         ("data:image/png", "no comma"),
         (str(tmp_path / "gone.png"), "gone.png' does not exist"),
+        ("/data/" + "a" * 80, "does not exist"),
+        ("a" * 5_000, "cannot be read: File name too long"),
         ("data:image/png;base64," + "A" * 100_000, r"\(100022 characters\)' cannot be read"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
@@ -379,6 +381,16 @@ def test_a_damaged_avif_file_is_a_broken_image(rng):
     content[start : start + 200] = bytes(200)
     with pytest.raises(ValueError, match="image 'a.jpg' cannot be read"):
         open_picture(bytes(content), "a.jpg")
+
+
+def test_formats_that_pillow_lacks_are_left_out(monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr(images, "_supported", images._supported.__wrapped__)
+    content = encoded(Image.fromarray(CORNERS), "JPEG2000", irreversible=False)
+    assert pixels(content) == CORNERS.tolist()
+    with pytest.raises(ValueError, match="it is broken, or none of"):
+        open_picture(b"no image")
 
 
 def test_only_regular_files_are_opened(tmp_path):
