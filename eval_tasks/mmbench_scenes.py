@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 
 from eval_tasks.option_matching import match_option
+from evotok_plugin.data.images import as_picture
 from evotok_plugin.data.scene_text import OPTION_LETTERS, mmbench_rows, multiple_choice
 
 # Corpora draw from the streams [seed, 0], [seed, 1], ...: this one is none of theirs, whatever their seed.
@@ -32,7 +33,7 @@ def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def doc_to_visual(doc: dict) -> list:
-    return [doc["image"].convert("RGB")]
+    return [as_picture(doc["image"])]
 
 
 def doc_to_text(doc: dict) -> str:

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from PIL import Image
 from tqdm import tqdm
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
@@ -24,6 +23,7 @@ from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse
 from eval_tasks.reconstruction import measure
 from eval_tasks.registration import GIVEN
 from eval_tasks.response_cache import key_by_weights
+from evotok_plugin.data.images import as_picture
 from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
@@ -384,7 +384,7 @@ def _readable(request: _Request) -> list[dict]:
     """A document as Hugging Face messages with RGB images.
 
     Raises:
-        ValueError: it holds video or audio.
+        ValueError: it holds video or audio, or an image that cannot be read.
     """
     messages = request.messages()
     _, videos, audios = messages.extract_media()
@@ -394,15 +394,11 @@ def _readable(request: _Request) -> list[dict]:
     for message in conversation:
         for part in message["content"]:
             if part["type"] == "image":
-                part["image"] = _rgb(part["image"])
+                try:
+                    part["image"] = as_picture(part["image"])
+                except ValueError as error:
+                    raise ValueError(f"{request.task}, document {request.doc_id}: {error}") from error
     return conversation
-
-
-def _rgb(image: Image.Image | str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
 
 
 def _prompt(request: _Request) -> str:

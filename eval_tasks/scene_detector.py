@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from eval_tasks.judging.rules import Box, Instance, Rules
+from evotok_plugin.data.images import as_picture
 from evotok_plugin.data.scenes import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
 
 _NAMES = tuple(COLORS)
@@ -181,7 +182,7 @@ class SceneDetector:
 
     def detect(self, image: Image.Image) -> list[Instance]:
         """All shapes of an RGB image, coloured, in no particular order."""
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+        pixels = np.asarray(as_picture(image), dtype=np.float64)
         border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
         coverage, colors = unmix(pixels, np.median(border, axis=0))
         regions = self._regions(coverage, colors)

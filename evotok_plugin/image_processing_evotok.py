@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values` and back: the only place that knows about resizing, cropping and scaling."""
+"""Images to `pixel_values` and back: the only place that knows about resizing, cropping and scaling."""
 
 import numpy as np
 import torch
@@ -8,46 +8,114 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
+from evotok_plugin.data.images import as_picture
+
+_HONORED = ("size", "do_resize", "do_rescale", "do_normalize", "input_data_format")
+_FIXED = {  # keywords of transformers' image processors that have one value here
+    "crop_size": None,
+    "data_format": "channels_first",
+    "default_to_square": None,
+    "device": "cpu",
+    "disable_grouping": None,
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_pad": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "pad_size": None,
+    "resample": Image.Resampling.BICUBIC,
+    "rescale_factor": 1 / 255,
+}
+_WRITTEN_ON_SAVING = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
+_CHANNELS_FIRST = {None: None, "channels_first": True, "channels_last": False}
+
 
 class EvoTokImageProcessor(BaseImageProcessor):
-    """PIL images, arrays or tensors to `pixel_values` (B, 3, size, size) in [-1, 1].
+    """Images to `pixel_values` (B, 3, size, size) in [-1, 1].
 
-    The shorter side is resized to `size` (bicubic), then the centre is cropped.
+    Images are PIL images of any mode, paths, base64 data URIs, the bytes of files, arrays and tensors, as
+    `evotok_plugin.data.images.as_picture` reads them: upright, transparency on white, values scaled by their type. The
+    shorter side is resized to `size` (bicubic), then the center is cropped.
     """
 
     model_input_names = ["pixel_values"]
+    do_resize = do_rescale = do_normalize = True
 
-    def __init__(self, size: int = 256, **kwargs) -> None:
+    def __init__(self, size: int | dict[str, int] = 256, **kwargs) -> None:
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key not in _WRITTEN_ON_SAVING and key[0] != "_"}
         super().__init__(**kwargs)
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive number of pixels, got {size!r}")
-        self.size = size
+        self.size = side_of(size)
+        for key, value in settings.items():
+            if key in ("do_resize", "do_rescale", "do_normalize"):
+                setattr(self, key, bool(value))
+            else:
+                _check_fixed(key, value)
 
     def __call__(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
-    def preprocess(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
-        """Prepare one image or a list of them.
+    def preprocess(
+        self,
+        images,
+        return_tensors: str | TensorType | None = "pt",
+        *,
+        size: int | dict[str, int] | None = None,
+        do_resize: bool | None = None,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        input_data_format: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepare one image, a batch of them as one array or tensor (B, ...), or nested lists of images.
+
+        Args:
+            return_tensors: "pt" or "np"; with None, `pixel_values` is a list of tensors (3, H, W).
+            size: instead of the processor's size: pixels, `{"shortest_edge": pixels}` or an equal height and width.
+            do_resize: without it, images keep their size; all must have the same unless `return_tensors` is None.
+            do_rescale: without it, the values of integer images stay in 0..255, which needs `do_normalize=False`.
+            do_normalize: without it, values are in [0, 1].
+            input_data_format: "channels_first" or "channels_last", of arrays and tensors; by default from their shape.
 
         Raises:
-            ValueError: something that is no image, or an image of no pixels.
+            ValueError: not an image, an image without pixels, or a keyword that is not supported.
         """
-        several = images if isinstance(images, (list, tuple)) else [images]
-        if not len(several):
+        for key, value in kwargs.items():
+            _check_fixed(key, value)
+        if input_data_format not in _CHANNELS_FIRST:
+            raise ValueError(f"expected input_data_format channels_first or channels_last, got {input_data_format!r}")
+        side = self.size if size is None else side_of(size)
+        do_resize, do_rescale, do_normalize = (
+            bool(own if given is None else given)
+            for given, own in (
+                (do_resize, self.do_resize),
+                (do_rescale, self.do_rescale),
+                (do_normalize, self.do_normalize),
+            )
+        )
+        several = flat_images(images)
+        if not several:
             raise ValueError("expected at least one image, got none")
-        pixels = torch.stack([self._prepare(image) for image in several])
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        pixels = []
+        for image in several:
+            if do_normalize and not do_rescale and not _is_float(image):
+                raise ValueError("do_rescale=False leaves 0..255, which do_normalize=True cannot take; disable both")
+            picture = as_picture(image, _CHANNELS_FIRST[input_data_format])
+            picture = self.crop(picture, side) if do_resize else picture
+            pixels.append(_pixel_values(picture, do_rescale or _is_float(image), do_normalize))
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": pixels})
+        shapes = {tuple(values.shape) for values in pixels}
+        if len(shapes) > 1:
+            raise ValueError(f"with do_resize=False, a batch needs images of one size, got {sorted(shapes)}")
+        return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
-    def _prepare(self, image) -> Tensor:
-        picture = self.crop(as_picture(image))
-        values = torch.from_numpy(np.array(picture, dtype=np.float32))
-        return values.permute(2, 0, 1) / 127.5 - 1.0
-
-    def crop(self, picture: Image.Image) -> Image.Image:
-        """Resize the shorter side to `size` and crop the centre."""
-        if picture.size == (self.size, self.size):
+    def crop(self, picture: Image.Image, size: int | None = None) -> Image.Image:
+        """Resize the shorter side to `size` (the processor's by default) and crop the center; returns RGB."""
+        size = size or self.size
+        picture = picture if picture.mode == "RGB" and not picture.info else as_picture(picture)
+        if picture.size == (size, size):
             return picture
-        return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC)
+        return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)  # crops before it resizes
 
     @staticmethod
     def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -56,28 +124,50 @@ class EvoTokImageProcessor(BaseImageProcessor):
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def as_picture(image) -> Image.Image:
-    """Whatever holds an image to an RGB PIL image: PIL, (H, W, 3) array in 0..255, (3, H, W) tensor in 0..1.
+def side_of(size: int | dict[str, int]) -> int:
+    """Return the side in pixels that a processor's `size` means.
 
     Raises:
-        ValueError: anything else.
+        ValueError: not a positive number of pixels, or a height and width that differ.
     """
-    if isinstance(image, Image.Image):
-        try:
-            picture = image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"the image cannot be decoded: {error}") from error
-    elif isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
-        values = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-        picture = Image.fromarray(values.permute(1, 2, 0).numpy())
-    elif isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
-        picture = Image.fromarray(image)
-    else:
-        shape = f" of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else ""
+    side = size
+    if isinstance(size, dict):
+        values = set(size.values())
+        is_square = set(size) in ({"shortest_edge"}, {"height", "width"}) and len(values) == 1
+        side = values.pop() if is_square else None
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
         raise ValueError(
-            "expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W) in 0..1, "
-            f"got {type(image).__name__}{shape}"
+            f"size must be a positive number of pixels, {{'shortest_edge': pixels}} or an equal height and width, "
+            f"got {size!r}"
         )
-    if not min(picture.size):
-        raise ValueError(f"the image has no pixels: {picture.size}")
-    return picture
+    return side
+
+
+def flat_images(images) -> list:
+    """Return nested lists and batches (arrays and tensors of 4 dimensions) as a flat list of images."""
+    if isinstance(images, (list, tuple)):
+        return [image for part in images for image in flat_images(part)]
+    return list(images) if getattr(images, "ndim", None) == 4 else [images]
+
+
+def _check_fixed(key: str, value: object) -> None:
+    if key not in _FIXED:
+        known = ", ".join((*_HONORED, "return_tensors"))
+        raise ValueError(f"EvoTokImageProcessor has no setting {key!r}; it has {known}")
+    fixed = _FIXED[key]
+    value = list(value) if isinstance(value, tuple) else value
+    if value is not None and str(value) != str(fixed) and value != fixed:
+        raise ValueError(f"EvoTokImageProcessor does not support {key}={value!r}; leave it out (it is {fixed!r})")
+
+
+def _is_float(image: object) -> bool:
+    if isinstance(image, Tensor):
+        return image.is_floating_point()
+    return getattr(getattr(image, "dtype", None), "kind", "") == "f"
+
+
+def _pixel_values(picture: Image.Image, do_rescale: bool, do_normalize: bool) -> Tensor:
+    values = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+    if do_normalize:
+        return values / 127.5 - 1.0
+    return values / 255 if do_rescale else values

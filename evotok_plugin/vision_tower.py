@@ -147,19 +147,13 @@ class EvoTokVisionImageProcessor(BaseImageProcessor):
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
     def preprocess(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
-        """`pixel_values` (B, 3, size, size) of one image, of lists of them, or of frames.
+        """Prepare images, nested lists of them or frames as `EvoTokImageProcessor.preprocess` does.
 
         Raises:
-            ValueError: something that is no image, or none at all.
+            ValueError: not an image, none at all, or a keyword that is not supported.
         """
         processor = EvoTokImageProcessor(size=self.size["shortest_edge"])
-        return processor.preprocess(_flat(images), return_tensors=return_tensors, **kwargs)
-
-
-def _flat(images) -> list:
-    if isinstance(images, (list, tuple)):
-        return [image for part in images for image in _flat(part)]
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+        return processor.preprocess(images, return_tensors=return_tensors, **kwargs)
 
 
 # The LLaVA and LLaVA-NeXT code bases ---------------------------------------------------------------------------

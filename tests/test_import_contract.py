@@ -1,4 +1,4 @@
-"""Imports point one way: evotok_plugin <- llava_ext <- eval_tasks."""
+"""Imports point one way: evotok_plugin <- llava_ext <- eval_tasks; one module opens images."""
 
 import ast
 from pathlib import Path
@@ -45,3 +45,26 @@ def test_only_the_converter_unpickles_and_runs_no_code():
                 assert "from pickle import UnpicklingError\n" in path.read_text()  # the error, not a reader
             else:
                 assert not calls and "pickle" not in imported(path), path
+
+
+IMAGE_READER = {"evotok_plugin/data/images.py", "evotok_plugin/data/pixel_modes.py"}
+TEXT_CHUNKS = "llava_ext/drawn_files.py"  # reads the text chunks of own PNG files, and no pixels
+
+
+def reads_images(call: ast.Call) -> bool:
+    """Whether this is a call that decodes an image or brings it to RGB by a way of its own."""
+    name = ast.unparse(call.func)
+    wants_rgb = name.endswith(".convert") and "'RGB'" in map(ast.unparse, call.args)
+    return (
+        wants_rgb or name.split(".")[-1] in ("exif_transpose", "load_image") or name in ("Image.open", "PIL.Image.open")
+    )
+
+
+def test_images_are_opened_in_one_place():
+    found = {}
+    for path in [path for folder in (*FORBIDDEN, "scripts") for path in (ROOT / folder).rglob("*.py")]:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        if calls := [ast.unparse(call) for call in calls if reads_images(call)]:
+            found[path.relative_to(ROOT).as_posix()] = calls
+    assert found.pop(TEXT_CHUNKS) == ["Image.open(path, formats=('PNG',))"]
+    assert set(found) == IMAGE_READER, f"use evotok_plugin.data.images: {found}"

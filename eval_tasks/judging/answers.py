@@ -1,14 +1,12 @@
 """What a drawing model answers, and the images that it names."""
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
-_LOCK = threading.Lock()  # for Pillow's switch, which all threads share
+from evotok_plugin.data.images import open_picture
+
 _EXPECTED = 'expected {"text": "", "images": ["/path/to/image.png", ...]} as JSON'
 
 
@@ -45,24 +43,12 @@ def parse_images(answer: str) -> list[Path]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an RGB image whole, upright.
+    """Read a drawn image as every reader of images does: RGB, whole, upright.
 
     Raises:
-        ValueError: the file is missing, no image, or truncated.
+        ValueError: the file is missing, not an image, or truncated.
     """
     try:
-        with _whole_images_only(), Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"drawn image {path} cannot be read ({error}); draw it again") from error
-
-
-@contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """Parts of lmms-eval tell Pillow to fill up truncated images with grey, which would be judged as a bad drawing."""
-    with _LOCK:
-        filled, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = filled
+        return open_picture(path)
+    except ValueError as error:
+        raise ValueError(f"drawn image {path} cannot be read; draw it again: {error}") from error

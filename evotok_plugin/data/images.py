@@ -1,52 +1,219 @@
-"""Image files and bytes to RGB pictures and tensors; what is broken is said, never replaced."""
+"""The reader of images: files, bytes, data URIs, PIL images, arrays and tensors to upright 8-bit RGB.
 
-import contextlib
+Every image of training, encoding, evaluation, chat, the demo page, lmms-eval and its judges passes `open_picture` or
+`as_picture`, so that they all see the same pixels; `pixel_modes` has the rules of colors, transparency and ranges.
+"""
+
+import base64
+import binascii
 import io
-from collections.abc import Iterator
-from pathlib import Path
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
-)
+from evotok_plugin.data.pixel_modes import rgb_of_array, upright_rgb
+
+_SUFFIXES = {  # of each format that is read; of animations and files of several pages, the first image
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+}
+FORMATS = tuple(_SUFFIXES)  # Pillow's other parsers (EPS starts Ghostscript) are never used, whatever a file's name
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+
+MAX_PIXELS = 89_478_485
+"""Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
+number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
+
+# Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 files.
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 
 
-@contextlib.contextmanager
-def _whole_pictures_only() -> Iterator[None]:
-    """Other libraries tell Pillow to fill what is missing of a file with grey; here such a file is broken."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+def open_picture(
+    image: str | os.PathLike | bytes,
+    name: str | None = None,
+    *,
+    max_pixels: int | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> Image.Image:
+    """Read an image file, or the bytes of one, as an upright RGB image without metadata.
 
-
-def open_picture(image: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """Read an image file, or the bytes of one, as RGB; `name` is what an error calls it.
+    Args:
+        image: a path, the content of a file, or, as a string, a `file://` URL, a base64 data URI or base64 alone.
+        name: the image in error messages.
+        max_pixels: the limit of width x height; `MAX_PIXELS` by default.
+        formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        ValueError: it is missing or broken.
+        ValueError: the file is missing, not a regular file, of another format, too large or broken.
     """
-    name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
+    name = _shortened(name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)))
     try:
-        with _whole_pictures_only(), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-            return picture.convert("RGB")
+        content = _located(image) if isinstance(image, str) else image
+        if isinstance(content, bytes):
+            return _decode(io.BytesIO(content), name, max_pixels or MAX_PIXELS, formats)
+        if not stat.S_ISREG(os.stat(content).st_mode):  # opening a FIFO would wait for a writer
+            raise ValueError("it is not a regular file")
+        with open(content, "rb") as file:
+            return _decode(file, name, max_pixels or MAX_PIXELS, formats)
     except FileNotFoundError:
         raise ValueError(f"image {name!r} does not exist") from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {name!r} cannot be read: {error}") from error
+    except _RejectedImage:
+        raise
+    except Exception as error:  # decoders raise all kinds, RuntimeError, struct.error and MemoryError among them
+        raise ValueError(f"image {name!r} cannot be read: {_cause(error)}") from error
+
+
+def as_picture(image: object, channels_first: bool | None = None) -> Image.Image:
+    """Return whatever holds one image as an upright RGB image.
+
+    Args:
+        image: a PIL image of any mode, whatever `open_picture` reads, or an array or tensor as for `rgb_of_array`.
+        channels_first: the position of the channels of arrays and tensors; found from the shape by default.
+
+    Raises:
+        ValueError: anything else, a broken image, or values outside the range of their type.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            with _strict_decoding(0):
+                return upright_rgb(image)
+        except Exception as error:  # images that were opened elsewhere are decoded only now
+            raise ValueError(f"the image cannot be read: {_cause(error)}") from error
+    if isinstance(image, (str, os.PathLike, bytes, bytearray)):
+        return open_picture(bytes(image) if isinstance(image, bytearray) else image)
+    if isinstance(image, Tensor) or hasattr(image, "__array__"):
+        return rgb_of_array(image if isinstance(image, Tensor) else np.asarray(image), channels_first)
+    raise ValueError(
+        f"expected a PIL image, a path, the bytes of a file, an array or a tensor, got {type(image).__name__}"
+    )
 
 
 def as_bytes(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 (3, H, W)."""
+    """Return an RGB image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, 3, H, W) to [-1, 1] on the device."""
+    """Scale uint8 (B, 3, H, W) to [-1, 1], on the device."""
     return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+class _RejectedImage(ValueError):
+    """An image whose message already names it."""
+
+
+def _decode(file: io.BufferedIOBase, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    remedy = "; reduce it" + (" or raise evotok_plugin.data.images.MAX_PIXELS" if max_pixels == MAX_PIXELS else "")
+    try:
+        with _strict_decoding(max_pixels), Image.open(file, formats=_supported(tuple(formats))) as picture:
+            if picture.width * picture.height > max_pixels:
+                size = f"{picture.width} x {picture.height} pixels"
+                raise _RejectedImage(f"image {name!r} has {size}, more than the {max_pixels:,} allowed{remedy}")
+            return upright_rgb(picture)
+    except UnidentifiedImageError as error:
+        raise _RejectedImage(f"image {name!r} cannot be read: it is broken, or none of {', '.join(formats)}") from error
+    except Image.DecompressionBombError as error:
+        raise _RejectedImage(f"image {name!r} has far more than the {max_pixels:,} pixels allowed{remedy}") from error
+
+
+@cache
+def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out formats that Pillow does not know (AVIF before release 11.3): `Image.open` fails on their names."""
+    Image.init()
+    return tuple(kind for kind in formats if kind in Image.OPEN)
+
+
+def _located(text: str) -> bytes | str:
+    """Return the content that a string holds, or the path that it names."""
+    scheme = text[:8].partition(":")[0].lower() if ":" in text[:8] else ""
+    if scheme in ("http", "https"):
+        raise ValueError("URLs are not fetched; save the image and give its path")
+    if scheme == "data":
+        head, comma, content = text.partition(",")
+        if not comma:
+            raise ValueError("the data URI has no comma before its content")
+        if not head.lower().endswith(";base64"):
+            return unquote_to_bytes(content)
+        return _from_base64(unquote(content))
+    if scheme == "file" and text[5:7] == "//":
+        return unquote(urlsplit(text).path)
+    if _BASE64.fullmatch(text) and not os.path.lexists(text[:4096]):
+        return _from_base64(text)
+    return text
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its base64 content is broken ({error})") from error
+
+
+def _shortened(name: str) -> str:
+    """Keep data URIs out of messages."""
+    return name if len(name) <= 300 else f"{name[:80]}... ({len(name)} characters)"
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())[:300]
+    if not isinstance(error, (OSError, ValueError)):
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text or type(error).__name__
+
+
+class _Strictness:
+    """Pillow's switches for truncated and large files, which all threads share."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.before = threading.Lock(), 0, (False, None)
+
+
+_strictness = _Strictness()
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock at that moment
+    os.register_at_fork(after_in_child=_strictness.__init__)
+
+
+@contextmanager
+def _strict_decoding(max_pixels: int) -> Iterator[None]:
+    """Reject truncated images, which other libraries tell Pillow to complete with grey, and decode up to `max_pixels`.
+
+    The first thread to enter changes the switches, the last one to leave restores them; several may decode at a time.
+    """
+    switch = _strictness
+    with switch.lock:
+        if not switch.depth:
+            switch.before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+        switch.depth += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        if Image.MAX_IMAGE_PIXELS is not None:
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    try:
+        yield
+    finally:
+        with switch.lock:
+            switch.depth -= 1
+            if not switch.depth:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = switch.before

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from evotok_plugin.data.cropping import resized_crop
 from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
@@ -30,9 +31,8 @@ class Augmentation:
         side = round(size * float(rng.uniform(1.0, self.max_scale)))
         scale = side / min(picture.size)
         width, height = max(size, round(picture.width * scale)), max(size, round(picture.height * scale))
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
         left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-        picture = picture.crop((left, top, left + size, top + size))
+        picture = resized_crop(picture, (width, height), (left, top), size)
         return ImageOps.mirror(picture) if self.flip and rng.random() < 0.5 else picture
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _RANGE = 2.0
+_WINDOW = 11  # pixels
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
@@ -13,17 +14,26 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
     return 10 * torch.log10(_RANGE**2 / error.clamp(min=1e-10))
 
 
-def _gaussian_window(size: int = 11, sigma: float = 1.5) -> Tensor:
+def _gaussian(size: int, sigma: float = 1.5) -> Tensor:
     x = torch.arange(size) - (size - 1) / 2
-    weights = torch.exp(-x.square() / (2 * sigma**2))
-    return torch.outer(weights, weights) / weights.sum() ** 2
+    return torch.exp(-x.square() / (2 * sigma**2))
+
+
+def _gaussian_window(height: int, width: int) -> Tensor:
+    """Window of 11 x 11 pixels, or, along shorter sides, of the largest odd number of pixels that fits."""
+    rows, columns = (_gaussian(min(_WINDOW, side - 1 + side % 2)) for side in (height, width))
+    return torch.outer(rows, columns) / (rows.sum() * columns.sum())
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity an image (Wang et al. 2004; 11x11 Gaussian window, valid region): (B,)."""
+    """Structural similarity of each image: (B, C, H, W) twice -> (B,).
+
+    Wang et al. 2004: Gaussian window of 11 x 11 pixels, valid region. Along sides of fewer than 11 pixels the window is
+    shorter, with the same standard deviation.
+    """
     a, b = images.float().clamp(-1, 1), target.float().clamp(-1, 1)
     channels = a.shape[1]
-    window = _gaussian_window().to(a).expand(channels, 1, -1, -1)
+    window = _gaussian_window(*a.shape[2:]).to(a).expand(channels, 1, -1, -1)
     mean = lambda x: F.conv2d(x, window, groups=channels)  # noqa: E731
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2

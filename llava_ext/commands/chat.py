@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from evotok_plugin.data.images import IMAGE_SUFFIXES
+from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from llava_ext.checkpointing import write_folder
 from llava_ext.commands.answering import Conversation
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model, settings_of
@@ -92,9 +92,9 @@ class Pictures:
             if not self.allow_urls:
                 raise ValueError(f"{where} is not fetched; save the image and give its path, or pass --allow_urls")
             return open_upload(fetch(where, self.limits.max_bytes), self.limits, name=where)
-        if not _path(where).is_file():
+        if not _path(where).exists():
             raise ValueError(f"image {where!r} does not exist")
-        return open_upload(_path(where), self.limits, name=where)
+        return open_upload(_path(where), self.limits, name=where, formats=FORMATS)
 
     def in_line(self, line: str) -> tuple[str, list[Image.Image]]:
         """The line without the images that it names, and those images in their order.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from evotok_plugin.data.images import open_picture
 from evotok_plugin.evolution import Evolution, measure_evolution, plot_curves
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -64,7 +65,7 @@ def level_by_level(
     evolution = measure_evolution(tokenizer, processor, _OnePicture(image), teacher, num_strips=1)
     file = io.BytesIO()
     plot_curves(evolution).savefig(file, format="png")
-    return LevelByLevel(_pictures(evolution), Image.open(file))
+    return LevelByLevel(_pictures(evolution), open_picture(file.getvalue(), "the plot of the curves"))
 
 
 def _pictures(evolution: Evolution) -> list[tuple[Image.Image, str]]:

@@ -36,6 +36,7 @@ from torch import Tensor  # noqa: E402
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor  # noqa: E402
 from evotok_plugin.data.code_cache import EncodingOptions, encode_images  # noqa: E402
+from evotok_plugin.data.images import open_picture  # noqa: E402
 from evotok_plugin.data.sources import FileSource  # noqa: E402
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor  # noqa: E402
 from llava_ext.data.dataset import ConversationDataset  # noqa: E402
@@ -187,7 +188,7 @@ def pixel_batches(records: list[Record], images: Path, processor, batch_size: in
         encoded = [processor.encode_conversation(r.messages, [None] * len(r.images)) for r in part]
         pad = lambda values, fill: processor.pad(values, fill, side="right")  # noqa: E731
         ids, labels = pad([e.input_ids for e in encoded], 0), pad([e.labels for e in encoded], -100)
-        pictures = [Image.open(images / name) for r in part for name in r.images]
+        pictures = [open_picture(images / name) for r in part for name in r.images]
         batches.append(
             PixelBatch(
                 ids=ids,

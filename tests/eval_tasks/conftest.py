@@ -94,6 +94,27 @@ def make_lm(tmp_path, lmms_eval_tasks):
 
 
 @pytest.fixture
+def instance(lmms_eval_tasks):
+    """Builds lmms-eval requests; a text becomes the only document of its task."""
+    from lmms_eval.api.instance import Instance
+
+    def make(lm, task, doc_id, text, gen_kwargs, media=()):
+        def doc_to_messages(doc):
+            content = [{"type": kind, "url": value} for kind, value in media]
+            return [{"role": "user", "content": [*content, {"type": "text", "text": doc}]}]
+
+        lm.task_dict.setdefault(task, {}).setdefault("test", {})[doc_id] = text
+        return Instance(
+            "generate_until",
+            (text, doc_to_messages, gen_kwargs, doc_id, task, "test"),
+            idx=0,
+            metadata={"task": task, "doc_id": doc_id, "repeats": 1},
+        )
+
+    return make
+
+
+@pytest.fixture
 def evaluate(tmp_path, lmms_eval_tasks):
     """lmms-eval's own evaluation of an adapter on tasks, with an output folder: its results by task."""
 

@@ -10,27 +10,6 @@ from PIL import Image
 DRAW = {"modality": "image", "num_images": 2, "until": []}
 
 
-@pytest.fixture
-def instance(lmms_eval_tasks):
-    """Builds lmms-eval requests; a text becomes the only document of its task."""
-    from lmms_eval.api.instance import Instance
-
-    def make(lm, task, doc_id, text, gen_kwargs, media=()):
-        def doc_to_messages(doc):
-            content = [{"type": kind, "url": value} for kind, value in media]
-            return [{"role": "user", "content": [*content, {"type": "text", "text": doc}]}]
-
-        lm.task_dict.setdefault(task, {}).setdefault("test", {})[doc_id] = text
-        return Instance(
-            "generate_until",
-            (text, doc_to_messages, gen_kwargs, doc_id, task, "test"),
-            idx=0,
-            metadata={"task": task, "doc_id": doc_id, "repeats": 1},
-        )
-
-    return make
-
-
 def seeded(prompt: str, seed: int) -> Image.Image:
     return Image.new("RGB", (4, 4), (seed % 251, seed // 251 % 251, len(prompt) % 251))
 

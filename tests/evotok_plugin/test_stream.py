@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.processes import Processes
 from evotok_plugin.training.tokenizer_trainer import _Positions
@@ -113,3 +114,38 @@ def test_processes_take_disjoint_parts_of_every_batch():
     for step in range(3):
         together = [position for part in parts for position in part[step]]
         assert together == list(range(24 + 12 * step, 36 + 12 * step))
+
+
+# Crops -----------------------------------------------------------------------------------------------------------
+
+
+def gradient(width, height):
+    """Red grows from left to right, green from top to bottom."""
+    across = np.broadcast_to(np.linspace(0, 255, width)[None, :], (height, width))
+    down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    return Image.fromarray(np.stack([across, down, np.zeros((height, width))], axis=2).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (200, 170), (3, 90), (1000, 40)])
+def test_cropping_before_resizing_gives_the_same_pixels(monkeypatch, shape):
+    picture = gradient(*shape)
+    for seed in range(5):
+        crops = []
+        for limit in (10**9, 0):  # the whole image resized, then only the crop's part of it
+            monkeypatch.setattr(cropping, "_FULL_RESIZE", limit)
+            crops.append(np.asarray(Augmentation()(picture, 16, np.random.default_rng(seed)), dtype=int))
+        assert crops[0].shape == (16, 16, 3) and np.abs(crops[0] - crops[1]).max() <= 2
+
+
+def test_ordinary_images_are_resized_as_a_whole(rng):
+    picture = Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    resized = picture.resize((24, 20), Image.Resampling.BICUBIC, reducing_gap=2.0).crop((3, 2, 19, 18))
+    assert cropping.resized_crop(picture, (24, 20), (3, 2), 16).tobytes() == resized.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
+def test_memory_does_not_grow_with_the_aspect_ratio(monkeypatch, size):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *a, **k: sizes.append(to) or resize(self, to, *a, **k))
+    crop = Augmentation()(Image.new("RGB", size, (10, 20, 30)), 256, np.random.default_rng(0))
+    assert crop.getcolors() == [(256 * 256, (10, 20, 30))] and sizes == [(256, 256)]

@@ -132,7 +132,105 @@ def test_image_processor_round_trip_and_crop(rng):
     torch.testing.assert_close(processor(tensor).pixel_values, pixel_values)
 
 
-@pytest.mark.parametrize("thing", ["a.png", np.zeros((4, 4)), torch.zeros(4, 3, 3), []])
+@pytest.mark.parametrize(
+    "thing", [None, 3, np.zeros((8, 8, 2)), torch.zeros(5, 5, 5), torch.zeros(1, 1, 3, 4, 4), [], [[]]]
+)
 def test_what_is_no_image_is_refused(thing):
     with pytest.raises(ValueError, match="expected"):
         EvoTokImageProcessor(size=16)(thing)
+
+
+def test_image_processor_takes_whatever_holds_images(tmp_path, rng):
+    processor = EvoTokImageProcessor(size=16)
+    array = rng.integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(one) for one in array]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
+    expected = processor(pictures).pixel_values
+    for images in (
+        tuple(pictures),
+        [pictures[:1], pictures[1:]],
+        [[pictures[:2]], [pictures[2:]]],
+        files,
+        list(map(str, files)),
+        [file.read_bytes() for file in files],
+        array,
+        list(array),
+        tensor,
+        list(tensor),
+        [tensor[:2], array[2]],
+        tensor / 255,
+    ):
+        assert torch.equal(processor(images).pixel_values, expected)
+    with pytest.raises(ValueError, match="gone.png' does not exist"):
+        processor(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match="URLs are not fetched"):
+        processor("https://example.com/a.png")
+
+
+def test_a_uint8_tensor_of_middle_grey_is_grey():
+    values = EvoTokImageProcessor(size=48)(torch.full((3, 48, 48), 128, dtype=torch.uint8)).pixel_values
+    assert float(values.mean()) == pytest.approx(128 / 127.5 - 1, abs=1e-6)
+
+
+def test_image_processor_keywords_are_honored():
+    processor, picture = EvoTokImageProcessor(size=16), Image.new("RGB", (30, 20), (255, 51, 0))
+    for size in (24, {"height": 24, "width": 24}, {"shortest_edge": 24}):
+        assert processor(picture, size=size).pixel_values.shape == (1, 3, 24, 24)
+    assert processor.size == 16
+    assert processor(picture, do_resize=False).pixel_values.shape == (1, 3, 20, 30)
+    seen = lambda **keywords: processor(picture, **keywords).pixel_values[0, :, 0, 0].tolist()  # noqa: E731
+    assert seen() == pytest.approx([1, -0.6, -1])
+    assert seen(do_normalize=False) == pytest.approx([1, 0.2, 0])
+    assert seen(do_normalize=False, do_rescale=False) == [255, 51, 0]
+    floats = np.asarray(picture) / 255
+    assert processor(floats, do_rescale=False).pixel_values[0, :, 0, 0].tolist() == pytest.approx([1, -0.6, -1])
+    assert processor(picture, return_tensors="np").pixel_values.dtype == np.float32
+    different = processor([picture, picture.rotate(90, expand=True)], return_tensors=None, do_resize=False)
+    assert [tuple(values.shape) for values in different.pixel_values] == [(3, 20, 30), (3, 30, 20)]
+    first = np.zeros((3, 16, 3), np.uint8)
+    first[0] = 255
+    assert seen(do_convert_rgb=True, do_pad=False, image_mean=(0.5, 0.5, 0.5)) == seen()
+    red = processor(first, input_data_format="channels_first").pixel_values[0, :, 8, 8]
+    assert red.tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"nonsense": 1}, "has no setting 'nonsense'; it has size, do_resize"),
+        ({"do_pad": True}, "does not support do_pad=True"),
+        ({"image_mean": [0.48, 0.46, 0.41]}, "does not support image_mean"),
+        ({"crop_size": 20}, "does not support crop_size"),
+        ({"size": 0}, "size must be a positive number"),
+        ({"size": {"height": 8, "width": 16}}, "size must be a positive number"),
+        ({"size": {"longest_edge": 16}}, "size must be a positive number"),
+        ({"do_rescale": False}, "do_rescale=False"),
+        ({"do_resize": False}, "images of one size"),
+        ({"input_data_format": "last"}, "input_data_format"),
+    ],
+)
+def test_image_processor_keywords_are_never_ignored(keywords, message):
+    pictures = [Image.new("RGB", (30, 20)), Image.new("RGB", (20, 30))]
+    with pytest.raises(ValueError, match=message):
+        EvoTokImageProcessor(size=16)(pictures, **keywords)
+
+
+def test_image_processor_settings_are_saved_and_checked(tmp_path):
+    EvoTokImageProcessor(size=16).save_pretrained(tmp_path)
+    assert EvoTokImageProcessor.from_pretrained(tmp_path).do_normalize is True
+    changed = EvoTokImageProcessor.from_pretrained(tmp_path, size=24, do_normalize=False)
+    changed.save_pretrained(tmp_path / "changed")
+    again = EvoTokImageProcessor.from_pretrained(tmp_path / "changed")
+    assert again.size == 24 and again(Image.new("RGB", (9, 9))).pixel_values.min() == 0
+    with pytest.raises(ValueError, match="'nonsense'"):
+        EvoTokImageProcessor(size=16, nonsense=1)
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (30_000, 5)])
+def test_extreme_shapes_are_cropped_first(size):
+    picture = Image.new("RGB", size, (10, 20, 30))
+    values = EvoTokImageProcessor(size=16)(picture).pixel_values
+    assert values.shape == (1, 3, 16, 16) and torch.equal(values, values[..., :1, :1].expand_as(values))
