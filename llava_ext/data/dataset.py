@@ -84,6 +84,13 @@ class ConversationDataset(Dataset):
         """How many records there are of each kind."""
         return dict(zip(KINDS, np.bincount(self.kinds, minlength=len(KINDS)).tolist(), strict=True))
 
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """Of each record (len,) whether it reads an image."""
+        if isinstance(self.records, RecordTable):
+            return self.records.reads
+        return np.array([record.reads for record in self.records], bool)
+
     def order(self, epoch: int) -> np.ndarray:
         """The records (len,) of an epoch by number, in their order; with weighted sources some come several times."""
         return self._mixture.order(epoch)
