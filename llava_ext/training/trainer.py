@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.progress import progress_interval
 from llava_ext.checkpointing import save_model
-from llava_ext.data.dataset import EpochSampler, ModalityGroupedSampler
+from llava_ext.data.dataset import EpochSampler, FilledSampler, ModalityGroupedSampler
 from llava_ext.data.packing import PackedDataset, PackingSampler
 from llava_ext.losses import count_learned
 from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
@@ -151,6 +152,13 @@ class EvoTokTrainer(Trainer):
         return losses
 
     def _get_train_sampler(self, train_dataset=None):
+        sampler, joint_batch = self._order_of(train_dataset), self.args.train_batch_size * self.args.world_size
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return sampler
+        return FilledSampler(sampler, joint_batch)
+
+    def _order_of(self, train_dataset=None) -> Sampler:
+        """The samples of an epoch, or the packed rows, in their order."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         epoch_of = lambda: self.state.epoch or 0  # noqa: E731
         if isinstance(dataset, PackedDataset):

@@ -163,6 +163,17 @@ def test_the_last_shorter_step_of_an_epoch_weighs_its_tokens_alike(recipe):
     assert lines[-1]["train_loss"] == pytest.approx(expected["loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize("rows", [{}, {**PACKED, "model_max_length": 160}], ids=["samples", "packed"])
+def test_samples_that_do_not_divide_among_the_processes_are_learned_once(recipe, mixed, rows):
+    """Seven samples, or an odd number of rows, on two processes."""
+    data = mixed if rows else {"data_path": [str(recipe.parent / "seven.json")]}
+    expected, losses = run_forked(gradient_of_the_joint_batch, recipe, data)
+    overrides = {**data, **rows, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    found, lines = run_forked(gradient_of_a_step, recipe, overrides, world_size=2)
+    check_same_gradient(found, expected)
+    assert lines[0]["loss"] == pytest.approx(losses["loss"], abs=1e-4)
+
+
 # Parts without samples ---------------------------------------------------------------------------------------
 
 
