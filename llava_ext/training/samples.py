@@ -86,6 +86,9 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
         return
     data = " and ".join(dict.fromkeys(_REMEDIES[part][0] for part in starved))
     flags = " ".join(_REMEDIES[part][1] for part in starved)
+    if config.tune_read_projector is None and config.tune_write_projector is None:
+        both = f"{_REMEDIES[READ_PROJECTOR][1]} {_REMEDIES[WRITE_PROJECTOR][1]}"
+        flags = flags.replace(both, "--tune_projectors false")
     weights = [f"{name} is 0" for name in ("text_loss_weight", "image_loss_weight") if not getattr(config, name)]
     raise ValueError(
         f"{' and '.join(starved)} would train, but of {len(draws)} samples ({counts_in_words(samples)}) none trains "
