@@ -26,6 +26,7 @@ from evotok_plugin.weight_files import named_weights
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import put_rows_into_tables, start_new_rows
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 
 TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model folder
@@ -162,8 +163,8 @@ def assemble(
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
     """A new model from a causal LM folder and an EvoTok folder; projectors and image head start at random.
 
-    The new image tokens start from the mean of all others. Residual tokens have no rows in the backbone: the image head
-    reads and writes them, the backbone's embedding and output layers end before them.
+    The new image tokens start near the mean of all others (`new_tokens`). Residual tokens have no rows in the backbone:
+    the image head reads and writes them, the backbone's embedding and output layers end before them.
 
     Raises:
         ValueError: a folder that does not hold what is needed.
@@ -191,7 +192,8 @@ def assemble(
     new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _start_from_mean(backbone, sorted(new))
+    for table in {layer.weight for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}:
+        start_new_rows(table, sorted(new))
     backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
     config = EvoTokLlavaConfig(
         text_config=backbone.config.to_dict(),
@@ -227,15 +229,6 @@ def assemble(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     return model, processor
-
-
-@torch.no_grad()
-def _start_from_mean(backbone: nn.Module, ids: list[int]) -> None:
-    """Give the new tokens' embedding and output rows the mean of all other rows."""
-    for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
-        others = torch.ones(layer.weight.shape[0], dtype=torch.bool)
-        others[ids] = False
-        layer.weight[ids] = layer.weight[others].mean(dim=0)
 
 
 @torch.no_grad()
@@ -284,7 +277,8 @@ def save_model(
     state_dict: dict[str, Tensor] | None = None,
     **options,
 ) -> None:
-    """Write weights and configuration; the tokenizer is set aside, so that the dtype noted down is the others'.
+    """Write weights and configuration; the tokenizer is set aside, so that the dtype noted down is the others', and
+    new tokens' rows that train apart go into their tables.
 
     Args:
         state_dict: the weights where they are not the model's own (gathered from other processes); the tokenizer's
@@ -292,7 +286,7 @@ def save_model(
         options: of `save_pretrained`.
     """
     set_tower_aside(model)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    weights = put_rows_into_tables(model, dict(model.state_dict() if state_dict is None else state_dict))
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight")  # copies of tied weights no longer show that they are tied
     tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}

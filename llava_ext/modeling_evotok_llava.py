@@ -18,6 +18,7 @@ from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merg
 from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin
 from llava_ext.losses import count_learned
+from llava_ext.new_tokens import NewTokenRows
 from llava_ext.packed_attention import tell_samples_apart
 from llava_ext.projector import Projector
 
@@ -76,6 +77,7 @@ class EvoTokLlavaForConditionalGeneration(
         else:
             self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
             self.image_head = _depth_head(config)
+        self.new_token_rows: NewTokenRows | None = None  # there while they train apart from frozen tables
         self.vocabulary = config.residual_vocabulary
         self.vision_tower.requires_grad_(False)
         self.post_init()
@@ -149,7 +151,10 @@ class EvoTokLlavaForConditionalGeneration(
         return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
     def _embed(self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None) -> Tensor:
-        embeddings = self.get_input_embeddings()(folded.input_ids.masked_fill(folded.written, 0))
+        ids = folded.input_ids.masked_fill(folded.written, 0)
+        embeddings = self.get_input_embeddings()(ids)
+        if self.new_token_rows is not None:
+            embeddings = self.new_token_rows.put_into(embeddings, ids)
         vision = self.config.vision_config
         # While training, what a batch does not use still runs, times zero and in its usual place: every rank then
         # gathers the same weights and reduces the same gradients in the same order, whatever its batch holds.
@@ -228,7 +233,10 @@ class EvoTokLlavaForConditionalGeneration(
         hidden = outputs.last_hidden_state  # (B, S, D)
         result = EvoTokLlavaOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
         if labels is None:
-            result.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            result.logits = self.lm_head(kept)
+            if self.new_token_rows is not None:
+                result.logits = self.new_token_rows.replaced_rows().put_into(result.logits, kept)
             return result
         counts = count_learned(folded.labels, self.vocabulary, folded.segment_ids)
         result.num_text_tokens, result.num_image_positions = counts.text_tokens, counts.image_positions
@@ -240,7 +248,9 @@ class EvoTokLlavaForConditionalGeneration(
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
         learned = (folded.labels != -100) & ~folded.written
         targets, states = folded.labels[learned], hidden[:, :-1][learned[:, 1:]]  # the step before predicts
-        total = chunked_cross_entropy(self.lm_head, states, targets, self.config.text_config.vocab_size)
+        replaced = None if self.new_token_rows is None else self.new_token_rows.replaced_rows()
+        classes = self.config.text_config.vocab_size
+        total = chunked_cross_entropy(self.lm_head, states, targets, classes, replaced=replaced)
         return total / max(1, targets.shape[0])
 
     def _image_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:

@@ -1,9 +1,10 @@
 """Cross-entropy behind a large classifier, without the logits of all rows at once.
 
-R rows, D width, V classes.
+R rows, D width, V classes, N classes whose weights are given apart.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,30 @@ from torch.autograd.function import once_differentiable
 MAX_LOGITS = 2**26  # of a chunk: 256 MiB in float32
 
 
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Weights of a few classes that take the place of the classifier's own.
+
+    Attributes:
+        classes: which classes, (N,).
+        rows: their weights, (N, D); the logit of such a class is the product of its row with the hidden state.
+    """
+
+    classes: Tensor
+    rows: Tensor
+
+    def put_into(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The logits (R, V) of hidden states (R, D), with those of the replaced classes; `logits` is overwritten."""
+        return logits.index_copy_(-1, self.classes, (hidden @ self.rows.to(hidden.dtype).T).to(logits.dtype))
+
+
 def chunked_cross_entropy(
-    classifier: nn.Module, hidden: Tensor, targets: Tensor, num_classes: int, max_logits: int = MAX_LOGITS
+    classifier: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    max_logits: int = MAX_LOGITS,
+    replaced: ReplacedRows | None = None,
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `classifier(hidden)`: a float32 scalar, 0 without rows.
 
@@ -28,6 +51,7 @@ def chunked_cross_entropy(
         hidden: (R, D).
         targets: the right class of every row, (R,).
         num_classes: V.
+        replaced: classes with weights of their own, which may be trained while the classifier is frozen.
 
     Raises:
         ValueError: rows and targets do not match.
@@ -43,9 +67,16 @@ def chunked_cross_entropy(
 
     def loss(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
         trained = [weight for weight in classifier.parameters() if weight.requires_grad]
+        leaves, classify = list(trained), forward
+        if replaced is not None:
+            own = ReplacedRows(replaced.classes, replaced.rows.detach().requires_grad_(replaced.rows.requires_grad))
+            classify = lambda states: own.put_into(forward(states), states)  # noqa: E731
+            if replaced.rows.requires_grad:
+                trained.append(replaced.rows)
+                leaves.append(own.rows)
         if torch.is_grad_enabled() and (states.requires_grad or trained):
-            return _ChunkedCrossEntropy.apply(forward, rows, targets, states, *trained)
-        return _sum_over_chunks(forward, rows, targets, states, None)
+            return _ChunkedCrossEntropy.apply(classify, leaves, rows, targets, states, *trained)
+        return _sum_over_chunks(classify, rows, targets, states, None)
 
     return _call_with(classifier, loss, hidden)
 
@@ -90,15 +121,20 @@ def _sum_over_chunks(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Takes all gradients while it goes forward; backward only scales them."""
+    """Takes all gradients while it goes forward; backward only scales them.
+
+    `leaves` are the tensors that `classify` uses; `weights` are the same ones as the caller's graph knows them.
+    """
 
     @staticmethod
-    def forward(ctx, classify, rows: int, targets: Tensor, hidden: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx, classify, leaves: list[Tensor], rows: int, targets: Tensor, hidden: Tensor, *weights: Tensor
+    ) -> Tensor:
         of_hidden: list[Tensor] = []
         of_weights: list[Tensor] = []
 
         def learn(states: Tensor, logits: Tensor, slopes: Tensor) -> None:
-            of_states, *more = torch.autograd.grad(logits, [states, *weights], slopes)
+            of_states, *more = torch.autograd.grad(logits, [states, *leaves], slopes)
             of_hidden.append(of_states)
             if not of_weights:
                 of_weights.extend(more)
@@ -114,4 +150,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         scale = float(scale)  # as a tensor it would be rounded to the gradients' dtype first
-        return None, None, None, *(gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        return None, None, None, None, *(gradient.mul_(scale) for gradient in ctx.saved_tensors)

@@ -17,6 +17,7 @@ from llava_ext.data.survey import RecordImages, RecordTable, Survey, survey
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.config import StageConfig
+from llava_ext.training.samples import check_parts_have_samples
 
 logger = logging.getLogger("llava_ext")
 
@@ -30,7 +31,7 @@ def build_dataset(
     `too_long_samples.jsonl` and only told.
 
     Raises:
-        ValueError: no data, too much that is bad, or nothing left.
+        ValueError: no data, too much that is bad, nothing left, or nothing for a part of the model that is to train.
     """
     check_weights(config.data_weights, len(config.data_path))
     logging.getLogger("evotok_plugin.data").setLevel(
@@ -45,6 +46,7 @@ def build_dataset(
     bad = BadSamples(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
     bad.check(found.num_records)
     tell_about_length(config, found, processor)
+    check_parts_have_samples(model, config, found.records)  # before hours may go into encoding images
     records, cache = found.records, None
     if len(found.images):
         cache = open_code_cache(config, found.images, model, processor, processes)

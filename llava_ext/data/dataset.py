@@ -31,6 +31,13 @@ class Sample:
     read_codes: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Filler:
+    """In place of a sample's number: the sample `index` once more, of which nothing is learned."""
+
+    index: int
+
+
 class ConversationDataset(Dataset):
     """Encodes conversations on demand.
 
@@ -84,6 +91,13 @@ class ConversationDataset(Dataset):
         """How many records there are of each kind."""
         return dict(zip(KINDS, np.bincount(self.kinds, minlength=len(KINDS)).tolist(), strict=True))
 
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """Of each record (len,) whether it reads an image."""
+        if isinstance(self.records, RecordTable):
+            return self.records.reads
+        return np.array([record.reads for record in self.records], bool)
+
     def order(self, epoch: int) -> np.ndarray:
         """The records (len,) of an epoch by number, in their order; with weighted sources some come several times."""
         return self._mixture.order(epoch)
@@ -94,7 +108,10 @@ class ConversationDataset(Dataset):
     def _drops_prompt(self, index: int) -> bool:
         return np.random.default_rng([self._seed, int(self._epoch), index]).random() < self._prompt_dropout
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int | Filler) -> Sample:
+        if isinstance(index, Filler):
+            sample = self[index.index]
+            return Sample(sample.input_ids, torch.full_like(sample.labels, -100), sample.read_codes)
         record = self.records[index]
         messages = list(record.messages)
         if record.kind == "draw" and self._drops_prompt(index):
@@ -150,6 +167,29 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from self._order_of(int(self._epoch_of())).tolist()
+
+
+class FilledSampler(Sampler):
+    """Another sampler, filled up at its end to a multiple of `multiple` with what is not learned.
+
+    Processes must make equally many micro-batches of one size. Left to itself, accelerate repeats samples of the
+    epoch's beginning for that, which would be learned twice.
+    """
+
+    def __init__(self, sampler: Sampler, multiple: int) -> None:
+        self._sampler, self._multiple = sampler, multiple
+
+    def __len__(self) -> int:
+        return -(-len(self._sampler) // self._multiple) * self._multiple
+
+    def __iter__(self) -> Iterator:
+        last = None
+        for last in self._sampler:
+            yield last
+        # A sampler of packed rows yields lists; one sample is filler enough for a row.
+        filler = [Filler(last[0])] if isinstance(last, list) else Filler(last)
+        for _ in range(len(self) - len(self._sampler)):
+            yield filler
 
 
 class ModalityGroupedSampler(Sampler[int]):

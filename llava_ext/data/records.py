@@ -35,6 +35,11 @@ class Record:
         """One of `KINDS`: "draw" if anything is drawn, "read" if anything is read."""
         return "draw" if any(self.drawn) else "read" if self.images else "text"
 
+    @property
+    def reads(self) -> bool:
+        """Whether an image is read, be anything drawn or not."""
+        return not all(self.drawn)
+
 
 @dataclass(frozen=True)
 class RowOptions:

@@ -29,16 +29,22 @@ class RecordTable(Sequence[Record]):
 
     Attributes:
         kinds: of each record (len,) its number in `KINDS`, uint8.
+        reads: of each (len,) whether it reads an image; one that draws may do so too.
         lengths: of each (len,) its LLM steps once it is cut, int32.
         sizes: how many records each source has; they stand source after source.
     """
 
     def __init__(
-        self, sources: Sequence[RecordSource], places: np.ndarray, kinds: np.ndarray, lengths: np.ndarray
+        self,
+        sources: Sequence[RecordSource],
+        places: np.ndarray,
+        kinds: np.ndarray,
+        reads: np.ndarray,
+        lengths: np.ndarray,
     ) -> None:
         """`places` (len, 3) says of each record its source, the row in it, and which of the row's records it is."""
         self._sources, self._places = list(sources), places
-        self.kinds, self.lengths = kinds, lengths
+        self.kinds, self.reads, self.lengths = kinds, reads, lengths
         self.sizes = np.bincount(places[:, 0], minlength=len(sources)).tolist()
 
     def __len__(self) -> int:
@@ -55,7 +61,8 @@ class RecordTable(Sequence[Record]):
 
     def without(self, left_out: np.ndarray) -> "RecordTable":
         """The others of them; `left_out` (len,) is a mask."""
-        return RecordTable(self._sources, self._places[~left_out], self.kinds[~left_out], self.lengths[~left_out])
+        kept = (values[~left_out] for values in (self._places, self.kinds, self.reads, self.lengths))
+        return RecordTable(self._sources, *kept)
 
 
 def _name(source: RecordSource, row: int, number: int) -> str:
@@ -173,6 +180,7 @@ class _Notes:
 
     places: list[tuple[int, int, int]] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    reads: list[bool] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     num_images: list[int] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
@@ -188,6 +196,7 @@ class _Facts:
     def __init__(self, notes: _Notes) -> None:
         self.places = np.array(notes.places, np.int64).reshape(-1, 3)
         self.kinds, self.lengths = np.array(notes.kinds, np.uint8), np.array(notes.lengths, np.int32)
+        self.reads = np.array(notes.reads, bool)
         self.num_images, self.images = np.array(notes.num_images, np.int32), PackedStrings(notes.images)
         self.digests, self.stamps = key_digests(notes.images), np.array(notes.stamps, "S16")
         self.bad, self.too_long, self.num_cut = notes.bad, notes.too_long, notes.num_cut
@@ -224,6 +233,7 @@ class _Chunks(Dataset):
             return
         notes.places.append(place)
         notes.kinds.append(KINDS.index(record.kind))
+        notes.reads.append(record.reads)
         notes.lengths.append(layout.num_steps)
         notes.num_images.append(len(record.images))
         notes.images += record.images
@@ -235,9 +245,9 @@ class _Chunks(Dataset):
 
 
 def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
-    places, kinds, lengths, num_images, digests, stamps = (
+    places, kinds, reads, lengths, num_images, digests, stamps = (
         np.concatenate([getattr(one, what) for one in facts])
-        for what in ("places", "kinds", "lengths", "num_images", "digests", "stamps")
+        for what in ("places", "kinds", "reads", "lengths", "num_images", "digests", "stamps")
     )
     record_of = np.repeat(np.arange(len(places), dtype=np.int64), num_images)
     which = np.arange(len(record_of)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
@@ -248,7 +258,7 @@ def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
     uses = (key for one in facts for key in one.images)
     keys = PackedStrings(key for key, needed in zip(uses, is_first, strict=True) if needed)
     return Survey(
-        records=RecordTable(sources, places, kinds, lengths),
+        records=RecordTable(sources, places, kinds, reads, lengths),
         images=RecordImages(sources, image_places, keys, stamps[first_use]),
         bad={name: why for one in facts for name, why in one.bad.items()},
         too_long={name: why for one in facts for name, why in one.too_long.items()},

@@ -1,7 +1,8 @@
 """LoRA and QLoRA: adapters on the backbone, saved beside what else was trained, folded into a whole model.
 
-An adapter folder is one that peft reads: `adapter_model.safetensors` holds the LoRA matrices and, as `modules_to_save`,
-the projectors and the image head; `base.json` says which model they were trained on.
+An adapter folder is one that peft reads: `adapter_model.safetensors` holds the LoRA matrices, as `modules_to_save` the
+projectors and the image head, and the image tokens' rows under peft's names for trainable tokens; `base.json` says
+which model they were trained on.
 """
 
 import copy
@@ -27,10 +28,13 @@ from llava_ext.checkpointing import (
 )
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import MODULE, add_new_token_rows, table_names, take_rows_back
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parts import plain_name
 
 WEIGHTS, SETTINGS, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+PREFIX = "base_model.model."  # before the names of a model's parameters in peft's
+_PEFT_ROWS = "token_adapter.trainable_tokens_delta"
 _NOT_QUANTIZED = ["vision_tower", "lm_head", *NEW_PARTS]
 
 
@@ -85,18 +89,28 @@ def describe_base(config: StageConfig) -> dict:
 # On disk -----------------------------------------------------------------------------------------------------
 
 
-def _trained(model: nn.Module) -> dict[str, str]:
-    """Names of the trained parameters, as peft writes them and as the model has them."""
+def _trained(model: PeftModel) -> dict[str, str]:
+    """Names of the trained parameters, as peft writes them and as the model has them.
+
+    New tokens' rows go by the names of peft's `trainable_token_indices`, so that peft alone reads them, too.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return {name.replace(".default.", ".") if ".lora_" in name else name: name for name in names}
+    rows = {
+        f"{PREFIX}{MODULE}.{of_table}": f"{PREFIX}{name}.{_PEFT_ROWS}"
+        for name, of_table in zip(table_names(model.get_base_model()), ("inputs", "outputs"), strict=True)
+    }
+    return {name.replace(".default.", ".") if ".lora_" in name else rows.get(name, name): name for name in names}
 
 
 def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], base: dict) -> None:
     """Write all that is trained of a model; `base` is what `describe_base` gave."""
     trained = _trained(model)
     tensors = {saved: state_dict[name].detach().cpu().contiguous() for saved, name in trained.items()}
-    modules = {plain_name(name).split(".")[0] for name in trained.values() if ".lora_" not in name}
-    settings = copy.copy(model.peft_config["default"])
+    modules = {plain_name(name).split(".")[0] for name in trained.values() if ".lora_" not in name} - {MODULE}
+    settings, rows = copy.copy(model.peft_config["default"]), model.get_base_model().new_token_rows
+    if rows is not None:
+        tables = filter(None, table_names(model.get_base_model()))
+        settings.trainable_token_indices = {name: rows.token_ids.tolist() for name in tables}
     settings.base_model_name_or_path, settings.inference_mode = base["name"], True
     settings.modules_to_save = sorted(modules) or None
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +186,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         head = {name: facts[name] for name in HEAD_SETTINGS if name in facts}  # adapters were once all of depth heads
         model, processor = assemble(base, vision_tower, **head, dtype="auto")
     model = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    take_rows_back(model)
 
     def write(folder: Path) -> None:
         save_model(model, folder)
@@ -187,6 +202,9 @@ def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> P
         settings = LoraConfig.from_pretrained(folder)
     modules, settings.modules_to_save = settings.modules_to_save or (), None
     settings.base_model_name_or_path = None  # peft warns where the base lies elsewhere now
+    if settings.trainable_token_indices is not None:
+        add_new_token_rows(model)
+        settings.trainable_token_indices, modules = None, [*modules, MODULE]
     adapted = get_peft_model(model, settings)
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name or plain_name(name).split(".")[0] in modules)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from llava_ext.new_tokens import ROWS_FILE
+
 logger = logging.getLogger("llava_ext")
 
 MARKER = "COMPLETE.json"
@@ -154,7 +156,8 @@ def publish(source: Path, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in source.iterdir() if path.suffix in _MODEL_SUFFIXES and path.name != MARKER]
+        files = [path for path in source.iterdir() if path.suffix in _MODEL_SUFFIXES]
+        files = [path for path in files if path.name not in (MARKER, ROWS_FILE)]
         for path in sorted(files, key=lambda path: path.name.endswith("config.json")):
             temporary = folder / f".{path.name}.part"
             temporary.unlink(missing_ok=True)

@@ -55,6 +55,12 @@ class StageConfig(TrainingArguments):
     model_max_length: int = field(default=2048, metadata=_help("LLM steps a sample may have; text beyond is cut"))
     prompt_dropout: float = field(default=0.1, metadata=_help("share of drawing samples whose prompt is emptied"))
     tune_projectors: bool = field(default=True, metadata=_help("train both projectors"))
+    tune_read_projector: bool | None = field(
+        default=None, metadata=_help("train the projector of images that are read; defaults to tune_projectors")
+    )
+    tune_write_projector: bool | None = field(
+        default=None, metadata=_help("train the projector of images that are drawn; defaults to tune_projectors")
+    )
     tune_image_head: bool = field(default=True, metadata=_help("train the image head"))
     tune_language_model: bool = field(default=True, metadata=_help("train the text backbone"))
     image_head: str | None = field(
@@ -144,13 +150,16 @@ class StageConfig(TrainingArguments):
         for name in ("text_loss_weight", "image_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
+        if not (self.text_loss_weight or self.image_loss_weight):
+            raise ValueError("text_loss_weight and image_loss_weight are both 0: there is no loss; raise one of them")
         if self.image_head is not None:
             check_choice("image_head", self.image_head, IMAGE_HEADS)
         if self.residual_embeddings is not None:
             check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
-        if not (self.tune_projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
+        projectors = self.tune_projectors or self.tune_read_projector or self.tune_write_projector
+        if not (projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
             raise ValueError("nothing would train: enable one of tune_projectors, tune_image_head, tune_language_model")
         if self.bits not in (4, 16):
             raise ValueError(f"bits must be 16, or 4 for QLoRA, got {self.bits}")

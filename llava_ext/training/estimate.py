@@ -21,9 +21,10 @@ from evotok_plugin.recipes import recipe_values
 from llava_ext.checkpointing import set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora
 from llava_ext.training.config import StageConfig, check_head, new_head_settings, read_deepspeed_config
-from llava_ext.training.parts import PARTS, choose_trainable, part_of
+from llava_ext.training.parts import PARTS, choose_trainable, freezes_tables, part_of
 
 GIB = 2**30
 _ADAM = 8  # bytes a trained parameter: two float32 averages
@@ -156,6 +157,8 @@ def meta_model(config: EvoTokLlavaConfig, run: SimpleNamespace) -> nn.Module:
         model.tie_weights()
         set_tower_aside(model)
         model.to(torch.bfloat16 if run.bf16 or run.fp16 else torch.float32)
+        if freezes_tables(run):
+            add_new_token_rows(model)
         if run.lora_enable:
             model = add_lora(model, run)
     choose_trainable(model, run)
@@ -167,7 +170,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
     for part in PARTS:
         members = [p for name, p in model.named_parameters() if part_of(name) == part]
-        counts[part] = (sum(p.numel() for p in members), sum(p.numel() for p in members if p.requires_grad))
+        if members:
+            counts[part] = (sum(p.numel() for p in members), sum(p.numel() for p in members if p.requires_grad))
     return counts
 
 

@@ -5,11 +5,13 @@ import re
 
 from torch import Tensor, nn
 
+from llava_ext.new_tokens import MODULE
 from llava_ext.training.config import StageConfig
 
-LANGUAGE_MODEL, PROJECTORS, IMAGE_HEAD = "language_model", "projectors", "image_head"
-PARTS = (LANGUAGE_MODEL, PROJECTORS, IMAGE_HEAD)
-_PART_OF_MODULE = {"read_projector": PROJECTORS, "write_projector": PROJECTORS, "image_head": IMAGE_HEAD}
+LANGUAGE_MODEL, READ_PROJECTOR, WRITE_PROJECTOR = "language_model", "read_projector", "write_projector"
+IMAGE_HEAD, NEW_TOKENS = "image_head", "new_tokens"
+PARTS = (LANGUAGE_MODEL, NEW_TOKENS, READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)
+_PART_OF_MODULE = {**{part: part for part in (READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)}, MODULE: NEW_TOKENS}
 
 
 def plain_name(name: str) -> str:
@@ -18,27 +20,39 @@ def plain_name(name: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: the language model (with its output layer), projectors or image head."""
+    """The part that a parameter belongs to: one of `PARTS`; the output layer belongs to the language model."""
     return _PART_OF_MODULE.get(plain_name(name).split(".")[0], LANGUAGE_MODEL)
 
 
 def learning_rates(config: StageConfig) -> dict[str, float]:
-    """The learning rate of every part."""
-    own = {
-        LANGUAGE_MODEL: config.language_model_lr,
-        PROJECTORS: config.mm_projector_lr,
-        IMAGE_HEAD: config.image_head_lr,
-    }
+    """The learning rate of every part; new tokens learn as fast as the projectors, whose outputs stand beside them."""
+    own = dict.fromkeys(PARTS, config.mm_projector_lr)
+    own |= {LANGUAGE_MODEL: config.language_model_lr, IMAGE_HEAD: config.image_head_lr}
     return {part: config.learning_rate if rate is None else rate for part, rate in own.items()}
 
 
-def choose_trainable(model: nn.Module, config: StageConfig) -> None:
-    """Free the parts that the stage trains and freeze the rest; adapters keep what they have."""
-    trained = {
-        PROJECTORS: config.tune_projectors,
+def chosen_parts(config: StageConfig) -> dict[str, bool]:
+    """Which parts the stage trains. New tokens learn in every stage, with a frozen language model through rows of their
+    own."""
+    projector = lambda own: config.tune_projectors if own is None else own  # noqa: E731
+    return {
+        LANGUAGE_MODEL: config.tune_language_model or config.lora_enable,
+        NEW_TOKENS: True,
+        READ_PROJECTOR: projector(config.tune_read_projector),
+        WRITE_PROJECTOR: projector(config.tune_write_projector),
         IMAGE_HEAD: config.tune_image_head,
-        LANGUAGE_MODEL: config.tune_language_model,
     }
+
+
+def freezes_tables(config: StageConfig) -> bool:
+    """Whether the stage leaves the backbone's embedding and output tables as they are."""
+    return config.lora_enable or not config.tune_language_model
+
+
+def choose_trainable(model: nn.Module, config: StageConfig) -> None:
+    """Unfreeze the parts that the stage trains and freeze the rest; of a language model with adapters only these
+    train."""
+    trained = chosen_parts(config)
     for name, parameter in model.named_parameters():
         if config.lora_enable and part_of(name) == LANGUAGE_MODEL:
             parameter.requires_grad_(".lora_" in name)
@@ -68,5 +82,6 @@ def size_of(parameter: Tensor) -> int:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay makes sense beyond Trainer's own exclusions: an embedding of places has no scale to lose."""
-    return not re.search(r"(position|level)_embedding$", name)
+    """Whether weight decay applies, beyond Trainer's own exclusions; embeddings of places and of new tokens are not
+    decayed."""
+    return not re.search(rf"(position|level)_embedding$|\b{MODULE}\.", name)

@@ -24,6 +24,7 @@ from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
 from llava_ext.data.packing import PackedCollator, PackedDataset
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
 from llava_ext.training.checkpoints import (
@@ -38,7 +39,8 @@ from llava_ext.training.checkpoints import (
     steps_of,
 )
 from llava_ext.training.config import StageConfig, check_head, new_head_settings
-from llava_ext.training.parts import choose_trainable, learning_rates, part_of, size_of
+from llava_ext.training.parts import choose_trainable, freezes_tables, learning_rates, part_of, size_of
+from llava_ext.training.samples import check_parts_have_samples, counts_in_words, samples_of_parts
 from llava_ext.training.trainer import EvoTokTrainer
 from llava_ext.training.zero import whole_models, zero_stage
 
@@ -92,6 +94,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
     dataset = build_dataset(config, model, processor)
+    check_parts_have_samples(model, config, dataset)
     model = ready_to_train(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
@@ -118,6 +121,8 @@ def ready_to_train(model: EvoTokLlavaForConditionalGeneration, config: StageConf
     """The model without the tokenizer among its modules, with adapters where there are to be some, the right parts
     free."""
     set_tower_aside(model)
+    if freezes_tables(config):
+        add_new_token_rows(model)
     trained = add_lora(model, config) if config.lora_enable else model
     choose_trainable(trained, config)
     return trained
@@ -246,15 +251,17 @@ def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationD
     """Say what trains, how fast and on what, and what will be saved, before the first step."""
     tower = sum(p.numel() for p in model.vision_tower.parameters())
     logger.info("  %-16s %10.2f M parameters  frozen", "vision_tower", tower / 1e6)
+    samples = samples_of_parts(dataset)
     for part, rate in learning_rates(config).items():
         members = [p for name, p in model.named_parameters() if part_of(name) == part]
+        if not members:
+            continue
         total, trained = (sum(map(size_of, some)) for some in (members, [p for p in members if p.requires_grad]))
-        state = f"learning rate {rate:g}" if trained else "frozen"
+        state = f"learning rate {rate:g}, {samples[part]} samples" if trained else "frozen"
         if 0 < trained < total:
             state += f", {trained / 1e6:.2f} M of them"
         logger.info("  %-16s %10.2f M parameters  %s", part, total / 1e6, state)
-    counts = ", ".join(f"{count} {kind}" for kind, count in dataset.count_kinds().items() if count)
-    logger.info("  %d samples (%s); %d process(es)", len(dataset), counts, config.world_size)
+    logger.info("  %d samples (%s); %d process(es)", len(dataset), counts_in_words(dataset), config.world_size)
     what = {
         "full": "the whole model",
         "lora": "adapters and trained modules; at the end also the model with the adapters folded in",

@@ -5,20 +5,26 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.progress import progress_interval
 from llava_ext.checkpointing import save_model
-from llava_ext.data.dataset import EpochSampler, ModalityGroupedSampler
+from llava_ext.data.dataset import EpochSampler, FilledSampler, ModalityGroupedSampler
 from llava_ext.data.packing import PackedDataset, PackingSampler
+from llava_ext.losses import count_learned
+from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
+from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
 from llava_ext.training.checkpoints import RunShape, checkpoint_folder, checkpoints, finish_checkpoint
 from llava_ext.training.interruption import StopInOrder, on_any_process
@@ -40,8 +46,11 @@ class EvoTokTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         model.vision_tower.to(self.args.device)
         self._shape, self._base = shape, base
+        # Trainer would divide a loss by the number of micro-batches; `compute_loss` divides it by the step's tokens.
+        self.model_accepts_loss_kwargs = True
         self._step_losses: list[Tensor] = []  # (text, image) of every micro-batch of the step
         self._logged = torch.zeros(2, 2, device=self.args.device)  # sums and counts of (text, image) since the last log
+        self._total = torch.zeros(2, 2, dtype=torch.float64)  # the same since the start
         self.interruption = StopInOrder()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -66,16 +75,42 @@ class EvoTokTrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if is_decayed(name)]
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of a step, and how many text tokens and image positions all processes learn in it, (2,)."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = torch.zeros(2, device=device)
+        for batch in batches:
+            segments = batch.get("segment_ids", batch.get("attention_mask"))
+            learned = count_learned(batch["labels"], self.model.vocabulary, segments)
+            counts += torch.stack([learned.text_tokens, learned.image_positions]).to(counts)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, EvoTokLlavaOutput]:
+        """A micro-batch's share of the step's loss: sums over text tokens and over image positions, divided by their
+        numbers in the whole step.
+
+        Args:
+            num_items_in_batch: of `get_batch_samples`, (2,); without it the micro-batch counts as a step.
+        """
         outputs = model(**inputs)
-        loss = self.args.text_loss_weight * outputs.text_loss + self.args.image_loss_weight * outputs.image_loss
-        losses = torch.stack([outputs.text_loss.detach().float(), outputs.image_loss.detach().float()])
-        self._step_losses.append(losses)
-        labels, vocabulary = inputs["labels"], self.accelerator.unwrap_model(model).vocabulary
-        is_image = vocabulary.is_residual(labels)
-        # A batch without one of the two tasks says nothing about that task's loss.
-        counted = torch.stack([((labels != -100) & ~is_image).any(), is_image.any()]).float()
-        self._logged += torch.stack([losses * counted, counted])
+        means = torch.stack([outputs.text_loss, outputs.image_loss]).float()
+        counts = torch.stack([outputs.num_text_tokens, outputs.num_image_positions]).to(means)
+        in_step = counts if num_items_in_batch is None else num_items_in_batch.to(means)
+        weights = means.new_tensor([self.args.text_loss_weight, self.args.image_loss_weight])
+        loss = (weights * means * counts / in_step.clamp(min=1)).sum()
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and DeepSpeed average gradients over processes
+        if model.training:
+            self._step_losses.append(means.detach())
+            self._logged += torch.stack([means.detach() * counts, counts])
         return (loss, outputs) if return_outputs else loss
 
     def check_step(self) -> None:
@@ -96,15 +131,34 @@ class EvoTokTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log with Trainer, the losses replaced by those over all tokens since the last log, or since the start."""
         if "loss" in logs:
-            sums, counts = self.accelerator.reduce(self._logged, "sum").tolist()
-            for name, total, count in zip(("text_loss", "image_loss"), sums, counts, strict=True):
-                if count:
-                    logs[name] = round(total / count, 5)
-            self._logged = torch.zeros_like(self._logged)
+            window = self.accelerator.reduce(self._logged, "sum").double().cpu()
+            self._logged, self._total = torch.zeros_like(self._logged), self._total + window
+            logs.update(self._losses_of(window))
+        if "train_loss" in logs and bool(self._total[1].any()):
+            logs["train_loss"] = self._losses_of(self._total)["loss"]
         super().log(logs, *args, **kwargs)
 
+    def _losses_of(self, sums_and_counts: Tensor) -> dict[str, float]:
+        """Losses of (2, 2) sums and counts of text tokens and image positions; one over nothing is left out."""
+        weights, losses = (self.args.text_loss_weight, self.args.image_loss_weight), {"loss": 0.0}
+        for name, weight, total, count in zip(
+            ("text_loss", "image_loss"), weights, *sums_and_counts.tolist(), strict=True
+        ):
+            if count:
+                losses["loss"] += weight * total / count
+                losses[name] = round(total / count, 5)
+        return losses
+
     def _get_train_sampler(self, train_dataset=None):
+        sampler, joint_batch = self._order_of(train_dataset), self.args.train_batch_size * self.args.world_size
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return sampler
+        return FilledSampler(sampler, joint_batch)
+
+    def _order_of(self, train_dataset=None) -> Sampler:
+        """The samples of an epoch, or the packed rows, in their order."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         epoch_of = lambda: self.state.epoch or 0  # noqa: E731
         if isinstance(dataset, PackedDataset):
@@ -153,11 +207,12 @@ class EvoTokTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        weights = self.model.state_dict() if state_dict is None else state_dict
         if isinstance(self.model, PeftModel):
-            weights = self.model.state_dict() if state_dict is None else state_dict
             save_adapter(self.model, folder, weights, self._base)
         else:
-            save_model(self.model, folder, state_dict)
+            save_model(self.model, folder, weights)
+            save_rows(self.model, folder, weights)
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -165,6 +220,7 @@ class EvoTokTrainer(Trainer):
             load_adapter(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_rows(self.model, Path(resume_from_checkpoint))
 
 
 class StepChecks(TrainerCallback):

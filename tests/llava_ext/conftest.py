@@ -33,3 +33,41 @@ def model_folder(tiny_mllm, tmp_path_factory):
     for part in tiny_mllm:
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def foreign_tokenizer_folder(tiny_tokenizer_folder, tmp_path_factory):
+    """A tokenizer as real LLMs have them: it knows no image tokens, and pads with the end of a turn."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from llava_ext.processing_evotok_llava import IMAGE_TOKENS
+
+    known = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+    facts = json.loads(known.backend_tokenizer.to_str())
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] not in IMAGE_TOKENS]
+    words = [word for word, _ in sorted(facts["model"]["vocab"].items(), key=lambda item: item[1])]
+    kept = [word for word in words if word not in IMAGE_TOKENS]
+    facts["model"]["vocab"] = {word: number for number, word in enumerate(kept)}
+    for token in facts["added_tokens"]:
+        token["id"] = facts["model"]["vocab"][token["content"]]
+    end = known.eos_token
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(facts)),
+        eos_token=end,
+        pad_token=end,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = known.chat_template
+    folder = tmp_path_factory.mktemp("foreign_tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def foreign_backbone_folder(foreign_tokenizer_folder, make_backbone, tmp_path_factory):
+    """A causal LM without image tokens, whose embeddings are tied and whose pad token ends turns."""
+    folder = tmp_path_factory.mktemp("foreign_backbone")
+    return make_backbone(foreign_tokenizer_folder, folder, "llama", tie_word_embeddings=True)

@@ -9,6 +9,7 @@ from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
 from llava_ext.checkpointing import assemble, load_model
 from llava_ext.cli import main
+from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 from llava_ext.training import train
 from llava_ext.training.adapters import merge
 from llava_ext.training.config import StageConfig
@@ -70,7 +71,9 @@ def test_lora_writes_the_adapter_and_the_model_with_it_folded_in(lora_run, base)
     for name, tensor in after.items():
         if name.startswith(MODULES):
             assert torch.equal(tensor, adapter[f"base_model.model.{name}"]), name
-        elif name.startswith("vision_tower.") or "norm" in name or "embed_tokens" in name:
+        elif "embed_tokens" in name or name == "lm_head.weight":
+            assert (tensor != before[name]).any(dim=1).sum() <= len(IMAGE_TOKENS), name
+        elif name.startswith("vision_tower.") or "norm" in name:
             assert torch.equal(tensor, before[name]), name
     assert set(after) == set(before) and not any("lora" in name for name in after)
     load_model(lora_run)
@@ -79,7 +82,7 @@ def test_lora_writes_the_adapter_and_the_model_with_it_folded_in(lora_run, base)
 def test_adapters_and_their_checkpoints_hold_what_is_trained_and_no_backbone(lora_run):
     for folder in (lora_run / "adapter", lora_run / "checkpoint-4"):
         names = {name.removeprefix("base_model.model.") for name in load_file(folder / "adapter_model.safetensors")}
-        assert all(name.startswith(MODULES) or ".lora_" in name for name in names)
+        assert all(name.startswith(MODULES) or ".lora_" in name or "token_adapter" in name for name in names)
     state = lora_run / "checkpoint-4" / "global_step4" / "mp_rank_00_model_states.pt"
     whole = (lora_run / "model.safetensors").stat().st_size
     assert state.stat().st_size < 0.5 * whole
@@ -247,9 +250,11 @@ def test_every_parameter_is_in_one_group_with_its_part_s_learning_rate(recipe, t
         assert group["names"], "DeepSpeed takes no empty group"
         for name in group["names"]:
             part = name.removeprefix("base_model.model.").split(".")[0]
-            rate = {"read_projector": 2e-4, "write_projector": 2e-4, "image_head": 3e-4}.get(part, 1e-4)
+            projectors = ("read_projector", "write_projector", "new_token_rows")
+            rate = {"image_head": 3e-4, **dict.fromkeys(projectors, 2e-4)}.get(part, 1e-4)
             assert group["lr"] == rate, name
             never = ("bias", "norm.weight", "layernorm.weight", "position_embedding", "level_embedding")
+            never += ("new_token_rows.inputs", "new_token_rows.outputs")
             is_norm = name.endswith(never) or ".norm_" in name or ".classifiers." in name and name.endswith(".0.weight")
             assert group["weight_decay"] == (0.0 if is_norm else 0.1), name
 

@@ -159,7 +159,8 @@ def test_what_trains_how_fast_and_what_is_saved_is_said_before_the_first_step(re
     text = run_forked(_log_of, recipe, tmp_path / "told", {"max_steps": 1, "mm_projector_lr": 2e-5})
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "frozen" in lines["vision_tower"] and "learning rate 0.001" in lines["language_model"]
-    assert "learning rate 2e-05" in lines["projectors"] and "learning rate 0.001" in lines["image_head"]
+    assert "learning rate 2e-05, " in lines["read_projector"]
+    assert "learning rate 0.001, 72 samples" in lines["image_head"]
     assert "the whole model" in lines["saved"]
 
 

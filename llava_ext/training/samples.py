@@ -1,0 +1,97 @@
+"""Which samples each part of the model learns from, and the check that there are some."""
+
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from llava_ext.data.records import KINDS
+from llava_ext.training.config import StageConfig
+from llava_ext.training.parts import (
+    IMAGE_HEAD,
+    LANGUAGE_MODEL,
+    NEW_TOKENS,
+    READ_PROJECTOR,
+    WRITE_PROJECTOR,
+    chosen_parts,
+    learning_rates,
+)
+
+_DRAWS = 'images in "gpt" turns, or captions with --caption_task draw or both'
+_REMEDIES = {
+    READ_PROJECTOR: (
+        'images in "human" turns, or captions with --caption_task read or both',
+        "--tune_read_projector false",
+    ),
+    WRITE_PROJECTOR: (_DRAWS, "--tune_write_projector false"),
+    IMAGE_HEAD: (_DRAWS, "--tune_image_head false"),
+    LANGUAGE_MODEL: (_DRAWS, "--text_loss_weight 1"),
+}
+
+
+class Samples(Protocol):
+    """Samples by number: a `RecordTable` or a `ConversationDataset`.
+
+    Attributes:
+        kinds: number in `KINDS` of each sample (len,).
+        reads: whether each sample (len,) reads an image.
+    """
+
+    kinds: np.ndarray
+    reads: np.ndarray
+
+
+def samples_of_parts(samples: Samples) -> dict[str, int]:
+    """How many samples each part takes part in."""
+    drawing = int((samples.kinds == KINDS.index("draw")).sum())
+    return {
+        LANGUAGE_MODEL: len(samples.kinds),
+        NEW_TOKENS: len(samples.kinds),
+        READ_PROJECTOR: int(samples.reads.sum()),
+        WRITE_PROJECTOR: drawing,
+        IMAGE_HEAD: drawing,
+    }
+
+
+def counts_in_words(samples: Samples) -> str:
+    """How many samples there are of each kind, e.g. "558 read, 0 draw, 12 text"."""
+    return ", ".join(f"{(samples.kinds == KINDS.index(kind)).sum()} {kind}" for kind in ("read", "draw", "text"))
+
+
+def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
+    """Refuse a run in which a part is set to train but no sample gives it a gradient.
+
+    A part with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
+
+    Raises:
+        ValueError: there is such a part.
+    """
+    draws = samples.kinds == KINDS.index("draw")
+    learned = np.full(len(draws), config.text_loss_weight > 0)
+    if config.image_loss_weight > 0:
+        learned |= draws  # what is drawn is learned, whatever was read before
+    with_gradient = {
+        LANGUAGE_MODEL: learned,
+        READ_PROJECTOR: learned & samples.reads,
+        WRITE_PROJECTOR: learned & draws,
+        IMAGE_HEAD: draws & (config.image_loss_weight > 0),
+    }
+    chosen, rates = chosen_parts(config), learning_rates(config)
+    starved = [
+        part
+        for part, usable in with_gradient.items()
+        if chosen[part] and rates[part] and (part == LANGUAGE_MODEL or hasattr(model, part)) and not usable.any()
+    ]
+    if not starved:
+        return
+    data = " and ".join(dict.fromkeys(_REMEDIES[part][0] for part in starved))
+    flags = " ".join(_REMEDIES[part][1] for part in starved)
+    if config.tune_read_projector is None and config.tune_write_projector is None:
+        both = f"{_REMEDIES[READ_PROJECTOR][1]} {_REMEDIES[WRITE_PROJECTOR][1]}"
+        flags = flags.replace(both, "--tune_projectors false")
+    weights = [f"{name} is 0" for name in ("text_loss_weight", "image_loss_weight") if not getattr(config, name)]
+    raise ValueError(
+        f"{' and '.join(starved)} would train, but of {len(draws)} samples ({counts_in_words(samples)}) none trains "
+        f"{'them' if len(starved) > 1 else 'it'}{''.join(f'; {weight}' for weight in weights)}; "
+        f"add data with {data}, or pass {flags}"
+    )
