@@ -84,7 +84,9 @@ def load_model(
     if problems:
         shown = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items())
         raise ValueError(f"{str(folder)!r} is not a whole checkpoint of this model: {shown}")
-    return model, EvoTokLlavaProcessor.from_pretrained(folder)
+    processor = EvoTokLlavaProcessor.from_pretrained(folder)
+    model.config.check_processor(processor)
+    return model, processor
 
 
 def weight_files(folder: str | Path) -> list[Path]:

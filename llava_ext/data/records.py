@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LLAVA_IMAGE = "<image>"
+from llava_ext.placeholders import LLAVA_IMAGE, count_images, escape_images
+
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 KINDS = ("text", "read", "draw")
 CAPTION_TASKS = {"read": ("read",), "draw": ("draw",), "both": ("read", "draw")}
@@ -118,17 +119,20 @@ def _speaker_and_content(turn: object) -> tuple[str | None, str | None]:
 
 def _part(part: object) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if kind == "text" else LLAVA_IMAGE if kind == "image" else None
-    return text if isinstance(text, str) else None
+    text = part.get("text") if kind == "text" else None
+    if kind == "image":
+        return LLAVA_IMAGE
+    return escape_images(text) if isinstance(text, str) else None  # the text of a part is literal
 
 
 def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
+    caption = escape_images(caption)
     ask, answer = (f"{LLAVA_IMAGE}\n{DESCRIBE}", caption) if task == "read" else (caption, LLAVA_IMAGE)
     return {"role": "user", "content": ask}, {"role": "assistant", "content": answer}
 
 
 def _by_assistant(messages: Sequence[dict]) -> tuple[bool, ...]:
-    return tuple(m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE)))
+    return tuple(m["role"] == "assistant" for m in messages for _ in range(count_images(m["content"])))
 
 
 def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:
