@@ -138,22 +138,38 @@ class ConversationTemplate:
     @cached_property
     def encoder(self) -> TextEncoder:
         """Encodes what `render` gives."""
-        written = [*self._skeleton(_PAIR * 2).literals]
+        literals = [literal for skeleton in self._usual_skeletons for literal in skeleton.literals]
+        return TextEncoder(self._tokenizer, "".join(literals))
+
+    @cached_property
+    def _usual_skeletons(self) -> list[_Skeleton]:
+        """Two questions with answers, and one behind a system message where the template takes one."""
         try:
-            written += self._skeleton(("system", *_PAIR)).literals
-        except ValueError:  # the template takes no system message
-            pass
-        return TextEncoder(self._tokenizer, "".join(written))
+            return [self._skeleton(_PAIR * 2), self._skeleton(("system", *_PAIR))]
+        except ValueError:
+            return [self._skeleton(_PAIR * 2)]
 
     def is_rendered(self, text: str) -> bool:
         """Whether a plain string is a conversation that this template rendered, or one written in its format.
 
-        It begins with a control token of the template (with the whole opening, where that has none), and holds what the
-        template writes between a question and its answer.
+        It begins like one (with a control token with which the template begins, or with the whole opening where that
+        has none), and holds what the template writes between a question and its answer.
         """
-        first, around = self._skeleton(_PAIR).literals[0], self._before_answer
-        opening = [token for token in self.encoder.control_tokens.values() if token in first] or [first.strip()]
-        return bool(around) and around in text and text.lstrip().startswith(tuple(filter(None, opening)))
+        around = self._before_answer
+        return bool(around) and around in text and text.lstrip().startswith(self._openings)
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        """With which a rendered conversation may begin."""
+        found = []
+        for skeleton in self._usual_skeletons:
+            opening = rest = skeleton.literals[0].strip()
+            leading = []
+            while first := [token for token in self.encoder.control_tokens.values() if rest.startswith(token)]:
+                leading.append(max(first, key=len))
+                rest = rest.removeprefix(leading[-1]).lstrip()
+            found += leading or [opening]
+        return tuple(filter(None, found))
 
     def _fill(self, roles: tuple[str, ...], contents: list[str]) -> RenderedConversation:
         filled, plain = self._put_in(roles, contents), self._apply(roles, contents)
