@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
@@ -85,22 +85,10 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
         "copy the processor's files from the folder that the model was trained or saved in, "
         "or write them with processor.save_pretrained",
     )
-    vision = config.vision_config
-    for name, found, expected in (
-        ("num_positions", processor.num_positions, vision.num_positions),
-        ("num_levels", processor.num_levels, vision.pixel_depth),
-        ("codebook_size", processor.codebook_size, vision.codebook_size),
-        ("residual_token_offset", processor.residual_token_offset, config.residual_token_offset),
-        ("image_head", processor.image_head, config.image_head),
-        ("image_token_id", processor.image_token_id, config.image_token_id),
-        ("image_start_token_id", processor.image_start_id, config.image_start_token_id),
-        ("image_end_token_id", processor.image_end_id, config.image_end_token_id),
-    ):
-        if found != expected:
-            raise ValueError(
-                f"the processor in {str(folder)!r} belongs to another model: its {name} is {found}, the model's is "
-                f"{expected}; copy the processor's files from the folder that the model was trained or saved in"
-            )
+    try:
+        config.check_processor(processor)
+    except ValueError as error:
+        raise ValueError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
     return processor
 
 

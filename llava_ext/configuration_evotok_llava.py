@@ -1,5 +1,7 @@
 """Configuration of the multimodal LLM that reads and draws images through one EvoTok tokenizer."""
 
+from pathlib import Path
+
 from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin import EvoTokConfig
@@ -19,6 +21,35 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+
+
+def max_positions_of(text_config: PreTrainedConfig) -> int | None:
+    """Steps that a language model can look at; None where its configuration sets no limit."""
+    limit = getattr(text_config, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def check_length(folder: str | Path, num_steps: int) -> None:
+    """Compare a sequence length with the positions of a model in a local folder, before the model is loaded.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        return  # a hub id, which is checked once it is loaded
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return  # loading the model explains it
+    _check_steps(max_positions_of(config.get_text_config()), num_steps)
+
+
+def _check_steps(limit: int | None, num_steps: int) -> None:
+    if limit is not None and num_steps > limit:
+        raise ValueError(
+            f"model_max_length {num_steps} is more than the {limit} positions (max_position_embeddings) of the "
+            f"language model; set it to {limit} or less"
+        )
 
 
 class EvoTokLlavaConfig(PreTrainedConfig):
@@ -76,6 +107,12 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                 f"image token ids {delimiters} must differ and lie outside the residual range that starts at "
                 f"{self.residual_token_offset} and holds {self.residual_vocabulary.size} ids"
             )
+        steps = 2 + max(self.vision_config.num_positions, self.steps_per_drawn_image)
+        if self.max_positions is not None and steps > self.max_positions:
+            raise ValueError(
+                f"an image takes {steps} steps with its delimiters, but the language model has "
+                f"{self.max_positions} positions (max_position_embeddings)"
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -89,3 +126,54 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         """LLM steps of an image that is drawn, without its delimiters."""
         vision = self.vision_config
         return vision.num_positions * (vision.pixel_depth if self.image_head == "flat" else 1)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Steps that the language model can look at; None without a limit."""
+        return max_positions_of(self.text_config)
+
+    def check_length(self, num_steps: int) -> None:
+        """Raises:
+        ValueError: the language model has fewer positions than a sample may have steps.
+        """
+        _check_steps(self.max_positions, num_steps)
+
+    def check_processor(self, processor) -> None:
+        """Compare what the model and its processor must agree on.
+
+        Raises:
+            ValueError: the processor belongs to another model, or its tokenizer has tokens that this model lacks.
+        """
+        processor.check_tokenizer()
+        vision = self.vision_config
+        expected = {
+            "num_positions": vision.num_positions,
+            "num_levels": vision.pixel_depth,
+            "codebook_size": vision.codebook_size,
+            "image_head": self.image_head,
+            "image_token_id": self.image_token_id,
+            "image_start_id": self.image_start_token_id,
+            "image_end_id": self.image_end_token_id,
+            "residual_token_offset": self.residual_token_offset,
+        }
+        for name, value in expected.items():
+            if getattr(processor, name) != value:
+                hint = (
+                    "set processor.residual_token_offset = model.config.residual_token_offset"
+                    if name == "residual_token_offset"
+                    else "load both from one folder"
+                )
+                raise ValueError(
+                    f"model and processor differ: {name} is {value} in the model and {getattr(processor, name)} in the "
+                    f"processor; {hint}"
+                )
+        if processor.image_processor.size != vision.image_size:
+            raise ValueError(
+                f"the model takes images of {vision.image_size} pixels, the processor makes images of "
+                f"{processor.image_processor.size}; load both from one folder"
+            )
+        if len(processor.tokenizer) > self.text_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(processor.tokenizer)} tokens, the language model rows for "
+                f"{self.text_config.vocab_size}; call model.resize_token_embeddings({len(processor.tokenizer)})"
+            )

@@ -108,6 +108,29 @@ class EvoTokLlavaForConditionalGeneration(
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Resize the text rows, as transformers does; residual tokens, which have no rows here, move behind them.
+
+        A processor of this model then needs the new offset: `processor.residual_token_offset =
+        model.config.residual_token_offset`.
+
+        Raises:
+            ValueError: the image tokens would lose their rows.
+        """
+        config, before = self.config, self.config.text_config.vocab_size
+        needed = 1 + max(config.image_token_id, config.image_start_token_id, config.image_end_token_id)
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(f"the image tokens need {needed} rows, got new_num_tokens={new_num_tokens}")
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = config.text_config.vocab_size
+        self.language_model.config.vocab_size = rows
+        if before <= config.residual_token_offset < rows:
+            config.residual_token_offset = rows
+            self.vocabulary = config.residual_vocabulary
+        return embeddings
+
     # From images to embeddings -------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None) -> Tensor:
@@ -227,6 +250,7 @@ class EvoTokLlavaForConditionalGeneration(
             elif attention_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
+        self._check_positions(inputs_embeds.shape[1], past_key_values, **steps)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **steps
         )
@@ -244,6 +268,28 @@ class EvoTokLlavaForConditionalGeneration(
         result.image_loss = self._image_loss(hidden, folded)
         result.loss = result.text_loss + result.image_loss
         return result
+
+    def _check_positions(
+        self, num_steps: int, past, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_
+    ) -> None:
+        """Raises:
+        ValueError: a step lies beyond the positions of the language model.
+        """
+        limit = self.config.max_positions
+        taken = 0 if past is None else past.get_seq_length()
+        # A static cache counts in a tensor, which must not be waited for in every step.
+        total = num_steps + (taken if isinstance(taken, int) else 0)
+        if limit is None or total <= limit:
+            return
+        if position_ids is not None:
+            total = int(position_ids.max()) + 1
+        elif attention_mask is not None and attention_mask.shape == (attention_mask.shape[0], total):
+            total = int(attention_mask.nonzero()[:, 1].max()) + 1  # padding on the right takes no positions
+        if total > limit:
+            raise ValueError(
+                f"the sequence takes {total} steps, but the language model has {limit} positions "
+                "(max_position_embeddings); shorten the text or leave images out"
+            )
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
         learned = (folded.labels != -100) & ~folded.written

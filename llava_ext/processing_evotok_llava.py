@@ -1,75 +1,39 @@
 """Conversations and images to the model's flat token sequence, and ids back to text."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from llava_ext.conversation import ConversationTemplate
+from llava_ext.batching import BatchOptions
+from llava_ext.call_arguments import assign_images, check_count, flat_images, text_and_images
+from llava_ext.conversation import ConversationTemplate, RenderedPrompt
+from llava_ext.decoding import DecodingMixin
+from llava_ext.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
+from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
+from llava_ext.sequence_layout import ConversationLayout, EncodedConversation, TooLong
 from llava_ext.vocabulary import ResidualVocabulary
 
-IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_pad|>", "<|image_start|>", "<|image_end|>"
+__all__ = [
+    "IMAGE_END_TOKEN",
+    "IMAGE_START_TOKEN",
+    "IMAGE_TOKEN",
+    "IMAGE_TOKENS",
+    "LLAVA_IMAGE",
+    "ConversationLayout",
+    "EncodedConversation",
+    "EvoTokLlavaProcessor",
+    "TooLong",
+]
+
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
 IMAGE_TOKENS = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
-LLAVA_IMAGE = "<image>"
+_NO_INPUTS = {"videos", "audio"}  # of transformers' processors, which this one does not have
 
 
-@dataclass
-class EncodedConversation:
-    """One conversation as ids and labels, both (T,); -100 marks what is not learned."""
-
-    input_ids: Tensor
-    labels: Tensor
-
-
-class TooLong(ValueError):
-    """A conversation that cannot be cut to the length that is wanted."""
-
-
-@dataclass(frozen=True)
-class ConversationLayout:
-    """A conversation before its images are put in: one token a text token and one an image.
-
-    Attributes:
-        tokens: ids.
-        learned: which of them are learned.
-        is_image: which of them stand for an image.
-        image_steps: LLM steps that each image takes, its delimiters included.
-    """
-
-    tokens: list[int]
-    learned: list[bool]
-    is_image: list[bool]
-    image_steps: list[int]
-
-    @property
-    def num_steps(self) -> int:
-        """LLM steps: one a text token, and those of the images."""
-        return len(self.tokens) - len(self.image_steps) + sum(self.image_steps)
-
-    def cut_to(self, num_steps: int) -> "ConversationLayout":
-        """Leave out from the end what exceeds `num_steps` LLM steps; images are kept, and whole.
-
-        Raises:
-            TooLong: an image, or all that would be learned, lies beyond.
-        """
-        if self.num_steps <= num_steps:
-            return self
-        steps = np.ones(len(self.tokens), np.int64)
-        steps[self.is_image] = self.image_steps
-        kept = int(np.searchsorted(steps.cumsum(), num_steps, side="right"))
-        if any(self.is_image[kept:]):
-            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} do not hold all images whole")
-        if not any(self.learned[:kept]):
-            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} hold nothing to learn")
-        return ConversationLayout(self.tokens[:kept], self.learned[:kept], self.is_image[:kept], self.image_steps)
-
-
-class EvoTokLlavaProcessor(ProcessorMixin):
+class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     """Image processor, tokenizer and the layout of images in a sequence.
 
     An image that is read becomes `<|image_start|>`, one `<|image_pad|>` a position, `<|image_end|>`; an image that
@@ -88,12 +52,19 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         chat_template=None,
         **kwargs,
     ) -> None:
+        """Raises:
+        ValueError: the tokenizer lacks the image tokens, or has tokens in the residual range.
+        """
         self.num_positions = num_positions
         self.residual_token_offset = residual_token_offset
         self.num_levels = num_levels
         self.codebook_size = codebook_size
         self.image_head = image_head
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._templates: dict[object, ConversationTemplate] = {}
+        self._checked: object = None
+        super().__init__(image_processor, tokenizer)
+        if chat_template is not None:
+            self.chat_template = chat_template
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
         if missing:
@@ -101,8 +72,7 @@ class EvoTokLlavaProcessor(ProcessorMixin):
                 f"the tokenizer lacks {', '.join(missing)}; build the processor with EvoTokLlavaProcessor.from_parts"
             )
         self.image_token_id, self.image_start_id, self.image_end_id = (vocabulary[token] for token in IMAGE_TOKENS)
-        self.vocabulary = ResidualVocabulary(residual_token_offset, num_levels, codebook_size)
-        self._template: ConversationTemplate | None = None
+        self.check_tokenizer()
 
     @classmethod
     def from_parts(
@@ -122,17 +92,77 @@ class EvoTokLlavaProcessor(ProcessorMixin):
         )
 
     @property
+    def vocabulary(self) -> ResidualVocabulary:
+        """The residual tokens' ids."""
+        return ResidualVocabulary(self.residual_token_offset, self.num_levels, self.codebook_size)
+
+    def check_tokenizer(self) -> None:
+        """Raises:
+        ValueError: the tokenizer has tokens in the residual range, or the image tokens have other ids than before.
+        """
+        state = (id(self.tokenizer), len(self.tokenizer), self.vocabulary)
+        if state == self._checked:
+            return
+        first, end = self.residual_token_offset, self.residual_token_offset + self.vocabulary.size
+        inside = [(number, token) for token, number in self.tokenizer.get_vocab().items() if first <= number < end]
+        if inside:
+            number, token = min(inside)
+            raise ValueError(
+                f"the tokenizer has {len(inside)} tokens in the range {first}..{end - 1} of the image codes, the first "
+                f"is {token!r} with id {number}; after adding tokens call "
+                "model.resize_token_embeddings(len(processor.tokenizer)) and set processor.residual_token_offset = "
+                "model.config.residual_token_offset"
+            )
+        ids = tuple(self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
+        if ids != (self.image_token_id, self.image_start_id, self.image_end_id):
+            raise ValueError(
+                f"the tokenizer gives the image tokens the ids {ids}, the processor was built with "
+                f"{(self.image_token_id, self.image_start_id, self.image_end_id)}; build a new processor"
+            )
+        self._checked = state
+
+    @property
+    def chat_template(self) -> str | dict | None:
+        """The tokenizer's chat template: there is one, whether it is set here or there."""
+        tokenizer = self.__dict__.get("tokenizer")
+        return None if tokenizer is None else tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, value: str | dict | None) -> None:
+        if "tokenizer" in self.__dict__:  # ProcessorMixin sets it before there is a tokenizer
+            self.tokenizer.chat_template = value
+
+    @property
     def template(self) -> ConversationTemplate:
-        if self._template is None:
-            self._template = ConversationTemplate(self.tokenizer)
-        return self._template
+        return self._template_of(None, {})
+
+    def _template_of(self, chat_template: str | None, variables: dict) -> ConversationTemplate:
+        if variables:
+            return ConversationTemplate(self.tokenizer, chat_template, variables)
+        key = (id(self.tokenizer), str(self.tokenizer.chat_template), chat_template)
+        if key not in self._templates:
+            self._templates = {key: ConversationTemplate(self.tokenizer, chat_template)}
+        return self._templates[key]
 
     def to_dict(self, *args, **kwargs) -> dict:
         """What is saved: the constructor's arguments alone."""
-        values = super().to_dict(*args, **kwargs)
-        for derived in ("_template", "vocabulary", "image_token_id", "image_start_id", "image_end_id"):
+        templates, self._templates = self._templates, {}  # they need not be copied
+        try:
+            values = super().to_dict(*args, **kwargs)
+        finally:
+            self._templates = templates
+        for derived in ("_templates", "_checked", "image_token_id", "image_start_id", "image_end_id"):
             values.pop(derived, None)
         return values
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save as transformers does.
+
+        Raises:
+            ValueError: tokens were added without room for them, so that the folder could not be loaded.
+        """
+        self.check_tokenizer()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # Sequences -----------------------------------------------------------------------------------------------
 
@@ -144,7 +174,9 @@ class EvoTokLlavaProcessor(ProcessorMixin):
     def encode_conversation(
         self, messages: Sequence[dict], drawn_codes: Sequence[Tensor | None], add_generation_prompt: bool = False
     ) -> EncodedConversation:
-        """Messages `{"role", "content": str}` whose contents hold one `<image>` per image, to ids and labels.
+        """Messages `{"role", "content"}` whose contents hold one image per entry of `drawn_codes`, to ids and labels.
+
+        Contents are what `apply_chat_template` takes, without pictures.
 
         Args:
             drawn_codes: for every image in order its codes (N, l >= num_levels) when it is drawn, None when it is
@@ -165,35 +197,46 @@ class EvoTokLlavaProcessor(ProcessorMixin):
             drawn: of every image whether it is drawn; by default those in assistant turns are.
 
         Raises:
-            ValueError: a chat template that cannot render them, text that holds an image token, or another number of
-                images than `drawn` tells of.
+            ValueError: a chat template that cannot render them, or another number of images than `drawn` tells of.
         """
-        contents = [str(message["content"]) for message in messages]
-        for token in IMAGE_TOKENS:
-            if any(token in content for content in contents):
-                raise ValueError(f"the text holds {token}, which stands for images alone; write {LLAVA_IMAGE}")
-        rendered = self.template.render(
-            [
-                {"role": message["role"], "content": content.replace(LLAVA_IMAGE, IMAGE_TOKEN)}
-                for message, content in zip(messages, contents, strict=True)
-            ],
-            add_generation_prompt,
-        )
-        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
-        learned = [False] * len(tokens)
-        for span in rendered.assistant_spans:
-            first, end = (bisect_left(starts, edge) for edge in span)
-            learned[first:end] = [True] * (end - first)
-        is_image = [token == self.image_token_id for token in tokens]
+        prompt = self._render(read_messages(messages)[0], self.template, add_generation_prompt)
+        tokens, learned, is_image = self._encode(prompt, self.template)
         if drawn is None:
             drawn = [by_assistant for by_assistant, image in zip(learned, is_image, strict=True) if image]
-        _check_count(is_image, drawn)
+        check_count(sum(is_image), len(drawn), "the conversation")
         return ConversationLayout(tokens, learned, is_image, [self.image_steps(bool(one)) for one in drawn])
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        template: ConversationTemplate,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> RenderedPrompt:
+        contents = [{"role": message.role, "content": message.text} for message in messages]
+        rendered = template.render(contents, add_generation_prompt, continue_final_message)
+        spans = [
+            span
+            for message, place in zip(messages, rendered.content_spans, strict=True)
+            for span in message.user_spans(*place)
+        ]
+        return RenderedPrompt(rendered.text, sorted(spans), rendered.assistant_spans)
+
+    def _encode(
+        self, prompt: RenderedPrompt, template: ConversationTemplate
+    ) -> tuple[list[int], list[bool], list[bool]]:
+        """Tokens with one placeholder per image; which are learned; which are placeholders."""
+        self.check_tokenizer()
+        tokens, starts = template.encoder.encode(prompt, prompt.user_spans)
+        learned = [False] * len(tokens)
+        for span in prompt.assistant_spans:
+            first, end = (bisect_left(starts, edge) for edge in span)
+            learned[first:end] = [True] * (end - first)
+        return tokens, learned, [token == self.image_token_id for token in tokens]
 
     def put_images(self, layout: ConversationLayout, drawn_codes: Sequence[Tensor | None]) -> EncodedConversation:
         """A layout with its images, for which `encode_conversation` says what is given."""
-        _check_count(layout.is_image, drawn_codes)
+        check_count(sum(layout.is_image), len(drawn_codes), "the conversation")
         ids, labels, images = [], [], iter(drawn_codes)
         for token, learned, is_image in zip(layout.tokens, layout.learned, layout.is_image, strict=True):
             piece = self._image_ids(next(images)) if is_image else [token]
@@ -225,162 +268,167 @@ class EvoTokLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: list,
+        conversation: Sequence,
+        chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
-        return_tensors: str = "pt",
-        padding: bool = True,
+        return_tensors: str | None = "pt",
+        sanitize_control_tokens: bool | None = None,
         **kwargs,
     ):
         """Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
 
-        Contents are strings or lists of `{"type": "text", "text"}` and `{"type": "image", "image": PIL image}`.
+        Contents are what `llava_ext.messages.read_messages` takes. Text never becomes a control token, so
+        `sanitize_control_tokens` need not be given.
+
+        Args:
+            chat_template: used instead of the tokenizer's.
+            continue_final_message: end with the last message's content, for the model to continue it.
+            return_assistant_tokens_mask: add `assistant_masks` (B, T), 1 on what the assistant says.
+            return_dict: False gives `input_ids` alone.
+            kwargs: those of `BatchOptions`, also in `processor_kwargs`, and what the chat template uses (`tools`,
+                `documents`, `enable_thinking`, ...).
 
         Returns:
             a `BatchFeature` with `input_ids`, `attention_mask` (B, T) and, with images, `pixel_values`
-            (I, 3, H, W); with `tokenize=False` the rendered text(s).
+            (I, 3, H, W); with `tokenize=False` the rendered text(s), which may be given to the processor with the
+            images: the ids are then the same.
 
         Raises:
-            ValueError: an unknown content type or an image without a picture.
+            ValueError: an unknown keyword or content type, or an image without a picture.
         """
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if batched else [conversation]
-        images, rows = [], []
-        for messages in conversations:
-            plain, found = _flatten_messages(messages)
-            images += found
-            rows.append(plain)
-        if not tokenize:
-            texts = [self.template.render(messages, add_generation_prompt).text for messages in rows]
-            return texts if batched else texts[0]
-        counts = [sum(m["content"].count(LLAVA_IMAGE) for m in messages) for messages in rows]
-        if sum(counts) != len(images):
-            raise ValueError(f"{sum(counts)} {LLAVA_IMAGE} in the text but {len(images)} images were given")
-        encoded = [
-            self.encode_conversation(messages, [None] * count, add_generation_prompt).input_ids
-            for messages, count in zip(rows, counts, strict=True)
-        ]
-        batch = self._batch(encoded)
-        if images:
-            batch["pixel_values"] = self.image_processor(images, return_tensors="pt").pixel_values
-        return batch
-
-    def __call__(self, text: str | Sequence[str], images: Sequence | None = None, **kwargs) -> BatchFeature:
-        """User turns (with one `<image>` an image) to left-padded model inputs that wait for the answer."""
-        texts = [text] if isinstance(text, str) else list(text)
-        images = list(images or [])
-        conversations = []
-        for turn in texts:
-            pieces = turn.split(LLAVA_IMAGE)
-            content = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-            for piece in pieces[1:]:
-                if not images:
-                    raise ValueError(f"more {LLAVA_IMAGE} in the text than images given")
-                content += [{"type": "image", "image": images.pop(0)}, {"type": "text", "text": piece.lstrip("\n")}]
-            conversations.append([{"role": "user", "content": content}])
-        if images:
-            raise ValueError(f"{len(images)} more images than {LLAVA_IMAGE} in the text")
-        return self.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True)
-
-    def drawing_prompts(self, prompts: Sequence[str]) -> BatchFeature:
-        """Prompts to left-padded ids that end with `<|image_start|>`: the next step is the image's first position.
-
-        An empty prompt gives the unconditional row of classifier-free guidance.
-        """
-        start = torch.tensor([self.image_start_id])
-        rows = [
-            torch.cat(
-                [
-                    self.encode_conversation(
-                        [{"role": "user", "content": p}], [], add_generation_prompt=True
-                    ).input_ids,
-                    start,
-                ]
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins an answer and continue_final_message goes on; give one of them"
             )
-            for p in prompts
-        ]
-        return self._batch(rows)
+        if continue_final_message not in (True, False, "content"):
+            raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+        if sanitize_control_tokens is False:
+            raise ValueError(
+                "sanitize_control_tokens=False is not supported: the text of contents is always plain text"
+            )
+        batched = (
+            bool(conversation)
+            and isinstance(conversation, (list, tuple))
+            and isinstance(conversation[0], (list, tuple))
+        )
+        template, keywords = self._split_keywords(chat_template, kwargs)
+        if keywords and not tokenize:
+            raise ValueError(f"{', '.join(keywords)} have no effect without tokenize=True")
+        pictures, prompts = [], []
+        for messages in conversation if batched else [conversation]:
+            read, found = read_messages(messages)
+            pictures += found
+            prompts.append(self._render(read, template, add_generation_prompt, bool(continue_final_message)))
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        check_pictures(pictures)
+        options = BatchOptions.of({"return_tensors": return_tensors, **keywords})
+        batch = self._model_inputs(prompts, template, pictures, options, return_assistant_tokens_mask)
+        return batch if return_dict else batch["input_ids"]
 
-    def _batch(self, rows: list[Tensor]) -> BatchFeature:
-        mask = self.pad([torch.ones_like(row) for row in rows], 0)
-        return BatchFeature({"input_ids": self.pad(rows, self.pad_id), "attention_mask": mask})
+    def _split_keywords(self, chat_template: str | None, keywords: Mapping) -> tuple[ConversationTemplate, dict]:
+        """The template with its variables among `keywords`, and those that are the processor's own.
 
-    # Back to text --------------------------------------------------------------------------------------------
+        `tools` and `documents` are always the template's, which refuses variables that it does not use.
+        """
+        given = {name: value for name, value in keywords.items() if value is not None}
+        own = BatchOptions.names()
+        source = self.tokenizer.get_chat_template(chat_template, given.get("tools"))
+        variables = {n: v for n, v in given.items() if n in ("tools", "documents") or (n not in own and n in source)}
+        template = self._template_of(chat_template, variables)
+        return template, {name: value for name, value in given.items() if name not in variables}
 
-    def decode(self, token_ids, skip_special_tokens: bool = False, images_from=None, **kwargs) -> str | list[dict]:
-        """Ids to text; residual tokens appear as `<|evo:LEVEL:CODE|>`, or not at all with `skip_special_tokens`.
+    def __call__(self, *inputs, text=None, images=None, **kwargs) -> BatchFeature:
+        """Text with images to left-padded model inputs that wait for the answer.
+
+        A text is a user's turn with one `<image>` per image, which is put into the chat template; it may contain a
+        literal `\\<image>`. Text that `apply_chat_template(tokenize=False)` rendered, or that is written in the chat
+        template's own format, is encoded as it is.
 
         Args:
-            images_from: an EvoTok tokenizer (`model.vision_tower`). The answer is then taken apart into a list of
-                `{"type": "text", "text": str}` and `{"type": "image", "image": PIL image}`, without special tokens,
-                which may be a message's content: so a conversation goes on.
+            inputs: images and text, in transformers' order or text first; or text alone.
+            text: a string or a list of them.
+            images: one image, a list in the order of the `<image>`, or one list per text. An image is a PIL image, an
+                array, a tensor, a local path or anything else that the image processor takes.
+            kwargs: those of `BatchOptions`, also in `text_kwargs`.
 
         Raises:
-            ValueError: with `images_from`, an image that is not whole.
+            ValueError: an unknown keyword, or another number of images than of `<image>`, in all or in a row.
         """
-        ids = torch.as_tensor(token_ids).flatten()
-        runs = self._runs(ids)
-        if images_from is not None:
-            parts = [self._image_part(run, images_from) if r else self._text_part(run, **kwargs) for r, run in runs]
-            return [part for part in parts if part.get("text") != ""]
-        words = {"skip_special_tokens": skip_special_tokens, **kwargs}
-        return "".join(
-            ("" if skip_special_tokens else "".join(map(self.vocabulary.to_text, run)))
-            if residual
-            else self.tokenizer.decode(run, **words)
-            for residual, run in runs
-        )
+        text, images = text_and_images(inputs, text, images)
+        given = {name: value for name, value in kwargs.items() if name not in _NO_INPUTS or value is not None}
+        options = BatchOptions.of(given)
+        if text is None:
+            if images is None:
+                raise ValueError("expected text, images or both, got neither")
+            return BatchFeature({"pixel_values": self._pixels(flat_images(images), options)})
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError("expected text as a string or a list of strings; messages go to apply_chat_template")
+        return self._model_inputs([self._prompt_of(one) for one in texts], self.template, images, options)
 
-    def _runs(self, ids: Tensor) -> list[tuple[bool, list[int]]]:
-        """Ids in runs of residual tokens and of others."""
-        residual = self.vocabulary.is_residual(ids).tolist()
-        pairs = zip(residual, ids.tolist(), strict=True)
-        return [(kind, [token for _, token in run]) for kind, run in groupby(pairs, key=lambda pair: pair[0])]
+    def _prompt_of(self, text: str) -> RenderedPrompt:
+        """A user's turn in the chat template, or a rendered conversation as it is."""
+        if isinstance(text, RenderedPrompt):
+            return text
+        if self.template.is_rendered(text):
+            return RenderedPrompt(IMAGE_TOKEN.join(split_at_images(text)))
+        pieces = split_at_images(text)
+        parts = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+        for piece in pieces[1:]:
+            parts += [{"type": "image"}, {"type": "text", "text": piece.lstrip("\n")}]
+        messages, _ = read_messages([{"role": "user", "content": parts}])
+        return self._render(messages, self.template, add_generation_prompt=True)
 
-    def _text_part(self, run: list[int], **kwargs) -> dict:
-        return {"type": "text", "text": self.tokenizer.decode(run, skip_special_tokens=True, **kwargs).strip()}
+    def _model_inputs(
+        self,
+        prompts: Sequence[RenderedPrompt],
+        template: ConversationTemplate,
+        images,
+        options: BatchOptions,
+        with_mask: bool = False,
+    ) -> BatchFeature:
+        layouts, rows = [self._encode(prompt, template) for prompt in prompts], []
+        pictures = assign_images([sum(is_image) for *_, is_image in layouts], images)
+        for tokens, learned, is_image in layouts:
+            count = sum(is_image)
+            encoded = self.put_images(ConversationLayout(tokens, learned, is_image, [0] * count), [None] * count)
+            row = {"input_ids": encoded.input_ids}
+            if with_mask:
+                row["assistant_masks"] = (encoded.labels != -100).long()
+            rows.append(row)
+        fills = {"input_ids": self.pad_id} | ({"assistant_masks": 0} if with_mask else {})
+        image_ids = (self.image_token_id, self.image_start_id, self.image_end_id)
+        batch = BatchFeature(options.batch(rows, fills, self.tokenizer, image_ids))
+        if pictures:
+            batch["pixel_values"] = self._pixels(pictures, options)
+        return batch
 
-    def _image_part(self, run: list[int], tokenizer) -> dict:
-        ids, expected = torch.tensor(run), torch.arange(self.num_levels).repeat(self.num_positions)
-        if len(ids) != len(expected) or not torch.equal(self.vocabulary.levels(ids), expected):
-            raise ValueError(
-                f"expected an image of {self.num_positions} positions with levels 0 to {self.num_levels - 1} each, got "
-                f"{len(ids)} residual tokens; was it cut?"
-            )
-        codes = self.vocabulary.codes(ids).view(1, self.num_positions, self.num_levels)
-        with torch.no_grad():
-            pixels = tokenizer.decode_pixels(codes.to(tokenizer.device))
-        return {"type": "image", "image": self.image_processor.to_pil(pixels)[0]}
+    def _pixels(self, pictures: Sequence, options: BatchOptions):
+        pictures = [checked_picture(picture) for picture in pictures]
+        return self.image_processor(pictures, return_tensors=options.return_tensors or "pt").pixel_values
 
-    def batch_decode(self, sequences, **kwargs) -> list[str]:
-        return [self.decode(sequence, **kwargs) for sequence in sequences]
+    def drawing_prompts(self, prompts: Sequence[str | None]) -> BatchFeature:
+        """Prompts to left-padded ids that end with `<|image_start|>`: the next step is the image's first position.
 
+        An empty prompt or None gives the unconditional row of classifier-free guidance. Prompts are plain text, a
+        `<image>` in them as well.
 
-def _check_count(is_image: Sequence[bool], images: Sequence) -> None:
-    if sum(is_image) != len(images):
-        raise ValueError(f"{sum(is_image)} {LLAVA_IMAGE} in the conversation but {len(images)} images were given")
-
-
-def _flatten_messages(messages: Sequence[dict]) -> tuple[list[dict], list]:
-    """Messages with part lists to messages with strings (`<image>` where an image stood), and the images."""
-    plain, images = [], []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            plain.append({"role": message["role"], "content": content})
-            continue
-        lines = []
-        for part in content:
-            if part["type"] == "text":
-                lines.append(part["text"])
-            elif part["type"] == "image":
-                picture = part.get("image", part.get("url"))
-                if picture is None:
-                    raise ValueError('an {"type": "image"} part needs its picture under "image"')
-                images.append(picture)
-                lines.append(LLAVA_IMAGE)
-            else:
-                raise ValueError(f"unknown content type {part['type']!r}; expected 'text' or 'image'")
-        plain.append({"role": message["role"], "content": "\n".join(lines)})
-    return plain, images
+        Raises:
+            ValueError: a prompt that is not a string.
+        """
+        prompts = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
+        rows = []
+        for prompt in prompts:
+            if not (prompt is None or isinstance(prompt, str)):
+                raise ValueError(f"expected a prompt as a string, got a {type(prompt).__name__}: {str(prompt)[:80]}")
+            message = Message("user", prompt or "")
+            tokens, _, _ = self._encode(self._render([message], self.template, True), self.template)
+            rows.append({"input_ids": torch.tensor([*tokens, self.image_start_id])})
+        return BatchFeature(BatchOptions().batch(rows, {"input_ids": self.pad_id}, self.tokenizer, ()))

@@ -8,7 +8,7 @@ from PIL import Image
 from llava_ext.generation import Event, ImageDrawn, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
-from llava_ext.processing_evotok_llava import IMAGE_TOKENS, LLAVA_IMAGE, EvoTokLlavaProcessor
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
 @dataclass
@@ -61,13 +61,6 @@ def _collect(parts: list[dict], event: Event) -> None:
     if isinstance(event, ImageDrawn):
         parts.append({"type": "image", "image": event.image})
     elif isinstance(event, TextDelta) and parts and parts[-1]["type"] == "text":
-        parts[-1]["text"] = _without_images(parts[-1]["text"] + event.text)
+        parts[-1]["text"] += event.text
     elif isinstance(event, TextDelta):
-        parts.append({"type": "text", "text": _without_images(event.text)})
-
-
-def _without_images(text: str) -> str:
-    """Text in which nothing stands for an image: what a model writes must not ask for one in the next turn."""
-    for token in (LLAVA_IMAGE, *IMAGE_TOKENS):
-        text = text.replace(token, "image")
-    return text
+        parts.append({"type": "text", "text": event.text})

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, Sampler
 
 from evotok_plugin.data.code_cache import CodeCache
 from llava_ext.data.mixture import Mixture
-from llava_ext.data.records import KINDS, LLAVA_IMAGE, Record
+from llava_ext.data.records import KINDS, Record
 from llava_ext.data.survey import RecordTable
+from llava_ext.placeholders import count_images
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 _CLASSES_A_DOUBLING = 2  # of length
@@ -126,9 +127,9 @@ class ConversationDataset(Dataset):
 
 def _without_prompts(messages: list[dict]) -> list[dict]:
     """Messages with the user's turns before the last drawing emptied; a turn that shows an image stays."""
-    drawing = max(n for n, m in enumerate(messages) if m["role"] == "assistant" and LLAVA_IMAGE in m["content"])
+    drawing = max(n for n, m in enumerate(messages) if m["role"] == "assistant" and count_images(m["content"]))
     return [
-        {"role": "user", "content": ""} if m["role"] == "user" and LLAVA_IMAGE not in m["content"] else m
+        {"role": "user", "content": ""} if m["role"] == "user" and not count_images(m["content"]) else m
         for m in messages[:drawing]
     ] + messages[drawing:]
 

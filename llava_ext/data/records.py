@@ -8,8 +8,8 @@ from pathlib import Path
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
 from llava_ext.data.named_images import NamedImage, find_image, image_names, is_empty
+from llava_ext.placeholders import LLAVA_IMAGE, count_images, escape_images
 
-LLAVA_IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 KINDS = ("text", "read", "draw")
 CAPTION_TASKS = {"read": ("read",), "draw": ("draw",), "both": ("read", "draw")}
@@ -175,8 +175,10 @@ def _first_of(turn: dict, *names: str) -> object:
 
 def _part(part: object) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if kind == "text" else LLAVA_IMAGE if kind in ("image", "image_url") else None
-    return text if isinstance(text, str) else None
+    if kind in ("image", "image_url"):
+        return LLAVA_IMAGE
+    text = part.get("text") if kind == "text" else None
+    return escape_images(text) if isinstance(text, str) else None  # the text of a part is literal
 
 
 def _images_in_parts(turns: object) -> list[object]:
@@ -188,12 +190,13 @@ def _images_in_parts(turns: object) -> list[object]:
 
 
 def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
+    caption = escape_images(caption)
     ask, answer = (f"{LLAVA_IMAGE}\n{DESCRIBE}", caption) if task == "read" else (caption, LLAVA_IMAGE)
     return {"role": "user", "content": ask}, {"role": "assistant", "content": answer}
 
 
 def _by_assistant(messages: Sequence[dict]) -> tuple[bool, ...]:
-    return tuple(m["role"] == "assistant" for m in messages for _ in range(m["content"].count(LLAVA_IMAGE)))
+    return tuple(m["role"] == "assistant" for m in messages for _ in range(count_images(m["content"])))
 
 
 def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:

@@ -66,6 +66,7 @@ class ImageGenerationMixin:
             ValueError: no prompt or one that is too long, impossible settings, or seeds that do not match the number of
                 images.
         """
+        self.config.check_processor(processor)
         prompts = _checked_prompts(prompt)
         if num_images < 1 or batch_size < 1 or preview_every < 0:
             raise ValueError(

@@ -295,6 +295,7 @@ class InterleavedGenerationMixin:
         Raises:
             ValueError: as `generate` does.
         """
+        self.config.check_processor(processor)
         options, mask = options or AnswerOptions(), inputs["attention_mask"]
         num_rows = mask.shape[0]
         seeds = seeds_for(seed, num_rows, "one a conversation")

@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.recipes import add_arguments, recipe_values
 from llava_ext.checkpointing import assemble, load_model, read_tower, set_tower_aside
-from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
 from llava_ext.data.packing import PackedCollator, PackedDataset
@@ -88,11 +88,14 @@ def run_stage(recipe: str, overrides: dict) -> None:
             facts["steps"],
         )
         return
+    check_length(config.model_name_or_path, config.model_max_length)
     shape = RunShape(config.world_size, zero_stage(config), method_of(config))
     checkpoint = prepare_folder(config, shape)
 
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
+    model.config.check_length(config.model_max_length)
+    model.config.check_processor(processor)
     dataset = build_dataset(config, model, processor)
     check_parts_have_samples(model, config, dataset)
     model = ready_to_train(model, config)

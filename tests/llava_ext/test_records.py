@@ -2,6 +2,7 @@ import pytest
 from PIL import Image
 
 from llava_ext.data.records import RowOptions, parse_record, parse_row
+from llava_ext.placeholders import split_at_images
 
 
 @pytest.fixture
@@ -102,3 +103,17 @@ def test_an_image_without_image_folder_says_what_to_pass():
 def test_an_unknown_caption_task_is_refused():
     with pytest.raises(ValueError, match="caption_task: expected one of read, draw, both, got 'paint'"):
         RowOptions(caption_task="paint")
+
+
+def test_a_literal_image_in_parts_and_captions_is_text(folder):
+    parts = [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}]
+    row = {
+        "image": "a.png",
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a tag"}],
+    }
+    record = parse_record(row, folder)
+    assert record.drawn == (False,) and split_at_images(record.messages[0]["content"])[1] == "\nWhat does <image> mean?"
+    read, drawn = parse_row({"image": "a.png", "caption": "the <image> tag"}, RowOptions(folder))
+    assert (read.drawn, drawn.drawn) == ((False,), (True,))
+    escaped = parse_record({"conversations": turns(r"What does \<image> mean?", "a tag")}, None)
+    assert escaped.kind == "text"

@@ -1,0 +1,162 @@
+"""Messages as users and libraries write them, to text with the places of its images, and the pictures."""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
+
+IMAGE_TOKEN = "<|image_pad|>"
+PICTURE_KEYS = ("image", "url", "path", "base64")
+OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message with one `<|image_pad|>` per image.
+
+    Attributes:
+        role: of the chat template.
+        text: the content.
+        images: where in `text` the images stand; any other `<|image_pad|>` in it is text.
+    """
+
+    role: str
+    text: str
+    images: tuple[int, ...] = ()
+
+    @classmethod
+    def of_pieces(cls, role: str, pieces: Sequence[str]) -> "Message":
+        """A message with an image between each two pieces of text."""
+        places, end = [], 0
+        for piece in pieces[:-1]:
+            places.append(end + len(piece))
+            end = places[-1] + len(IMAGE_TOKEN)
+        return cls(role, IMAGE_TOKEN.join(pieces), tuple(places))
+
+    def user_spans(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The characters of the text between the images, where the content, possibly trimmed, is rendered."""
+        trimmed = len(self.text) - len(self.text.lstrip()) if end - start < len(self.text) else 0
+        spans, first = [], start
+        for place in self.images:
+            spans.append((first, start + place - trimmed))
+            first = spans[-1][1] + len(IMAGE_TOKEN)
+        return [*spans, (first, end)]
+
+
+def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
+    """Messages `{"role", "content"}` to `Message`s and the pictures of their images, in order.
+
+    A content is a string, in which `<image>` stands for an image (see `llava_ext.placeholders`), or a list of parts:
+    `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under "image",
+    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}`. Parts are joined by line
+    breaks. An image without a picture gives None.
+
+    Raises:
+        ValueError: a message of another form, with content under other keys, or a picture that would have to be
+            downloaded.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"expected a list of messages with 'role' and 'content', got {type(messages).__name__}")
+    read, pictures = [], []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {number}: expected {{'role': ..., 'content': ...}}, got {_kind(message)}")
+        name = f"message {number} ({message['role']})"
+        if unknown := [key for key in OTHER_CONTENT if message.get(key)]:
+            raise ValueError(f"{name}: {unknown[0]!r} is not supported; put everything into 'content'")
+        pieces, found = _read_content(message.get("content"), name)
+        read.append(Message.of_pieces(message["role"], pieces))
+        pictures += found
+    return read, pictures
+
+
+def _read_content(content: object, name: str) -> tuple[list[str], list]:
+    if isinstance(content, str):
+        pieces = split_at_images(content)
+        return pieces, [None] * (len(pieces) - 1)
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{name}: expected a string or a list of parts as 'content', got {_kind(content)}")
+    pieces, pictures = [""], []
+    for number, part in enumerate(content):
+        text = _text_of(part, name)
+        if number:
+            pieces[-1] += "\n"
+        if text is None:
+            pieces.append("")
+            pictures.append(_picture_of(part, name))
+        else:
+            pieces[-1] += text
+    return pieces, pictures
+
+
+def _text_of(part: object, name: str) -> str | None:
+    """The text of a text part; None for an image."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in ("image", "image_url"):
+        return None
+    if kind != "text":
+        what = f"type {kind!r}" if isinstance(part, Mapping) else _kind(part)
+        raise ValueError(f"{name}: expected parts of type 'text', 'image' or 'image_url', got {what}")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"{name}: a text part needs a string under 'text', got {_kind(part.get('text'))}")
+    return part["text"]
+
+
+def _picture_of(part: Mapping, name: str) -> object | None:
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        found = {"image_url": url.get("url") if isinstance(url, Mapping) else url}
+    else:
+        found = {key: part.get(key) for key in PICTURE_KEYS}
+    found = {key: picture for key, picture in found.items() if picture is not None}
+    if len(found) > 1:
+        raise ValueError(f"{name}: an image has one picture, got {' and '.join(map(repr, found))}")
+    for key, picture in found.items():
+        try:
+            return from_base64(picture) if key == "base64" else checked_picture(picture)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return None
+
+
+def checked_picture(picture: object) -> object:
+    """Pass a picture on to the image processor.
+
+    Raises:
+        ValueError: the address of a picture on the network; nothing is downloaded.
+    """
+    if isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://", "ftp://")):
+        raise ValueError("images are not downloaded; expected a local path, a data URI or a picture, got a web address")
+    return picture
+
+
+def from_base64(text: object) -> object:
+    """The bytes of a picture given as base64; a data URI is passed on to the image processor.
+
+    Raises:
+        ValueError: not base64.
+    """
+    if isinstance(text, str) and text.startswith("data:"):
+        return text
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, AttributeError, ValueError):
+        raise ValueError(f"expected a picture as base64 under 'base64', got {_kind(text)} that is not base64") from None
+
+
+def check_pictures(pictures: Sequence) -> None:
+    """Raises:
+    ValueError: an image without a picture.
+    """
+    missing = sum(picture is None for picture in pictures)
+    if missing:
+        raise ValueError(
+            f"{len(pictures)} {LLAVA_IMAGE} in the text but {len(pictures) - missing} images were given; give each as "
+            '{"type": "image", "image": picture}, and write a literal <image> as a {"type": "text"} part'
+        )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

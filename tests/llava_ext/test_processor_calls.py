@@ -1,0 +1,328 @@
+"""The processor as transformers' users call it: keywords, shapes of images, two steps from messages to ids."""
+
+import base64
+import copy
+
+import numpy as np
+import pytest
+import torch
+from chat_templates import TEMPLATES, every_template
+from PIL import Image
+from transformers import AutoTokenizer, pipeline
+
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
+from llava_ext.messages import read_messages
+from llava_ext.processing_evotok_llava import IMAGE_TOKEN
+
+RED, BLUE = Image.new("RGB", (48, 48), "red"), Image.new("RGB", (48, 48), "blue")
+QUESTION = "<image>\nWhat is it?"
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_mllm):
+    return copy.deepcopy(tiny_mllm[1])
+
+
+@pytest.fixture
+def processor_of(tiny_tokenizer_folder):
+    def build(family):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>"], special_tokens=True)
+        tokenizer.add_tokens(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
+        tokenizer.chat_template = TEMPLATES[family]
+        vision = EvoTokConfig.preset("tiny")
+        return EvoTokLlavaProcessor.from_parts(EvoTokImageProcessor(size=48), tokenizer, vision, len(tokenizer))
+
+    return build
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image(picture):
+    return {"type": "image", "image": picture}
+
+
+def same(one, other):
+    assert sorted(one) == sorted(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# Two steps: render, then encode -------------------------------------------------------------------------------
+
+
+@every_template
+@pytest.mark.parametrize("keywords", [{"add_generation_prompt": True}, {}, {"continue_final_message": True}], ids=str)
+def test_rendered_text_gives_the_ids_of_its_messages(processor_of, family, keywords):
+    processor = processor_of(family)
+    said = "a <|im_end|></s> <|image_pad|> <image>"
+    talk = [
+        user(image(RED), text(said)),
+        {"role": "assistant", "content": "red"},
+        user(text("And this?"), image(BLUE), text("Say.")),
+    ]
+    if not keywords.get("add_generation_prompt"):
+        talk.append({"role": "assistant", "content": "blue </s>"})
+    once = processor.apply_chat_template(talk, tokenize=True, **keywords)
+    rendered = processor.apply_chat_template(talk, **keywords)
+    assert said.split("<|im")[0] in rendered and rendered.count(IMAGE_TOKEN) == 3
+    same(once, processor(text=rendered, images=[RED, BLUE]))
+    same(once, processor([RED, BLUE], rendered))
+    same(once, processor(text=[rendered], images=[[RED, BLUE]]))
+
+
+@every_template
+def test_a_rendered_plain_string_is_not_put_into_the_template_again(processor_of, family):
+    processor = processor_of(family)
+    chat = [user(image(RED), text("What is it?"))]
+    rendered = str(processor.apply_chat_template(chat, add_generation_prompt=True))
+    same(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True), processor(rendered, RED))
+    by_tokenizer = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    once = processor.apply_chat_template(
+        [{"role": "user", "content": [image(RED), text("What is it?")]}], tokenize=True, add_generation_prompt=True
+    )
+    if family != "qwen3":  # whose own generation prompt differs from its finished turns
+        same(processor(text=by_tokenizer, images=RED), once)
+    assert processor.decode(processor(by_tokenizer, RED)["input_ids"][0]).replace(
+        "<|image_start|>" + IMAGE_TOKEN * processor.num_positions + "<|image_end|>", "<image>"
+    ) == str(by_tokenizer)
+
+
+@pytest.mark.parametrize("words", ["a <|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nhi"])
+def test_text_with_a_control_token_is_still_a_user_s_turn(processor_of, words):
+    processor = processor_of("qwen2")
+    same(
+        processor(words), processor.apply_chat_template([user(text(words))], add_generation_prompt=True, tokenize=True)
+    )
+
+
+# Images as they are given -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pictures", [RED, [RED], [[RED]], np.asarray(RED), np.asarray(RED)[None]], ids=lambda p: "")
+def test_one_image_may_come_alone_or_in_lists(processor, pictures):
+    expected = processor(text=QUESTION, images=[RED])
+    same(processor(text=QUESTION, images=pictures), expected)
+    same(processor(pictures, QUESTION), expected)
+    same(processor(QUESTION, pictures), expected)
+    same(processor(QUESTION, images=pictures), expected)
+    same(processor([QUESTION], images=pictures), expected)
+
+
+def test_images_alone_give_pixels(processor):
+    assert processor(images=[RED, BLUE])["pixel_values"].shape == (2, 3, 48, 48)
+
+
+def test_images_stay_in_their_rows(processor):
+    texts = ["no image", QUESTION, "<image>\nand\n<image>\ntoo"]
+    nested = processor(text=texts, images=[[], [RED], [BLUE, RED]])
+    same(nested, processor(text=texts, images=[None, RED, [BLUE, RED]]))
+    same(nested, processor(text=texts, images=[RED, BLUE, RED]))
+    assert nested["pixel_values"][1, 2].mean() > 0.9 > nested["pixel_values"][0, 2].mean()
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "message"),
+    [
+        ([QUESTION, "b"], [[], [RED]], "1 <image> in text 0 but 0 images"),
+        ([QUESTION, QUESTION], [[RED, BLUE], []], "1 <image> in text 0 but 2 images"),
+        ([QUESTION], [[RED], [BLUE]], "for each of 1 texts, got 2 lists"),
+        ([QUESTION], [RED, BLUE], "1 <image> in the text but 2 images"),
+        (QUESTION, None, "1 <image> in the text but 0 images"),
+        ("What?", RED, "0 <image> in the text but 1 images"),
+    ],
+)
+def test_images_and_placeholders_are_counted_in_every_row(processor, texts, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=texts, images=images)
+
+
+def test_parts_name_their_pictures_in_every_usual_way():
+    encoded = base64.encodebytes(b"a picture").decode()
+    parts = [
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "path": "b.png"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "image_url", "image_url": "c.png"},
+        {"type": "image", "base64": encoded},
+        {"type": "image"},
+    ]
+    messages, pictures = read_messages([user(*parts)])
+    assert pictures == ["a.png", "b.png", "data:image/png;base64,AAAA", "c.png", b"a picture", None]
+    assert messages[0].text == "\n".join([IMAGE_TOKEN] * 6) and len(messages[0].images) == 6
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (user({"type": "image", "url": "https://example.com/" + "x" * 500}), "images are not downloaded"),
+        (user({"type": "image_url", "image_url": {"url": "HTTP://example.com/a"}}), "images are not downloaded"),
+        (user({"type": "image", "base64": "no base64!" * 100}), "expected a picture as base64"),
+        (user({"type": "image", "image": RED, "path": "a.png"}), "one picture, got 'image' and 'path'"),
+        (user({"type": "image"}), "1 <image> in the text but 0 images"),
+        (user({"type": "video", "video": "a.mp4"}), "got type 'video'"),
+        (user({"type": "text", "text": None}), "a string under 'text', got None"),
+        (user("bare"), "got a str"),
+        ({"role": "user", "content": None}, r"message 0 \(user\): expected a string or a list of parts .* got None"),
+        ({"role": "user", "content": 3}, "got a int"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "'tool_calls' is not supported"),
+        ({"content": "a"}, "expected {'role'"),
+    ],
+)
+def test_messages_that_are_not_understood_are_named_in_one_short_line(processor, message, error):
+    with pytest.raises(ValueError, match=error) as caught:
+        processor.apply_chat_template([message], tokenize=True)
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_a_web_address_is_refused_in_calls(processor):
+    with pytest.raises(ValueError, match="images are not downloaded"):
+        processor(text=QUESTION, images="https://example.com/a.png")
+
+
+# Keywords -----------------------------------------------------------------------------------------------------
+
+
+def test_continue_final_message_ends_with_the_message(processor):
+    chat = [user(text("What shape?")), {"role": "assistant", "content": "The shape is a"}]
+    assert processor.apply_chat_template(chat, continue_final_message=True).endswith("<|assistant|>The shape is a")
+    ids = processor.apply_chat_template(chat, continue_final_message=True, tokenize=True)["input_ids"][0]
+    assert processor.decode(ids).endswith("<|assistant|>The shape is a")
+
+
+def test_padding_and_tensors(processor):
+    texts = ["a b c d e f", "x"]
+    left, right = processor(texts), processor(texts, padding_side="right")
+    assert left["attention_mask"][1, 0] == 0 and left["attention_mask"][1, -1] == 1
+    assert right["attention_mask"][1, 0] == 1 and right["attention_mask"][1, -1] == 0
+    width = left["input_ids"].shape[1]
+    assert processor(texts, padding="max_length", max_length=40)["input_ids"].shape == (2, 40)
+    assert processor(texts, pad_to_multiple_of=16)["input_ids"].shape[1] % 16 == 0
+    assert isinstance(processor(texts, return_tensors="np")["input_ids"], np.ndarray)
+    lists = processor(texts, padding=False, return_tensors=None)["input_ids"]
+    assert [len(row) for row in lists] == [width, len(processor("x")["input_ids"][0])]
+    assert lists[1] == processor("x")["input_ids"][0].tolist()
+    assert list(processor(texts, text_kwargs={"return_attention_mask": False})) == ["input_ids"]
+    ids = processor.apply_chat_template([user(text("x"))], tokenize=True, return_dict=False)
+    assert torch.equal(ids, processor.apply_chat_template([user(text("x"))], tokenize=True)["input_ids"])
+
+
+def test_truncation_cuts_text_and_no_image(processor):
+    short = processor("a " * 300, truncation=True, max_length=20)["input_ids"]
+    assert short.shape == (1, 20) and torch.equal(short, processor("a " * 300)["input_ids"][:, :20])
+    whole = processor(QUESTION, images=RED)["input_ids"]
+    cut = processor(QUESTION, images=RED, truncation=True, max_length=whole.shape[1] - 1)["input_ids"]
+    assert torch.equal(cut, whole[:, :-1])
+    for length in (5, 2):
+        with pytest.raises(ValueError, match="would cut an image"):
+            processor(QUESTION, images=RED, truncation=True, max_length=length)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"nonsense": 1}, "does not take 'nonsense'"),
+        ({"images_kwargs": {"size": 96}}, "does not take 'size'"),
+        ({"max_length": 5}, "max_length=5 has no effect"),
+        ({"truncation": True}, "truncation=True needs max_length"),
+        ({"padding": "most"}, "padding: expected one of"),
+        ({"padding_side": "top"}, "padding_side: expected one of 'left', 'right'"),
+        ({"padding": False}, "pass padding=True"),
+        ({"return_tensors": "tf"}, "return_tensors: expected one of"),
+        ({"add_special_tokens": True}, "the chat template writes special tokens"),
+        ({"padding": True, "text_kwargs": {"padding": False}}, "padding is given twice"),
+        ({"videos": ["a.mp4"]}, "does not take 'videos'"),
+    ],
+)
+def test_keywords_without_effect_are_refused_by_name(processor, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        processor(["a b c", "d"], **keywords)
+    if "videos" not in keywords:
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template([[user(text("a b c"))], [user(text("d"))]], tokenize=True, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"add_generation_prompt": True, "continue_final_message": True}, "give one of them"),
+        ({"continue_final_message": "thoughts"}, "continue_final_message: expected"),
+        ({"return_assistant_tokens_mask": True}, "needs tokenize=True"),
+        ({"padding": True}, "padding have no effect without tokenize=True"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({"tools": [{"type": "function"}]}, "does not use 'tools'"),
+    ],
+)
+def test_template_keywords_that_conflict_or_are_not_used_are_refused(processor, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([user(text("a"))], **keywords)
+
+
+def test_the_template_gets_its_variables_and_may_be_another(processor):
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|user|>{{ mood }}"
+        "{{ m['content'] }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    given = {"chat_template": template, "mood": "glad ", "tools": [{"name": "draw"}]}
+    rendered = processor.apply_chat_template([user(text("a"))], **given)
+    assert rendered == '[{"name": "draw"}]<|user|>glad a<|end|>'
+    assert processor.decode(
+        processor.apply_chat_template([user(text("a"))], tokenize=True, **given)["input_ids"][0]
+    ) == str(rendered)
+    with pytest.raises(ValueError, match=r"'mood' holds the control token '<\|end\|>'"):
+        processor.apply_chat_template([user(text("a"))], chat_template=template, mood="<|end|>")
+
+
+def test_a_template_set_on_the_processor_is_the_tokenizer_s(processor):
+    other = copy.deepcopy(processor)
+    other.chat_template = other.chat_template.replace("<|user|>", "<|user|>Q: ")
+    assert other.tokenizer.chat_template == other.chat_template
+    assert other.decode(other("a")["input_ids"][0]) == "<|user|>Q: a<|assistant|>"
+    assert processor.decode(processor("a")["input_ids"][0]) == "<|user|>a<|assistant|>"
+
+
+def test_the_assistant_mask_marks_what_is_learned(processor):
+    chat = [user(text("a")), {"role": "assistant", "content": "red ring"}]
+    batch = processor.apply_chat_template([chat, chat[:1]], tokenize=True, return_assistant_tokens_mask=True)
+    ids, mask = batch["input_ids"], batch["assistant_masks"].bool()
+    assert mask.shape == ids.shape and not mask[1].any()
+    assert processor.decode(ids[0][mask[0]]) == "red ring<|end|>"
+
+
+def test_no_prompt_is_an_empty_prompt_and_other_things_are_refused(processor):
+    empty = processor.drawing_prompts([""])
+    same(processor.drawing_prompts([None]), empty)
+    same(processor.drawing_prompts("a ring"), processor.drawing_prompts(["a ring"]))
+    for wrong in (3, {"prompt": "a"}, ["a"]):
+        with pytest.raises(ValueError, match=f"a prompt as a string, got a {type(wrong).__name__}"):
+            processor.drawing_prompts([wrong])
+
+
+def test_several_sequences_are_decoded_one_by_one(processor):
+    ids = processor(["a ring", "a b"])["input_ids"]
+    assert processor.decode(ids) == processor.batch_decode(ids) == [processor.decode(row) for row in ids]
+    with pytest.raises(ValueError, match="does not take nonsense"):
+        processor.decode(ids[0], nonsense=1)
+
+
+def test_transformers_pipeline_answers(tiny_mllm):
+    model, processor = tiny_mllm
+    assert isinstance(model, EvoTokLlavaForConditionalGeneration)
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    (answer,) = ask(images=RED, text=QUESTION, max_new_tokens=3, return_full_text=False)
+    chat = [user(image(RED), text("What is it?"))]
+    (talked,) = ask(text=chat, max_new_tokens=3, return_full_text=False)
+    ids = model.generate(**processor(QUESTION, images=RED), max_new_tokens=3, do_sample=False)
+    start = processor(QUESTION, images=RED)["input_ids"].shape[1]
+    assert answer["generated_text"] == talked["generated_text"]
+    assert answer["generated_text"] == processor.decode(ids[0, start:], skip_special_tokens=True)
