@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from eval_tasks.reconstruction import measure
 from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
+from llava_ext.generation import DrawingOptions as Drawing
+from llava_ext.generation.options import model_settings
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
@@ -61,16 +64,16 @@ class ReadingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions:
-    """How images are drawn; the names of `generate_images`."""
+    """How images are drawn, by the names of `generate_images`, with the model's own settings filled in."""
 
+    guidance_scale: float
+    guidance_schedule: str
+    negative_prompt: str
+    temperature: float | tuple[float, ...]
+    top_k: int | tuple[int, ...]
+    top_p: float | tuple[float, ...]
+    min_p: float | tuple[float, ...]
     num_images: int = 1
-    guidance_scale: float = 3.0
-    guidance_schedule: str = "constant"
-    negative_prompt: str = ""
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
     def generate_kwargs(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -107,6 +110,20 @@ class _Wanted:
 def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The entries that are options of `kind`; tasks of all origins bring others, meant for other models."""
     return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
+
+
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of drawing from flags and YAML: numbers may come as text, several, one a level, as a list."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(number, value))
+        with suppress(TypeError, ValueError):
+            return float(value) if not isinstance(value, bool) else value
+        return value
+
+    words = ("guidance_schedule", "negative_prompt")
+    return {name: value if name in words else number(value) for name, value in settings.items()}
 
 
 def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
@@ -184,7 +201,8 @@ class EvoTokLmms(lmms):
         batch_size: questions answered, and images drawn, together; "auto" is `max_batch_size` (16 unless given).
         images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
             `./outputs/lmms_eval_images` for this model and these settings.
-        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them.
+        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them; by
+            default the model's own (`image_generation` in its generation_config.json).
         temperature, top_k, top_p, min_p: likewise.
         seed: of drawing; an image depends on it, on its task, document and sample number, and on nothing else.
         load: `load_checkpoint`, or a stand-in for it.
@@ -203,13 +221,13 @@ class EvoTokLmms(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         images_dir: str | None = None,
-        guidance_scale: float = 3.0,
-        guidance_schedule: str = "constant",
-        negative_prompt: str = "",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        negative_prompt: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
         load: Callable[[str, torch.dtype | str, torch.device], LoadedModel] = load_checkpoint,
         **unknown: Any,
@@ -226,22 +244,25 @@ class EvoTokLmms(lmms):
         self._device = torch.device(device) if chosen else self.accelerator.device
         self._batch_size = _parse_batch_size(batch_size, max_batch_size)
         self.seed = int(seed)
-        self.drawing = {
-            "guidance_scale": float(guidance_scale),
-            "guidance_schedule": str(guidance_schedule),
-            "negative_prompt": str(negative_prompt),
-            "temperature": float(temperature),
-            "top_k": int(top_k),
-            "top_p": float(top_p),
-            "min_p": float(min_p),
+        asked = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "negative_prompt": negative_prompt,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
         }
+        asked = Drawing(**_numbers(asked))
         if not pretrained:
             pretrained = str(default_model_folder())
             logger.warning("no pretrained= in --model_args: the model is %s", pretrained)
-        self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
         # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
         loaded = load(pretrained, _parse_dtype(dtype, self._device), self._device)
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
+        own = model_settings(getattr(self._model, "generation_config", None))
+        self.drawing = asked.completed(own).settings()
+        self.images_dir = Path(images_dir or self._default_images_dir(pretrained)).expanduser().resolve()
 
     def _default_images_dir(self, pretrained: str) -> Path:
         """One folder a model and setting, so that runs with other settings do not overwrite each other's images."""
@@ -302,7 +323,7 @@ class EvoTokLmms(lmms):
         if gen_kwargs.get("modality") == "reconstruction":
             return ReconstructionOptions()
         if gen_kwargs.get("modality") == "image":
-            return DrawingOptions(**{**self.drawing, **_known(DrawingOptions, gen_kwargs)})
+            return DrawingOptions(**{**self.drawing, **_numbers(_known(DrawingOptions, gen_kwargs))})
         known = _known(ReadingOptions, gen_kwargs)
         until = known.get("until", ())
         return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})

@@ -22,6 +22,7 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
 from llava_ext.data.packing import PackedCollator, PackedDataset
+from llava_ext.generation.options import DrawingOptions, read_settings, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
@@ -90,6 +91,8 @@ def run_stage(recipe: str, overrides: dict) -> None:
 
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
+    store_settings(model.generation_config, read_settings(config.image_generation or {}))
+    DrawingOptions().for_model(model)  # values one a level must be as many as the model's levels
     dataset = build_dataset(config, model, processor)
     model = ready_to_train(model, config)
     describe(model, config, dataset)
