@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from evotok_plugin.data.images import as_picture
 from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
+from llava_ext.generation import DrawingOptions as Drawing
+from llava_ext.generation.options import model_settings
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
@@ -67,16 +70,16 @@ class ReadingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions:
-    """How images are drawn; the names of `generate_images`."""
+    """How images are drawn, by the names of `generate_images`, with the model's own settings filled in."""
 
+    guidance_scale: float
+    guidance_schedule: str
+    negative_prompt: str
+    temperature: float | tuple[float, ...]
+    top_k: int | tuple[int, ...]
+    top_p: float | tuple[float, ...]
+    min_p: float | tuple[float, ...]
     num_images: int = 1
-    guidance_scale: float = 3.0
-    guidance_schedule: str = "constant"
-    negative_prompt: str = ""
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
     def generate_kwargs(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -118,6 +121,20 @@ def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
 
 
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of drawing from flags and YAML: numbers may come as text, several, one a level, as a list."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(number, value))
+        with suppress(TypeError, ValueError):
+            return float(value) if not isinstance(value, bool) else value
+        return value
+
+    words = ("guidance_schedule", "negative_prompt")
+    return {name: value if name in words else number(value) for name, value in settings.items()}
+
+
 def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
     """The seed of one image: the same in every run, whatever the batch, the rank or the limit."""
     digest = hashlib.sha256(f"{seed}|{task}|{doc_id}|{sample}".encode()).digest()
@@ -147,7 +164,8 @@ class EvoTokLmms(lmms):
             given).
         images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
             `./outputs/lmms_eval_images` for this model and these settings.
-        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them.
+        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them; by
+            default the model's own (`image_generation` in its generation_config.json).
         temperature, top_k, top_p, min_p: likewise.
         seed: of drawing; an image depends on it, on its task, document and sample number, and on nothing else.
         load: `load_checkpoint`, or a stand-in for it.
@@ -166,13 +184,13 @@ class EvoTokLmms(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         images_dir: str | None = None,
-        guidance_scale: float = 3.0,
-        guidance_schedule: str = "constant",
-        negative_prompt: str = "",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        negative_prompt: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
         load: Callable[[str, torch.dtype | str, torch.device], LoadedModel] = load_checkpoint,
         **unknown: Any,
@@ -190,23 +208,26 @@ class EvoTokLmms(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = parse_device(device, self.accelerator)
         self.seed = int(seed)
-        self.drawing = {
-            "guidance_scale": float(guidance_scale),
-            "guidance_schedule": str(guidance_schedule),
-            "negative_prompt": str(negative_prompt),
-            "temperature": float(temperature),
-            "top_k": int(top_k),
-            "top_p": float(top_p),
-            "min_p": float(min_p),
+        asked = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "negative_prompt": negative_prompt,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
         }
+        asked = Drawing(**_numbers(asked))
         pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
             logger.warning("no pretrained= in --model_args: the model is %s", pretrained)
-        self.images_dir = Path(str(images_dir or "") or self._default_images_dir(pretrained)).expanduser().resolve()
         # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
         loaded = load(pretrained, parse_dtype(dtype, self._device), self._device)
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
+        own = model_settings(getattr(self._model, "generation_config", None))
+        self.drawing = asked.completed(own).settings()
+        self.images_dir = Path(str(images_dir or "") or self._default_images_dir(pretrained)).expanduser().resolve()
         self._named_tasks: set[str] = set()
         key_by_weights()
 
@@ -294,7 +315,7 @@ class EvoTokLmms(lmms):
         if kind is ReconstructionOptions:
             return ReconstructionOptions()
         if kind is DrawingOptions:
-            return DrawingOptions(**{**self.drawing, **_known(DrawingOptions, gen_kwargs)})
+            return DrawingOptions(**{**self.drawing, **_numbers(_known(DrawingOptions, gen_kwargs))})
         known = _known(ReadingOptions, gen_kwargs)
         if known.get("do_sample") and known.get("temperature") == 0:
             raise ValueError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")

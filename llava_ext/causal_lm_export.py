@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from llava_ext.checkpointing import load_model, write_folder
+from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.vocabulary import ResidualVocabulary
@@ -96,6 +97,7 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
     causal.set_input_embeddings(nn.Embedding.from_pretrained(tables[0], freeze=False))
     classifier.weight = nn.Parameter(tables[1])
     causal.set_output_embeddings(classifier)
+    store_settings(model.generation_config)
     causal.generation_config = model.generation_config
     return causal.eval()
 
@@ -235,11 +237,31 @@ def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProc
         "PLACEHOLDER": processor.image_token_id,
         "TEXT": model.lm_head.weight.shape[0],
         "SIZE": vision.image_size,
+        **_sampling_facts(DrawingOptions().for_model(model)),
     }
     card = _CARD
     for name, value in facts.items():
         card = card.replace(f"@{name}@", str(value))
     return card
+
+
+def _sampling_facts(options: DrawingOptions) -> dict[str, str]:
+    """The model's settings of drawing as the card's snippet takes them, which has one value for all levels."""
+    settings = options.settings()
+    one = {name: value[0] if isinstance(value, tuple) else value for name, value in settings.items()}
+    notes = [name for name in settings if isinstance(settings[name], tuple)]
+    notes += ["guidance_schedule"] if options.guidance_schedule != "constant" else []
+    if one["temperature"] == 0:
+        sampling = "do_sample=False,"
+    else:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        sampling = "do_sample=True,\n    " + "\n    ".join(f"{name}={one[name]}," for name in names)
+    differs = {name: settings[name] for name in notes}
+    note = "" if not notes else (
+        f"\nThe model's own settings change over levels or positions ({differs}). This snippet takes the first level's "
+        "and a constant scale.\n"
+    )  # fmt: skip
+    return {"SCALE": str(one["guidance_scale"]), "SAMPLING": sampling, "NOTE": note}
 
 
 _CARD = """# A causal LM that draws
@@ -301,16 +323,15 @@ def ids_of(text):
 prompt = ids_of(ask("a photo of a red circle"))
 drawn = model.generate(
     prompt,
-    guidance_scale=3.0,  # away from what it would draw without a prompt
+    guidance_scale=@SCALE@,  # away from what it would draw without a prompt
     negative_prompt_ids=ids_of(ask("")),
-    do_sample=True,
-    top_k=0,
+    @SAMPLING@
     max_new_tokens=POSITIONS * LEVELS + 1,
     logits_processor=LogitsProcessorList([WhoseTurn()]),
 )[:, prompt.shape[1] :]
 print(tokenizer.decode(drawn[0]))
 ```
-
+@NOTE@
 Without `<|image_start|>` behind the prompt, and without guidance, it answers in text, and draws where it sees fit. The
 text forms are read as the tokens they name, so an image may also stand in a prompt as text.
 

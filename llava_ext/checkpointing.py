@@ -25,6 +25,7 @@ from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 from evotok_plugin.weight_files import named_weights
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
+from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import put_rows_into_tables, start_new_rows
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
@@ -182,6 +183,7 @@ def assemble(
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for table in {layer.weight for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}:
         start_new_rows(table, sorted(new))
+    backbone.config.use_cache = True
     backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
     config = EvoTokLlavaConfig(
         text_config=backbone.config.to_dict(),
@@ -210,6 +212,9 @@ def assemble(
         part.apply(model._init_weights)
     _start_on_the_scale_of_text(model)
     model.generation_config = backbone.generation_config
+    if model.generation_config._from_model_config:  # where `use_cache` is what the backbone's training has left
+        model.generation_config.use_cache = True
+    store_settings(model.generation_config)
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if model.generation_config.pad_token_id is None:
@@ -335,6 +340,7 @@ def export_model(
 
 def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
+    drawing = DrawingOptions().for_model(model).settings()
     size, tower = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.vision_tower))
     rows = {
         "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
@@ -343,6 +349,7 @@ def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
         "image head": f"{_head_in_words(config)}, {vision.pixel_depth} levels",
         "parameters": f"{size:.1f} M in {str(model.dtype).removeprefix('torch.')}",
         "of the tokenizer": f"{tower:.1f} M in float32",
+        "draws with": ", ".join(f"{name} {value}" for name, value in drawing.items() if name != "negative_prompt"),
     }
     return _MODEL_CARD.replace("ROWS", "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
 

@@ -4,19 +4,25 @@ B batch, T flat tokens, S steps after folding, P written positions, N positions 
 the flat head nothing is folded: S is T, and a written position takes L steps.
 """
 
-from dataclasses import dataclass
+import inspect
+import json
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, TransformersKwargs, can_return_tuple
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
 from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
-from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin
+from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
+from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
 from llava_ext.losses import count_learned
 from llava_ext.new_tokens import NewTokenRows
 from llava_ext.packed_attention import tell_samples_apart
@@ -34,6 +40,7 @@ class EvoTokLlavaOutput(ModelOutput):
         num_text_tokens, num_image_positions: how many were learned; a loss over none is 0.
         past_key_values: the backbone's cache.
         last_hidden_state: (B, S, D); of packed samples under flash-attention (1, all steps, D).
+        hidden_states, attentions: of the backbone's layers, where they are asked for.
     """
 
     loss: Tensor | None = None
@@ -44,10 +51,20 @@ class EvoTokLlavaOutput(ModelOutput):
     num_image_positions: Tensor | None = None
     past_key_values: object | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    def to_tuple(self) -> tuple:
+        """What is there, in the order of the fields: transformers reads losses and logits by their places."""
+        return tuple(self[field.name] for field in fields(self) if self.get(field.name) is not None)
+
+
+# Keywords of transformers' models that have no effect here: the losses are counted over the batch that is given.
+_NOT_FOR_THE_BACKBONE = {"num_items_in_batch"}
 
 
 class EvoTokLlavaForConditionalGeneration(
-    PreTrainedModel, ImageGenerationMixin, InterleavedGenerationMixin, GenerationMixin
+    PreTrainedModel, ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin, GenerationMixin
 ):
     """A causal LM with an EvoTok tokenizer before it, and a depth transformer or the flat head behind it."""
 
@@ -95,6 +112,35 @@ class EvoTokLlavaForConditionalGeneration(
         super().train(mode)
         self.vision_tower.eval()
         return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' `from_pretrained`; the model's settings of drawing are checked.
+
+        Raises:
+            ValueError: settings in generation_config.json that no image can be drawn with.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        file = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME)
+        if model.generation_config._from_model_config and file.is_file():
+            # transformers leaves out the entries that it does not know of a file that says so of itself.
+            values = json.loads(file.read_text(encoding="utf-8")).get(IMAGE_GENERATION)
+            if values is not None:
+                setattr(model.generation_config, IMAGE_GENERATION, values)
+        try:
+            DrawingOptions().for_model(model)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """transformers' `save_pretrained`; generation_config.json always holds the settings of drawing."""
+        store_settings(self.generation_config)
+        for config in (self.config, self.config.text_config):
+            if getattr(config, "use_cache", None) is False:  # Trainer's, for the time of training
+                config.use_cache = True
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -198,6 +244,7 @@ class EvoTokLlavaForConditionalGeneration(
 
     # Forward -------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -210,27 +257,35 @@ class EvoTokLlavaForConditionalGeneration(
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
     ) -> EvoTokLlavaOutput:
         """One pass over a batch that may mix reading, drawing and text, one sample a row or several.
 
         Args:
             input_ids: (B, T) flat sequence: text, delimiters, image placeholders and residual tokens.
-            attention_mask: (B, T); padding on the right or on the left.
+            attention_mask: (B, T); padding on the right or on the left. Masks of other shapes, as transformers makes
+                them for a static cache, go to the backbone as they are.
             labels: (B, T), -100 where nothing is learned.
             pixel_values: images that are read, (I, 3, H, W) in [-1, 1], in the order of their placeholders.
             image_codes: the same images as cached codes (I, N, L), instead of `pixel_values`.
             segment_ids: (B, T), for rows of several samples: which of them a token belongs to, numbered from 1, 0 on
                 padding; in place of `attention_mask` and `position_ids`. No sample sees another.
+            logits_to_keep: compute logits for so many last steps (0: all), or for the steps of these indices.
+            return_dict: False gives a tuple.
+            kwargs: further keywords of the backbone (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            ValueError: placeholders and images do not match, or an image's residual tokens are not whole.
+            ValueError: placeholders and images do not match, an image's residual tokens are not whole, or a keyword
+                that the backbone does not know.
         """
+        extra = self._backbone_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_codes is not None:
             raise ValueError("give images either as pixel_values or as image_codes, and not both")
+        if inputs_embeds is not None and (pixel_values is not None or image_codes is not None):
+            raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds")
         if labels is not None and input_ids is None:
             raise ValueError("labels need input_ids: what is learned at a step depends on its token")
         others = (attention_mask, position_ids, past_key_values, inputs_embeds)
@@ -244,20 +299,28 @@ class EvoTokLlavaForConditionalGeneration(
             use_cache = False  # with a cache, transformers does not look for packed samples
         if inputs_embeds is None:
             fold = self.config.image_head == "depth"
-            folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, labels, segment_ids, fold)
+            flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+            folded = fold_residual_tokens(self.vocabulary, input_ids, flat_mask, labels, segment_ids, fold)
             if segment_ids is not None:
                 folded, steps = tell_samples_apart(self.language_model, folded)
-            elif attention_mask is not None:
+            elif flat_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
+            elif attention_mask is not None and folded.input_ids.shape != input_ids.shape:
+                raise ValueError("residual tokens are folded into fewer steps; give an attention_mask (B, T) with them")
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
         self._check_positions(inputs_embeds.shape[1], past_key_values, **steps)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **steps
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **steps, **extra
         )
         hidden = outputs.last_hidden_state  # (B, S, D)
-        result = EvoTokLlavaOutput(last_hidden_state=hidden, past_key_values=outputs.past_key_values)
+        result = EvoTokLlavaOutput(
+            last_hidden_state=hidden,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
         if labels is None:
-            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
             result.logits = self.lm_head(kept)
             if self.new_token_rows is not None:
                 result.logits = self.new_token_rows.replaced_rows().put_into(result.logits, kept)
@@ -283,13 +346,29 @@ class EvoTokLlavaForConditionalGeneration(
             return
         if position_ids is not None:
             total = int(position_ids.max()) + 1
-        elif attention_mask is not None and attention_mask.shape == (attention_mask.shape[0], total):
+        elif isinstance(attention_mask, Tensor) and attention_mask.shape == (attention_mask.shape[0], total):
             total = int(attention_mask.nonzero()[:, 1].max()) + 1  # padding on the right takes no positions
         if total > limit:
             raise ValueError(
                 f"the sequence takes {total} steps, but the language model has {limit} positions "
                 "(max_position_embeddings); shorten the text or leave images out"
             )
+
+    def _backbone_keywords(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords that are not None, all of which the backbone must know.
+
+        Raises:
+            ValueError: it does not know one.
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        parameters = set(inspect.signature(type(self.language_model).forward).parameters) - {"self", "kwargs"}
+        known = (parameters | TransformersKwargs.__optional_keys__) - _NOT_FOR_THE_BACKBONE
+        for name in given:
+            if name not in known:
+                near = get_close_matches(name, [*known, *inspect.signature(self.forward).parameters], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"forward got an unknown keyword {name!r}{hint}")
+        return given
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
         learned = (folded.labels != -100) & ~folded.written
@@ -333,18 +412,6 @@ class EvoTokLlavaForConditionalGeneration(
         fold = self.config.image_head == "depth"
         folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold, pad_left=True)
         return self._embed(folded, pixel_values, image_codes), folded.attention_mask
-
-    def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, image_codes=None, is_first_iteration=False, **kwargs
-    ):
-        if is_first_iteration and bool(self.vocabulary.is_residual(input_ids).any()):
-            raise ValueError(
-                'a drawn image stands in the prompt: generate(modalities="auto", processor=processor) goes on from it'
-            )
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration:
-            inputs.update(pixel_values=pixel_values, image_codes=image_codes)
-        return inputs
 
 
 def _depth_head(config: EvoTokLlavaConfig) -> DepthTransformerHead:

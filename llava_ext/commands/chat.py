@@ -14,7 +14,7 @@ from PIL import Image
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from llava_ext.checkpointing import write_folder
 from llava_ext.commands.answering import Conversation
-from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model, settings_of
+from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
 from llava_ext.commands.web_images import fetch
 from llava_ext.demo.uploads import UploadLimits, open_upload
 from llava_ext.drawn_files import Origin, check_folder, file_name, write_drawn
@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser("chat", parents=[shared.model, shared.drawing], help="ask about images, and draw")
     parser.add_argument("question", nargs="?", help="without it, a conversation is read from the terminal")
     parser.add_argument("--image", action="append", default=[], help="image file; may be given several times")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="of text in an answer")
+    parser.add_argument("--max_new_tokens", type=int, help="of text in an answer (default: the model's, or 256)")
     parser.add_argument("--max_images", type=int, default=4, help="in an answer")
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for images that are drawn")
     parser.add_argument(
@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     pending = [pictures.open(where) for where in arguments.image]
     options = AnswerOptions(arguments.max_new_tokens, arguments.max_images, drawing=drawing_options(arguments))
     check_folder(arguments.output)
-    chat = Chat(open_model(arguments), options, arguments.seed, arguments.output, pictures, pending)
+    opened = open_model(arguments)
+    options = replace(options, drawing=options.drawing.for_model(opened.model))
+    chat = Chat(opened, options, arguments.seed, arguments.output, pictures, pending)
     if arguments.question is not None:
         chat.ask(*pictures.in_line(arguments.question))
         return
@@ -208,7 +210,7 @@ class Chat:
         elif isinstance(event, ImageDrawn):
             self._end_line()
             seed += event.index
-            made = settings_of(self.options.drawing) | {"turn": self.conversation.num_turns + 1}
+            made = self.options.drawing.settings() | {"turn": self.conversation.num_turns + 1}
             origin = Origin(asked, seed, self.opened.name, made, self.opened.weights)
             path = write_drawn(event.image, self.output, f"{file_name(asked)}_seed{seed}", origin)
             print(f"[image: {path}]", flush=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.progress import progress_interval
-from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model, settings_of
+from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
 from llava_ext.drawn_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
 
 _GRID_COLUMNS, _GRID_IMAGE = 4, 256  # images a row, and pixels a side that small ones are enlarged to
@@ -50,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw, and write every image as soon as its batch is drawn."""
     prompts = _prompts(arguments)
     _check(arguments)
-    settings = settings_of(drawing_options(arguments))
+    options = drawing_options(arguments)
     opened = open_model(arguments)
+    settings = options.for_model(opened.model).settings()
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
 

@@ -3,12 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from evotok_plugin.sampling import SamplingOptions
 from evotok_plugin.weight_files import folder_fingerprint
 from llava_ext.checkpointing import default_model_folder, load_model
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
@@ -29,20 +28,22 @@ def shared_options() -> SharedOptions:
     model.add_argument("--model", help="model folder (default: the newest of this working folder's outputs)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     drawing = argparse.ArgumentParser(add_help=False)
-    group = drawing.add_argument_group("drawing", "NUMBER is one for all levels, or one a level: 1,0.9,0.8,0.7")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--guidance_scale", type=float, default=3.0, help="how closely a prompt is followed; 1: freely")
-    group.add_argument(
-        "--guidance_schedule", choices=SCHEDULES, default="constant", help="how guidance goes on over the image"
+    group = drawing.add_argument_group(
+        "drawing",
+        "NUMBER is one for all levels, or one a level: 1,0.9,0.8,0.7. Settings that are not given are the model's own "
+        "(image_generation in its generation_config.json).",
     )
-    group.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
-    for name, kind, default, what in (
-        ("temperature", float, 1.0, "0 takes the most likely code"),
-        ("top_k", int, 0, "only the so many most likely codes; 0: all"),
-        ("top_p", float, 1.0, "only the most likely codes that make up this share; 1: all"),
-        ("min_p", float, 0.0, "only codes at least so likely, beside the most likely one; 0: all"),
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--guidance_scale", type=float, help="how closely a prompt is followed; 1: freely")
+    group.add_argument("--guidance_schedule", choices=SCHEDULES, help="how guidance goes on over the image")
+    group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from")
+    for name, kind, what in (
+        ("temperature", float, "0 takes the most likely code"),
+        ("top_k", int, "only the so many most likely codes; 0: all"),
+        ("top_p", float, "only the most likely codes that make up this share; 1: all"),
+        ("min_p", float, "only codes at least so likely, beside the most likely one; 0: all"),
     ):
-        group.add_argument(f"--{name}", type=_numbers(kind), default=default, metavar="NUMBER", help=what)
+        group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=what)
     return SharedOptions(model, drawing)
 
 
@@ -87,19 +88,9 @@ def open_model(arguments: argparse.Namespace) -> OpenModel:
 
 
 def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:
-    """What the flags of drawing say.
+    """The flags of drawing; those that are not given are None, the model's own.
 
     Raises:
-        ValueError: a value that none may have.
+        ValueError: a value out of its range.
     """
-    sampling = SamplingOptions(*(getattr(arguments, field.name) for field in fields(SamplingOptions)))
-    return DrawingOptions(
-        arguments.guidance_scale, arguments.guidance_schedule, arguments.negative_prompt, sampling=sampling
-    )
-
-
-def settings_of(options: DrawingOptions) -> dict:
-    """The options as one flat mapping, by the names that `generate_images` gives them."""
-    values = asdict(options)
-    sampling = values.pop("sampling")
-    return values | sampling
+    return DrawingOptions(**{field.name: getattr(arguments, field.name, None) for field in fields(DrawingOptions)})

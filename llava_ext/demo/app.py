@@ -15,10 +15,8 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from evotok_plugin.sampling import SamplingOptions
 from evotok_plugin.training.teacher import Teacher
 from llava_ext.commands.answering import Conversation
-from llava_ext.commands.shared import settings_of
 from llava_ext.demo.evolution import level_by_level
 from llava_ext.demo.guard import Guard
 from llava_ext.demo.uploads import UploadLimits, open_upload
@@ -164,7 +162,7 @@ def _chat_tab(page: "_Page") -> None:
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 reset = gr.Button("New conversation", elem_id="reset")
         with gr.Column(scale=1, min_width=280):
-            settings = _settings(limits)
+            settings = _settings(limits, DrawingOptions().for_model(page.model))
     asked = message.submit(page.begin, outputs=message, api_visibility="private", queue=False).then(
         page.ask,
         inputs=[message, talk, *settings],
@@ -183,22 +181,40 @@ def _chat_tab(page: "_Page") -> None:
     )
 
 
-def _settings(limits: DemoLimits) -> list[gr.components.Component]:
-    """In the order in which `_Page.ask` takes them."""
+def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components.Component]:
+    """In the order in which `_Page.ask` takes them; `drawing` is what the model's own settings are."""
     answer = gr.Radio([_MODEL_CHOOSES, _AN_IMAGE], value=_MODEL_CHOOSES, label="Answer with")
     tokens = gr.Slider(
         1, limits.max_new_tokens, min(256, limits.max_new_tokens), step=1, label="Text: new tokens at most"
     )
-    guidance = gr.Number(3.0, label="Guidance scale", info="1 and more; more follows the prompt more closely")
-    schedule = gr.Radio(list(SCHEDULES), value="constant", label="Guidance over the image")
+    guidance = gr.Number(
+        drawing.guidance_scale, label="Guidance scale", info="1 and more; more follows the prompt more closely"
+    )
+    schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
     negative = gr.Textbox("", label="Negative prompt", info="what guidance leads away from", max_lines=2)
     seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later one has the next")
     with gr.Accordion("Sampling of images", open=True):
-        temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
-        top_k = gr.Number(0, label="Top-k", precision=0, info="0: all codes")
-        top_p = gr.Slider(0.01, 1, 1, step=0.01, label="Top-p")
-        min_p = gr.Slider(0, 1, 0, step=0.01, label="Min-p")
-    return [answer, tokens, guidance, schedule, negative, seed, temperature, top_k, top_p, min_p]
+        sampling = [
+            _sampling_setting(getattr(drawing.sampling, name), label, *limits)
+            for name, label, limits in (
+                ("temperature", "Temperature", (0, 2, 0.05)),
+                ("top_k", "Top-k", ()),
+                ("top_p", "Top-p", (0.01, 1, 0.01)),
+                ("min_p", "Min-p", (0, 1, 0.01)),
+            )
+        ]
+    return [answer, tokens, guidance, schedule, negative, seed, *sampling]
+
+
+def _sampling_setting(value: float | tuple[float, ...], label: str, *limits: float) -> gr.components.Component:
+    """A slider from, to and in steps of the limits, or without any a field of whole numbers; a field that starts empty
+    where the model's own setting has a value for each level."""
+    if isinstance(value, tuple):
+        return gr.Number(None, label=label, info=f"empty: {', '.join(map(str, value))}, the model's own, one a level")
+    if limits:
+        low, high, step = limits
+        return gr.Slider(low, max(high, value), value, step=step, label=label)
+    return gr.Number(value, label=label, precision=0, info="0: all codes")
 
 
 def _evolution_tab(page: "_Page") -> None:
@@ -282,7 +298,7 @@ class _Page:
             seed += talk.conversation.num_turns
             events = talk.conversation.ask(self.model, self.processor, text, pictures, options, seed)
             asked = {"role": "user", "content": [*map(_file, pictures), *_words(text)]}
-            drawn_with = settings_of(options.drawing)
+            drawn_with = options.drawing.settings()
             answer = _Answer(lambda index: Origin(text, seed + index, self.name, drawn_with, self.weights))
             shown = [*talk.shown, asked, {"role": "assistant", "content": answer.content}]
             box: Any = {"text": "", "files": []}
@@ -305,12 +321,15 @@ class _Page:
             ValueError: one is missing or impossible.
         """
         answer, tokens, guidance, schedule, negative, seed, *sampling = settings
-        if any(value is None for value in settings):
+        own = DrawingOptions().for_model(self.model).sampling
+        given = dict(zip(vars(own), sampling, strict=True))
+        needed = [value for name, value in given.items() if not isinstance(getattr(own, name), tuple)]
+        if any(value is None for value in (answer, tokens, guidance, schedule, negative, seed, *needed)):
             raise ValueError("a setting is empty; every one needs a value")
         if not 0 <= seed < 2**32:
             raise ValueError(f"the seed must lie in 0 .. 2**32 - 1, got {seed}")
         self._check_length("the negative prompt", negative)
-        drawing = DrawingOptions(guidance, schedule, negative, SamplingOptions(*sampling))
+        drawing = DrawingOptions(guidance, schedule, negative, **given).for_model(self.model)
         vision = self.model.config.vision_config
         return AnswerOptions(
             max_new_tokens=int(tokens),

@@ -4,6 +4,7 @@ from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePrevie
 from llava_ext.generation.images import ImageGenerationMixin
 from llava_ext.generation.interleaved import AnswerOptions, InterleavedGenerationMixin
 from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.text import TextGenerationMixin
 
 __all__ = [
     "AnswerOptions",
@@ -16,4 +17,5 @@ __all__ = [
     "ImageStarted",
     "InterleavedGenerationMixin",
     "TextDelta",
+    "TextGenerationMixin",
 ]

@@ -9,8 +9,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from evotok_plugin.sampling import SamplingOptions, uniform_noise
+from evotok_plugin.sampling import uniform_noise
 from llava_ext.generation.drawers import drawer_for
+from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.repeated import RepeatedSteps, SingleSteps
@@ -26,14 +27,14 @@ class ImageGenerationMixin:
         prompt: str | Sequence[str],
         processor,
         num_images: int = 1,
-        guidance_scale: float = 3.0,
-        guidance_schedule: str = "constant",
-        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        negative_prompt: str | None = None,
         seed: int | Sequence[int] = 0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        min_p: float | Sequence[float] = 0.0,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        min_p: float | Sequence[float] | None = None,
         batch_size: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
         on_preview: Callable[[list[Image]], None] | None = None,
@@ -47,7 +48,8 @@ class ImageGenerationMixin:
             prompt: one prompt or several.
             processor: the model's `EvoTokLlavaProcessor`.
             num_images: images a prompt.
-            guidance_scale, guidance_schedule, negative_prompt: of `DrawingOptions`.
+            guidance_scale, guidance_schedule, negative_prompt: of `DrawingOptions`. Where they, or the four sampling
+                values, are None, the model's own are used (`generation_config.image_generation`).
             seed: an int (image i gets seed + i) or one int per image; an image depends on its prompt, its seed and the
                 settings only.
             temperature, top_k, top_p, min_p: of `SamplingOptions`, each a number or one a level.
@@ -75,25 +77,20 @@ class ImageGenerationMixin:
             )
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type: expected 'pil' or 'pt', got {output_type!r}")
-        sampling = SamplingOptions(temperature, top_k, top_p, min_p)
-        options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, sampling)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, **sampling).for_model(self)
         rows = [p for p in prompts for _ in range(num_images)]
         seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
         positions, pixels = self.config.vision_config.num_positions, []
-        was_training = self.training
-        self.eval()
-        try:
-            for start in range(0, len(rows), batch_size):
-                part = slice(start, start + batch_size)
-                for codes in self.draw_codes(rows[part], processor, seeds[part], options, use_graphs):
-                    drawn = codes.shape[1]
-                    if on_progress is not None:
-                        on_progress(start * positions + drawn * codes.shape[0], len(rows) * positions)
-                    if on_preview is not None and preview_every and drawn % preview_every == 0 and drawn < positions:
-                        on_preview(preview(self.vision_tower, processor, codes))
-                pixels.append(self.vision_tower.decode_pixels(codes))
-        finally:
-            self.train(was_training)
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            for codes in self.draw_codes(rows[part], processor, seeds[part], options, use_graphs):
+                drawn = codes.shape[1]
+                if on_progress is not None:
+                    on_progress(start * positions + drawn * codes.shape[0], len(rows) * positions)
+                if on_preview is not None and preview_every and drawn % preview_every == 0 and drawn < positions:
+                    on_preview(preview(self.vision_tower, processor, codes))
+            pixels.append(self.vision_tower.decode_pixels(codes))
         pixels = torch.cat(pixels)
         return pixels if output_type == "pt" else processor.image_processor.to_pil(pixels)
 
@@ -108,20 +105,22 @@ class ImageGenerationMixin:
     ) -> Iterator[Tensor]:
         """Draw one image a prompt: the codes so far, (R, p, L), after every position p = 1 ... N.
 
+        The mode of the model (training or evaluation) makes no difference and is left alone.
+
         Args:
+            options: what differs from the model's own settings.
             use_graphs: as `generate_images` takes it.
 
         Raises:
             ValueError: settings for another number of levels, or a prompt that is too long.
         """
-        options, drawer = options or DrawingOptions(), drawer_for(self)
-        vision = self.config.vision_config
-        options.sampling.check_levels(vision.pixel_depth)
+        options, model = (options or DrawingOptions()).for_model(self), evaluation_view(self)
+        drawer, vision = drawer_for(model), self.config.vision_config
         noise = torch.stack([uniform_noise(s, drawer.steps_per_image, drawer.codes_per_step) for s in seeds])
         noise = noise.to(self.device)
-        fixed = use_graphs and can_be_fixed(self.language_model)
+        fixed = use_graphs and can_be_fixed(model.language_model)
         # Steps that are all alike include one behind the last codes, which nobody reads.
-        steps = self._take_in(prompts, processor, options, drawer.steps_per_image - (not fixed))
+        steps = model._take_in(prompts, processor, options, drawer.steps_per_image - (not fixed))
         positions = RepeatedSteps if fixed else SingleSteps
         drawn = []
         for codes in positions(drawer, steps, noise, options):

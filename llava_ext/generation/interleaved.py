@@ -7,19 +7,23 @@ B rows, G = B or 2 B, N positions, L levels, D width of the language model.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList
 
 from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
+from llava_ext.generation.answer_settings import MAX_NEW_TOKENS, TextSettings, process_logits, text_settings
 from llava_ext.generation.drawers import drawer_for
+from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
-from llava_ext.generation.options import DrawingOptions, seeds_for
+from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.steps import Steps, check_room, step_limit
 
-GREEDY = SamplingOptions(temperature=0)
 _HALF_A_CHARACTER = "\ufffd"
 
 
@@ -28,31 +32,33 @@ class AnswerOptions:
     """What an answer may hold and how it is written.
 
     Attributes:
-        max_new_tokens: text tokens of a whole answer, delimiters not counted; an image that is begun is finished.
+        max_new_tokens: text tokens of a whole answer, delimiters not counted; an image that is begun is finished. None
+            takes the model's (`generation_config`), 256 where it has none. An answer ends where the language model's
+            positions end.
         max_images: images of an answer.
         image_first: begin with an image, whatever the model would have chosen, and stop behind it.
-        text: how words are chosen; greedily by default.
-        drawing: how images are drawn.
+        text: how words are chosen; None takes the model's `generation_config`: greedily unless it sets `do_sample`.
+        drawing: how images are drawn, where it differs from the model's own settings.
         preview_every: positions between two previews of an image; 0 is none.
 
     Raises:
         ValueError: a number below 0, or an answer that could hold nothing.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     max_images: int = 4
     image_first: bool = False
-    text: SamplingOptions = GREEDY
+    text: SamplingOptions | None = None
     drawing: DrawingOptions = field(default_factory=DrawingOptions)
     preview_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_images", "preview_every"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.image_first and not self.max_images:
             raise ValueError("an image is asked for but max_images is 0")
-        if not (self.max_new_tokens or self.image_first):
+        if self.max_new_tokens == 0 and not self.image_first:
             raise ValueError("max_new_tokens must be at least 1: the model has no room to answer")
 
 
@@ -63,7 +69,9 @@ class _Row:
     number: int
     seed: int
     noise: torch.Generator
-    prompt_length: int
+    prompt: Tensor  # ids (T,)
+    prompt_length: int  # in steps
+    processors: LogitsProcessorList
     ids: list[int] = field(default_factory=list)
     num_text_tokens: int = 0
     words: list[int] = field(default_factory=list)  # text since the last image
@@ -83,16 +91,30 @@ class Answers:
     """Answers to a batch of conversations; `run` writes them."""
 
     def __init__(
-        self, model, processor, embeddings: Tensor, mask: Tensor, options: AnswerOptions, seeds: Sequence[int]
-    ):
-        """Take in the conversations, embedded (B, T, D) with their mask (B, T), padded on the left."""
+        self,
+        model,
+        processor,
+        inputs: dict[str, Tensor],
+        options: AnswerOptions,
+        settings: TextSettings,
+        seeds: Sequence[int],
+    ) -> None:
+        """Take in the conversations (B rows) for a model in evaluation mode; the options are complete."""
         self._model, self._processor, self._options = model, processor, options
         self._drawer, self._limit = drawer_for(model), step_limit(model.config.text_config)
-        options.drawing.sampling.check_levels(model.config.vision_config.pixel_depth)
+        embeddings, mask = model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
         lengths = mask.sum(dim=1).tolist()
+        prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         self._rows = [
-            _Row(number, seed, torch.Generator().manual_seed(seed), length)
-            for number, (seed, length) in enumerate(zip(seeds, lengths, strict=True))
+            _Row(
+                number,
+                seed,
+                torch.Generator().manual_seed(seed),
+                prompt,
+                length,
+                settings.processors(model, prompt.shape[0]),
+            )
+            for number, (seed, prompt, length) in enumerate(zip(seeds, prompts, lengths, strict=True))
         ]
         self._check_room(max(lengths))
         self._unprompted = self._without_prompt() if options.drawing.guided and options.max_images else None
@@ -102,8 +124,7 @@ class Answers:
             mask = torch.cat([mask.new_zeros(len(seeds), missing), mask], dim=1)
         self._width = mask.shape[1]
         self._steps = Steps(model.language_model, embeddings, mask, self._width + self._longest_answer(min(lengths)))
-        eos = model.generation_config.eos_token_id
-        self._ends = set(eos) if isinstance(eos, list) else {eos}
+        self._ends = settings.ends
         self._filler = self._embed(processor.image_end_id)
 
     @property
@@ -203,7 +224,12 @@ class Answers:
         """The next token of each row."""
         hidden = self._steps.hidden[[row.number for row in rows]]
         logits = self._model.lm_head(hidden).float()
-        logits[:, [self._processor.image_token_id, self._processor.image_end_id]] = -torch.inf
+        for place, row in enumerate(rows):
+            if len(row.processors):
+                ids = torch.cat([row.prompt, row.prompt.new_tensor(row.ids)])
+                logits[place] = process_logits(row.processors, ids, logits[place : place + 1])[0]
+        start = self._processor.image_start_id
+        logits[:, [token for token in self._model.image_token_ids if token != start]] = -torch.inf
         forced: dict[int, int] = {}
         for place, row in enumerate(rows):
             if row.must_close:
@@ -289,31 +315,44 @@ class InterleavedGenerationMixin:
 
         Args:
             inputs: what `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)` gives, B rows.
-            options: by default greedy text and up to four images.
+            options: what differs from the model's `generation_config`, and up to four images.
             seed: one a row, or an int: row b gets seed + b; image i of a row is drawn with the row's seed + i.
 
         Raises:
             ValueError: as `generate` does.
         """
+        yield from self._answer(inputs, processor, options or AnswerOptions(), text_settings(self), seed)
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        inputs: dict[str, Tensor],
+        processor,
+        options: AnswerOptions,
+        settings: TextSettings,
+        seed: int | Sequence[int],
+    ) -> Iterator[Event]:
+        """The events of answers; what the options leave out is taken from the settings and from the model."""
         self.config.check_processor(processor)
-        options, mask = options or AnswerOptions(), inputs["attention_mask"]
-        num_rows = mask.shape[0]
-        seeds = seeds_for(seed, num_rows, "one a conversation")
-        was_training = self.training
-        self.eval()
-        try:
-            embeddings, mask = self.embed_prompt(**{name: value.to(self.device) for name, value in inputs.items()})
-            yield from Answers(self, processor, embeddings, mask, options, seeds).run()
-        finally:
-            self.train(was_training)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        seeds = seeds_for(seed, inputs["input_ids"].shape[0], "one a conversation")
+        most = options.max_new_tokens
+        if most is None:
+            most = MAX_NEW_TOKENS if settings.max_new_tokens is None else settings.max_new_tokens
+            if settings.max_new_tokens is None and settings.max_length is not None:
+                most = max(1, settings.max_length - inputs["input_ids"].shape[1])
+        text = settings.sampling if options.text is None else options.text
+        options = replace(options, max_new_tokens=most, text=text, drawing=options.drawing.for_model(self))
+        yield from Answers(evaluation_view(self), processor, inputs, options, settings, seeds).run()
 
     def generate(self, *args, modalities: str = "text", **kwargs):
         """transformers' `generate` for text; with `modalities` also images.
 
         Args:
-            modalities: "text" is transformers' own and takes all that it does. "auto" lets the model
-                choose, "image" has it draw one image. Both take `processor`, `seed`, `max_new_tokens`, `max_images`,
-                `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` of text, and `drawing`, a `DrawingOptions`.
+            modalities: "text" is transformers' own and takes all that it does; it never writes image tokens. "auto"
+                lets the model choose, "image" has it draw one image. Both take `processor`, `seed`, `max_images`,
+                `drawing`, a `DrawingOptions`, and of transformers' settings, as keywords, in `generation_config` or in
+                the model's, those of length, sampling and logits processors; any other is an error.
 
         Returns:
             ids (B, T): the prompt's and the answer's, text, delimiters and residual tokens; short answers are padded on
@@ -336,33 +375,27 @@ class InterleavedGenerationMixin:
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
         image_first: bool = False,
-        max_new_tokens: int = 256,
         max_images: int = 4,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
         drawing: DrawingOptions | None = None,
         seed: int | Sequence[int] = 0,
-        **unknown,
+        generation_config: GenerationConfig | None = None,
+        **text: Any,
     ) -> Tensor:
-        if unknown:
-            raise ValueError(
-                f"generate with images does not take {', '.join(sorted(unknown))}; how images are drawn goes into "
-                "drawing=DrawingOptions(...)"
-            )
         if processor is None:
             raise ValueError("generate with images needs processor=, the model's own")
-        text = SamplingOptions(temperature, top_k, top_p, min_p) if do_sample else GREEDY
-        options = AnswerOptions(max_new_tokens, max_images, image_first, text, drawing or DrawingOptions())
+        settings = text_settings(self, generation_config, text)
+        own = read_settings(getattr(generation_config, IMAGE_GENERATION, None) or {})
+        options = AnswerOptions(
+            text.get("max_new_tokens"), max_images, image_first, drawing=(drawing or DrawingOptions()).above(own)
+        )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         images = {"pixel_values": pixel_values, "image_codes": image_codes}
         inputs |= {name: value for name, value in images.items() if value is not None}
         answers: dict[int, Tensor] = {}
-        for event in self.stream(inputs, processor, options, seed):
+        for event in self._answer(inputs, processor, options, settings, seed):
             if isinstance(event, Finished):
                 answers[event.row] = event.ids
-        written = processor.pad([answers[row] for row in range(len(answers))], processor.pad_id, side="right")
+        pad = processor.pad_id if settings.pad_token_id is None else settings.pad_token_id
+        written = processor.pad([answers[row] for row in range(len(answers))], pad, side="right")
         return torch.cat([input_ids, written.to(input_ids.device)], dim=1)

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from evotok_plugin.model_folder import model_type_of, reading
 from evotok_plugin.weight_files import damage_of, read_json
@@ -27,6 +28,7 @@ from llava_ext.checkpointing import (
     write_folder,
 )
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
+from llava_ext.generation.options import store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import MODULE, add_new_token_rows, table_names, take_rows_back
 from llava_ext.training.config import StageConfig
@@ -118,6 +120,8 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], 
     settings.save_pretrained(folder)
     head = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
     (folder / BASE).write_text(json.dumps({**base, **head}, indent=2))
+    store_settings(model.generation_config)
+    model.generation_config.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -185,6 +189,8 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
     else:
         head = {name: facts[name] for name in HEAD_SETTINGS if name in facts}  # adapters were once all of depth heads
         model, processor = assemble(base, vision_tower, **head, dtype="auto")
+    if (adapter / GENERATION_CONFIG_NAME).is_file():  # of the run; older adapters have none
+        model.generation_config = GenerationConfig.from_pretrained(adapter)
     model = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
     take_rows_back(model)
 

@@ -18,6 +18,7 @@ from llava_ext.configuration_evotok_llava import (
     EvoTokLlavaConfig,
     check_choice,
 )
+from llava_ext.generation.options import read_settings
 
 DEEPSPEED_FOLDER = RECIPES_FOLDER.parent / "deepspeed"
 
@@ -97,6 +98,13 @@ class StageConfig(TrainingArguments):
     text_loss_weight: float = field(default=1.0, metadata=_help("of the text tokens' mean loss"))
     image_loss_weight: float = field(default=1.0, metadata=_help("of the image positions' mean loss"))
     group_lengths: bool = field(default=True, metadata=_help("false: batches of one kind, of whatever lengths"))
+    image_generation: dict | None = field(
+        default=None,
+        metadata=_help(
+            "how the model draws unless told otherwise, e.g. '{guidance_scale: 3.0, top_k: 900}'; by default as the "
+            "model that training starts from"
+        ),
+    )
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("train again although output_dir holds a finished run"))
 
@@ -152,6 +160,8 @@ class StageConfig(TrainingArguments):
                 raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
         if not (self.text_loss_weight or self.image_loss_weight):
             raise ValueError("text_loss_weight and image_loss_weight are both 0: there is no loss; raise one of them")
+        if self.image_generation is not None:
+            read_settings(self.image_generation)
         if self.image_head is not None:
             check_choice("image_head", self.image_head, IMAGE_HEADS)
         if self.residual_embeddings is not None:

@@ -23,6 +23,7 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
 from llava_ext.data.packing import PackedCollator, PackedDataset
+from llava_ext.generation.options import DrawingOptions, read_settings, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
@@ -96,6 +97,8 @@ def run_stage(recipe: str, overrides: dict) -> None:
     model, processor = build_model(config)
     model.config.check_length(config.model_max_length)
     model.config.check_processor(processor)
+    store_settings(model.generation_config, read_settings(config.image_generation or {}))
+    DrawingOptions().for_model(model)  # values one a level must be as many as the model's levels
     dataset = build_dataset(config, model, processor)
     check_parts_have_samples(model, config, dataset)
     model = ready_to_train(model, config)

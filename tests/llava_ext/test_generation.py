@@ -89,6 +89,7 @@ def test_progress_counts_positions(tiny_mllm):
 
 def naive_codes(model, processor, prompt, options, seed):
     """One image with neither cache nor batch: both prompts again from their beginning at every position."""
+    options = options.completed()
     noise, written, codes = uniform_noise(seed, 9, 4), [], []
     for position in range(9):
         hidden = []

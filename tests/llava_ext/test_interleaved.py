@@ -64,6 +64,7 @@ def hidden_after(model, ids, pixel_values=None, drawn=()):
 
 def naive_image(model, processor, ids, drawing, seed, pixel_values=None):
     """The residual ids of an image behind ids (T,)."""
+    drawing = drawing.completed()
     unprompted = processor.drawing_prompts([drawing.negative_prompt])["input_ids"][0]
     codebooks, drawn = model.vision_tower.quantizer.codebooks, []
     for place, noise in enumerate(uniform_noise(seed, 9, 4)):

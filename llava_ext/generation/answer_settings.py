@@ -1,0 +1,140 @@
+"""Settings of answers that may hold images: those of a call above those of a `GenerationConfig` above the model's.
+
+They are transformers' own, honored or rejected by name. T tokens, V rows of the output layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import LogitsProcessorList
+
+from evotok_plugin.sampling import SamplingOptions
+from llava_ext.generation.options import IMAGE_GENERATION
+
+GREEDY = SamplingOptions(temperature=0)
+MAX_NEW_TOKENS = 256  # where nobody says
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_HONORED = {"max_new_tokens", "max_length", "do_sample", *_SAMPLING, "eos_token_id", "pad_token_id", IMAGE_GENERATION}
+# Applied by transformers' own logits processors.
+_PROCESSORS = {
+    "sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
+    "renormalize_logits",
+}  # fmt: skip
+# Without influence on which tokens are chosen here: where keys and values lie, how candidates are proposed, facts.
+_WITHOUT_EFFECT = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
+    "early_stopping", "length_penalty", "low_memory", "bos_token_id", "decoder_start_token_id", "transformers_version",
+    "continuous_batching_config",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How the words of an answer are chosen.
+
+    Attributes:
+        max_new_tokens: None where nobody says.
+        max_length: of prompt and answer together, used without `max_new_tokens`.
+        sampling: greedy unless `do_sample` is set.
+        ends: ids that end an answer.
+        pad_token_id: of the call alone; None leaves it to the processor.
+        config: with what transformers' logits processors need.
+    """
+
+    max_new_tokens: int | None
+    max_length: int | None
+    sampling: SamplingOptions
+    ends: frozenset[int]
+    pad_token_id: int | None
+    config: GenerationConfig
+
+    def processors(self, model, prompt_length: int) -> LogitsProcessorList:
+        """transformers' logits processors for an answer to a prompt of so many tokens; mostly none."""
+        # The model's own method would suppress the image tokens as well.
+        return GenerationMixin._get_logits_processor(
+            model, self.config, input_ids_seq_length=prompt_length, device=model.device
+        )
+
+
+def text_settings(
+    model, config: GenerationConfig | None = None, given: Mapping[str, Any] | None = None
+) -> TextSettings:
+    """Resolve the settings of text.
+
+    Args:
+        config: a `GenerationConfig` of the call.
+        given: keywords of the call by the names of `GenerationConfig`; None is not given.
+
+    Raises:
+        ValueError: a setting that answers with images do not honor.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    unknown = sorted(set(given) - _HONORED - _PROCESSORS)
+    if unknown:
+        raise ValueError(
+            f"generate with images does not take {', '.join(unknown)}; how images are drawn goes into "
+            "drawing=DrawingOptions(...)"
+        )
+    layers = [given, _set_in(config, "generation_config"), _set_in(model.generation_config, "model.generation_config")]
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        if "max_new_tokens" in layer or "max_length" in layer:  # either replaces both of the layers below
+            merged = {name: value for name, value in merged.items() if name not in ("max_new_tokens", "max_length")}
+        merged |= layer
+    sampling = SamplingOptions(**{name: merged[name] for name in _SAMPLING if name in merged})
+    ends = merged.get("eos_token_id")
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    return TextSettings(
+        merged.get("max_new_tokens"),
+        merged.get("max_length"),
+        sampling if merged.get("do_sample") else GREEDY,
+        frozenset(ends),
+        {**layers[1], **layers[0]}.get("pad_token_id"),
+        _processor_config(model, merged),
+    )
+
+
+def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
+    """What a generation config sets.
+
+    Raises:
+        ValueError: a setting that is neither honored nor without effect.
+    """
+    if config is None:
+        return {}
+    defaults = GenerationConfig._get_default_generation_params()
+    values = {
+        key: value
+        for key, value in vars(config).items()
+        if value is not None and value is not False and not key.startswith("_") and key not in _WITHOUT_EFFECT
+    }
+    for key, value in values.items():
+        if key not in _HONORED | _PROCESSORS and value != defaults.get(key):
+            raise ValueError(
+                f"{name}.{key} = {value!r} has no effect on answers with images; unset it, or generate text alone "
+                '(modalities="text")'
+            )
+    honored = {key: value for key, value in values.items() if key in _HONORED | _PROCESSORS}
+    if config.do_sample is False:
+        honored["do_sample"] = False
+    return honored
+
+
+def _processor_config(model, merged: Mapping[str, Any]) -> GenerationConfig:
+    config = GenerationConfig(**{name: merged[name] for name in _PROCESSORS if name in merged})
+    config.eos_token_id = merged.get("eos_token_id")
+    config.update(**config._get_default_generation_params(), defaults_only=True)
+    model._prepare_special_tokens(config, device=model.device)
+    return config
+
+
+def process_logits(processors: LogitsProcessorList, ids: Tensor, logits: Tensor) -> Tensor:
+    """Apply processors to the logits (1, V) that follow ids (T,), of which those without a row are left out."""
+    return processors(ids[ids < logits.shape[-1]][None], logits) if len(processors) else logits

@@ -1,0 +1,189 @@
+"""Settings of drawing in generation_config.json: written with every model, read wherever images are drawn."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from evotok_plugin import SamplingOptions
+from llava_ext import EvoTokLlavaForConditionalGeneration
+from llava_ext.checkpointing import export_model, load_model
+from llava_ext.generation import AnswerOptions, DrawingOptions
+from llava_ext.generation.events import ImageDrawn
+
+OWN = {
+    "guidance_scale": 1.5, "guidance_schedule": "linear", "temperature": [0.2, 0.4, 0.6, 0.8], "top_k": 7,
+    "top_p": 0.9, "min_p": 0.05,
+}  # fmt: skip
+AS_OPTIONS = DrawingOptions(1.5, "linear", "", SamplingOptions((0.2, 0.4, 0.6, 0.8), 7, 0.9, 0.05))
+LIBRARY = {
+    "guidance_scale": 3.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+}  # fmt: skip
+
+
+def settings_in(folder):
+    return json.loads((folder / "generation_config.json").read_text()).get("image_generation")
+
+
+def rewrite(folder, **entries):
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+@pytest.fixture
+def own_folder(model_folder, tmp_path):
+    """A model folder with settings of its own."""
+    folder = tmp_path / "own"
+    shutil.copytree(model_folder, folder)
+    rewrite(folder, image_generation=OWN)
+    return folder
+
+
+def codes_of(model, processor, options=None, **settings):
+    return list(model.draw_codes(["a ring"], processor, [3], options, **settings))[-1]
+
+
+def test_every_folder_holds_settings_and_keeps_its_own(model_folder, own_folder, tmp_path):
+    assert settings_in(model_folder) == LIBRARY  # assembled and saved
+    model, processor = load_model(own_folder)
+    model.save_pretrained(tmp_path / "saved")
+    export_model(own_folder, tmp_path / "exported")
+    assert settings_in(tmp_path / "saved") == settings_in(tmp_path / "exported") == OWN
+    assert "temperature (0.2, 0.4, 0.6, 0.8)" in (tmp_path / "exported/README.md").read_text()
+    assert DrawingOptions().for_model(model) == AS_OPTIONS
+
+
+def test_models_without_settings_draw_with_the_documented_ones(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "old")
+    rewrite(tmp_path / "old", image_generation=None)
+    model, processor = load_model(tmp_path / "old")
+    assert DrawingOptions().for_model(model).settings() == {**LIBRARY, "negative_prompt": ""}
+    assert torch.equal(codes_of(model, processor), codes_of(model, processor, DrawingOptions(3.0, "constant", "")))
+    rewrite(tmp_path / "old", image_generation={"guidance_scale": 2})
+    model, _ = load_model(tmp_path / "old")
+    assert DrawingOptions().for_model(model).settings() == {**LIBRARY, "guidance_scale": 2.0, "negative_prompt": ""}
+
+
+def test_settings_count_in_files_that_say_they_come_from_a_model_config(own_folder):
+    """transformers reads only entries that it knows from such files; older model folders have them."""
+    rewrite(own_folder, _from_model_config=True)
+    assert DrawingOptions().for_model(load_model(own_folder)[0]) == AS_OPTIONS
+
+
+def test_everything_draws_with_the_models_own_settings(own_folder, tiny_mllm):
+    (model, processor), (other, _) = load_model(own_folder), tiny_mllm
+    model.eval()
+    expected = codes_of(other, processor, AS_OPTIONS)
+    assert not torch.equal(expected, codes_of(other, processor))
+    assert torch.equal(codes_of(model, processor), expected)
+    assert torch.equal(codes_of(model, processor, DrawingOptions(top_k=7)), expected)
+    inputs = processor("a ring")
+    answers = {
+        "stream": next(
+            event.codes[None]
+            for event in model.stream(inputs, processor, AnswerOptions(image_first=True), seed=3)
+            if isinstance(event, ImageDrawn)
+        ),
+        "explicit": next(
+            event.codes[None]
+            for event in other.stream(inputs, processor, AnswerOptions(image_first=True, drawing=AS_OPTIONS), seed=3)
+            if isinstance(event, ImageDrawn)
+        ),
+    }
+    assert torch.equal(answers["stream"], expected) and torch.equal(answers["explicit"], expected)
+    ids = model.generate(**inputs, modalities="image", processor=processor, seed=3)
+    config = GenerationConfig(image_generation=OWN)
+    passed = other.generate(**inputs, modalities="image", processor=processor, seed=3, generation_config=config)
+    residual = processor.vocabulary.to_ids(expected).flatten().tolist()
+    for sequence in (ids, passed):
+        assert sequence[0][processor.vocabulary.is_residual(sequence[0])].tolist() == residual
+    image = model.generate_images("a ring", processor, seed=3)[0]
+    assert image.tobytes() == processor.image_processor.to_pil(model.vision_tower.decode_pixels(expected))[0].tobytes()
+
+
+def test_explicit_values_win_also_where_they_are_the_librarys(own_folder):
+    model, processor = load_model(own_folder)
+    model.eval()
+    plain = SamplingOptions()
+    for given, options in (
+        ({"guidance_scale": 3.0}, DrawingOptions(3.0, "linear", "", AS_OPTIONS.sampling)),
+        ({"guidance_schedule": "constant"}, DrawingOptions(1.5, "constant", "", AS_OPTIONS.sampling)),
+        ({"temperature": 1.0}, DrawingOptions(1.5, "linear", "", SamplingOptions(1.0, 7, 0.9, 0.05))),
+        (
+            {"top_k": 0, "top_p": 1.0},
+            DrawingOptions(1.5, "linear", "", SamplingOptions(OWN["temperature"], 0, 1, 0.05)),
+        ),
+        ({"sampling": plain, "negative_prompt": None}, DrawingOptions(1.5, "linear", "", plain)),
+    ):
+        assert DrawingOptions(**given).for_model(model) == options
+    (drawn,) = model.generate_images("a ring", processor, temperature=0, guidance_scale=1.0, negative_prompt=None)
+    options = DrawingOptions(guidance_scale=1.0, temperature=0, negative_prompt="")
+    (codes,) = list(model.draw_codes(["a ring"], processor, [0], options))[-1:]
+    assert drawn.tobytes() == processor.image_processor.to_pil(model.vision_tower.decode_pixels(codes))[0].tobytes()
+
+
+def test_fields_of_text_keep_their_meaning(own_folder):
+    """Text is sampled as transformers' fields say, whatever the settings of drawing."""
+    model, processor = load_model(own_folder)
+    inputs, settings = processor("a ring"), {"do_sample": True, "max_new_tokens": 5}
+    model.generation_config.temperature = 1e-3
+    greedy = model.generate(**inputs, do_sample=False, max_new_tokens=5)
+    assert torch.equal(model.generate(**inputs, **settings), greedy)
+    assert torch.equal(model.generate(**inputs, **settings, temperature=5.0, top_k=1), greedy)
+    assert DrawingOptions().for_model(model) == AS_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_p": 2}, "expected 0 < top_p <= 1, got top_p=2"),
+        ({"temperatur": 1}, "unknown setting 'temperatur'; did you mean 'temperature'"),
+        ({"temperature": "hot"}, "expected a number or one a level, got temperature='hot'"),
+        ({"temperature": [1.0, 0.5]}, "temperature has 2 values, but 4 levels are drawn"),
+        ({"top_k": True}, "top_k=True"),
+        ({"guidance_scale": "3"}, "guidance_scale must be at least 1"),
+        ({"guidance_schedule": "steep"}, "guidance_schedule: expected constant, linear, cosine"),
+        ({"min_p": None}, "min_p has no value"),
+        ("fast", "expected a mapping"),
+        ([], "expected a mapping"),
+    ],
+)
+def test_broken_settings_in_a_file_are_named(own_folder, values, message):
+    rewrite(own_folder, image_generation=values)
+    with pytest.raises(ValueError, match="generation_config.json: .*" + message):
+        load_model(own_folder)
+    with pytest.raises(ValueError, match=message):
+        EvoTokLlavaForConditionalGeneration.from_pretrained(own_folder)
+
+
+def test_questionable_settings_of_a_backbone_do_not_keep_a_model_from_being_saved(
+    tiny_backbone_folder, tiny_evotok_folder, tmp_path
+):
+    """A temperature without do_sample stands in many published folders; transformers writes it back unchanged only."""
+    from llava_ext.checkpointing import assemble
+
+    shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
+    rewrite(tmp_path / "backbone", temperature=0.7, top_p=0.6, _from_model_config=None)
+    model, _ = assemble(tmp_path / "backbone", tiny_evotok_folder, 32, 2, 2)
+    model.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert saved["temperature"] == 0.7 and saved["image_generation"] == LIBRARY
+
+
+def test_commands_start_from_the_models_settings(own_folder, tmp_path, capsys):
+    from llava_ext.cli import main
+
+    folder = str(own_folder)
+    assert main(["draw", "a ring", "--model", folder, "-o", str(tmp_path / "plain")]) == 0
+    assert (
+        main(["draw", "a ring", "--model", folder, "-o", str(tmp_path / "some"), "--top_p", "1", "--top_k", "0"]) == 0
+    )
+    plain, some = (
+        json.loads(Image.open(next((tmp_path / name).glob("*.png"))).text["settings"]) for name in ("plain", "some")
+    )
+    assert plain == {**OWN, "negative_prompt": ""}
+    assert some == {**plain, "top_p": 1.0, "top_k": 0}
