@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.common.files import whole_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -307,19 +306,11 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     Raises:
         ValueError: it is there already, or it cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is there already and not empty; choose a new folder")
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        os.replace(temporary, folder)
+        with whole_folder(folder) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_model(

@@ -12,6 +12,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
+from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
@@ -87,6 +88,11 @@ class EvoTokLlavaForConditionalGeneration(
             nn.init.normal_(module.level_embedding, std=self.config.initializer_range)
         elif isinstance(module, Projector):
             nn.init.normal_(module.position_embedding, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the weights get the mode that the umask asks for."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        apply_umask_to_weights(save_directory)
 
     def train(self, mode: bool = True) -> "EvoTokLlavaForConditionalGeneration":
         """The tokenizer stays in evaluation mode: its codebooks never move here."""

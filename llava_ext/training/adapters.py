@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import set_seed
 
+from evotok_plugin.common.files import apply_umask
 from llava_ext.checkpointing import (
     NEW_PARTS,
     assemble,
@@ -100,6 +101,7 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], 
     settings.modules_to_save = sorted(modules) or None
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    apply_umask(folder / WEIGHTS)
     settings.save_pretrained(folder)
     head = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
     (folder / BASE).write_text(json.dumps({**base, **head}, indent=2))

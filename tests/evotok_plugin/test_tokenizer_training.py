@@ -346,7 +346,7 @@ def test_compiled_networks_train_alike(scene_folder, teacher_folder, tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_refused(scene_folder, tmp_path):
     TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
-    with pytest.raises(ValueError, match="checkpoint of another model"):
+    with pytest.raises(ValueError, match="at step 1, trained with other settings: model: {} before"):
         TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64})).run()
     TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64}, overwrite=True, max_steps=1)).run()
 
