@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.processes import Processes
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Encode what the cache lacks of the source; with --verify check the cache, too, or alone."""
     if not arguments.source and not arguments.verify:
         raise ValueError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
+    check_output_folder(arguments.output)
     processes = Processes.join(arguments.device)
     try:
         cache = _encode(arguments, processes) if arguments.source else CodeCache(arguments.output)

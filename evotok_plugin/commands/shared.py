@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.processes import resolve_device
 from evotok_plugin.progress import progress_interval
 
 DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
@@ -46,6 +46,7 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
     Raises:
         ValueError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
     """
+    place = resolve_device(device)
     if folder is None:
         found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
         if not found:
@@ -63,9 +64,7 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
     wrong = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report.get(what, ())]
     if wrong:
         raise ValueError(f"{folder!r} is not a whole checkpoint: {len(wrong)} weights do not fit, first {wrong[0]}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), EvoTokImageProcessor.from_pretrained(folder)
+    return model.to(place).eval(), EvoTokImageProcessor.from_pretrained(folder)
 
 
 def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:

@@ -149,7 +149,7 @@ def check_new_folder(folder: str | Path) -> None:
         or folder.exists()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise ValueError(f"{str(folder)!r} is there already and not empty; choose a new folder")
+        raise ValueError(f"{str(folder)!r} exists and is not empty; choose a new folder")
 
 
 def _temporary_folder(folder: Path) -> Path:
