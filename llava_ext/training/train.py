@@ -104,6 +104,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     check_reporting(values)
     config = StageConfig(**values)
     configure_logging(config)
+    check_data_paths(config)
     plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), method_of(config)))
     if plan.finished_steps:
         logger.info(
@@ -159,6 +160,19 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         base=describe_base(config) if config.lora_enable else None,
     )
     return trainer, facts
+
+
+def check_data_paths(config: StageConfig) -> None:
+    """Check that the entries of `data_path` exist, before a model is loaded.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for path in config.data_path:
+        if not path.startswith("hf:") and not set("*?[") & set(path) and not os.path.exists(path):
+            raise ValueError(
+                f"data file {path} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME (--data_path)"
+            )
 
 
 def check_tower(config: StageConfig, model: EvoTokLlavaForConditionalGeneration) -> None:
