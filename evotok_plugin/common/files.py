@@ -301,7 +301,7 @@ class OwnedFolder:
             raise ValueError(f"{self._aside} is there already; move it away")
         self._aside.mkdir()
         names = [str(path.relative_to(self.path)) for path in moved]
-        record = {"program": PROGRAM, "moved": names, "before": self._marker, "obsolete": False}
+        record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
         _write_json(self._aside / MARKER, record)
         _move(self.path, self._aside, names)
         self._marker = {**self._marker, "entries": [entry for entry in self.entries if entry in kept], "facts": {}}
@@ -319,13 +319,13 @@ class OwnedFolder:
         if record["obsolete"]:
             self.finish_replacing()
             return False
-        before = record["before"]
-        delete_files(self.path, self.files(entry for entry in self.entries if entry not in before["entries"]))
-        for name in record["moved"]:
-            if (self._aside / name).exists():
-                (self.path / name).unlink(missing_ok=True)
-        _move(self._aside, self.path, [name for name in record["moved"] if (self._aside / name).exists()])
-        self._marker = before
+        aside = [name for name in record["moved"] if files_of(self._aside, [name])]
+        # A kill while files were moved leaves some of them in place; all other files of the record are newer.
+        in_place = {self.path / name for name in record["moved"]} - {self.path / name for name in aside}
+        new = set(self.files(entry for entry in self.entries if entry not in record["kept"])) - in_place
+        delete_files(self.path, new)
+        _move(self._aside, self.path, aside)
+        self._marker = record["before"]
         self._write()
         (self._aside / MARKER).unlink()
         _remove_if_empty(self._aside)

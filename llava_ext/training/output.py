@@ -76,7 +76,7 @@ def _plan_resume(config: StageConfig, values: Mapping[str, Any], shape: RunShape
         rejected, plan.applied, plan.moved = compare(saved, values)
         state = f"a finished run ({facts['steps']} steps)" if facts else f"a run at step {steps_of(plan.checkpoint)}"
         reject(rejected, folder, state)
-        if facts:
+        if facts and not _asks_for_more(plan.applied, facts["steps"]):
             reject(content_changes({}, {}, plan.moved, at_hand=False), folder, state)
     if facts and not _asks_for_more(plan.applied, facts["steps"]):
         plan.finished_steps = facts["steps"]

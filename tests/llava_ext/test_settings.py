@@ -79,7 +79,7 @@ def test_epochs_and_steps_replace_each_other():
     values = settings.stage_values("finetune", {"max_steps": "-1", "num_train_epochs": "2"}, said.append)
     assert (values["max_steps"], values["num_train_epochs"], said) == (-1, 2, [])
     values = settings.stage_values("finetune", {"warmup_steps": "5"}, said.append)
-    assert values["warmup_steps"] == 5 and "warmup_steps 5 replaces" in said.pop()
+    assert values["warmup_steps"] == 5 and "warmup_steps 5.0 replaces" in said.pop()
 
 
 def test_changes_are_rejected_applied_or_of_no_influence():
@@ -102,10 +102,10 @@ def test_llava_s_flags_are_understood_said_to_be_ignored_or_replaced():
     line = (
         "--version v1 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False "
         "--mm_use_im_patch_token False --image_aspect_ratio pad --evaluation_strategy no --lazy_preprocess True "
-        "--per_device_eval_batch_size 4 --group_by_modality_length True --mm_projector_lr=2e-5 --data_path a.json b.json"
+        "--per_device_eval_batch_size 4 --group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b"
     )
     rest = translate(line.split(), said.append)
-    assert rest == "--group_by_modality_length True --mm_projector_lr=2e-5 --data_path a.json b.json".split()
+    assert rest == "--group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b".split()
     assert len(said) == 9 and said[2].startswith("--mm_vision_select_layer -2: ")
     assert translate(["--tune_mm_mlp_adapter", "True"], said.append) == ["--tune_language_model", "false"]
     assert translate(["--freeze_backbone", "False"], said.append) == []
