@@ -8,6 +8,7 @@ import transformers
 
 from evotok_plugin.commands import convert, encode, evaluate, evolve, reconstruct, train
 from evotok_plugin.commands.shared import shared_options
+from evotok_plugin.recipes import flags_of, reject_unknown_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,16 +16,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, encode, reconstruct, evolve, evaluate, convert):
         command.add(commands, shared_options())
+    for subparser in commands.choices.values():
+        subparser.set_defaults(flags=flags_of(subparser))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; user errors end as one line and exit code 2."""
-    arguments = build_parser().parse_args(argv)
+    arguments, rest = build_parser().parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
+        reject_unknown_flags(rest, arguments.flags)
         arguments.run(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

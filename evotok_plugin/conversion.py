@@ -8,7 +8,6 @@ semantic decoder are one matrix with biases beside it.
 import argparse
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
+from evotok_plugin.common.files import check_new_folder, whole_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -438,10 +438,8 @@ def prepare_output(folder: str | Path) -> Path:
     Raises:
         ValueError: there is something in it, or a file of that name.
     """
-    folder = Path(folder)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} exists and is not empty; name a new folder")
-    return folder
+    check_new_folder(folder)
+    return Path(folder)
 
 
 def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -450,14 +448,9 @@ def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
     Raises:
         ValueError: there is something in the folder, or a file of that name.
     """
-    folder = prepare_output(folder)
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    if folder.is_dir():
-        folder.rmdir()
-    temporary.replace(folder)
+    prepare_output(folder)
+    with whole_folder(folder) as temporary:
+        write(temporary)
 
 
 def convert_checkpoint(

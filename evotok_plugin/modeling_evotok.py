@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils import ModelOutput
 
+from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.pixel_decoder import PixelDecoder
@@ -208,6 +209,11 @@ class EvoTokModel(PreTrainedModel):
         self._check_range(codes)
         latents = self.codes_to_latents(codes)
         return self._to_features(latents, self._grid_of_codes(codes.shape[1], grid))
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the weights get the mode that the umask asks for."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        apply_umask_to_weights(save_directory)
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes and values of what turns images into codes: it identifies a tokenizer's codes."""

@@ -19,6 +19,12 @@ def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap:
     return canvas
 
 
+def picture_suffixes() -> list[str]:
+    """The suffixes of image files that can be written."""
+    Image.init()
+    return [suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE]
+
+
 def labelled_rows(rows: dict[str, Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
     """One row of images a label, the label above its row."""
     strips = {label: image_grid(images, len(images), scale, gap) for label, images in rows.items()}

@@ -9,6 +9,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device that `--device` names; `auto` is CUDA where it is available, else the CPU.
+
+    Raises:
+        ValueError: an unknown device, or one that this machine or this build of PyTorch does not have.
+    """
+    if name in ("", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = ""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            reason = "it holds no values"
+        elif device.type == "cuda" and not torch.cuda.is_available():
+            reason = "CUDA is not available (no GPU, no driver, or PyTorch without CUDA)"
+        elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            reason = f"there are {torch.cuda.device_count()} GPUs, counted from 0"
+        elif device.type != "cpu":
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without the backend asserts
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise ValueError(f"--device {name} cannot be used here: {reason}; use auto, cpu, cuda or cuda:N")
+    return device
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among all of them: its `rank` of `world_size`, and the device it works on."""
@@ -23,13 +49,21 @@ class Processes:
 
         Args:
             device: `auto` takes the process's own GPU where there is one, else the CPU.
+
+        Raises:
+            ValueError: the device is not available, or more processes than GPUs were started.
         """
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        use_cuda = torch.cuda.is_available() and device in ("auto", "cuda")
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
-        if not use_cuda and device not in ("auto", "cuda"):
-            chosen = torch.device(device)
+        chosen = resolve_device(device)
+        use_cuda = chosen.type == "cuda"
+        if use_cuda and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if use_cuda:
+            if chosen.index >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {chosen.index} of this machine has no GPU: {torch.cuda.device_count()} GPUs are there; "
+                    "start as many processes as GPUs (NPROC), or use --device cpu"
+                )
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if use_cuda else "gloo")

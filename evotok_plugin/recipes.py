@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +55,29 @@ def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise ValueError(f"{source}: unknown key {key!r}{hint}")
+
+
+def reject_unknown_flags(rest: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse what `parse_known_args` has left over, suggesting the nearest known flag.
+
+    Args:
+        known: the flags of the command with their dashes.
+
+    Raises:
+        ValueError: something is left over.
+    """
+    if not rest:
+        return
+    unknown = next((argument for argument in rest if argument.startswith("-")), rest[0])
+    name = unknown.split("=")[0]
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6) if name.startswith("--") else []
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+    raise ValueError(f"unrecognized arguments: {unknown}{hint}")
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long flags of a parser."""
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
 def load_recipe(

@@ -1,8 +1,6 @@
 """Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.common.files import whole_folder
 from evotok_plugin.model_folder import (
     load_strictly,
     load_whole,
@@ -292,19 +291,11 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     Raises:
         ValueError: it is there already, or it cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is there already and not empty; choose a new folder")
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        os.replace(temporary, folder)
+        with whole_folder(folder) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_model(

@@ -8,6 +8,7 @@ import warnings
 
 import transformers
 
+from evotok_plugin.recipes import flags_of, reject_unknown_flags
 from llava_ext.commands import chat, convert, demo, draw, estimate, export, merge
 from llava_ext.commands.shared import shared_options
 
@@ -17,20 +18,21 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (draw, chat, demo, convert, merge, export, estimate):
         command.add(commands, shared_options())
+    for subparser in commands.choices.values():
+        subparser.set_defaults(flags=flags_of(subparser))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; user errors end as one line and exit code 2, Ctrl-C as exit code 130."""
-    parser = build_parser()
-    arguments, arguments.rest = parser.parse_known_args(argv)
-    if arguments.rest and arguments.run is not estimate.run:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    arguments, arguments.rest = build_parser().parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries, nothing a user can change
     try:
+        if arguments.run is not estimate.run:
+            reject_unknown_flags(arguments.rest, arguments.flags)
         arguments.run(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from evotok_plugin.common.files import check_output_folder
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -108,9 +110,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: it cannot be made, or not be written to.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"the folder {folder} cannot be made: {existing} is no folder that can be written to")
+    check_output_folder(folder)
 
 
 def file_name(prompt: str) -> str:

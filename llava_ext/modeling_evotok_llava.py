@@ -17,6 +17,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, TransformersKwargs, can_return_tuple
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
+from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
@@ -135,12 +136,14 @@ class EvoTokLlavaForConditionalGeneration(
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """transformers' `save_pretrained`; generation_config.json always holds the settings of drawing."""
+        """transformers' `save_pretrained`; generation_config.json always holds the settings of drawing, and the weights
+        get the mode that the umask asks for."""
         store_settings(self.generation_config)
         for config in (self.config, self.config.text_config):
             if getattr(config, "use_cache", None) is False:  # Trainer's, for the time of training
                 config.use_cache = True
         super().save_pretrained(save_directory, *args, **kwargs)
+        apply_umask_to_weights(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -163,6 +163,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
         ValueError: no model, no images, or a limit that means nothing.
     """
     from eval_tasks.reconstruction import IMAGES_VARIABLE
+    from evotok_plugin.common.files import check_output_folder
     from llava_ext.checkpointing import default_model_folder
 
     if arguments.limit is not None and arguments.limit < 1:
@@ -172,6 +173,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
         raise ValueError(f"--model {model} is no model folder: it does not exist or holds no config.json")
     output = arguments.output or Path("outputs/evaluation") / "__".join(model.parts[-2:])
     output = output.expanduser().resolve()
+    check_output_folder(output, "--output")
     images = arguments.images or os.environ.get(IMAGES_VARIABLE) or output / SCENES / "val" / "images"
     if images == output / SCENES / "val" / "images" and "evotok_reconstruction" in arguments.tasks:
         draw_scenes(output / SCENES)

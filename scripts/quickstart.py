@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,12 @@ WORKSPACE = Path("outputs/quickstart")
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FAST_STEPS = {"pretrain": 20, "finetune": 40}
 EVAL_LIMIT_FAST = 12
+# What a run leaves in the workspace.
+OUTPUTS = (
+    "scenes", "backbone", "teacher", "evotok", "codes", "pretrain", "finetune", "reconstruction.json",
+    "reconstruction.png", "bad_samples.jsonl", "evolution", "drawn.png", "geneval_images", "lmms_eval", "results.json",
+    "run.json",
+)  # fmt: skip
 
 
 class Quickstart:
@@ -26,15 +31,27 @@ class Quickstart:
         self._begin()
 
     def _begin(self) -> None:
-        """Go on with an unfinished run of the same kind; anything else is cleared away."""
+        """Resume an unfinished run of the same kind; another run is moved into a folder of its own, nothing is
+        deleted."""
         state = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
         if state.get("fast") == self.fast and not state.get("finished"):
             self.seconds = state["seconds"]
             print(f"going on after: {', '.join(self.seconds) or 'nothing'}", flush=True)
         else:
-            shutil.rmtree(WORKSPACE, ignore_errors=True)
-            WORKSPACE.mkdir(parents=True)
+            WORKSPACE.mkdir(parents=True, exist_ok=True)
+            if state:
+                self._keep_previous()
         self._write_state(finished=False)
+
+    def _keep_previous(self) -> None:
+        number = 1
+        while (previous := WORKSPACE / f"previous-{number}").exists():
+            number += 1
+        previous.mkdir()
+        for name in OUTPUTS:
+            if (WORKSPACE / name).exists():
+                os.replace(WORKSPACE / name, previous / name)
+        print(f"the run that was in {WORKSPACE} is now in {previous}; delete it when it is not needed", flush=True)
 
     def _write_state(self, finished: bool) -> None:
         temporary = self._state_file.with_suffix(".tmp")

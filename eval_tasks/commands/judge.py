@@ -8,6 +8,7 @@ from eval_tasks.benchmarks import BENCHMARKS
 from eval_tasks.judging.benchmark import as_table, judge_run
 from eval_tasks.judging.kept import KeptRun, answers_of, keep, kept_folders, new_folder, open_kept, samples_file
 from eval_tasks.judging.options import JudgeOptions
+from evotok_plugin.common.files import check_output_folder
 
 SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         name: value for name in JudgeOptions.__dataclass_fields__ if (value := getattr(arguments, name)) is not None
     }
     options = JudgeOptions(**{**JudgeOptions.from_environment().as_dict(), **given})
+    if arguments.output:
+        check_output_folder(arguments.output)
     kept = find_run(arguments.folder, arguments.task)
     outcome = judge_run(kept, BENCHMARKS[kept.task], options, arguments.output)
     print(as_table(outcome.scores))

@@ -8,6 +8,7 @@ from eval_tasks.reporting.card import ReportCard, make_card
 from eval_tasks.reporting.plot import plot_card
 from eval_tasks.reporting.published import benchmarks, published
 from eval_tasks.reporting.runs import Run, read_run
+from evotok_plugin.common.files import check_output_folder
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -27,6 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; write it, and the plot, where a folder is named."""
+    if arguments.output:
+        check_output_folder(arguments.output)
     show([_open(given) for given in arguments.runs], arguments.output, arguments.compare)
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from evotok_plugin.processes import resolve_device
+
 _PREFIX = "EVOTOK_JUDGE_"
 
 
@@ -35,10 +37,11 @@ class JudgeOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"the judges' batch size must be at least 1, got {self.batch_size}")
+        resolve_device(self.device)
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return resolve_device(self.device)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "JudgeOptions":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from evotok_plugin.commands.shared import SharedOptions
+from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.conversion import TokenizerOptions, convert_checkpoint
 from evotok_plugin.recipes import add_arguments, load_recipe
 
@@ -18,6 +19,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and say what was left out."""
+    check_output_folder(arguments.output, "output")
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
     given = {key: value for key, value in vars(arguments).items() if key in names}
     converted = convert_checkpoint(arguments.checkpoint, arguments.output, load_recipe(None, TokenizerOptions, given))

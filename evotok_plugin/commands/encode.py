@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.sources import ImageSource, open_sources
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Encode what the cache lacks of the source; with --verify check the cache as well, or only the cache."""
     if not arguments.source and not arguments.verify:
         raise ValueError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
+    check_output_folder(arguments.output)
     processes = Processes.join(arguments.device)
     logging.getLogger("evotok_plugin").setLevel(logging.INFO if processes.is_first else logging.ERROR)
     try:

@@ -1,10 +1,11 @@
 """`evotok evaluate`: how well a tokenizer rebuilds images, what its features mean, and how it uses its codes."""
 
 import argparse
-import os
+import re
 from pathlib import Path
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.common.files import check_output_file, check_output_folder
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evaluation import METRICS, Evaluation, EvaluationOptions, evaluate
 from evotok_plugin.processes import Processes
@@ -67,7 +68,7 @@ def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation
 
 
 def _is_json(output: Path) -> bool:
-    return output.suffix == ".json"
+    return output.suffix.lower() == ".json"
 
 
 def _folder(output: Path) -> Path:
@@ -78,17 +79,16 @@ def _check_output(output: Path | None) -> None:
     """Refuse at once what could not be written in the end."""
     if output is None:
         return
-    if _is_json(output) and output.is_dir():
-        raise ValueError(f"-o {output} is a folder, a file was expected; name it without .json to write into it")
-    try:
-        _folder(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"-o {output}: the folder cannot be made: {error}") from error
-    if not os.access(_folder(output), os.W_OK):
-        raise ValueError(f"-o {output} cannot be written to")
+    if _is_json(output):
+        check_output_file(output, [".json"])
+    elif output.suffix and not output.is_dir() and re.fullmatch(r"\.[a-zA-Z]\w{0,4}", output.suffix):
+        raise ValueError(f"-o {output}: expected a folder or NAME.json, got the suffix {output.suffix!r}")
+    else:
+        check_output_folder(output)
 
 
 def _write(evaluation: Evaluation, output: Path) -> None:
+    _folder(output).mkdir(parents=True, exist_ok=True)
     if _is_json(output):
         output.write_text(evaluation.as_json())
         print(output)

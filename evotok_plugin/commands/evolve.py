@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evolution import (
@@ -34,9 +35,10 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the strips of reconstructions, the curves over depth as a plot and as CSV, and the code usage."""
+    check_output_folder(arguments.output)
+    check_plotting()
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
-    check_plotting()
     teacher = load_teacher(arguments.teacher).to(model.device) if arguments.teacher else None
     source, out = open_sources(arguments.source), Path(arguments.output)
     bad = BadSamples(out / "bad_images.jsonl", arguments.max_bad_fraction)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, batches, open_tokenizer
+from evotok_plugin.common.files import check_output_file
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.metrics.image import psnr
-from evotok_plugin.pictures import image_grid
+from evotok_plugin.pictures import image_grid, picture_suffixes
 
 _COLUMNS = 12
 
@@ -25,6 +26,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
+    check_output_file(arguments.output, picture_suffixes())
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
     source = open_sources(arguments.source)

@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "recipe")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "recipe", "flags")}
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("evotok_plugin").setLevel(logging.INFO if first else logging.ERROR)
     try:

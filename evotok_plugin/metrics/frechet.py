@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evotok_plugin.common.files import apply_umask
 from evotok_plugin.processes import Processes
 
 
@@ -60,6 +61,7 @@ class FeatureStatistics:
         """Write a safetensors file; whoever reads it meanwhile sees the old one or the new one, whole."""
         temporary = path.with_suffix(f".{os.getpid()}")
         save_file({"count": self.count, "total": self.total, "outer": self.outer}, temporary)
+        apply_umask(temporary)
         os.replace(temporary, path)
 
     @classmethod

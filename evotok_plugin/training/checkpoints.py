@@ -1,21 +1,77 @@
-"""Checkpoints of a tokenizer run: safetensors files that are whole or not there, the newest few of them kept."""
+"""Checkpoints of a tokenizer run: safetensors files that are complete or absent; the newest few are kept. Only files
+that the run has created are read, replaced or deleted."""
 
 import logging
 import os
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
+
+from evotok_plugin.common.files import OwnedFolder, apply_umask, files_of
+from evotok_plugin.training.resume import RECIPE, read_recipe
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json")
+RUN_FILES = (
+    RECIPE, "metrics.jsonl", "bad_images.jsonl", "wandb_id", "tensorboard/**/events.out.tfevents.*", *MODEL_FILES,
+)  # fmt: skip
+
+
+def owned_folder(folder: Path) -> OwnedFolder:
+    """The record of what a tokenizer run has created in its output folder."""
+    return OwnedFolder(folder, legacy=_entries_without_record)
+
+
+def _entries_without_record(folder: Path) -> list[str]:
+    """Entries of a run that was made before there were records, known by its settings and its checkpoints."""
+    whole = [path for path in _numbered(folder) if _is_checkpoint(path)]
+    if not whole or not {"data", "output_dir"} <= set(read_recipe(folder) or {}):
+        return []
+    found = [*files_of(folder, [*RUN_FILES, "validation_*.png"]), *whole]
+    return [str(path.relative_to(folder)) for path in found]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file holds a checkpoint as this program writes it."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+    return "step" in names and any(name.startswith("quantizer.") for name in names)
+
+
+def _numbered(folder: Path) -> list[Path]:
     found = (path for path in folder.glob("checkpoint-*.safetensors") if re.fullmatch(r"checkpoint-\d+", path.stem))
     return sorted(found)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that a run has written, oldest first."""
+    owned = owned_folder(folder)
+    return [path for path in _numbered(folder) if owned.owns(path.name)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(checkpoint.stem.split("-")[1])
+
+
+def describe_run(folder: Path) -> str:
+    """What an output folder holds: "2 checkpoints (the newest: step 400) and a model"."""
+    found, owned = checkpoints(folder), owned_folder(folder)
+    parts = []
+    if found:
+        count = "a checkpoint" if len(found) == 1 else f"{len(found)} checkpoints"
+        parts.append(f"{count} ({'' if len(found) == 1 else 'the newest: '}step {step_of(found[-1])})")
+    if owned.owns("model.safetensors") and (folder / "model.safetensors").is_file():
+        parts.append("a model")
+    return " and ".join(parts) or f"{len(owned.files())} files of a run without a checkpoint"
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: int) -> Path:
@@ -27,7 +83,10 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
     path = folder / f"checkpoint-{step:09d}.safetensors"
     temporary = path.with_suffix(".tmp")
     try:
+        owned = owned_folder(folder)
+        owned.claim(path.name)
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, temporary)
+        apply_umask(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -37,8 +96,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
             f"the checkpoint of step {step} cannot be written to {folder}: {error}; {newest_kept(folder)}. "
             "Make room and run the same command again"
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+    owned.delete(*(old.name for old in checkpoints(folder)[:-keep]))
     return path
 
 

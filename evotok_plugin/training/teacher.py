@@ -23,6 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from evotok_plugin.common.files import OwnedFolder, apply_umask_to_weights, check_output_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import as_bytes, open_picture, to_pixel_values
 from evotok_plugin.data.sources import FileSource, open_source
@@ -208,6 +209,7 @@ def train_teacher(
         schedule.step()
         bar.set_postfix(loss=f"{float(output.loss.detach()):.3f}")
     model.vision_model.save_pretrained(output_dir)
+    apply_umask_to_weights(output_dir)
     return float(output.loss.detach())
 
 
@@ -229,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     try:
         vision = EvoTokConfig.preset("tiny", **parse_mapping(arguments.pop("model")))
+        check_output_folder(arguments["output_dir"], "--output_dir")
+        OwnedFolder(arguments["output_dir"]).claim("config.json", "model.safetensors")
         train_teacher(arguments.pop("data"), arguments.pop("tokenizer"), vision=vision, **arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

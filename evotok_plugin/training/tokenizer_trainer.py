@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -30,12 +29,13 @@ from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.processes import Processes
 from evotok_plugin.progress import progress_interval
-from evotok_plugin.recipes import as_plain, save_resolved
+from evotok_plugin.recipes import as_plain
 from evotok_plugin.training.checkpoints import (
     load_optimizer,
     load_strictly,
     newest_kept,
     optimizer_tensors,
+    owned_folder,
     part,
     read_newest,
     under,
@@ -44,6 +44,8 @@ from evotok_plugin.training.checkpoints import (
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
 from evotok_plugin.training.objective import TokenizerObjective
+from evotok_plugin.training.output import TokenizerOutput, fingerprint_of, identity_of
+from evotok_plugin.training.reporters import check_reporters
 from evotok_plugin.training.teacher import teacher_features
 from evotok_plugin.training.weights_ema import WeightsEMA
 
@@ -67,12 +69,13 @@ class TokenizerTrainer:
             self.processes.world_size,
             self.processes.device,
         )
+        check_reporters(config.reporters)
         if config.batch_size % self.world_size:
             raise ValueError(f"batch_size {config.batch_size} cannot be split over {self.world_size} processes")
         if config.bf16 and self.device.type == "cpu":
             logger.warning("bf16 on a CPU is often far slower than float32; --bf16 false turns it off")
         self.folder = Path(config.output_dir)
-        self._prepare_folder()
+        self._output = TokenizerOutput(self.folder, config, self.processes)
         torch.manual_seed(config.seed)
         self._build_data()
         self._build_networks()
@@ -83,14 +86,6 @@ class TokenizerTrainer:
         self._signals = StopSignals()
 
     # Setting up ----------------------------------------------------------------------------------------------
-
-    def _prepare_folder(self) -> None:
-        if self.processes.is_first:
-            if self.config.overwrite:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_resolved(self.config, self.folder / "recipe.yaml")
-        self.processes.barrier()
 
     def _build_data(self) -> None:
         config = self.config
@@ -105,6 +100,7 @@ class TokenizerTrainer:
         count = min(config.val_images, len(self._held_out))
         # Spread evenly: sources in ImageNet's layout are sorted by class.
         self._looked_at = np.linspace(0, len(self._held_out) - 1, count).round().astype(int) if count else []
+        self._sources = sources
         model_config = EvoTokConfig.preset(config.preset, **config.model)
         self.processor = EvoTokImageProcessor(size=model_config.image_size)
         self.stream = TrainingStream(
@@ -231,12 +227,17 @@ class TokenizerTrainer:
         Raises:
             ValueError: a loss that is no number or has exploded, too many broken images, a full disk.
         """
-        if not self._load_checkpoint():
-            self._init_codebooks()
-        if self.processes.is_first:
-            self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
-        with self._signals:
-            self._train()
+        self._output.begin(data=identity_of(self._sources), teacher=fingerprint_of(self.objective.teacher))
+        try:
+            if not self._load_checkpoint():
+                self._init_codebooks()
+            if self.processes.is_first:
+                self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
+            with self._signals:
+                self._train()
+        except BaseException:
+            self._output.restore()
+            raise
         if self.processes.is_first:
             with self._averaged():
                 self.model.save_pretrained(self.folder)
@@ -259,6 +260,7 @@ class TokenizerTrainer:
             if self._anyone_broken:
                 self._note_broken(broken)
             self.step += 1
+            self._output.finish_replacing()
             if self.weights_ema is not None:
                 self.weights_ema.update(self.step)
             seen += config.batch_size
@@ -371,7 +373,9 @@ class TokenizerTrainer:
     def _show(self, pixel_values: Tensor, pixels: Tensor) -> None:
         originals, rebuilt = (EvoTokImageProcessor.to_pil(images) for images in (pixel_values, pixels))
         picture = image_grid(originals + rebuilt, columns=len(originals))
-        picture.save(self.folder / f"validation_{self.step:07d}.png")
+        name = f"validation_{self.step:07d}.png"
+        owned_folder(self.folder).claim(name)
+        picture.save(self.folder / name)
         if self._reporter is not None:
             self._reporter.picture(self.step, "validation", picture)
 

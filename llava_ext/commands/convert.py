@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from evotok_plugin.common.files import check_new_folder, check_output_folder
 from evotok_plugin.recipes import add_arguments, load_recipe
 from llava_ext.commands.shared import SharedOptions
 from llava_ext.conversion import HeadOptions, convert_adapters
@@ -22,6 +23,8 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Put a model together from a causal LM, a converted tokenizer and research adapters."""
+    check_output_folder(arguments.output)
+    check_new_folder(arguments.output)
     given = {k: v for k, v in vars(arguments).items() if k.startswith("head_")}
     converted = convert_adapters(
         arguments.file,

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from evotok_plugin.common.files import check_output_file
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.progress import progress_interval
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
@@ -119,6 +120,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     preview = arguments.preview
+    if preview:
+        check_output_file(preview, [".png"], "--preview")
     if preview and preview.exists() and chunks_of(preview) != _PREVIEW:
         raise ValueError(f"--preview {preview} is there already and is no preview; name another file")
     check_folder(arguments.output)

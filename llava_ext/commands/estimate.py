@@ -1,8 +1,9 @@
 """`evotok-llava estimate`: what a training run will need."""
 
 import argparse
+import sys
 
-from evotok_plugin.recipes import add_arguments
+from evotok_plugin.recipes import add_arguments, flags_of, reject_unknown_flags
 from llava_ext.commands.shared import SharedOptions
 
 
@@ -21,7 +22,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Say what a training run will need."""
     from llava_ext.training.config import StageConfig  # seconds of imports that no other command needs
     from llava_ext.training.estimate import estimate_run
+    from llava_ext.training.llava_flags import translate
 
     stage = argparse.ArgumentParser(prog="evotok-llava estimate", allow_abbrev=False)
     add_arguments(stage, StageConfig)
-    print(estimate_run(arguments.recipe, vars(stage.parse_args(arguments.rest)), arguments.gpus))
+    given, rest = stage.parse_known_args(translate(arguments.rest, lambda line: print(line, file=sys.stderr)))
+    reject_unknown_flags(rest, flags_of(stage))
+    print(estimate_run(arguments.recipe, vars(given), arguments.gpus))

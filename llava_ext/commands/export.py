@@ -2,6 +2,7 @@
 
 import argparse
 
+from evotok_plugin.common.files import check_new_folder, check_output_folder
 from llava_ext.causal_lm_export import export_causal_lm
 from llava_ext.checkpointing import export_model
 from llava_ext.commands.shared import SharedOptions
@@ -29,6 +30,8 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a model folder that can be given away."""
+    check_output_folder(arguments.output)
+    check_new_folder(arguments.output)
     if arguments.format == "causal-lm":
         export_causal_lm(arguments.folder, arguments.output, arguments.dtype)
     else:

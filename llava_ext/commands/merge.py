@@ -2,6 +2,7 @@
 
 import argparse
 
+from evotok_plugin.common.files import check_new_folder, check_output_folder
 from llava_ext.commands.shared import SharedOptions
 
 
@@ -18,5 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Fold a LoRA or QLoRA adapter into the model that it was trained on."""
     from llava_ext.training.adapters import merge  # peft comes with the training libraries
 
+    check_output_folder(arguments.output)
+    check_new_folder(arguments.output)
     merge(arguments.base, arguments.adapter, arguments.output, arguments.vision_tower)
     print(arguments.output)

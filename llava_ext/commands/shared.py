@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
+from evotok_plugin.processes import resolve_device
 from evotok_plugin.weight_files import folder_fingerprint
 from llava_ext.checkpointing import default_model_folder, load_model
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
@@ -75,16 +74,10 @@ def open_model(arguments: argparse.Namespace) -> OpenModel:
         ValueError: no such model, or no such device.
     """
     folder = Path(arguments.model or default_model_folder())
+    device = resolve_device(arguments.device)
     print(f"model: {folder}", file=sys.stderr)
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model(folder)
-    try:
-        model = model.to(name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return OpenModel(model.eval(), processor, folder.resolve().name, folder_fingerprint(folder))
+    return OpenModel(model.to(device).eval(), processor, folder.resolve().name, folder_fingerprint(folder))
 
 
 def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:

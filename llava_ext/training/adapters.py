@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from evotok_plugin.common.files import apply_umask
 from evotok_plugin.model_folder import model_type_of, reading
 from evotok_plugin.weight_files import damage_of, read_json
 from llava_ext.checkpointing import (
@@ -117,6 +118,7 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], 
     settings.modules_to_save = sorted(modules) or None
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    apply_umask(folder / WEIGHTS)
     settings.save_pretrained(folder)
     head = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
     (folder / BASE).write_text(json.dumps({**base, **head}, indent=2))

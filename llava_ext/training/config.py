@@ -3,14 +3,17 @@
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 from evotok_plugin.recipes import RECIPES_FOLDER
+from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import (
     HEAD_SETTINGS,
     IMAGE_HEADS,
@@ -200,6 +203,26 @@ def check_head(config: StageConfig, model: EvoTokLlavaConfig) -> None:
                 f"{name} is {has!r} in {config.model_name_or_path!r}, but {asked!r} is asked for; leave --{name} out, "
                 "or start from a causal LM"
             )
+
+
+def check_reporting(values: Mapping[str, Any]) -> None:
+    """Check the reporters that settings name, before any work.
+
+    Raises:
+        ValueError: an unknown one, one whose package is missing, or wandb without a key.
+    """
+    given = values.get("report_to", StageConfig.report_to)
+    names = [given] if isinstance(given, str) else list(given or [])
+    if names in (["all"], ["none"]):
+        return
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to: unknown reporter {name!r}; expected none, all or some of {', '.join(known)}")
+    check_reporters(names)
+    others = set(names) - {"tensorboard", "wandb"} - set(integration_utils.get_available_reporting_integrations())
+    if others:
+        raise ValueError(f"report_to: {', '.join(sorted(others))} is not installed; or pass --report_to none")
 
 
 def find_deepspeed_config(name_or_path: str) -> Path:

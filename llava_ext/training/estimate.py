@@ -17,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.losses.cross_entropy import MAX_LOGITS
 from evotok_plugin.model_folder import model_type_of, open_config
-from evotok_plugin.recipes import recipe_values
 from llava_ext.checkpointing import set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -25,6 +24,7 @@ from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora
 from llava_ext.training.config import StageConfig, check_head, new_head_settings, read_deepspeed_config
 from llava_ext.training.parts import PARTS, choose_trainable, freezes_tables, part_of
+from llava_ext.training.settings import stage_values
 
 GIB = 2**30
 _ADAM = 8  # bytes a trained parameter: two float32 averages
@@ -84,7 +84,7 @@ def estimate_run(recipe: str, overrides: dict, num_gpus: int) -> Estimate:
     if num_gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {num_gpus}")
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(StageConfig)}
-    run = SimpleNamespace(**defaults | recipe_values(recipe, StageConfig, overrides))
+    run = SimpleNamespace(**defaults | stage_values(recipe, overrides))
     config, notes = model_config(run)
     model = meta_model(config, run)
     engine = read_deepspeed_config(run.deepspeed)

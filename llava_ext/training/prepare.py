@@ -5,8 +5,6 @@ Every step is skipped when its result is there. Nothing is downloaded.
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from evotok_plugin.common.files import check_output_folder, whole_folder
 from evotok_plugin.recipes import find_recipe
 
 DONE = "done.json"
@@ -37,20 +36,43 @@ FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps
 SEED = 0
 
 
-def make(folder: Path, what: str, build: Callable[[Path], None]) -> None:
-    """Run `build` into a temporary folder and move it in place; a finished folder is left alone."""
+def make(folder: Path, what: str, build: Callable[[Path], None], usable: Callable[[Path], bool] | None = None) -> None:
+    """Run `build` into a temporary folder and move it in place; a finished folder is left alone.
+
+    A folder that this program has not made is never changed: it is used as it is where `usable` says so.
+
+    Raises:
+        ValueError: there is something else in its place.
+    """
     if (folder / DONE).is_file():
         print(f"{what}: {folder} is there already", flush=True)
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if usable is not None and folder.is_dir() and usable(folder):
+            print(f"{what}: {folder} is there already and used as it is", flush=True)
+            return
+        raise ValueError(
+            f"{folder} is in the way of {what}: it was not made by this program and is not what is needed; move it "
+            "away, or choose another --workspace"
+        )
     print(f"{what} -> {folder}", flush=True)
     started = time.monotonic()
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    build(temporary)
-    (temporary / DONE).write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with whole_folder(folder) as temporary:
+        build(temporary)
+        (temporary / DONE).write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}))
+
+
+def holds_model(*model_types: str) -> Callable[[Path], bool]:
+    """Whether a folder holds a complete model of one of these types, or of any type where none is named."""
+
+    def check(folder: Path) -> bool:
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            return False
+        return any(folder.glob("*.safetensors")) and (not model_types or kind in model_types)
+
+    return check
 
 
 def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
@@ -60,6 +82,7 @@ def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
         workspace / "scenes",
         f"drawing {sizes.num_train} scenes",
         lambda out: write_corpus(out, sizes.num_train, sizes.num_val, SEED),
+        lambda folder: (folder / "train" / "pretrain.json").is_file(),
     )
 
 
@@ -72,7 +95,7 @@ def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
         tokenizer = train_text_tokenizer(texts, out)
         train_backbone(tokenizer, out, sizes.backbone_steps, SEED)
 
-    make(workspace / "backbone", "training the BPE and the text backbone", build)
+    make(workspace / "backbone", "training the BPE and the text backbone", build, holds_model())
 
 
 def _run(*arguments: str) -> None:
@@ -88,6 +111,7 @@ def make_teacher(workspace: Path, sizes: EmbeddedSizes) -> None:
             "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out),
             "--max_steps", str(sizes.teacher_steps),
         ),
+        holds_model("siglip_vision_model", "siglip", "siglip2_vision_model", "siglip2"),
     )  # fmt: skip
 
 
@@ -100,6 +124,7 @@ def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
             "--teacher", str(workspace / "teacher"), "--output_dir", str(out),
             "--max_steps", str(sizes.tokenizer_steps),
         ),
+        holds_model("evotok"),
     )  # fmt: skip
 
 
@@ -120,8 +145,26 @@ def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
     return "{workspace}/backbone" in str(values.get("model_name_or_path"))
 
 
+def check_stage(argv: list[str]) -> None:
+    """Check the settings of the stage that follows, before minutes of work for it.
+
+    Raises:
+        ValueError: an unknown flag, or a setting that is wrong or has no effect.
+    """
+    from llava_ext.training.config import StageConfig, check_reporting
+    from llava_ext.training.settings import stage_values
+    from llava_ext.training.train import parse
+
+    values = stage_values(*parse(argv))
+    check_reporting(values)
+    output_dir = values.get("output_dir") or StageConfig.output_dir
+    if output_dir:
+        output_dir = output_dir.replace("{workspace}", values.get("workspace", StageConfig.workspace))
+        check_output_folder(output_dir, "--output_dir")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workspace", default="outputs", help="where everything is put")
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
     parser.add_argument("--only", choices=STEPS, help="one step instead of all")
@@ -130,9 +173,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.recipe and not uses_embedded_default(arguments.recipe, rest):
             return 0
+        workspace = Path(arguments.workspace)
+        if arguments.recipe and not all((workspace / name / DONE).is_file() for name in STEPS):
+            check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *rest])
         for name, step in STEPS.items():
             if arguments.only in (None, name):
-                step(Path(arguments.workspace), FAST if arguments.fast else FULL)
+                step(workspace, FAST if arguments.fast else FULL)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.data.scene_text import text_records
 from llava_ext.data.dataset import Collator, ConversationDataset, Sample
 from llava_ext.data.records import parse_record
@@ -129,4 +130,5 @@ def train_backbone(
     trainer.add_callback(MetricsFile())
     trainer.train()
     model.save_pretrained(folder)
+    apply_umask_to_weights(folder)
     tokenizer.save_pretrained(folder)

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -13,12 +12,20 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from transformers.utils import is_flash_attn_2_available
 
+from evotok_plugin.commands.shared import open_tokenizer
+from evotok_plugin.common.files import scratch_folder
+from evotok_plugin.data.files import local_path
 from evotok_plugin.model_folder import model_type_of, open_config
-from evotok_plugin.recipes import add_arguments, recipe_values
-from llava_ext.checkpointing import assemble, load_model, read_tower, set_tower_aside
+from evotok_plugin.recipes import add_arguments, flags_of, reject_unknown_flags
+from llava_ext.checkpointing import (
+    assemble,
+    load_model,
+    read_tower,
+    set_tower_aside,
+    weights_fingerprint,
+)
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset
@@ -30,18 +37,19 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
 from llava_ext.training.checkpoints import (
     RunShape,
-    barrier,
+    check_checkpoints,
     checkpoint_folder,
-    drop_incomplete,
-    find_resumable,
-    finished_facts,
     mark_finished,
+    owned_folder,
     publish,
     steps_of,
 )
-from llava_ext.training.config import StageConfig, check_head, new_head_settings
+from llava_ext.training.config import StageConfig, check_head, check_reporting, new_head_settings
+from llava_ext.training.llava_flags import translate
+from llava_ext.training.output import ReplacedRun, begin, check_inputs, plan_output, restore_replaced
 from llava_ext.training.parts import choose_trainable, freezes_tables, learning_rates, part_of, size_of
 from llava_ext.training.samples import check_parts_have_samples, counts_in_words, samples_of_parts
+from llava_ext.training.settings import check_new_parts, inputs_of, stage_values
 from llava_ext.training.trainer import EvoTokTrainer
 from llava_ext.training.zero import whole_models, zero_stage
 
@@ -50,18 +58,36 @@ logger = logging.getLogger("llava_ext")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a stage; user errors end as one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
-    add_arguments(parser, StageConfig)
-    arguments = vars(parser.parse_args(argv))
     try:
-        run_stage(arguments.pop("recipe"), arguments)
+        recipe, overrides = parse(sys.argv[1:] if argv is None else argv)
+        run_stage(recipe, overrides)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def parse(argv: list[str]) -> tuple[str, dict]:
+    """Recipe and overrides of a command line, LLaVA's flags translated.
+
+    Raises:
+        ValueError: an unknown flag, or one of LLaVA's that is not supported.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
+    add_arguments(parser, StageConfig)
+    arguments, rest = parser.parse_known_args(translate(argv, say))
+    reject_unknown_flags(rest, flags_of(parser))
+    overrides = vars(arguments)
+    return overrides.pop("recipe"), overrides
+
+
+def say(line: str) -> None:
+    """Print a line on the first process, before logging is configured."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def cause_of(error: Exception) -> str:
@@ -78,29 +104,60 @@ def run_stage(recipe: str, overrides: dict) -> None:
         SystemExit: the run was asked to stop; its last step is saved.
     """
     started = time.monotonic()
-    values = recipe_values(recipe, StageConfig, overrides)
+    values = stage_values(recipe, overrides, say)
+    check_reporting(values)
     config = StageConfig(**values)
     configure_logging(config)
-    if not config.overwrite and finished_facts(config.output_dir):
-        facts = finished_facts(config.output_dir)
+    check_data_paths(config)
+    plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), method_of(config)))
+    if plan.finished_steps:
         logger.info(
             "%s holds a finished run (%s steps); pass --overwrite true to train again",
             config.output_dir,
-            facts["steps"],
+            plan.finished_steps,
         )
         return
     check_length(config.model_name_or_path, config.model_max_length)
-    shape = RunShape(config.world_size, zero_stage(config), method_of(config))
-    checkpoint = prepare_folder(config, shape)
+    trainer, facts = prepare_training(config, values)
+    check_inputs(plan, config, facts)
+    num_steps, checkpoint = total_steps(trainer), plan.checkpoint
+    check_checkpoints(config.output_dir, num_steps)
+    describe_length(trainer, num_steps)
+    begin(config, values, plan, facts)
+    trainer.add_callback(ReplacedRun())
+    try:
+        if checkpoint is None or steps_of(checkpoint) < num_steps:
+            checkpoint = train(trainer, config, checkpoint)
+    except BaseException:
+        restore_replaced(config)
+        raise
+    if config.process_index == 0:
+        write_model(checkpoint, config)
+        steps, seconds = steps_of(checkpoint), round(time.monotonic() - started, 1)
+        mark_finished(config.output_dir, {"steps": steps, "seconds": seconds})
+        logger.info("finished %d steps in %.0f s", steps, seconds)
 
+
+def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, dict[str, str]]:
+    """The trainer with model and data, and the facts that identify its inputs."""
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
+    source = config.model_name_or_path
+    if os.path.isdir(source) and model_type_of(source) == EvoTokLlavaConfig.model_type:
+        check_new_parts(values, model.config, source)
+        check_tower(config, model)
     model.config.check_length(config.model_max_length)
     model.config.check_processor(processor)
     store_settings(model.generation_config, read_settings(config.image_generation or {}))
     DrawingOptions().for_model(model)  # values one a level must be as many as the model's levels
     dataset = build_dataset(config, model, processor)
     check_parts_have_samples(model, config, dataset)
+    facts = {
+        "data": inputs_of(dataset.records, dataset.kinds, dataset.lengths),
+        "tower": model.vision_tower.fingerprint(),
+    }
+    if any(Path(source).glob("model*.safetensors")):
+        facts["weights"] = weights_fingerprint(source)
     model = ready_to_train(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
@@ -109,18 +166,40 @@ def run_stage(recipe: str, overrides: dict) -> None:
         train_dataset=PackedDataset(dataset) if config.packing else dataset,
         data_collator=(PackedCollator if config.packing else Collator)(processor),
         processing_class=processor,
-        shape=shape,
+        shape=RunShape(config.world_size, zero_stage(config), method_of(config)),
         base=describe_base(config) if config.lora_enable else None,
     )
-    if config.process_index == 0:
-        (Path(config.output_dir) / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    if checkpoint is None or steps_of(checkpoint) < total_steps(trainer):
-        checkpoint = train(trainer, config, checkpoint)
-    if config.process_index == 0:
-        write_model(checkpoint, config)
-        steps, seconds = steps_of(checkpoint), round(time.monotonic() - started, 1)
-        mark_finished(config.output_dir, {"steps": steps, "seconds": seconds})
-        logger.info("finished %d steps in %.0f s", steps, seconds)
+    return trainer, facts
+
+
+def check_data_paths(config: StageConfig) -> None:
+    """Check that the entries of `data_path` exist, before a model is loaded.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for path in config.data_path:
+        if not path.startswith("hf:") and not set("*?[{") & set(path) and not os.path.exists(local_path(path)):
+            raise ValueError(
+                f"data file {path} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME (--data_path)"
+            )
+
+
+def check_tower(config: StageConfig, model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Refuse another tokenizer than the one that a model has.
+
+    Raises:
+        ValueError: `vision_tower` is set and has other weights.
+    """
+    if not config.vision_tower:
+        return
+    with whole_models(config):
+        tower, _ = open_tokenizer(config.vision_tower, "cpu")
+    if tower.fingerprint() != model.vision_tower.fingerprint():
+        raise ValueError(
+            f"{config.model_name_or_path!r} has a tokenizer of its own, and --vision_tower {config.vision_tower} has "
+            "other weights; leave --vision_tower out, or start from a causal LM"
+        )
 
 
 def ready_to_train(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> torch.nn.Module:
@@ -139,22 +218,6 @@ def method_of(config: StageConfig) -> str:
     return ("qlora" if config.bits == 4 else "lora") if config.lora_enable else "full"
 
 
-def prepare_folder(config: StageConfig, shape: RunShape) -> Path | None:
-    """Make the output folder ready; the checkpoint to go on from, if there is one."""
-    output_dir, is_first = Path(config.output_dir), config.process_index == 0
-    if config.overwrite and is_first:
-        shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    barrier()
-    checkpoint = find_resumable(output_dir, shape)
-    barrier()
-    if is_first:
-        drop_incomplete(output_dir)
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-    return checkpoint
-
-
 def total_steps(trainer: EvoTokTrainer) -> int:
     """Optimizer steps of the whole run, as Trainer counts them; it would add one to a run that has all of them."""
     config = trainer.args
@@ -162,6 +225,20 @@ def total_steps(trainer: EvoTokTrainer) -> int:
         return config.max_steps
     steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / config.gradient_accumulation_steps)
     return math.ceil(config.num_train_epochs * max(1, steps_an_epoch))
+
+
+def describe_length(trainer: EvoTokTrainer, num_steps: int) -> None:
+    """Log steps, epochs and the global batch size."""
+    config = trainer.args
+    parts = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size)
+    batches = max(1, len(trainer.get_train_dataloader()))
+    logger.info(
+        "  %d steps (%.2f epochs) of %d samples (%d a device x %d accumulated x %d processes)",
+        num_steps,
+        num_steps * config.gradient_accumulation_steps / batches,
+        math.prod(parts),
+        *parts,
+    )
 
 
 def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) -> Path:
@@ -182,8 +259,8 @@ def write_model(checkpoint: Path, config: StageConfig) -> None:
         publish(checkpoint, output_dir)
         logger.info("the model is in %s", output_dir)
         return
-    adapter, merged = output_dir / "adapter", output_dir / "merged"
-    publish(checkpoint, adapter)
+    adapter = output_dir / "adapter"
+    publish(checkpoint, adapter, owned_folder(output_dir))
     if config.bits == 4:
         tower = f" --vision_tower {config.vision_tower}" if config.vision_tower else ""
         base = config.model_name_or_path
@@ -191,11 +268,10 @@ def write_model(checkpoint: Path, config: StageConfig) -> None:
             "the adapter is in %s; a whole model: evotok-llava merge %s %s%s -o FOLDER", adapter, base, adapter, tower
         )
         return
-    shutil.rmtree(merged, ignore_errors=True)
-    with whole_models(config):
-        merge(config.model_name_or_path, adapter, merged, config.vision_tower)
-    publish(merged, output_dir)
-    shutil.rmtree(merged)
+    with scratch_folder(output_dir / "merged") as scratch:
+        with whole_models(config):
+            merge(config.model_name_or_path, adapter, scratch / "model", config.vision_tower)
+        publish(scratch / "model", output_dir)
     logger.info("the adapter is in %s, the model with it folded in in %s", adapter, output_dir)
 
 

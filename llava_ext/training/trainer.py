@@ -3,7 +3,6 @@ progress bar and a JSONL log."""
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -26,7 +25,15 @@ from llava_ext.losses import count_learned
 from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
-from llava_ext.training.checkpoints import RunShape, checkpoint_folder, checkpoints, finish_checkpoint
+from llava_ext.training.checkpoints import (
+    RunShape,
+    barrier,
+    checkpoint_folder,
+    checkpoints,
+    claim_checkpoint,
+    delete_checkpoint,
+    finish_checkpoint,
+)
 from llava_ext.training.interruption import StopInOrder, on_any_process
 from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
 
@@ -127,7 +134,7 @@ class EvoTokTrainer(Trainer):
             raise FloatingPointError(
                 f"step {self.state.global_step}: the loss is no number (text {text}, image {image}"
                 f"{'' if broken else ': on another process'}); the last checkpoint is kept. "
-                "Lower --learning_rate or check the data, and run the same command again"
+                "Check the data and run the same command again, or begin anew with a lower --learning_rate"
             )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -188,11 +195,13 @@ class EvoTokTrainer(Trainer):
         folder = checkpoint_folder(self.args.output_dir, self.state.global_step)
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would drop one before
         try:
+            foreign = claim_checkpoint(folder) if self.args.should_save else set()
+            barrier()  # no process writes before the first has seen which files are there
             super()._save_checkpoint(model, trial)
-            finish_checkpoint(folder, self._shape, self.args.should_save, keep)
+            finish_checkpoint(folder, self._shape, self.args.should_save, keep, foreign)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                delete_checkpoint(folder)
             kept = checkpoints(self.args.output_dir)
             raise ValueError(
                 f"the checkpoint of step {self.state.global_step} cannot be written: {error}; "
@@ -228,6 +237,10 @@ class StepChecks(TrainerCallback):
 
     def __init__(self, trainer: EvoTokTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed state brings the intervals that it was saved with; those of the command take effect.
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._trainer.check_step()

@@ -590,7 +590,7 @@ def test_the_grid_has_each_original_over_its_reconstruction(model, processor):
         (["--metrics", "rfid", "--inception_weights", "{folder}/a/00.png"], "expected 6726825d"),
         (["--metrics", "fid"], "unknown metric 'fid'"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
-        (["-o", "{folder}/a/00.png"], "the folder cannot be made"),
+        (["-o", "{folder}/a/00.png"], "expected a folder or NAME.json"),
         (["--size", "50"], "--size must be a multiple of the patch size"),
     ],
 )

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.recipes import as_plain
+from evotok_plugin.training import output
 from evotok_plugin.training.checkpoints import checkpoints
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.monitor import LossWatch, collapsed_levels
@@ -351,9 +353,71 @@ def test_compiled_networks_train_alike(scene_folder, teacher_folder, tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_refused(scene_folder, tmp_path):
     TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
-    with pytest.raises(ValueError, match="checkpoint of another model"):
+    with pytest.raises(ValueError, match="at step 1, trained with other settings: model: {} before"):
         TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64})).run()
     TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64}, overwrite=True, max_steps=1)).run()
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_setting_or_other_images_are_refused_on_resume(scene_folder, tmp_path):
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=2)).run()
+    before = files(tmp_path)
+    for options, message in [
+        ({"batch_size": 2}, "batch_size: 4 before, 2 now"),
+        ({"seed": 5, "pixel_loss": "l1"}, "pixel_loss: l2 before, l1 now; seed: 0 before, 5 now"),
+        ({"weights_ema": 0.9}, "weights_ema: 0.0 before, 0.9 now"),
+        ({"data": [str(scene_folder / "val")]}, "data: .* images, digest .* before, .* images, digest .* now"),
+    ]:
+        with pytest.raises(ValueError, match=f"holds a run at step 2, trained with other settings: .*{message}"):
+            TokenizerTrainer(config(scene_folder, tmp_path, **{"max_steps": 4, **options})).run()
+        assert files(tmp_path) == before
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=4, learning_rate=1e-4, log_every=2)).run()
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    assert recipe.startswith(
+        "# step 2: max_steps: 2 before, 4 now\n# step 2: learning_rate: 0.001 before, 0.0001 now\n"
+    )
+
+
+def test_overwriting_replaces_the_run_alone_and_only_after_a_step(scene_folder, tmp_path):
+    run = tmp_path / "run"
+    TokenizerTrainer(config(scene_folder, run, max_steps=2)).run()
+    (run / "thesis.tex").write_text("mine")
+    (run / "checkpoint-7.safetensors").write_text("of another program")
+    before = files(run)
+    with pytest.raises(ValueError):
+        TokenizerTrainer(config(scene_folder, run, data=[str(tmp_path / "absent")], overwrite=True))
+    assert files(run) == before
+    failing = TokenizerTrainer(config(scene_folder, run, max_steps=1, overwrite=True))
+
+    def fail(pixels):
+        assert (run / ".replaced").is_dir() and (run / "thesis.tex").is_file()
+        raise RuntimeError
+
+    failing.train_step = fail
+    with pytest.raises(RuntimeError):
+        failing.run()
+    assert files(run) == before
+    TokenizerTrainer(config(scene_folder, run, max_steps=1, overwrite=True, keep_checkpoints=1)).run()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-000000001.safetensors"]
+    assert {"thesis.tex", "checkpoint-7.safetensors"} <= files(run).keys() and not (run / ".replaced").exists()
+    assert "checkpoint-000000002.safetensors" not in files(run)
+
+
+def test_a_model_of_another_origin_stops_the_run_first(scene_folder, tmp_path):
+    (tmp_path / "config.json").write_text("of another model")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="config.json was not written by this program"):
+            TokenizerTrainer(config(scene_folder, tmp_path, overwrite=overwrite))
+    assert (tmp_path / "config.json").read_text() == "of another model"
+
+
+def test_every_setting_has_its_place_on_resume():
+    tables = (output.IRRELEVANT, output.APPLIED, output.BY_CONTENT, output.REJECTED)
+    names = [name for table in tables for name in table]
+    assert len(names) == len(set(names)) and set(names) == {field.name for field in fields(TokenizerTrainingConfig)}
 
 
 def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_path):

@@ -123,4 +123,4 @@ def test_flags_of_the_wrong_kind_are_named(draw, flags, capsys):
 def test_an_output_that_cannot_be_written_is_named(draw, tmp_path):
     (tmp_path / "file").write_text("")
     code, error = draw(RING, "-o", tmp_path / "file")
-    assert code == 2 and "is no folder that can be written to" in error and "drawing" not in error
+    assert code == 2 and "is not a folder" in error and "drawing" not in error

@@ -32,7 +32,7 @@ def model_folder(tiny_mllm, tmp_path_factory):
 def _trained_once(recipe, output, overrides):
     """Counts by part, bytes of trained weights and of the optimizer's averages, after a step without an engine."""
     overrides = {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides}
-    config = StageConfig(**train.recipe_values(str(recipe), StageConfig, overrides))
+    config = StageConfig(**train.stage_values(str(recipe), overrides))
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
     model = train.ready_to_train(model, config)

@@ -291,7 +291,11 @@ def test_what_is_half_written_is_cleared_away_and_what_was_damaged_is_kept(tmp_p
     (tmp_path / "checkpoint-3" / MARKER).unlink()
     assert find_resumable(tmp_path, RunShape(1)).name == "checkpoint-1"
     drop_incomplete(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "damaged-checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".evotok.json",
+        "checkpoint-1",
+        "damaged-checkpoint-2",
+    ]
 
 
 def test_if_all_checkpoints_are_damaged_nothing_begins_anew_in_silence(tmp_path):
@@ -306,7 +310,8 @@ def test_a_model_is_put_in_its_place_without_the_trainer_s_files(tmp_path):
     names = ("model.safetensors", "config.json", MARKER, "scheduler.pt", "latest", "rng_state.pth")
     write_checkpoint(tmp_path / "checkpoint-1", names)
     publish(tmp_path / "checkpoint-1", tmp_path)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"model.safetensors", "config.json"}
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {".evotok.json", "model.safetensors", "config.json"}
 
 
 # Disk, data, numbers -----------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import yaml
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
+from llava_ext.training import prepare
 from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
-from llava_ext.training.prepare import DONE, make, uses_embedded_default
+from llava_ext.training.prepare import DONE, holds_model, make, uses_embedded_default
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +51,30 @@ def test_a_step_is_done_whole_or_not_at_all(tmp_path):
     make(folder, "a thing", lambda out: (out / "whole").write_text("x"))
     assert {path.name for path in folder.iterdir()} == {"whole", DONE}
     make(folder, "a thing", fail)  # there already: not built again
+
+
+def test_a_folder_of_the_user_is_used_or_named_and_never_deleted(tmp_path):
+    folder = tmp_path / "evotok"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    def build(out):
+        raise AssertionError("nothing must be built")
+
+    with pytest.raises(ValueError, match="evotok is in the way .* --workspace"):
+        make(folder, "a tokenizer", build, holds_model("evotok"))
+    (folder / "config.json").write_text('{"model_type": "evotok"}')
+    (folder / "model.safetensors").touch()
+    make(folder, "a tokenizer", build, holds_model("evotok"))
+    with pytest.raises(ValueError, match="in the way"):
+        make(folder, "a teacher", build, holds_model("siglip_vision_model"))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_flags_are_checked_before_anything_is_prepared(tmp_path, capsys):
+    command = ["--recipe", "pretrain", "--workspace", str(tmp_path / "new"), "--learnin_rate", "1"]
+    assert prepare.main(command) == 2
+    assert "did you mean --learning_rate" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").rglob("*.sh")), ids=lambda path: path.name)

@@ -1,0 +1,167 @@
+"""The output folder of a tokenizer run: what may be written there, what is resumed, what is replaced, and when."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from evotok_plugin.common.files import check_output_folder, check_replaceable
+from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.processes import Processes
+from evotok_plugin.recipes import as_plain
+from evotok_plugin.training.checkpoints import RUN_FILES, checkpoints, describe_run, owned_folder, step_of
+from evotok_plugin.training.config import TokenizerTrainingConfig
+from evotok_plugin.training.resume import Change, changes, read_recipe, reject, write_recipe
+
+logger = logging.getLogger(__name__)
+
+# On resume: without influence on the weights.
+IRRELEVANT = frozenset(
+    """
+    output_dir overwrite val_images val_every save_every keep_checkpoints log_every report_to max_loss_growth
+    min_code_usage num_workers max_bad_fraction compile gradient_checkpointing
+    """.split()
+)
+APPLIED = frozenset("max_steps learning_rate grad_clip".split())  # from the checkpoint on, and reported
+BY_CONTENT = frozenset("data teacher".split())  # paths that may change as long as what lies there is the same
+# The checkpoint's optimizer, averages or order of data would contradict them.
+REJECTED = frozenset(
+    """
+    data_weights val_data preset model init_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
+    pixel_weight lpips_weight commitment_weight semantic_weight gan_weight gan_start gan_adaptive kmeans_images augment
+    val_fraction seed
+    """.split()
+)
+
+_DIGESTED_IMAGES = 20_000
+_DIGESTED_VALUES = 1024  # of every weight
+
+
+class TokenizerOutput:
+    """What a run does with its output folder; nothing in it changes before `begin`.
+
+    Raises:
+        ValueError: the folder cannot be written to, holds files of others where the run would write, must not be
+            replaced, or holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, config: TokenizerTrainingConfig, processes: Processes) -> None:
+        self._folder, self._config, self._processes = folder, config, processes
+        self._is_replacing = False
+        self._applied: list[Change] = []
+        self._moved: list[Change] = []
+        check_output_folder(folder, "--output_dir")
+        if processes.is_first and owned_folder(folder).restore():
+            logger.warning("%s: the run that was to be replaced is back; the last start did not reach a step", folder)
+        processes.barrier()
+        owned_folder(folder).check(*RUN_FILES)
+        if config.overwrite:
+            inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": [config.teacher]}
+            check_replaceable(folder, {k: [p for p in v if p and not p.startswith("hf:")] for k, v in inputs.items()})
+        else:
+            self._compare()
+
+    def _compare(self) -> None:
+        found, saved = checkpoints(self._folder), read_recipe(self._folder)
+        if not found or saved is None:
+            return
+        defaults = {**as_plain(TokenizerTrainingConfig(data=["-"], output_dir="-", semantic_weight=0))}
+        defaults["semantic_weight"] = TokenizerTrainingConfig.semantic_weight
+        different = changes(_full_paths({**defaults, **saved}), _full_paths(as_plain(self._config)), IRRELEVANT)
+        self._applied = [change for change in different if change.name in APPLIED]
+        self._moved = [change for change in different if change.name in BY_CONTENT]
+        others = [change for change in different if change.name not in APPLIED | BY_CONTENT]
+        reject(others, self._folder, self._state(found[-1]))
+
+    def _state(self, checkpoint: Path) -> str:
+        return f"a run at step {step_of(checkpoint)}"
+
+    def begin(self, **facts: str | None) -> None:
+        """Make the folder ready for the first step, once everything has been checked.
+
+        Args:
+            facts: what identifies the run's inputs, by the names of their settings.
+
+        Raises:
+            ValueError: the run that is resumed had other inputs.
+        """
+        found = [] if self._config.overwrite else checkpoints(self._folder)
+        if found:
+            self._check_inputs(found[-1], facts)
+        self._processes.barrier()
+        if self._processes.is_first:
+            owned = owned_folder(self._folder)
+            if self._config.overwrite and owned.files():
+                said = describe_run(self._folder)
+                aside = owned.move_aside()
+                self._is_replacing = True
+                logger.warning("%s holds %s; moved to %s until the first step has succeeded", self._folder, said, aside)
+            owned.claim(*RUN_FILES)
+            owned.note(**facts)
+            saved = {name: value for name, value in as_plain(self._config).items() if name != "overwrite"}
+            write_recipe(self._folder, saved, self._applied, step_of(found[-1]) if found else 0)
+        self._processes.barrier()
+
+    def _check_inputs(self, checkpoint: Path, facts: dict[str, str | None]) -> None:
+        before = owned_folder(self._folder).facts
+        different = [
+            Change(name, before[name], facts[name]) for name in facts if before.get(name, facts[name]) != facts[name]
+        ]
+        if not before:  # a run that was made before inputs were recorded: only their paths are known
+            different += self._moved
+        reject(different, self._folder, self._state(checkpoint))
+        for change in self._moved:
+            logger.info("%s, with the same content", change)
+        for change in self._applied:
+            logger.info("%s (takes effect from step %d on)", change, step_of(checkpoint))
+
+    def finish_replacing(self) -> None:
+        """Delete the run that is replaced; called after every step, it does something after the first."""
+        if self._is_replacing:
+            owned_folder(self._folder).finish_replacing()
+            self._is_replacing = False
+
+    def restore(self) -> None:
+        """Move back the run that was to be replaced, if the new one has not made a step."""
+        if self._is_replacing and owned_folder(self._folder).restore():
+            self._is_replacing = False
+            logger.warning("%s is as it was before", self._folder)
+
+
+def _full_paths(values: dict) -> dict:
+    full = dict(values)
+    for name in BY_CONTENT | {"val_data"}:
+        value = full.get(name)
+        if isinstance(value, str):
+            full[name] = os.path.abspath(value)
+        elif value:
+            full[name] = [path if path.startswith("hf:") else os.path.abspath(path) for path in value]
+    return full
+
+
+def identity_of(sources: Sequence[ImageSource]) -> str:
+    """What identifies the images of a run: how many there are, and a digest of their names and, of files, sizes (of
+    20000 a source, evenly spread, where there are more)."""
+    digest = hashlib.sha256()
+    for source in sources:
+        count = min(len(source), _DIGESTED_IMAGES)
+        for index in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
+            key = source.key(index)
+            size = os.path.getsize(key) if os.path.isfile(key) else ""
+            digest.update(f"{key} {size}\n".encode(errors="surrogateescape"))
+    return f"{sum(map(len, sources))} images, digest {digest.hexdigest()[:16]}"
+
+
+def fingerprint_of(teacher: nn.Module | None) -> str | None:
+    """What identifies a teacher: a digest of the names, shapes and first values of its weights; None without one."""
+    if teacher is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(teacher.state_dict().items()):
+        values = weight.detach().flatten()[:_DIGESTED_VALUES].float().cpu().numpy()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
