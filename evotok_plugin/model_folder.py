@@ -24,8 +24,14 @@ CONFIG = "config.json"
 _HARMLESS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 3
-_POINTER_SIZE = 1024  # bytes; a Git LFS pointer is smaller
-_PARTS = (".json", ".model", ".txt", ".jinja")
+_MOST_ZERO = 0.25  # share of the weight matrices
+GENERATION_CONFIG = "generation_config.json"
+# Files of processors and tokenizers; others of a folder are not looked at.
+_OBJECTS = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
+_TEXTS = ("chat_template.jinja", "chat_template.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")
 
 
 @contextlib.contextmanager
@@ -115,6 +121,8 @@ def load_whole(
     what = f"{str(folder)!r}"
     if local:
         open_config(getattr(model_class, "config_class", None) or AutoConfig, folder)
+        if (Path(folder) / GENERATION_CONFIG).is_file():
+            read_json(Path(folder) / GENERATION_CONFIG)  # transformers would leave a damaged one out
         _check_files(Path(folder), pickles=not options.get("use_safetensors"))
     with reading(what):
         model, report = model_class.from_pretrained(
@@ -215,13 +223,13 @@ def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
 
 @torch.no_grad()
 def check_values(weights: dict[str, Tensor], what: str) -> None:
-    """Reject weights that are NaN or infinite, or all zero; warn of single matrices of zeros.
+    """Reject weights that are NaN or infinite, and models of which many matrices are zero; warn of single ones.
 
-    A matrix of zeros may be meant (a new block that starts as the identity), a model of nothing else is a file that
-    was never filled.
+    A few matrices of zeros may be meant (new blocks that start as the identity); many are a file that was allocated and
+    not filled, as an interrupted download leaves it.
 
     Raises:
-        ValueError: values that are not finite, or matrices that are all zero.
+        ValueError: values that are not finite, or too many matrices of zeros.
     """
     matrices, zero = 0, []
     for name, value in weights.items():
@@ -233,8 +241,11 @@ def check_values(weights: dict[str, Tensor], what: str) -> None:
         if value.ndim >= 2 and name.endswith("weight"):
             matrices += 1
             zero += [name] if least == most == 0 else []
-    if zero and len(zero) == matrices:
-        raise ValueError(f"{what}: all {matrices} weight matrices are zero; download or save the folder again")
+    if len(zero) > _MOST_ZERO * matrices:
+        raise ValueError(
+            f"{what}: {len(zero)} of {matrices} weight matrices are zero ({_some(zero)}), so a download or copy was "
+            "interrupted; get the folder again"
+        )
     if zero:
         logger.warning(
             "%s: %d weight matrices are all zero (%s); was a download interrupted?", what, len(zero), _some(zero)
@@ -282,8 +293,10 @@ def open_processor(
         for group in files:
             if not any((folder / name).is_file() for name in group):
                 raise ValueError(f"{what} in {str(folder)!r} is incomplete: {' or '.join(group)} is missing; {remedy}")
-        for file in sorted(path for path in folder.iterdir() if path.suffix in _PARTS and path.is_file()):
-            if file.stat().st_size < _POINTER_SIZE and (cause := damage_of(file)):
+        for file in (folder / name for name in _OBJECTS if (folder / name).is_file()):
+            read_json(file)
+        for file in (folder / name for name in _TEXTS if (folder / name).is_file()):
+            if cause := damage_of(file):
                 raise ValueError(f"{file} {cause}")
     with reading(f"{what} in {str(folder)!r}", remedy):
         return processor_class.from_pretrained(folder, **options)

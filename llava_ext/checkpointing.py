@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.common.files import whole_folder
 from evotok_plugin.model_folder import (
     load_strictly,
@@ -61,6 +61,9 @@ def load_model(
             f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; "
             "give the output folder of scripts/pretrain.sh or scripts/finetune.sh"
         )
+    for part in ("text_config", "vision_config"):
+        if not isinstance(read_config(folder).get(part), dict):  # a default would be a model of billions of weights
+            raise ValueError(f"{Path(folder) / 'config.json'}: expected the settings of a model as {part}; restore it")
     model = load_whole(
         EvoTokLlavaForConditionalGeneration,
         folder,
@@ -85,6 +88,16 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
         "copy the processor's files from the folder that the model was trained or saved in, "
         "or write them with processor.save_pretrained",
     )
+    if not isinstance(processor.image_processor, EvoTokImageProcessor):
+        raise ValueError(
+            f"{Path(folder) / 'processor_config.json'}: expected an EvoTokImageProcessor, got "
+            f"{type(processor.image_processor).__name__}"
+        )
+    if processor.pad_id is None:
+        raise ValueError(
+            f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
+            "folder that the model was trained or saved in"
+        )
     try:
         config.check_processor(processor)
     except ValueError as error:

@@ -14,6 +14,7 @@ from eval_tasks.geneval_prompts import COLORS
 from eval_tasks.judging.rules import Instance
 from eval_tasks.judging.weights import require_weights
 from evotok_plugin.model_folder import check_values, reading
+from evotok_plugin.weight_files import damage_of
 
 _GROUND = "#999"
 _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -52,6 +53,9 @@ class ColorClassifier:
             import open_clip
         except ImportError as error:
             raise ValueError("colours are judged with open_clip; pip install open_clip_torch") from error
+        for file in (folder / "open_clip_config.json", *sorted(folder.glob("*.safetensors"))):
+            if cause := damage_of(file):
+                raise ValueError(f"{file} {cause}")
         name = f"local-dir:{folder.resolve()}"
         with reading(f"the color classifier in {str(folder)!r}", "download the folder again"):
             model, transform = open_clip.create_model_from_pretrained(name, precision="fp32")

@@ -1,12 +1,14 @@
 """The judges on small random weights: batches equal one by one, verdict-relevant figures follow a naive reference."""
 
 import json
+import shutil
 
 import judges
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from eval_tasks.geneval_prompts import CLASSES, COLORS
@@ -188,3 +190,29 @@ def test_models_that_cannot_answer_are_refused(judge_folders, tmp_path):
         YesNoJudge.open(judge_folders["detector"])
     with pytest.raises(ValueError, match="must be a folder with config.json"):
         YesNoJudge.open(tmp_path)
+
+
+# Weights -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["detector", "clip", "vqa"])
+@pytest.mark.parametrize("damage", ["pointer", "cut", "drop", "nan"])
+def test_judges_do_not_start_from_damaged_or_random_weights(judge_folders, tmp_path, kind, damage):
+    folder = shutil.copytree(judge_folders[kind], tmp_path / kind)
+    (file,) = folder.glob("*.safetensors")
+    if damage == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 14458342\n")
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        weights = load_file(file)
+        name = next(name for name, value in weights.items() if value.is_floating_point() and value.ndim == 2)
+        if damage == "drop":
+            weights.pop(name)
+        else:
+            weights[name][0, 0] = float("nan")
+        save_file(weights, file, metadata={"format": "pt"})
+    message = {"pointer": "Git LFS pointer", "cut": "cut off or damaged", "nan": "NaN or infinite"}
+    judge = {"detector": Mask2FormerDetector, "clip": ColorClassifier, "vqa": YesNoJudge}[kind]
+    with pytest.raises(ValueError, match=message.get(damage, "missing|Missing key")):
+        judge.open(folder)

@@ -177,11 +177,35 @@ def test_a_git_lfs_pointer_is_named_with_its_remedy(model_folder, tmp_path, caps
     assert f"{folder / name} is a Git LFS pointer" in error and "git lfs pull" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("processor_config.json", "[]", "processor_config.json: expected a JSON object"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", "{}", "the processor in .* cannot be loaded"),
+        ("tokenizer_config.json", '{"tokenizer_class": "NoSuchTokenizer"}', "neither a pad_token nor an eos_token"),
+        ("chat_template.jinja", "", "chat_template.jinja is empty"),
+        ("config.json", '{"model_type": "evotok_llava"}', "expected the settings of a model as text_config"),
+    ],
+)
+def test_damaged_settings_are_named(model_folder, tmp_path, name, content, message):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    (folder / name).write_text(content)
+    (folder / "notes.json").write_text("")  # a user's own file
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
 def test_the_processor_of_another_model_is_rejected(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "copy")
     file = folder / "processor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"codebook_size": 64}))
     with pytest.raises(ValueError, match="another model: its codebook_size is 64, the model's is 32"):
+        load_model(folder)
+    settings = json.loads(file.read_text()) | {"image_processor": {"image_processor_type": "CLIPImageProcessor"}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="expected an EvoTokImageProcessor, got CLIPImageProcessor"):
         load_model(folder)
 
 
