@@ -58,9 +58,9 @@ class DigestIndex:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def holds(self, digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Which digests (digests,) stand here with these rows."""
-        return np.isin(_with_rows(digests, rows), _with_rows(self._digests, self._rows))
+    def pairs(self) -> np.ndarray:
+        """Digests and rows in one comparable value each (digests,)."""
+        return _with_rows(self._digests, self._rows)
 
     def all_rows(self, digest: np.ndarray) -> np.ndarray:
         """All rows of one digest (1,)."""
@@ -156,7 +156,15 @@ class Ledger:
 
     def has_place(self, keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
         """Which images (keys,) have an entry for their key and place, whatever state they were in."""
-        return np.isin(_places(keys, stamps), _places(self.keys, self._stamps))
+        known = self.rows != _LOST
+        return np.isin(_places(keys, stamps), _places(self.keys[known], self._stamps[known]))
+
+    def first_of(self, index: DigestIndex) -> np.ndarray:
+        """Which entries (entries,) are the first with a key and a row of an index."""
+        pairs = _with_rows(self.keys, self.rows)
+        is_first = np.zeros(len(pairs), bool)
+        is_first[np.unique(pairs, return_index=True)[1]] = True
+        return is_first & np.isin(pairs, index.pairs())
 
     def current(self) -> np.ndarray:
         """The entries that stand for the images as they were seen last: of every key and place the last entry, of

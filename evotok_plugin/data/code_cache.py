@@ -108,11 +108,10 @@ class CodeCache:
     def keys(self) -> Iterator[str]:
         """All keys, shard after shard as they were written."""
         ledger = Ledger(self._folder)
+        is_shown = ledger.first_of(self._index)
         for number, first in zip(ledger.numbers, ledger.entry_starts.tolist(), strict=False):
             keys = Shard.read(self._folder, number)[0].all_keys()
-            mine = slice(first, first + len(keys))
-            is_held = self._index.holds(ledger.keys[mine], ledger.rows[mine])
-            yield from (key for key, held in zip(keys, is_held.tolist(), strict=True) if held)
+            yield from (key for key, shown in zip(keys, is_shown[first : first + len(keys)], strict=True) if shown)
 
     def codes(self, key: str) -> Tensor:
         """Codes (N, L) of one image, int64.

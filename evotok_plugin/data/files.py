@@ -134,9 +134,9 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
             if mode is not None and stat.S_ISDIR(mode):
                 (linked if entry.is_symlink() else folders).append((f"{below}{entry.name}/", entry.path))
             elif mode is None:
-                yield below + entry.name, "broken links"
+                yield below + entry.name, "broken link"
             else:
-                yield below + entry.name, "" if stat.S_ISREG(mode) else "pipes or devices"
+                yield below + entry.name, "" if stat.S_ISREG(mode) else "special file"
 
 
 def _mode(path: str) -> int | None:
@@ -146,17 +146,21 @@ def _mode(path: str) -> int | None:
         return None
 
 
-def described(suffixes: Counter) -> str:
-    """`2 .tif, 5 .txt`."""
-    shown = [f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(suffixes.items())]
+def described(found: Counter) -> str:
+    """Numbers by suffix, or by what is not a file with a suffix: `2 .tif, 5 .txt, 1 broken link`."""
+    shown = [
+        f"{count} {label or 'without suffix'}{'s' * (count > 1 and label[:1] not in ('', '.'))}"
+        for label, count in sorted(found.items())
+    ]
     more = len(shown) - _KINDS_IN_A_REPORT
     return ", ".join(shown[:_KINDS_IN_A_REPORT]) + (f" and {more} more kinds" if more > 0 else "") or "no files"
 
 
-def report_skipped(name: str, suffixes: Counter, what: str = "files") -> None:
-    """Say in one line how many files of a source are not read."""
-    if suffixes:
-        logger.warning("%s: %d %s skipped: %s", name, suffixes.total(), what, described(suffixes))
+def report_skipped(name: str, found: Counter, what: str = "file") -> None:
+    """Log in one line how many files of a source are not read."""
+    if found:
+        number = found.total()
+        logger.warning("%s: %d %s%s skipped: %s", name, number, what, "s" * (number > 1), described(found))
 
 
 # Paths -------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def matching_files(spec: str) -> list[Path]:
     Raises:
         ValueError: some of the names that braces spell out do not exist, or one is a pipe or a device.
     """
-    found, missing = [""], []
+    found, missing, special = [""], [], Counter()
     for part in Path(local_path(spec)).parts:
         inside = []
         for base in found:
@@ -214,17 +218,25 @@ def matching_files(spec: str) -> list[Path]:
                     inside.append(literal)
                 elif glob.has_magic(one):
                     below = glob.glob(os.path.join(glob.escape(base), one))
-                    inside += [path for path in below if not is_hidden(os.path.basename(path))]
+                    below = [path for path in below if not is_hidden(os.path.basename(path))]
+                    readable = [path for path in below if _is_readable(path)]
+                    special["special file or broken link"] += len(below) - len(readable)
+                    inside += readable
                 elif one != part:
                     missing.append(os.path.join(base, one))
         found = inside
     if found and missing:
         raise ValueError(f"{spec!r}: {len(missing)} of its files do not exist; first: {missing[0]!r}")
     for path in found:
-        mode = _mode(path)
-        if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        if os.path.exists(path) and not _is_readable(path):
             raise ValueError(f"{path!r} is a pipe or a device; expected a file or a folder")
+    report_skipped(spec, +special)
     return sorted(Path(path) for path in found if os.path.exists(path))
+
+
+def _is_readable(path: str) -> bool:
+    mode = _mode(path)
+    return mode is not None and (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _braces(pattern: str) -> list[str]:

@@ -216,7 +216,7 @@ def open_source(spec: str | Path) -> ImageSource:
         return FileSource(files[0].parent, [files[0].name])
     if kinds == {"image"}:
         return FileSource(Path(), map(str, files))
-    found = described(Counter("folders" if file.is_dir() else suffix_of(file) for file in files))
+    found = described(Counter("folder" if file.is_dir() else suffix_of(file) for file in files))
     raise ValueError(f"source {spec!r}: expected images, or .tar, or .parquet files, or one folder; found {found}")
 
 

@@ -113,7 +113,7 @@ class TarSource(FilesInPlace):
         skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
         if not len(self._keys):
             raise ValueError(f"{name!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
-        report_skipped(name, skipped, "members")
+        report_skipped(name, skipped, "member")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -228,7 +228,7 @@ def _scan_shard(shard: str) -> dict[str, Any]:
     for name, offset, size in _members(shard):
         key, suffix = split_member_name(name)
         if offset < 0:
-            skipped["links or devices"] += 1
+            skipped["link or device"] += 1
         elif kind_of(name) == "image":
             images = samples.setdefault(key, {})
             if name in images:

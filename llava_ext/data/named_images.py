@@ -102,6 +102,8 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
         raise ValueError(f"image {shorten(name)} is a URL; images are read from local files: download it first")
     if image_folder is None:
         raise ValueError(f"image {shorten(name)} but no image folder; pass --image_folder")
+    if "\0" in name:
+        raise ValueError(f"image {shorten(name)} not found in {image_folder}: its name holds a NUL")
     root = os.path.abspath(image_folder)
     path = _existing(root, name)
     if path is None:
@@ -125,7 +127,7 @@ def _existing(root: str, name: str) -> str | None:
                 return path
             if found := existing("", path):
                 return found if os.path.exists(found) else None
-    except (ValueError, OSError):  # a NUL in the name, or a URL of another host
+    except ValueError:  # a URL of another host
         return None
     return None
 

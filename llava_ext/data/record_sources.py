@@ -81,7 +81,7 @@ def open_records(spec: str | Path, options: RowOptions) -> RecordSource:
         return DatasetRecords(load_parquet(files, spec), spec, options, parquet_parts(files))
     if kinds == {"tar"}:
         return TarRecords(files, spec, options)
-    found = Counter("folders" if file.is_dir() else suffix_of(file) for file in files)
+    found = Counter("folder" if file.is_dir() else suffix_of(file) for file in files)
     raise ValueError(
         f"data {spec}: expected .json, .jsonl, .parquet or .tar files, found "
         f"{', '.join(sorted(suffix or 'none' for suffix in found)) if len(found) == 1 else described(found)}"

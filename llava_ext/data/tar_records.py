@@ -54,7 +54,7 @@ class TarRecords:
                 f"data {name}: no samples (.json or .txt, and images) in {len(shards)} shards; "
                 f"found {described(skipped)}"
             )
-        report_skipped(name, skipped, "members")
+        report_skipped(name, skipped, "member")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -131,7 +131,7 @@ def _samples_of(shard: Path, members: dict[str, list]) -> _Samples:
     skipped: Counter = Counter()
     for number, (name, key) in enumerate(zip(names, keys, strict=True)):
         if members["offsets"][number] < 0:
-            skipped["links or devices"] += 1
+            skipped["link or device"] += 1
         elif key and (_suffix_in(name, key) in _TEXTS or kind_of(name) == "image" or _last(name) in _UNSUPPORTED):
             samples.setdefault(key, []).append(number)
         else:

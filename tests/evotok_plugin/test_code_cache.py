@@ -23,6 +23,7 @@ from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.data import code_cache
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data.sources import FileSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.processes import Processes
 
@@ -332,6 +333,23 @@ def test_two_processes_write_the_files_that_one_writes(model, tmp_path):
     encode(tmp_path / "one", source, model)
     assert joined(two_processes(tmp_path / "two", source, model)) == [0, 0]
     assert len(files(tmp_path / "one")) == 10 and files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_two_processes_agree_on_changed_and_moved_files(model, tmp_path):
+    """One finds 8 of 20 files in a cache of their old places, and one of these has changed."""
+    folder, moved = tmp_path / "images", tmp_path / "moved"
+    folder.mkdir()
+    source = Noise(20)
+    for index in range(20):
+        source.picture(index).save(folder / f"{index:02d}.png")
+    for name in ("one", "two"):
+        encode(tmp_path / name, FileSource(folder, [f"{index:02d}.png" for index in range(8)]), model)
+    folder.rename(moved)
+    source.picture(19).save(moved / "03.png")
+    encode(tmp_path / "one", FileSource(moved), model)
+    assert joined(two_processes(tmp_path / "two", FileSource(moved), model)) == [0, 0]
+    assert len(files(tmp_path / "one")) == 10 and files(tmp_path / "two") == files(tmp_path / "one")
+    assert mapping(CodeCache(tmp_path / "two", source=FileSource(moved))) == expected(FileSource(moved), model)
 
 
 def test_one_process_goes_on_where_two_were_killed(model, tmp_path):

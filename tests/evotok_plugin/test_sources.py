@@ -1,6 +1,7 @@
 import gzip
 import io
 import multiprocessing
+import os
 import pickle
 import tarfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evotok_plugin.data.dataset_source import DatasetSource
 from evotok_plugin.data.sources import is_held_out, open_source, open_sources, split_held_out
 from evotok_plugin.data.tar_shards import PackedStrings, TarSource, shard_index
 
@@ -252,3 +254,137 @@ def test_a_part_of_shards_knows_its_shards(tmp_path):
     assert 0 < len(held) < 15
     for part in (training, held):
         assert part.groups().tolist() == [int(part.key(i)[5:8]) for i in range(len(part))]
+
+
+# Nothing is left out in silence ------------------------------------------------------------------------------
+
+
+def keys(source):
+    return [source.key(i) for i in range(len(source))]
+
+
+def save(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(value))
+
+
+def test_every_image_suffix_counts_and_hidden_files_do_not(tmp_path, caplog):
+    for name in ("a.jpg", "b.TIF", "c.gif", "d.ppm", "e.JPG", "f.jfif"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, {"f.jfif": "jpeg"}.get(name))
+    for name in (".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/a.jpg", "._a.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    source = open_source(tmp_path)
+    assert keys(source) == ["a.jpg", "b.TIF", "c.gif", "d.ppm", "e.JPG", "f.jfif"]
+    assert [source.picture(i).size for i in range(6)] == [(8, 8)] * 6
+    assert caplog.messages == [f"{tmp_path}: 1 file skipped: 1 .txt"]
+
+
+def test_a_folder_without_images_names_what_it_found(tmp_path):
+    for name in ("a.tar.gz", "b.txt", "c.TXT"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"holds no images .*; found 1 .tar.gz, 2 .txt"):
+        open_source(tmp_path)
+
+
+def test_a_pipe_among_images_does_not_hang(photos, caplog):
+    os.mkfifo(photos / "class0" / "pipe.png")
+    assert len(open_source(photos)) == 40 and "1 special file" in caplog.text
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        open_source(photos / "class0" / "pipe.png")
+
+
+def test_images_beside_shards_must_be_told_apart(tmp_path, caplog):
+    shards = write_shards(tmp_path / "shards", count=2)
+    (shards / "part-000.parquet").write_text("")  # as img2dataset writes them
+    (shards / "part-000_stats.json").write_text("{}")
+    assert len(open_source(shards)) == 10
+    assert f"{shards}: 2 files skipped: 1 .json, 1 .parquet" in caplog.messages
+    save(shards / "sub" / "a.png")
+    with pytest.raises(ValueError, match=r"several kinds of data \(1 .json, 1 .parquet, 1 .png, 2 .tar\).*\*.tar'"):
+        open_source(shards)
+    assert len(open_source(shards / "*.tar")) == 10
+
+
+def test_upper_case_shards_are_shards(tmp_path):
+    write_shard(tmp_path / "S.TAR", [("x.png", png(1))])
+    assert keys(open_source(tmp_path)) == keys(open_source(tmp_path / "S.TAR")) == ["S/x"]
+
+
+def test_names_with_dots_lose_no_image_of_a_shard(tmp_path, caplog):
+    members = [("photo.v2.png", png(1)), ("photo.v3.png", png(2)), ("x.0.png", png(3)), ("x.1.jpg", png(4, "jpg"))]
+    members += [("y.png", png(5)), ("y.jpg", png(6, "jpg")), ("y.cls", b"7"), ("./._z.png", b""), ("z.txt", b"")]
+    source = open_source(write_shard(tmp_path / "s.tar", members))
+    names = ["s/photo.v2", "s/photo.v3", "s/x.0", "s/x.1", "s/y.png", "s/y.jpg"]
+    assert keys(source) == names and values(source) == [1, 2, 3, 4, 5, 6]
+    assert [source.label(i) for i in (3, 4, 5)] == [None, "7", "7"]
+    assert caplog.messages == [f"{tmp_path}/s.tar: 1 member skipped: 1 .txt"]
+
+
+def test_a_name_that_stands_twice_in_a_shard_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="s.tar' holds two files named 'x.png'"):
+        open_source(write_shard(tmp_path / "s.tar", [("x.png", png(1)), ("x.png", png(2))]))
+
+
+def test_shards_of_one_name_in_two_folders_have_their_own_keys(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "0.tar", [("x.png", png(1))])
+    assert keys(open_source(tmp_path / "*" / "0.tar")) == ["a/0/x", "b/0/x"]
+
+
+def test_hard_links_in_a_shard_are_images_and_other_links_are_reported(tmp_path, caplog):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "" if kind == tarfile.REGTYPE else "a.png"
+            member.size = len(png(9)) if kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(png(9)))
+    source = open_source(tmp_path / "s.tar")
+    assert keys(source) == ["s/a", "s/b"] and values(source) == [9, 9] and "1 link or device" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.zip", "a.json", "a.txt.gz"])
+def test_what_is_not_images_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="unpack it first|expected images"):
+        open_source(tmp_path / name)
+
+
+def test_a_data_set_with_several_splits_names_them(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"image": [png(1)]})
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(ValueError, match=r"several splits of a data set \(test, train\); name one"):
+        open_source(tmp_path / "both")
+
+
+# Stamps ------------------------------------------------------------------------------------------------------
+
+
+def test_stamps_follow_the_content_of_files_shards_and_data_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def write(value):
+        save(tmp_path / "files" / "x.png", value)
+        write_shard(tmp_path / "s.tar", [("x.png", png(value))])
+        datasets.Dataset.from_dict({"image": [png(value)]}).save_to_disk(str(tmp_path / f"rows{value}"))
+        return [open_source(tmp_path / name) for name in ("files", "s.tar", f"rows{value}")]
+
+    before = [(source.stamp(0), source.content(0)) for source in write(1)]
+    after = [(source.stamp(0), source.content(0)) for source in write(2)]
+    assert [content for _, content in before] == [png(1)] * 3 and [content for _, content in after] == [png(2)] * 3
+    assert all(one != two for (one, _), (two, _) in zip(before, after, strict=True))
+    again = [open_source(tmp_path / name) for name in ("files", "s.tar", "rows2")]
+    assert [source.stamp(0) for source in again] == [stamp for stamp, _ in after]
+
+
+def test_a_data_set_of_paths_follows_its_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    save(tmp_path / "x.png", 1)
+    paths = {"image": [{"bytes": None, "path": str(tmp_path / "x.png")}]}
+    dataset = datasets.Dataset.from_dict(paths, datasets.Features({"image": datasets.Image()}))
+    source = DatasetSource(dataset, "paths")
+    stamp = source.stamp(0)
+    save(tmp_path / "x.png", 2)
+    assert values(source) == [2] and source.stamp(0) != stamp

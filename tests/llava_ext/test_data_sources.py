@@ -172,6 +172,66 @@ def test_columns_of_bytes_and_of_paths(folder):
         assert len(one_record(source, 0).images) == 1 and source.picture(0, 0).getpixel((0, 0)) == (5, 5, 5)
 
 
+@pytest.mark.parametrize("write", [as_parquet, as_saved])
+def test_an_empty_column_of_images_hides_no_other(folder, write):
+    import datasets
+
+    plain = as_dataset(folder, [one for one in ROWS if "image" in one], embed=write is as_parquet)
+    both = plain.add_column("images", [[] for _ in range(len(plain))])
+    both.save_to_disk(str(folder / "both"))
+    source = open_records(folder / "both", RowOptions(folder))
+    assert [source.picture(n, 0).getpixel((0, 0))[0] for n in range(8)] == [0, 1, 3, 4, 6, 7, 9, 10]
+    filled = plain.add_column("images", [["00.png"] for _ in range(len(plain))])
+    source = _records_of(filled, folder / "filled", folder)
+    with pytest.raises(ValueError, match="'images' and 'image' hold different images"):
+        source.records(3)
+    videos = datasets.Dataset.from_list([{"conversations": turns("a", "b"), "video": name} for name in ("v.mp4", None)])
+    source = _records_of(videos, folder / "videos", folder)
+    assert len(source.records(1)) == 1
+    with pytest.raises(ValueError, match="the row has 'video', which is not supported"):
+        source.records(0)
+
+
+def _records_of(dataset, where, folder):
+    dataset.save_to_disk(str(where))
+    return open_records(where, RowOptions(folder))
+
+
+@pytest.mark.parametrize("dotted", [False, True])
+def test_names_with_dots_pair_their_own_members(folder, dotted, caplog):
+    names = ["photo.v1", "photo.v2"] + ["photo"] * dotted
+    members = [(f"{name}.png", png(value)) for value, name in enumerate(names)]
+    members += [(f"{name}.json", json.dumps({"conversations": turns("<image>", name)}).encode()) for name in names]
+    members += [("photo.v1.cls", b"0"), ("__MACOSX/._photo.png", b"")]
+    source = open_records(write_shard(folder / "w.TAR", members), RowOptions())
+    assert len(source) == len(names) and "1 member skipped: 1 .cls" in caplog.text
+    for index in range(len(names)):
+        record = one_record(source, index)
+        name = record.messages[1]["content"]
+        assert source.picture(index, 0).getpixel((0, 0))[0] == names.index(name) and len(record.images) == 1
+
+
+def test_a_video_in_a_shard_is_a_bad_sample(folder):
+    members = [("a.mp4", b""), ("a.txt", b"a ring"), ("b.png", png(1)), ("b.TXT", b"a ring")]
+    source = open_records(write_shard(folder / "w.tar", members), RowOptions(caption_task="read"))
+    assert source.records(1)[0].kind == "read"
+    with pytest.raises(ValueError, match="the sample has a .mp4, which is not supported"):
+        source.records(0)
+
+
+@every_form
+def test_stamps_and_contents_belong_to_the_images(folder, write):
+    source = open_records(write(folder, ROWS), RowOptions(folder))
+    seen = {}
+    for number, expected in enumerate(ROWS):
+        record = one_record(source, number)
+        assert len(record.stamps) == len(record.images) == ("image" in expected)
+        for which, stamp in enumerate(record.stamps):
+            assert source.content(number, which) == png(number) and len(stamp) == 16
+            seen[stamp] = number
+    assert len(seen) == 8
+
+
 def test_images_of_a_shard_come_in_the_order_of_their_numbers(folder):
     images = [(f"x.{number}.png", png(number)) for number in (10, 0, 2)]
     note = ("x.json", json.dumps({"conversations": turns("<image>" * 3, "a")}).encode())

@@ -1,6 +1,8 @@
 """From records and cached codes to samples and their order, and the whole way from `data_path`."""
 
+import base64
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -243,6 +245,50 @@ def test_bad_records_and_broken_images_are_left_out_by_name(tiny_mllm, config_of
         lines = reported(config, "bad_samples")
         assert len(lines) == num_broken + 1 and f"data.json:{num_rows} (empty)" in lines[0]["sample"]
         assert all("000003.png" in line["reason"] for line in lines[1:])
+
+
+def test_a_repaired_image_is_used_again(tiny_mllm, config_of, scene_folder, tmp_path):
+    options, num_broken, num_rows = broken_copy(scene_folder, tmp_path)
+    config = config_of(**options, max_bad_fraction=0.2)
+    assert len(build_dataset(config, *tiny_mllm)) == num_rows - num_broken
+    whole = scene_folder / "train" / "images" / "000003.png"
+    (tmp_path / "images" / "images" / "000003.png").write_bytes(whole.read_bytes())
+    assert len(build_dataset(config, *tiny_mllm)) == num_rows
+
+
+def test_two_image_folders_with_equal_names_keep_their_codes(tiny_mllm, config_of, scene_folder, tmp_path, caplog):
+    """In one code cache, as the recipes share it."""
+    model, processor = tiny_mllm
+    images = sorted((scene_folder / "train" / "images").iterdir())[:8]
+    row = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "data.json").write_text(json.dumps([row | {"image": f"{number}.png"} for number in range(4)]))
+    caplog.set_level(logging.INFO, "llava_ext")
+    for name, chosen in (("a", images[:4]), ("b", images[4:]), ("a", images[:4])):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for number, image in enumerate(chosen):
+            (tmp_path / name / f"{number}.png").write_bytes(image.read_bytes())
+        config = config_of(data_path=[str(tmp_path / "data.json")], image_folder=str(tmp_path / name))
+        dataset = build_dataset(config, model, processor)
+        for number, image in enumerate(chosen):
+            pixels = processor.image_processor(Image.open(image), return_tensors="pt").pixel_values
+            assert torch.equal(dataset[number].read_codes[0], model.vision_tower.encode(pixels).codes[0])
+    assert len(CodeCache(config.code_cache)) == 8
+    assert f"code cache {config.code_cache}: holds 4 images, 0 of 4 of this source; 4 to look at" in caplog.text
+
+
+def test_images_in_rows_are_trained_and_named_shortly(tiny_mllm, config_of, scene_folder, tmp_path):
+    model, processor = tiny_mllm
+    image = next((scene_folder / "train" / "images").iterdir())
+    uris = [base64.b64encode(content).decode() for content in (image.read_bytes(), bytes(3_000_000))]
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    rows = [{"image": f"data:image/png;base64,{uri}", "conversations": turns} for uri in uris]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = config_of(data_path=[str(tmp_path / "data.json")], max_bad_fraction=0.5)
+    dataset = build_dataset(config, model, processor)
+    pixels = processor.image_processor(Image.open(image), return_tensors="pt").pixel_values
+    assert len(dataset) == 1
+    assert torch.equal(dataset[0].read_codes[0], model.vision_tower.encode(pixels).codes[0])
+    assert len(json.dumps(reported(config, "bad_samples"))) < 500
 
 
 def test_too_much_that_is_bad_stops(tiny_mllm, config_of, scene_folder, tmp_path):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from PIL import Image
 
@@ -117,3 +119,74 @@ def test_a_literal_image_in_parts_and_captions_is_text(folder):
     assert (read.drawn, drawn.drawn) == ((False,), (True,))
     escaped = parse_record({"conversations": turns(r"What does \<image> mean?", "a tag")}, None)
     assert escaped.kind == "text"
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"images": [], "image": "a.png"},
+        {"image": "", "images": ["a.png"]},
+        {"image": None, "images": [{"path": "a.png"}]},
+        {"image": "a.png", "video": None, "videos": [], "audio": ""},
+        {"image": "a.png", "messages": [], "caption": ""},
+        {"image": "a.png", "images": ["a.png"]},
+    ],
+)
+def test_fields_that_are_empty_hide_nothing(folder, row):
+    record = parse_record(row | {"conversations": turns("<image>\nwhat?", "a")}, folder)
+    assert record.images == ("a.png",) and record.kind == "read"
+
+
+@pytest.mark.parametrize("empty", ["", None, [], float("nan")])
+def test_a_text_row_may_have_an_empty_image(empty):
+    assert parse_record({"image": empty, "conversations": turns("hi", "ho")}, None).images == ()
+
+
+def test_conversations_may_be_json_text_or_lists_by_field(folder):
+    plain = parse_record({"conversations": turns("hi", "ho")}, None)
+    columns = {"from": ["human", "gpt"], "value": ["hi", "ho"]}
+    for form in (json.dumps(turns("hi", "ho")), columns):
+        assert parse_record({"conversations": form}, None) == plain
+
+
+def test_parts_of_messages_may_name_their_images(folder):
+    def asked(**part):
+        content = [{"type": "image"} | part, {"type": "text", "text": "what?"}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+
+    plain = parse_record({"image": "a.png", "messages": asked()}, folder)
+    for part in ({"image": "a.png"}, {"path": "a.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}):
+        assert parse_record({"messages": asked(**part)}, folder) == plain
+        assert parse_record({"image": "a.png", "messages": asked(**part)}, folder) == plain
+    with pytest.raises(ValueError, match="'image' and 'messages' name different images"):
+        parse_record({"image": "a.png", "messages": asked(image="b.png")}, folder)
+
+
+def test_an_image_of_a_system_turn_is_read_and_a_first_turn_may_be_gpt_s(folder):
+    talk = [{"from": "system", "value": "<image>"}, *turns("what?", "a")]
+    assert parse_record({"image": "a.png", "conversations": talk}, folder).drawn == (False,)
+    assert len(parse_record({"conversations": [{"from": "gpt", "value": "hi"}, *turns("a", "b")]}, None).messages) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "a.png", "video": "v.mp4"}, "the row has 'video', which is not supported"),
+        ({"videos": ["v.mp4"]}, "the row has 'videos'"),
+        ({"audio": {"path": "a.wav"}}, "the row has 'audio'"),
+        ({"conversations": turns("<video>\nwhat?", "a")}, "turn 0 holds <video>, which is not supported"),
+        ({"conversations": turns("what?", "<audio>")}, "turn 1 holds <audio>"),
+        ({"image": "", "conversations": turns("<image>", "a")}, "'image' and 'images' are missing or empty"),
+        ({"conversations": turns("a tag?", "<image>")}, "1 <image> .* 0 images"),
+        ({"image": "a.png", "conversations": turns("what?", "a")}, "write <image> where each image belongs"),
+        ({"conversations": turns("what?", " ")}, "turn 1: the answer of 'gpt' is empty"),
+        ({"conversations": "no JSON"}, "'conversations' is text that is not JSON"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(folder, row, message):
+    with pytest.raises(ValueError, match=message):
+        parse_record({"conversations": turns("what?", "a")} | row, folder)
+
+
+def test_a_message_quotes_little_of_a_turn():
+    with pytest.raises(ValueError) as told:
+        parse_record({"conversations": [{"from": "robot", "value": "x" * 3_000_000}]}, None)
+    assert len(str(told.value)) < 300

@@ -1,0 +1,150 @@
+"""Images that rows name: paths of every spelling, data URIs, fields that are empty or contradict each other."""
+
+import base64
+import io
+import os
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from evotok_plugin.data.files import stamp_of
+from llava_ext.data.named_images import find_image, image_names, is_empty
+from llava_ext.data.records import RowOptions, named_image, parse_record
+
+
+def png(value=0):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(content, "png")
+    return content.getvalue()
+
+
+def as_uri(content):
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "a b.png", "sub/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    return tmp_path
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, float("nan"), b""])
+def test_values_that_hold_nothing_are_empty(value):
+    assert is_empty(value)
+    assert image_names({"images": value, "image": "a.png"}) == image_names({"image": value, "images": ["a.png"]})
+    assert image_names({"image": value}) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"image": "a"}, ["a"]),
+        ({"image": ["a", "b"]}, ["a", "b"]),
+        ({"image": {"path": "a", "bytes": None}}, ["a"]),
+        ({"images": [{"path": "a"}, {"url": "b"}]}, ["a", "b"]),
+        ({"image": "a", "images": ["a"]}, ["a"]),
+    ],
+)
+def test_names_are_found_in_every_form(row, names):
+    assert image_names(row) == names
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "a", "images": ["b"]}, r"'images' and 'image' name different images \(\['b'\] and \['a'\]\)"),
+        ({"image": "a", "images": ["a", "b"]}, "name different images"),
+        ({"images": ["a", None]}, "images: image 1 of 2 is empty"),
+        ({"images": [["a"]]}, "images: expected paths, got a list"),
+        ({"image": 7}, "image: expected paths, got a int"),
+    ],
+)
+def test_names_that_cannot_be_understood_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        image_names(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("a.png", "a.png"),
+        ("./sub/../a.png", "a.png"),
+        ("{folder}/sub/a.png", "sub/a.png"),
+        ("file://{folder}/a%20b.png", "a b.png"),
+        ("sub\\a.png", "sub/a.png"),
+        ("a b.png", "a b.png"),
+    ],
+)
+def test_a_file_has_one_key_and_stamp_however_it_is_written(folder, name, key):
+    found, plain = find_image(name.format(folder=folder), folder), find_image(key, folder)
+    assert (found.key, found.stamp) == (key, plain.stamp) and found.content() == png()
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_unicode_normal_forms_are_one_name(folder, form):
+    on_disk = unicodedata.normalize(form, "é/ñ.png")
+    (folder / on_disk).parent.mkdir()
+    (folder / on_disk).write_bytes(png(7))
+    for other in ("NFC", "NFD"):
+        found = find_image(unicodedata.normalize(other, on_disk), folder)
+        assert found.key == on_disk and found.content() == png(7)
+
+
+def test_an_image_folder_may_be_a_link_and_a_home_folder(folder, tmp_path_factory, monkeypatch):
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(folder)
+    assert find_image(str(folder / "a.png"), link).key == "a.png"
+    monkeypatch.setenv("HOME", str(link.parent))
+    assert RowOptions("~/link").image_folder == link
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("b.png", "'b.png' not found"),
+        ("C:\\images\\a.png", "not found"),
+        ("../a.png", "leaves the image folder"),
+        ("/etc/hostname", "leaves the image folder"),
+        ("sub", "is a folder, a pipe or a device"),
+        ("pipe.png", "is a folder, a pipe or a device"),
+        ("https://example.org/a.png", "is a URL; .* download it first"),
+        ("a\0.png", "holds a NUL"),
+        ("data:image/png;base64,", "in the row is empty"),
+        ("data:image/png;base64,AAAAA", r"in the row \(5 characters\) is not valid base64"),
+        ("data:image/png,AAAA", "expected a path, or data:image"),
+        ("data:text/plain;base64,AAAA", "expected a path, or data:image"),
+    ],
+)
+def test_an_image_that_is_not_there_is_told_with_its_cause(folder, name, message):
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ValueError, match=message):
+        find_image(name, folder)
+
+
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "", "https://example.org/", "data:", "/9j/", "data:x,"])
+def test_no_message_holds_megabytes(folder, start):
+    with pytest.raises(ValueError) as told:
+        find_image(f"{start}{'A' * 3_000_001}", folder)
+    assert len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_image_in_the_row_is_identified_by_its_content(bare):
+    names = [as_uri(png(value)).removeprefix("data:image/png;base64," if bare else "") for value in (1, 2, 1)]
+    one, other, again = (find_image(name, None) for name in names)
+    assert one == again and one.key != other.key and one.content() == png(1) and other.content() == png(2)
+    assert one.stamp == stamp_of(one.key)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    record = parse_record({"image": names[0], "conversations": turns}, None)
+    assert record.images == (one.key,) and record.stamps == (one.stamp,)
+    assert named_image({"image": names[0], "conversations": turns}, RowOptions(), 0).content() == png(1)
+
+
+def test_a_replaced_file_keeps_its_key_and_changes_its_stamp(folder):
+    before = find_image("a.png", folder)
+    (folder / "a.png").write_bytes(png(200))
+    after = find_image("a.png", folder)
+    assert after.key == before.key and after.stamp != before.stamp and after.stamp[:8] == before.stamp[:8]
