@@ -323,7 +323,10 @@ class EvoTokLmms(lmms):
         if gen_kwargs.get("modality") == "reconstruction":
             return ReconstructionOptions()
         if gen_kwargs.get("modality") == "image":
-            return DrawingOptions(**{**self.drawing, **_numbers(_known(DrawingOptions, gen_kwargs))})
+            known = _known(DrawingOptions, gen_kwargs)
+            num_images = known.pop("num_images", DrawingOptions.num_images)
+            settings = Drawing(**{**self.drawing, **_numbers(known)}).completed().settings()
+            return DrawingOptions(num_images=num_images, **settings)
         known = _known(ReadingOptions, gen_kwargs)
         until = known.get("until", ())
         return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
