@@ -315,7 +315,10 @@ class EvoTokLmms(lmms):
         if kind is ReconstructionOptions:
             return ReconstructionOptions()
         if kind is DrawingOptions:
-            return DrawingOptions(**{**self.drawing, **_numbers(_known(DrawingOptions, gen_kwargs))})
+            known = _known(DrawingOptions, gen_kwargs)
+            num_images = known.pop("num_images", DrawingOptions.num_images)
+            settings = Drawing(**{**self.drawing, **_numbers(known)}).completed().settings()
+            return DrawingOptions(num_images=num_images, **settings)
         known = _known(ReadingOptions, gen_kwargs)
         if known.get("do_sample") and known.get("temperature") == 0:
             raise ValueError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")

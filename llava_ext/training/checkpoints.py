@@ -35,7 +35,8 @@ _MODEL_FILES = (
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json")
 _STATE_FILES = (
-    MARKER, "COMPLETE.tmp", STATE, ROWS_FILE, "*.pt", "*.pth", "*.bin", "latest", "zero_to_fp32.py", "global_step*/**/*",
+    MARKER, "COMPLETE.tmp", STATE, ROWS_FILE, "*.pt", "*.pth", "*.bin", "latest", "zero_to_fp32.py",
+    "global_step*/**/*",
 )  # fmt: skip
 _NOT_MODEL = (MARKER, STATE, ROWS_FILE)
 _CHECKPOINT_FILES = (*_MODEL_FILES, *_ADAPTER_FILES, *_STATE_FILES)

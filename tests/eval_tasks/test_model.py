@@ -108,6 +108,32 @@ def test_only_known_generation_kwargs_arrive(make_lm, instance):
     assert [call["temperature"] for call in drawn] == [0.5, 0.5]
 
 
+def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance, tiny_mllm, tmp_path, monkeypatch):
+    from eval_tasks.model import EvoTokLmms, LoadedModel
+
+    model, _ = tiny_mllm
+    own = {"guidance_scale": 1.5, "temperature": [0.5, 1.0, 1.0, 1.0], "top_k": 3}
+    monkeypatch.setattr(model.generation_config, "image_generation", own, raising=False)
+
+    def recorded(task, gen_kwargs, **model_args):
+        lm = EvoTokLmms(
+            "random",
+            load=lambda *_: LoadedModel(*tiny_mllm, ""),
+            device="cpu",
+            images_dir=str(tmp_path),
+            **model_args,
+        )
+        (answer,) = lm.generate_until([instance(lm, task, 0, "a ring", {**DRAW, "num_images": 1, **gen_kwargs})])
+        return json.loads(Image.open(json.loads(answer)["images"][0]).text["settings"])
+
+    plain = recorded("a", {})
+    assert plain["guidance_scale"] == 1.5 and plain["temperature"] == [0.5, 1.0, 1.0, 1.0] and plain["top_p"] == 1.0
+    assert recorded("b", {}, guidance_scale=3, top_k=0) == {**plain, "guidance_scale": 3.0, "top_k": 0}
+    assert recorded("c", {"temperature": 1, "top_k": "2"}) == {**plain, "temperature": 1.0, "top_k": 2}
+    with pytest.raises(ValueError, match="0 < top_p <= 1"):
+        recorded("d", {"top_p": 7})
+
+
 def test_images_reach_the_model_as_rgb(make_lm, instance, tmp_path):
     seen = []
     lm = make_lm(lambda text, images: seen.extend(images) or "A")

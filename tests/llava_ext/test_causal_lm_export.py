@@ -155,6 +155,20 @@ def test_weights_may_be_rounded(exported, tmp_path):
         torch.testing.assert_close(a, b.float(), atol=0.02, rtol=0.02, msg=name)
 
 
+def test_the_snippet_draws_with_the_models_own_settings(tiny_backbone_folder, tiny_evotok_folder, tmp_path):
+    model, _ = write_flat_model(tiny_backbone_folder, tiny_evotok_folder, tmp_path / "model", "tied")
+    own = {"guidance_scale": 2.0, "guidance_schedule": "cosine", "temperature": [0.5, 1.0, 1.0, 1.0], "min_p": 0.2}
+    path = tmp_path / "model/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_generation": own}))
+    assert main(["export", str(tmp_path / "model"), "--format", "causal-lm", "-o", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    for line in ("guidance_scale=2.0,", "do_sample=True,", "temperature=0.5,", "top_k=0,", "min_p=0.2,"):
+        assert f"\n    {line}" in card
+    assert "'guidance_schedule': 'cosine'" in card and "@" not in card
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())["image_generation"]
+    assert saved == {"top_k": 0, "top_p": 1.0, **own}
+
+
 def test_a_depth_model_is_refused(tiny_mllm, tmp_path, capsys):
     model, processor = tiny_mllm
     model.save_pretrained(tmp_path / "model")

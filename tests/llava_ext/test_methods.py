@@ -41,7 +41,7 @@ QUERY = "language_model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def lora_run(recipe, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "lora"
-    run_forked(run, recipe, output, LORA)
+    run_forked(run, recipe, output, {**LORA, "image_generation": "{guidance_scale: 2.0, top_k: 5}"})
     return output
 
 
@@ -77,6 +77,14 @@ def test_lora_writes_the_adapter_and_the_model_with_it_folded_in(lora_run, base)
             assert torch.equal(tensor, before[name]), name
     assert set(after) == set(before) and not any("lora" in name for name in after)
     load_model(lora_run)
+
+
+def test_settings_of_drawing_go_with_the_adapter_and_into_the_merged_model(lora_run, base, tmp_path):
+    merge(base, lora_run / "adapter", tmp_path / "merged")
+    for folder in (lora_run, lora_run / "adapter", lora_run / "checkpoint-4", tmp_path / "merged"):
+        settings = json.loads((folder / "generation_config.json").read_text())["image_generation"]
+        assert (settings["guidance_scale"], settings["top_k"], settings["temperature"]) == (2.0, 5, 1.0)
+    assert json.loads((base / "generation_config.json").read_text())["image_generation"]["guidance_scale"] == 3.0
 
 
 def test_adapters_and_their_checkpoints_hold_what_is_trained_and_no_backbone(lora_run):
