@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from evotok_plugin.data.cache_ledger import stamps_of
 from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.hub_files import HubFile
@@ -61,9 +62,8 @@ def spread(count: int, wanted: int) -> list[int]:
 class StatisticsCache:
     """Inception statistics of a source's images, kept in a file from run to run.
 
-    The file is named by a hash over the number and the keys of the images, their size, the network's weights, and the
-    pixels of 16 images spread over the source. An edit of another image under the same name is not seen: delete the
-    file then.
+    The file is named by a hash over the number, the keys and the stamps (place, size, times) of the images, their size,
+    the network's weights, and the pixels of 16 images spread over the source.
     """
 
     def __init__(self, folder: Path, source: ImageSource, processor: EvoTokImageProcessor) -> None:
@@ -92,9 +92,10 @@ class StatisticsCache:
 
 
 def _identity(source: ImageSource, processor: EvoTokImageProcessor) -> str:
-    digest = hashlib.sha256(f"1 {len(source)} {processor.size} {INCEPTION.digest}".encode())
+    digest = hashlib.sha256(f"2 {len(source)} {processor.size} {INCEPTION.digest}".encode())
     for index in range(len(source)):
         digest.update(source.key(index).encode(errors="surrogateescape") + b"\0")
+    digest.update(stamps_of(source, range(len(source))).tobytes())
     for index in spread(len(source), _SAMPLED):
         try:
             digest.update(as_bytes(processor.crop(source.picture(index))).numpy().tobytes())

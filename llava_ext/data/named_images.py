@@ -158,5 +158,5 @@ def _decoded(text: str) -> bytes:
 
 
 def _in_the_row(content: bytes) -> NamedImage:
-    key = f"data-{content_digest(content).hex()}"
+    key = f"base64-{content_digest(content).hex()}"
     return NamedImage(key, stamp_of(key), data=content)

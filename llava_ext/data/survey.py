@@ -133,7 +133,10 @@ class Survey:
         is_broken = np.isin(key_digests(map(self.images.key, range(len(self.images)))), key_digests(broken))
         uses = np.flatnonzero(is_broken[self._image_of])
         keys = (self.images.key(int(self._image_of[use])) for use in uses)
-        return {int(self._record_of[use]): f"image {key!r}: {broken[key]}" for use, key in zip(uses, keys, strict=True)}
+        return {
+            int(self._record_of[use]): broken[key] if key in broken[key] else f"image {key!r}: {broken[key]}"
+            for use, key in zip(uses, keys, strict=True)
+        }
 
 
 def survey(
