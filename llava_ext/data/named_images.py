@@ -82,7 +82,7 @@ def _as_names(value: object, field: str) -> list[str]:
         if is_empty(name):
             raise ValueError(f"{field}: image {number} of {len(several)} is empty")
         if not isinstance(name, str):
-            raise ValueError(f"{field}: expected paths, got a {type(name).__name__}")
+            raise ValueError(f"{field}: expected paths, got {type(name).__name__}")
         names.append(name)
     return names
 

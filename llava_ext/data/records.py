@@ -225,7 +225,7 @@ def _check_counts(messages: Sequence[dict], num_images: int) -> None:
     found = len(_by_assistant(messages))
     if found != num_images:
         remedy = (
-            "'image' and 'images' are missing or empty, and text may not hold it"
+            "'image' and 'images' are missing or empty; write \\<image> for the text <image>"
             if not num_images
             else f"write {LLAVA_IMAGE} where each image belongs"
         )
