@@ -83,7 +83,7 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"image": "a.png", "conversations": turns("no placeholder", "a")}, "0 <image> .* 1 images"),
         ({"conversations": turns("<image>", "a")}, "1 <image> .* 0 images"),
         ({"conversations": turns("half \ud83d", "a")}, "turn 0 is no Unicode text"),
-        ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got a int"),
+        ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got int"),
         ({"image": "b.png", "conversations": turns("<image>", "a")}, "'b.png' not found"),
         ({"image": "a.png", "conversations": turns("<image>", "a"), "drawn": [True]}, "outside the assistant's turns"),
         ({"image": "a.png", "conversations": turns("a", "<image>"), "drawn": [1]}, r"for each of 1 images, got \[1\]"),
