@@ -94,7 +94,7 @@ def test_an_image_that_cannot_be_written_leaves_the_conversation_as_it_was(chat,
 def test_a_folder_that_cannot_be_written_to_is_named_at_once(model_folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["chat", "hi", "--model", str(model_folder), "-o", str(tmp_path / "file" / "x")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_after_an_error_the_conversation_is_as_before(tiny_mllm):

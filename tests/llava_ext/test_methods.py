@@ -169,9 +169,7 @@ def test_qlora_keeps_the_backbone_in_four_bits_and_nothing_else(recipe, tmp_path
     import bitsandbytes
 
     def kinds():
-        config = StageConfig(
-            **train.recipe_values(str(recipe), StageConfig, {"output_dir": str(tmp_path), "bits": 4, **LORA})
-        )
+        config = StageConfig(**train.stage_values(str(recipe), {"output_dir": str(tmp_path), "bits": 4, **LORA}))
         model, _ = train.build_model(config)
         layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
         quantized = {name.split(".")[0] for name, m in layers if isinstance(m, bitsandbytes.nn.Linear4bit)}
@@ -268,7 +266,7 @@ def test_every_parameter_is_in_one_group_with_its_part_s_learning_rate(recipe, t
 
 
 def _optimizer_groups(recipe, output, overrides):
-    values = train.recipe_values(str(recipe), StageConfig, {"output_dir": str(output), "deepspeed": None, **overrides})
+    values = train.stage_values(str(recipe), {"output_dir": str(output), "deepspeed": None, **overrides})
     config = StageConfig(**values)
     model, processor = train.build_model(config)
     model = train.ready_to_train(model, config)
@@ -316,7 +314,7 @@ def test_gradient_checkpointing_changes_no_loss(recipe, tmp_path, engine, method
 def test_gradient_checkpointing_reaches_every_layer_of_the_backbone(recipe, tmp_path):
     def layers():
         overrides = {"output_dir": str(tmp_path), "gradient_checkpointing": "true", "deepspeed": None}
-        config = StageConfig(**train.recipe_values(str(recipe), StageConfig, overrides))
+        config = StageConfig(**train.stage_values(str(recipe), overrides))
         model, _ = train.build_model(config)
         model = train.ready_to_train(model, config)
         model.gradient_checkpointing_enable()
