@@ -213,7 +213,6 @@ def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
         ("a ring", {"seed": -5}, "the seed must lie in 0"),
         ("a ring", {"answer": "music"}, "music"),
         ("a ring", {"schedule": "quadratic"}, "quadratic"),
-        ("<|image_pad|>", {}, "the text holds &lt;|image_pad|&gt;"),  # the page renders messages as HTML
     ],
 )
 def test_bad_messages_are_answered_by_an_error_and_the_page_goes_on(ask, text, settings, message):
@@ -221,6 +220,15 @@ def test_bad_messages_are_answered_by_an_error_and_the_page_goes_on(ask, text, s
         ask(text, **settings)
     assert message in str(refused.value)
     assert ask("a ring")["role"] == "assistant"
+
+
+def test_text_in_errors_is_escaped_because_the_page_renders_html(ask, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("the text holds <b>")
+
+    monkeypatch.setattr("llava_ext.commands.answering.Conversation.ask", refuse)
+    with pytest.raises(AppError, match="the text holds &lt;b&gt;"):
+        ask("a ring")
 
 
 @pytest.mark.parametrize("kind", broken_pictures())
