@@ -207,7 +207,7 @@ def matching_files(spec: str) -> list[Path]:
         ValueError: some of the names that braces spell out do not exist, or one is a pipe or a device.
     """
     found, missing, special = [""], [], Counter()
-    for part in Path(local_path(spec)).parts:
+    for part in Path(local_path(spec)).parts or (".",):
         inside = []
         for base in found:
             if literal := existing(base, part):

@@ -142,6 +142,13 @@ def test_home_and_file_urls_are_paths(tmp_path, monkeypatch):
             matching_files(spec)
 
 
+@pytest.mark.parametrize("spec", [".", "./", "../{name}"])
+def test_the_working_folder_is_a_folder(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(write(tmp_path, "a.json"))
+    (found,) = matching_files(spec.format(name=tmp_path.name))
+    assert found.samefile(tmp_path) and matching_files("./a.json") == [Path("a.json")]
+
+
 def test_pipes_are_refused_where_they_are_named_and_skipped_in_patterns(tmp_path, caplog):
     write(tmp_path, "a.json")
     os.mkfifo(tmp_path / "p.json")
