@@ -30,7 +30,7 @@ IRRELEVANT = frozenset(
 APPLIED = frozenset(
     """
     max_steps num_train_epochs max_grad_norm attn_implementation gradient_checkpointing gradient_checkpointing_kwargs
-    activation_checkpointing activation_checkpointing_kwargs tf32 use_cpu deepspeed
+    activation_checkpointing activation_checkpointing_kwargs tf32 use_cpu deepspeed image_generation
     """.split()
 )
 # On resume: paths that may change as long as what lies there is the same.
@@ -38,12 +38,13 @@ BY_CONTENT = frozenset("data_path image_folder model_name_or_path vision_tower".
 # On resume: the checkpoint's optimizer, schedule or order of data would contradict them.
 REJECTED = frozenset(
     """
-    data_weights caption_task model_max_length prompt_dropout tune_projectors tune_image_head tune_language_model
-    image_head residual_embeddings head_hidden_size head_num_layers head_num_heads mm_projector_lr image_head_lr
-    language_model_lr lora_enable lora_r lora_alpha lora_dropout bits quant_type double_quant group_by_modality_length
-    packing text_loss_weight image_loss_weight group_lengths warmup_ratio per_device_train_batch_size learning_rate
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    gradient_accumulation_steps bf16 fp16 full_determinism seed dataloader_drop_last
+    data_weights caption_task model_max_length prompt_dropout tune_projectors tune_read_projector
+    tune_write_projector tune_image_head tune_language_model image_head residual_embeddings head_hidden_size
+    head_num_layers head_num_heads mm_projector_lr image_head_lr language_model_lr lora_enable lora_r lora_alpha
+    lora_dropout bits quant_type double_quant group_by_modality_length packing text_loss_weight image_loss_weight
+    group_lengths warmup_ratio per_device_train_batch_size learning_rate lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps bf16 fp16
+    full_determinism seed dataloader_drop_last
     """.split()
 )
 
