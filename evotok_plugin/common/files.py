@@ -297,9 +297,9 @@ class OwnedFolder:
         moved = self.files(entry for entry in self.entries if entry not in kept)
         if not moved:
             return None
-        if self._aside.exists():
+        if self._aside.exists() and any(path.name != f"{MARKER}.tmp" for path in self._aside.iterdir()):
             raise ValueError(f"{self._aside} is there already; move it away")
-        self._aside.mkdir()
+        self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
         names = [str(path.relative_to(self.path)) for path in moved]
         record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
         _write_json(self._aside / MARKER, record)

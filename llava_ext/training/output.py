@@ -133,6 +133,7 @@ def begin(config: StageConfig, values: Mapping[str, Any], plan: Plan, facts: Map
     Under `overwrite` the run that is there is moved aside: `ReplacedRun` deletes it after the first step.
     """
     folder = Path(config.output_dir)
+    barrier()  # no process is still looking at the folder as it was
     if config.process_index == 0:
         owned = owned_folder(folder)
         if config.overwrite and owned.files():

@@ -115,6 +115,18 @@ def test_a_replaced_run_comes_back_or_goes(run):
     assert not OwnedFolder(run.path).restore() and (run.path / "weights").read_text() == "new"
 
 
+def test_a_folder_that_was_killed_before_its_marker_is_no_obstacle(run):
+    (run.path / ".replaced").mkdir()
+    assert run.move_aside() and names(run.path / ".replaced") == [MARKER, "logs/a.log", "weights"]
+
+
+def test_files_of_the_user_in_the_way_of_replaced_ones_stay(run):
+    (run.path / ".replaced").mkdir()
+    (run.path / ".replaced" / "mine").touch()
+    with pytest.raises(ValueError, match="is there already; move it away"):
+        run.move_aside()
+
+
 def test_folders_that_hold_more_than_a_run_are_not_replaced(tmp_path, monkeypatch):
     work, home = tmp_path / "work", tmp_path / "home"
     for folder in (work / "out", home):
