@@ -15,7 +15,15 @@ from evotok_plugin.processes import Processes
 from evotok_plugin.recipes import as_plain
 from evotok_plugin.training.checkpoints import RUN_FILES, checkpoints, describe_run, owned_folder, step_of
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from evotok_plugin.training.resume import Change, changes, read_recipe, reject, write_recipe
+from evotok_plugin.training.resume import (
+    Change,
+    changed_contents,
+    changes,
+    read_recipe,
+    reject,
+    sample_contents,
+    write_recipe,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +88,19 @@ class TokenizerOutput:
     def _state(self, checkpoint: Path) -> str:
         return f"a run at step {step_of(checkpoint)}"
 
-    def begin(self, **facts: str | None) -> None:
+    def begin(self, images: list[str], **facts: str | None) -> None:
         """Make the folder ready for the first step, once everything has been checked.
 
         Args:
-            facts: what identifies the run's inputs, by the names of their settings.
+            images: `contents_of` the images.
+            facts: what else identifies the run's inputs, by the names of their settings.
 
         Raises:
             ValueError: the run that is resumed had other inputs.
         """
         found = [] if self._config.overwrite else checkpoints(self._folder)
         if found:
-            self._check_inputs(found[-1], facts)
+            self._check_inputs(found[-1], facts, images)
         self._processes.barrier()
         if self._processes.is_first:
             owned = owned_folder(self._folder)
@@ -101,18 +110,19 @@ class TokenizerOutput:
                 self._is_replacing = True
                 logger.warning("%s holds %s; moved to %s until the first step has succeeded", self._folder, said, aside)
             owned.claim(*RUN_FILES)
-            owned.note(**facts)
+            owned.note(**facts, images=images)
             saved = {name: value for name, value in as_plain(self._config).items() if name != "overwrite"}
             write_recipe(self._folder, saved, self._applied, step_of(found[-1]) if found else 0)
         self._processes.barrier()
 
-    def _check_inputs(self, checkpoint: Path, facts: dict[str, str | None]) -> None:
+    def _check_inputs(self, checkpoint: Path, facts: dict[str, str | None], images: list[str]) -> None:
         before = owned_folder(self._folder).facts
         different = [
             Change(name, before[name], facts[name]) for name in facts if before.get(name, facts[name]) != facts[name]
         ]
         if not before:  # a run that was made before inputs were recorded: only their paths are known
             different += self._moved
+        different = different or changed_contents(before.get("images"), images)
         reject(different, self._folder, self._state(checkpoint))
         for change in self._moved:
             logger.info("%s, with the same content", change)
@@ -144,16 +154,24 @@ def _full_paths(values: dict) -> dict:
 
 
 def identity_of(sources: Sequence[ImageSource]) -> str:
-    """What identifies the images of a run: how many there are, and a digest of their names and, of files, sizes (of
-    20000 a source, evenly spread, where there are more)."""
+    """What identifies the images of a run by name: how many there are, and a digest of their names (of 20000 a source,
+    evenly spread, where there are more)."""
     digest = hashlib.sha256()
     for source in sources:
         count = min(len(source), _DIGESTED_IMAGES)
         for index in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
-            key = source.key(index)
-            size = os.path.getsize(key) if os.path.isfile(key) else ""
-            digest.update(f"{key} {size}\n".encode(errors="surrogateescape"))
+            digest.update(f"{source.key(index)}\n".encode(errors="surrogateescape"))
     return f"{sum(map(len, sources))} images, digest {digest.hexdigest()[:16]}"
+
+
+def contents_of(sources: Sequence[ImageSource]) -> list[str]:
+    """What identifies the images of a run by content (`sample_contents`), source after source."""
+    return [
+        digest
+        for source in sources
+        if hasattr(source, "content")
+        for digest in sample_contents(source.content, range(len(source)))
+    ]
 
 
 def fingerprint_of(teacher: nn.Module | None) -> str | None:

@@ -4,14 +4,21 @@
 comments at its top, so that the file never claims what did not happen.
 """
 
-from collections.abc import Collection, Iterable
+import hashlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+logger = logging.getLogger(__name__)
+
 RECIPE = "recipe.yaml"
+_LOOKED_AT = 256
+_REPAIRED = 0.1  # share of images that may differ: broken ones that were replaced
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,35 @@ def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
             f"{folder} holds {what}, trained with other settings: {'; '.join(listed)}. Pass the same settings to "
             "resume it, choose another --output_dir, or pass --overwrite true to begin anew"
         )
+
+
+def sample_contents(content: Callable[[int], bytes], indices: Sequence[int]) -> list[str]:
+    """Short digests of the files of up to 256 images, evenly spread; "" for one that cannot be read.
+
+    Args:
+        content: the file of the image of an index.
+    """
+    places = np.linspace(0, len(indices) - 1, min(len(indices), _LOOKED_AT)).round().astype(int)
+    return [_digest_of(content, int(indices[place])) for place in places]
+
+
+def _digest_of(content: Callable[[int], bytes], index: int) -> str:
+    try:
+        return hashlib.sha256(content(index)).hexdigest()[:8]
+    except (ValueError, TypeError):  # a row without the image
+        return ""
+
+
+def changed_contents(before: Sequence[str] | None, now: Sequence[str]) -> list[Change]:
+    """Whether images are others under the same names, by `sample_contents`; a few are reported and tolerated."""
+    if before is None or len(before) != len(now):
+        return []  # unknown, or the number of images says so
+    different = sum(was != digest for was, digest in zip(before, now, strict=True))
+    if different <= _REPAIRED * len(now):
+        if different:
+            logger.warning("%d of %d images looked at have changed since the run began", different, len(now))
+        return []
+    return [Change("images", f"{len(now)} looked at", f"{different} of them with other content under the same names")]
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:

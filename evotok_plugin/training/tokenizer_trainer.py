@@ -44,7 +44,7 @@ from evotok_plugin.training.checkpoints import (
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
 from evotok_plugin.training.objective import TokenizerObjective
-from evotok_plugin.training.output import TokenizerOutput, fingerprint_of, identity_of
+from evotok_plugin.training.output import TokenizerOutput, contents_of, fingerprint_of, identity_of
 from evotok_plugin.training.reporters import check_reporters
 from evotok_plugin.training.teacher import teacher_features
 from evotok_plugin.training.weights_ema import WeightsEMA
@@ -227,7 +227,8 @@ class TokenizerTrainer:
         Raises:
             ValueError: a loss that is no number or has exploded, too many broken images, a full disk.
         """
-        self._output.begin(data=identity_of(self._sources), teacher=fingerprint_of(self.objective.teacher))
+        teacher = fingerprint_of(self.objective.teacher)
+        self._output.begin(contents_of(self._sources), data=identity_of(self._sources), teacher=teacher)
         try:
             if not self._load_checkpoint():
                 self._init_codebooks()

@@ -59,6 +59,15 @@ class RecordTable(Sequence[Record]):
         source, row, number = self._places[index].tolist()
         return _name(self._sources[source], row, number)
 
+    def image_content(self, index: int) -> bytes:
+        """The file of a record's first image.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        source, row, _ = self._places[index].tolist()
+        return self._sources[source].content(row, 0)
+
     def without(self, left_out: np.ndarray) -> "RecordTable":
         """The others of them; `left_out` (len,) is a mask."""
         kept = (values[~left_out] for values in (self._places, self.kinds, self.reads, self.lengths))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from evotok_plugin.recipes import recipe_values
-from evotok_plugin.training.resume import Change, changes
+from evotok_plugin.training.resume import Change, changed_contents, changes, sample_contents
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
+from llava_ext.data.records import KINDS
+from llava_ext.data.survey import RecordTable
 from llava_ext.training.config import StageConfig
 from llava_ext.training.honored import REJECTED as WITHOUT_EFFECT
 from llava_ext.training.honored import check_honored
@@ -135,7 +137,7 @@ def content_changes(
     ]
     if not at_hand or not before:
         different += moved
-    return different
+    return different or changed_contents(before.get("images"), now.get("images", ()))
 
 
 def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
@@ -147,6 +149,12 @@ def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
         record = records[index]
         digest.update(repr((record.messages, record.images, record.drawn)).encode())
     return f"{len(records)} records, digest {digest.hexdigest()[:16]}"
+
+
+def contents_of(records: RecordTable) -> list[str]:
+    """What identifies the images of a run by content: `sample_contents` of records that have some."""
+    with_images = np.flatnonzero(records.reads | (records.kinds == KINDS.index("draw")))
+    return sample_contents(records.image_content, with_images)
 
 
 def check_new_parts(values: Mapping[str, Any], model: EvoTokLlavaConfig, folder: str | Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,7 +50,7 @@ from llava_ext.training.llava_flags import translate
 from llava_ext.training.output import ReplacedRun, begin, check_inputs, plan_output, restore_replaced
 from llava_ext.training.parts import choose_trainable, freezes_tables, learning_rates, part_of, size_of
 from llava_ext.training.samples import check_parts_have_samples, counts_in_words, samples_of_parts
-from llava_ext.training.settings import check_new_parts, inputs_of, stage_values
+from llava_ext.training.settings import check_new_parts, contents_of, inputs_of, stage_values
 from llava_ext.training.trainer import EvoTokTrainer
 from llava_ext.training.zero import whole_models, zero_stage
 
@@ -116,6 +117,8 @@ def run_stage(recipe: str, overrides: dict) -> None:
             config.output_dir,
             plan.finished_steps,
         )
+        for change in plan.applied:
+            logger.info("  %s (without effect on a finished run)", change)
         return
     check_length(config.model_name_or_path, config.model_max_length)
     trainer, facts = prepare_training(config, values)
@@ -138,7 +141,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
         logger.info("finished %d steps in %.0f s", steps, seconds)
 
 
-def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, dict[str, str]]:
+def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, dict[str, Any]]:
     """The trainer with model and data, and the facts that identify its inputs."""
     transformers.set_seed(config.seed)
     model, processor = build_model(config)
@@ -154,6 +157,7 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
     check_parts_have_samples(model, config, dataset)
     facts = {
         "data": inputs_of(dataset.records, dataset.kinds, dataset.lengths),
+        "images": contents_of(dataset.records),
         "tower": model.vision_tower.fingerprint(),
     }
     if any(Path(source).glob("model*.safetensors")):

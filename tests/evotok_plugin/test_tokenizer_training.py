@@ -381,6 +381,25 @@ def test_another_setting_or_other_images_are_refused_on_resume(scene_folder, tmp
     )
 
 
+def test_images_of_the_same_names_are_told_apart_by_content_on_resume(scene_folder, tmp_path, caplog):
+    folders = [tmp_path / name for name in ("first", "moved", "others")]
+    images = sorted((scene_folder / "val" / "images").iterdir())
+    for folder, shift in zip(folders, (0, 0, 1), strict=True):
+        folder.mkdir()
+        for number in range(20):
+            (folder / f"{number}.png").write_bytes(images[(number + shift) % len(images)].read_bytes())
+    first, moved, others = ({"data": [str(folder)], "val_fraction": 0} for folder in folders)
+    run = tmp_path / "run"
+    TokenizerTrainer(config(scene_folder, run, max_steps=1, **first)).run()
+    before = files(run)
+    with pytest.raises(ValueError, match="images: 20 looked at before, 20 of them with other content"):
+        TokenizerTrainer(config(scene_folder, run, max_steps=2, **others)).run()
+    assert files(run) == before
+    (folders[1] / "3.png").write_bytes(images[5 % len(images)].read_bytes())  # as a broken image that was replaced
+    TokenizerTrainer(config(scene_folder, run, max_steps=2, **moved)).run()
+    assert "1 of 20 images looked at have changed" in caplog.text
+
+
 def test_overwriting_replaces_the_run_alone_and_only_after_a_step(scene_folder, tmp_path):
     run = tmp_path / "run"
     TokenizerTrainer(config(scene_folder, run, max_steps=2)).run()

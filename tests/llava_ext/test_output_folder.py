@@ -141,7 +141,7 @@ def test_changed_records_at_the_same_path_are_noticed_and_moved_ones_are_not(rec
     said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     records = [{"id": str(i), "conversations": said} for i in range(9)]
     data.write_text(json.dumps(records))
-    settings = {**PLAIN, "data_path": [str(data)]}
+    settings = {**PLAIN, "data_path": [str(data)], "tune_projectors": False, "tune_image_head": False}
     run_forked(run, recipe, tmp_path / "run", settings)
     moved = data.rename(tmp_path / "moved.json")
     run_forked(run, recipe, tmp_path / "run", {**settings, "data_path": [str(moved)], "max_steps": 3})
@@ -151,6 +151,28 @@ def test_changed_records_at_the_same_path_are_noticed_and_moved_ones_are_not(rec
     unfinished(tmp_path / "run")
     with pytest.raises(RuntimeError, match="data: 9 records, digest .* before, 9 records, digest .* now"):
         run_forked(run, recipe, tmp_path / "run", {**settings, "max_steps": 4})
+
+
+def test_other_images_of_the_same_names_are_noticed(recipe, scene_folder, tmp_path):
+    folders = [tmp_path / name for name in ("first", "others")]
+    images = sorted((scene_folder / "train" / "images").iterdir())
+    for folder, shift in zip(folders, (0, 1), strict=True):
+        folder.mkdir()
+        for number in range(8):
+            (folder / f"{number}.png").write_bytes(images[number + shift].read_bytes())
+    said = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
+    draw = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<image>"}]
+    rows = [{"id": str(i), "image": f"{i}.png", "conversations": (said, draw)[i % 2]} for i in range(8)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    settings = {**PLAIN, "data_path": [str(data)], "code_cache": str(tmp_path / "codes")}
+    run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[0])})
+    with pytest.raises(RuntimeError, match="images: 8 looked at before, 8 of them with other content"):
+        run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[1]), "max_steps": 3})
+    folders[0].rename(tmp_path / "moved")
+    moved = {**settings, "image_folder": str(tmp_path / "moved"), "max_steps": 3}
+    run_forked(run, recipe, tmp_path / "run", moved)
+    assert finished_facts(tmp_path / "run")["steps"] == 3
 
 
 def test_more_steps_continue_a_finished_run_and_the_recipe_says_since_when(recipe, finished):
