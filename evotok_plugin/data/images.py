@@ -157,7 +157,10 @@ def _located(text: str) -> bytes | str:
             return unquote_to_bytes(content)
         return _from_base64(unquote(content))
     if scheme == "file" and text[5:7] == "//":
-        return unquote(urlsplit(text).path)
+        url = urlsplit(text)
+        if url.netloc not in ("", "localhost"):
+            raise ValueError(f"it is a file of host {url.netloc!r}, and only local files are read")
+        return unquote(url.path)
     if _BASE64.fullmatch(text) and not os.path.lexists(text[:4096]):
         return _from_base64(text)
     return text

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from llava_ext.checkpointing import write_folder
 from llava_ext.commands.answering import Conversation
@@ -119,8 +119,12 @@ class Pictures:
 
 
 def _path(where: str) -> Path:
-    """Of a path or a file:// URL, as file managers paste them."""
-    return Path(unquote(urlsplit(where).path) if where.lower().startswith("file://") else where).expanduser()
+    """Of a path or a file:// URL, as file managers paste them.
+
+    Raises:
+        ValueError: a URL of something that is not on this machine.
+    """
+    return Path(local_path(where))
 
 
 def _unquoted(where: str) -> str:

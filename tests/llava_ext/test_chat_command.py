@@ -193,6 +193,11 @@ def test_paths_in_a_line_are_recognised(picture, tmp_path, monkeypatch):
         assert (found[0], len(found[1])) == (text, count), line
 
 
+def test_a_file_of_another_host_is_not_looked_for_here(picture):
+    with pytest.raises(ValueError, match="only local files are read"):
+        Pictures(allow_urls=False).open(f"file://server{picture}")
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
