@@ -7,7 +7,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,13 @@ class ReadingOptions:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None  # the model's own
     until: tuple[str, ...] = ()
 
     def generate_kwargs(self) -> dict[str, Any]:
         sampled = self.temperature > 0 if self.do_sample is None else self.do_sample
         kwargs = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampled}
-        if self.repetition_penalty != 1.0:
+        if self.repetition_penalty is not None:
             kwargs["repetition_penalty"] = self.repetition_penalty
         if sampled:
             kwargs |= {"temperature": self.temperature or 1.0, "top_k": self.top_k, "top_p": self.top_p}
@@ -119,20 +118,6 @@ _KINDS = {"text": ReadingOptions, "image": DrawingOptions, "reconstruction": Rec
 def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The entries that are options of `kind`."""
     return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
-
-
-def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of drawing from flags and YAML: numbers may come as text, several, one a level, as a list."""
-
-    def number(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return tuple(map(number, value))
-        with suppress(TypeError, ValueError):
-            return float(value) if not isinstance(value, bool) else value
-        return value
-
-    words = ("guidance_schedule", "negative_prompt")
-    return {name: value if name in words else number(value) for name, value in settings.items()}
 
 
 def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
@@ -217,7 +202,7 @@ class EvoTokLmms(lmms):
             "top_p": top_p,
             "min_p": min_p,
         }
-        asked = Drawing(**_numbers(asked))
+        asked = Drawing(**asked)
         pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
@@ -317,7 +302,7 @@ class EvoTokLmms(lmms):
         if kind is DrawingOptions:
             known = _known(DrawingOptions, gen_kwargs)
             num_images = known.pop("num_images", DrawingOptions.num_images)
-            settings = Drawing(**{**self.drawing, **_numbers(known)}).completed().settings()
+            settings = Drawing(**{**self.drawing, **known}).completed().settings()
             return DrawingOptions(num_images=num_images, **settings)
         known = _known(ReadingOptions, gen_kwargs)
         if known.get("do_sample") and known.get("temperature") == 0:

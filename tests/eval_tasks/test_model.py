@@ -93,7 +93,7 @@ def test_only_known_generation_kwargs_arrive(make_lm, instance):
         "until": "###", "max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1,
         "do_sample": False, "image_aspect_ratio": "original",
     }  # fmt: skip
-    sampled = {"max_new_tokens": 5, "temperature": 0.7, "until": []}
+    sampled = {"max_new_tokens": 5, "temperature": 0.7, "until": [], "repetition_penalty": 1.0}
     requests = [
         instance(lm, "read", 0, "x", upstream),
         instance(lm, "read", 1, "x", sampled),
@@ -104,6 +104,7 @@ def test_only_known_generation_kwargs_arrive(make_lm, instance):
     greedy, drawn = lm._model.generate_kwargs, lm._model.draw_kwargs
     assert greedy[0] == {"max_new_tokens": 5, "num_beams": 1, "do_sample": False}
     assert greedy[1]["do_sample"] and greedy[1]["temperature"] == 0.7
+    assert greedy[1]["repetition_penalty"] == 1.0  # replaces the model's own
     assert [call["guidance_scale"] for call in drawn] == [5, 2.0]
     assert [call["temperature"] for call in drawn] == [0.5, 0.5]
 
@@ -129,8 +130,11 @@ def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance
     plain = recorded("a", {})
     assert plain["guidance_scale"] == 1.5 and plain["temperature"] == [0.5, 1.0, 1.0, 1.0] and plain["top_p"] == 1.0
     assert recorded("b", {}, guidance_scale=3, top_k=0) == {**plain, "guidance_scale": 3.0, "top_k": 0}
-    assert recorded("c", {"temperature": 1, "top_k": "2"}) == {**plain, "temperature": 1.0, "top_k": 2}
-    with pytest.raises(ValueError, match="0 < top_p <= 1"):
+    levels = [1, 0.5, 0.5, 0.5]
+    assert recorded("c", {"temperature": levels, "top_k": 2.0}) == {**plain, "temperature": levels, "top_k": 2}
+    with pytest.raises(ValueError, match="top_k must be a whole number, got '2'"):
+        recorded("d", {"top_k": "2"})
+    with pytest.raises(ValueError, match="top_p must be from 0 to 1"):
         recorded("d", {"top_p": 7})
 
 
