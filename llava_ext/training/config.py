@@ -185,8 +185,17 @@ class StageConfig(TrainingArguments):
 
 
 def new_head_settings(config: StageConfig) -> dict[str, Any]:
-    """What the run says of a new model's image head, by the names of `EvoTokLlavaConfig`."""
+    """What the run says of a new model's image head, by the names of `EvoTokLlavaConfig`.
+
+    Raises:
+        ValueError: a setting of the other kind of head.
+    """
     said = {name: getattr(config, name) for name in HEAD_SETTINGS}
+    if said["residual_embeddings"] is not None and said["image_head"] != "flat":
+        raise ValueError(
+            "residual_embeddings has no effect on a depth transformer; pass --image_head flat, or "
+            "--residual_embeddings none"
+        )
     return {name: getattr(EvoTokLlavaConfig, name) if value is None else value for name, value in said.items()}
 
 

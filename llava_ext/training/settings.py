@@ -51,8 +51,15 @@ REJECTED = frozenset(
 )
 
 _DIGESTED_RECORDS = 20_000
-_LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
-_QUANTIZATION_FLAGS = ("quant_type", "double_quant")
+# Flags that have no effect unless another setting has one of these values.
+_NEED = (
+    (("lora_r", "lora_alpha", "lora_dropout"), {"lora_enable": True}),
+    (("quant_type", "double_quant"), {"bits": 4}),
+    (("image_head_lr",), {"tune_image_head": True}),
+    (("language_model_lr",), {"tune_language_model": True, "lora_enable": True}),
+    (("group_lengths",), {"group_by_modality_length": True}),
+    (("group_lengths", "group_by_modality_length"), {"packing": False}),
+)
 
 
 def stage_values(
@@ -82,10 +89,13 @@ def stage_values(
         else:
             raise ValueError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
     check_honored(values, StageConfig)
-    for flags, setting, needed in ((_LORA_FLAGS, "lora_enable", True), (_QUANTIZATION_FLAGS, "bits", 4)):
+    for flags, needed in _NEED:
+        if any(values.get(name, getattr(StageConfig, name)) == value for name, value in needed.items()):
+            continue
         for flag in flags:
-            if flag in overrides and values.get(setting) != needed:
-                raise ValueError(f"--{flag} has no effect without --{setting} {str(needed).lower()}")
+            if flag in overrides and values[flag] not in (None, False):  # off is what it is anyway
+                remedy = " or ".join(f"--{name} {str(value).lower()}" for name, value in needed.items())
+                raise ValueError(f"--{flag} has no effect without {remedy}")
     return values
 
 

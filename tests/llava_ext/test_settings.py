@@ -68,6 +68,35 @@ def test_flags_of_adapters_need_adapters():
     assert settings.stage_values("finetune_qlora", {"quant_type": "fp4", "lora_r": "8"})["lora_r"] == 8
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_head_lr": "1e-3", "tune_image_head": "false"}, "--image_head_lr .* without --tune_image_head true"),
+        (
+            {"language_model_lr": "1e-3", "tune_language_model": "false"},
+            "--language_model_lr .* without --tune_language_model true or --lora_enable true",
+        ),
+        ({"group_lengths": "true", "group_by_modality_length": "false"}, "--group_lengths .*--group_by_modality"),
+        ({"group_by_modality_length": "true", "packing": "true"}, "--group_by_modality_length .* --packing false"),
+    ],
+)
+def test_a_flag_that_another_one_switches_off_is_refused(given, message):
+    with pytest.raises(ValueError, match=message.replace(" .* ", " has no effect .*")):
+        settings.stage_values("finetune", given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"language_model_lr": "1e-3", "tune_language_model": "false", "lora_enable": "true"},
+        {"group_by_modality_length": "false", "packing": "true"},
+        {"image_head_lr": "none", "tune_image_head": "false"},
+    ],
+)
+def test_flags_that_agree_are_accepted(given):
+    settings.stage_values("finetune", given)
+
+
 def test_epochs_and_steps_replace_each_other():
     said = []
     values = settings.stage_values("finetune", {"num_train_epochs": "1"}, said.append)
