@@ -187,7 +187,7 @@ class EvoTokConfig(PreTrainedConfig):
         if not self.semantic_decoder_trained:
             raise ValueError(
                 f"the semantic decoder of {what} was not trained (it learned pixels without a teacher), so images "
-                "cannot be read through it; resume its training with --teacher FOLDER --semantic_weight 1"
+                "cannot be read through it; train one with --teacher FOLDER --semantic_weight 1"
             )
 
     @property

@@ -208,6 +208,7 @@ class OwnedFolder:
         if marker is None:
             marker = {"program": PROGRAM, "entries": sorted(set(legacy(self.path))) if legacy else []}
         self._marker = marker
+        self._marker.setdefault("entries", [])
         self._marker.setdefault("facts", {})
 
     @property

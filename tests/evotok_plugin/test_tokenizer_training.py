@@ -512,5 +512,7 @@ def test_a_tokenizer_says_whether_its_semantic_decoder_was_trained(scene_folder,
     TokenizerTrainer(config(scene_folder, tmp_path, max_steps=2)).run()
     assert trained() is False
     with_teacher = {"teacher": str(teacher_folder), "semantic_weight": 1.0}
-    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=4, **with_teacher)).run()
+    with pytest.raises(ValueError, match="semantic_weight: 0 before, 1.0 now"):  # Adam knows nothing of it
+        TokenizerTrainer(config(scene_folder, tmp_path, max_steps=4, **with_teacher)).run()
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1, overwrite=True, **with_teacher)).run()
     assert trained() is True
