@@ -22,7 +22,7 @@ from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
 from llava_ext.generation.previews import preview
-from llava_ext.generation.steps import Steps, check_room, step_limit
+from llava_ext.generation.steps import Steps, check_room
 
 _HALF_A_CHARACTER = "\ufffd"
 
@@ -101,7 +101,7 @@ class Answers:
     ) -> None:
         """Take in the conversations (B rows) for a model in evaluation mode; the options are complete."""
         self._model, self._processor, self._options = model, processor, options
-        self._drawer, self._limit = drawer_for(model), step_limit(model.config.text_config)
+        self._drawer, self._limit = drawer_for(model), model.config.max_positions
         embeddings, mask = model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
         lengths = mask.sum(dim=1).tolist()
         prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]

@@ -6,6 +6,7 @@ G rows, T steps of a prompt, D width of the language model.
 import torch
 from torch import Tensor
 
+from llava_ext.configuration_evotok_llava import max_positions_of
 from llava_ext.generation.cache import SlotCache
 
 
@@ -137,16 +138,11 @@ def can_be_fixed(language_model) -> bool:
     return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
 
 
-def step_limit(config) -> int | None:
-    """How many steps a language model can look at; None where its configuration does not say."""
-    return getattr(config, "max_position_embeddings", None)
-
-
 def check_room(config, num_steps: int) -> None:
     """Raises:
     ValueError: the language model cannot look at so many steps.
     """
-    limit = step_limit(config)
+    limit = max_positions_of(config)
     if limit is not None and num_steps > limit:
         raise ValueError(
             f"prompt and answer take {num_steps} steps, but the language model sees {limit}; shorten the prompt or the "

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
 
-from llava_ext.generation.steps import check_room, step_limit
+from llava_ext.generation.steps import check_room
 
 _IMAGES = ("pixel_values", "image_codes")
 _LEFT_OVER = ("tokenizer", "assistant_tokenizer")  # of `generate`, which hands them on to every model
@@ -124,7 +124,7 @@ class TextGenerationMixin:
             width = longest = getattr(generation_config, "_mask_length", total)
         else:
             width, longest = mask.shape[1], int(mask.sum(dim=1).max())
-        limit = step_limit(self.config.text_config)
+        limit = self.config.max_positions
         check_room(self.config.text_config, longest + 1)
         excess = 0 if limit is None else longest + total - width - limit
         if excess > 0:

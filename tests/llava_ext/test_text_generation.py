@@ -187,6 +187,16 @@ def test_text_keeps_to_the_context(any_mllm, monkeypatch):
                 model.generate(**inputs, **settings)
 
 
+def test_minus_one_position_means_no_limit(any_mllm, monkeypatch):
+    model, processor = any_mllm
+    inputs = processor("a ring")
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", -1)
+    monkeypatch.setattr(model.language_model.config, "max_position_embeddings", -1)
+    for settings in ({}, {"modalities": "auto", "processor": processor}):
+        assert model.generate(**inputs, **NEW, **settings).shape[1] > inputs["input_ids"].shape[1]
+    assert len(model.generate_images("a ring", processor)) == 1
+
+
 def test_what_generate_returns_and_takes(any_mllm):
     model, processor = any_mllm
     inputs, seen = processor(["a ring", "two crosses and a ring"]), []
