@@ -10,6 +10,7 @@ import torch
 import transformers
 from stage_runs import run_forked, stage_exit, write_recipe
 
+from evotok_plugin.recipes import recipe_values
 from llava_ext.data.dataset import Collator
 from llava_ext.data.packing import PackedCollator, PackedDataset
 from llava_ext.training import train
@@ -57,7 +58,7 @@ def mixed(recipe):
 
 def prepare(recipe, overrides):
     output = tempfile.mkdtemp(dir=recipe.parent)
-    config = StageConfig(**train.recipe_values(str(recipe), StageConfig, {"output_dir": output, **SGD, **overrides}))
+    config = StageConfig(**recipe_values(str(recipe), StageConfig, {"output_dir": output, **SGD, **overrides}))
     transformers.set_seed(0)
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
