@@ -42,6 +42,7 @@ MAX_PIXELS = 89_478_485
 """Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
 number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 files.
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 
@@ -147,7 +148,7 @@ def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
 def _located(text: str) -> bytes | str:
     """Return the content that a string holds, or the path that it names."""
     scheme = text[:8].partition(":")[0].lower() if ":" in text[:8] else ""
-    if scheme in ("http", "https"):
+    if scheme != "file" and _URL.match(text):
         raise ValueError("URLs are not fetched; save the image and give its path")
     if scheme == "data":
         head, comma, content = text.partition(",")

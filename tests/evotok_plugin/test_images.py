@@ -337,6 +337,7 @@ def test_strings_that_hold_or_name_an_image(tmp_path):
         ("https://example.com/a.png", "'https://example.com/a.png' cannot be read: URLs are not fetched"),
         ("data:image/png;base64,!!!", "base64"),
         ("data:image/png", "no comma"),
+        ("gs://bucket/a.png", "'gs://bucket/a.png' cannot be read: URLs are not fetched"),
         (f"file://server{path}", "a file of host 'server', and only local files are read"),
         (str(tmp_path / "gone.png"), "gone.png' does not exist"),
         ("/data/" + "a" * 80, "does not exist"),
