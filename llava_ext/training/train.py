@@ -110,6 +110,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     config = StageConfig(**values)
     configure_logging(config)
     check_data_paths(config)
+    check_length(config.model_name_or_path, config.model_max_length)
     plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), method_of(config)))
     if plan.finished_steps:
         logger.info(
@@ -120,7 +121,6 @@ def run_stage(recipe: str, overrides: dict) -> None:
         for change in plan.applied:
             logger.info("  %s (without effect on a finished run)", change)
         return
-    check_length(config.model_name_or_path, config.model_max_length)
     trainer, facts = prepare_training(config, values)
     check_inputs(plan, config, facts)
     num_steps, checkpoint = total_steps(trainer), plan.checkpoint
