@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
 
+import torch.distributed as dist
 import yaml
 
 from llava_ext.training import train
@@ -50,6 +51,7 @@ def start_forked(function: Callable, *arguments, world_size: int = 1, watches: d
     Args:
         watches: by rank a condition and the signal that the rank sends to itself once it is met.
     """
+    assert not dist.is_initialized(), "a forked rank would wait in its parent's process group"
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), _free_port()
     ranks = [

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from stage_runs import write_recipe
+from stage_runs import run, run_forked, write_recipe
 
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
 from llava_ext.checkpointing import assemble, load_model
 from llava_ext.generation.interleaved import AnswerOptions
-from llava_ext.training.train import run_stage
 
 IN_THE_RANGE = r"tokens in the range .* the first is '<loc1>' with id .* model.resize_token_embeddings"
 
@@ -182,8 +181,8 @@ def test_an_image_that_does_not_fit_is_refused_when_parts_are_put_together(
 def test_training_longer_than_the_positions_stops_before_any_work(short, tiny_evotok_folder, tmp_path, scene_folder):
     recipe = write_recipe(tmp_path, short, tiny_evotok_folder, scene_folder)
     output = tmp_path / "out"
-    with pytest.raises(ValueError, match="model_max_length 512 is more than the 64 positions"):
-        run_stage(str(recipe), {"output_dir": str(output), "model_max_length": 512})
+    with pytest.raises(RuntimeError, match="model_max_length 512 is more than the 64 positions"):
+        run_forked(run, recipe, output, {"model_max_length": 512})
     assert not output.exists()
 
 
@@ -195,6 +194,6 @@ def test_training_with_a_grown_tokenizer_stops(tiny_mllm, tiny_evotok_folder, tm
     settings["residual_token_offset"] += 7
     (folder / "processor_config.json").write_text(json.dumps(settings))
     recipe = write_recipe(tmp_path, folder, tiny_evotok_folder, scene_folder)
-    with pytest.raises(ValueError, match="model and processor differ: residual_token_offset"):
-        run_stage(str(recipe), {"output_dir": str(tmp_path / "out")})
+    with pytest.raises(RuntimeError, match="model and processor differ: residual_token_offset"):
+        run_forked(run, recipe, tmp_path / "out")
     assert isinstance(tiny_mllm[0], EvoTokLlavaForConditionalGeneration)
