@@ -36,25 +36,34 @@ FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps
 SEED = 0
 
 
-def make(folder: Path, what: str, build: Callable[[Path], None], usable: Callable[[Path], bool] | None = None) -> None:
-    """Run `build` into a temporary folder and move it in place; a finished folder is left alone.
-
-    A folder that this program has not made is never changed: it is used as it is where `usable` says so.
+def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
+    """Say what stands in the place of a folder that this module makes: "nothing", "made" by it, or "usable" as it is.
 
     Raises:
-        ValueError: there is something else in its place.
+        ValueError: something else, which is never changed.
     """
     if (folder / DONE).is_file():
-        print(f"{what}: {folder} is there already", flush=True)
+        return "made"
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return "nothing"
+    if folder.is_dir() and usable(folder):
+        return "usable"
+    raise ValueError(
+        f"{folder} was not made by this program and does not hold what the embedded default needs there; move it away, "
+        "or choose another --workspace"
+    )
+
+
+def make(folder: Path, what: str, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> None:
+    """Run `build` into a temporary folder and move it in place; a folder that is there already is left alone.
+
+    Raises:
+        ValueError: as `check_place` raises it.
+    """
+    found = check_place(folder, usable)
+    if found != "nothing":
+        print(f"{what}: {folder} is there already{' and used as it is' if found == 'usable' else ''}", flush=True)
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if usable is not None and folder.is_dir() and usable(folder):
-            print(f"{what}: {folder} is there already and used as it is", flush=True)
-            return
-        raise ValueError(
-            f"{folder} is in the way of {what}: it was not made by this program and is not what is needed; move it "
-            "away, or choose another --workspace"
-        )
     print(f"{what} -> {folder}", flush=True)
     started = time.monotonic()
     with whole_folder(folder) as temporary:
@@ -75,6 +84,15 @@ def holds_model(*model_types: str) -> Callable[[Path], bool]:
     return check
 
 
+USABLE: dict[str, Callable[[Path], bool]] = {
+    "scenes": lambda folder: (folder / "train" / "pretrain.json").is_file(),
+    "backbone": holds_model(),
+    "teacher": holds_model("siglip_vision_model", "siglip"),
+    "evotok": holds_model("evotok"),
+}
+"""Whether a folder of the user in a step's place can be used instead of what the step makes."""
+
+
 def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
     from evotok_plugin.data.scenes import write_corpus
 
@@ -82,7 +100,7 @@ def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
         workspace / "scenes",
         f"drawing {sizes.num_train} scenes",
         lambda out: write_corpus(out, sizes.num_train, sizes.num_val, SEED),
-        lambda folder: (folder / "train" / "pretrain.json").is_file(),
+        USABLE["scenes"],
     )
 
 
@@ -95,7 +113,7 @@ def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
         tokenizer = train_text_tokenizer(texts, out)
         train_backbone(tokenizer, out, sizes.backbone_steps, SEED)
 
-    make(workspace / "backbone", "training the BPE and the text backbone", build, holds_model())
+    make(workspace / "backbone", "training the BPE and the text backbone", build, USABLE["backbone"])
 
 
 def _run(*arguments: str) -> None:
@@ -111,7 +129,7 @@ def make_teacher(workspace: Path, sizes: EmbeddedSizes) -> None:
             "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out),
             "--max_steps", str(sizes.teacher_steps),
         ),
-        holds_model("siglip_vision_model", "siglip", "siglip2_vision_model", "siglip2"),
+        USABLE["teacher"],
     )  # fmt: skip
 
 
@@ -124,7 +142,7 @@ def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
             "--teacher", str(workspace / "teacher"), "--output_dir", str(out),
             "--max_steps", str(sizes.tokenizer_steps),
         ),
-        holds_model("evotok"),
+        USABLE["evotok"],
     )  # fmt: skip
 
 
@@ -176,9 +194,11 @@ def main(argv: list[str] | None = None) -> int:
         workspace = Path(arguments.workspace)
         if arguments.recipe and not all((workspace / name / DONE).is_file() for name in STEPS):
             check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *rest])
-        for name, step in STEPS.items():
-            if arguments.only in (None, name):
-                step(workspace, FAST if arguments.fast else FULL)
+        wanted = [name for name in STEPS if arguments.only in (None, name)]
+        for name in wanted:
+            check_place(workspace / name, USABLE[name])  # all of them, before minutes of work for the first
+        for name in wanted:
+            STEPS[name](workspace, FAST if arguments.fast else FULL)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

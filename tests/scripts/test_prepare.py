@@ -46,11 +46,11 @@ def test_a_step_is_done_whole_or_not_at_all(tmp_path):
         raise ValueError("stopped")
 
     with pytest.raises(ValueError, match="stopped"):
-        make(folder, "a thing", fail)
+        make(folder, "a thing", fail, holds_model())
     assert not folder.exists()
-    make(folder, "a thing", lambda out: (out / "whole").write_text("x"))
+    make(folder, "a thing", lambda out: (out / "whole").write_text("x"), holds_model())
     assert {path.name for path in folder.iterdir()} == {"whole", DONE}
-    make(folder, "a thing", fail)  # there already: not built again
+    make(folder, "a thing", fail, holds_model())  # there already: not built again
 
 
 def test_a_folder_of_the_user_is_used_or_named_and_never_deleted(tmp_path):
@@ -61,14 +61,22 @@ def test_a_folder_of_the_user_is_used_or_named_and_never_deleted(tmp_path):
     def build(out):
         raise AssertionError("nothing must be built")
 
-    with pytest.raises(ValueError, match="evotok is in the way .* --workspace"):
+    with pytest.raises(ValueError, match="evotok was not made by this program .* --workspace"):
         make(folder, "a tokenizer", build, holds_model("evotok"))
     (folder / "config.json").write_text('{"model_type": "evotok"}')
     (folder / "model.safetensors").touch()
     make(folder, "a tokenizer", build, holds_model("evotok"))
-    with pytest.raises(ValueError, match="in the way"):
+    with pytest.raises(ValueError, match="was not made by this program"):
         make(folder, "a teacher", build, holds_model("siglip_vision_model"))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_every_place_is_checked_before_the_first_step(tmp_path, capsys):
+    (tmp_path / "evotok").mkdir()
+    (tmp_path / "evotok" / "notes.txt").write_text("mine")
+    assert main(["--workspace", str(tmp_path)]) == 2
+    assert "evotok was not made by this program" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["evotok"]
 
 
 def test_flags_are_checked_before_anything_is_prepared(tmp_path, capsys):
