@@ -1,10 +1,10 @@
 """Messages as users and libraries write them, to text with the places of its images, and the pictures."""
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.images import embedded_content, is_embedded, local_file
 from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -125,25 +125,28 @@ def checked_picture(picture: object) -> object:
     """Pass a picture on to the image processor.
 
     Raises:
-        ValueError: the address of a picture on the network; nothing is downloaded.
+        ValueError: a URL of something that is not on this machine; nothing is downloaded.
     """
-    if isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://", "ftp://")):
-        raise ValueError("images are not downloaded; expected a local path, a data URI or a picture, got a web address")
+    if isinstance(picture, str) and not is_embedded(picture):
+        try:
+            local_file(picture)
+        except ValueError as error:
+            raise ValueError(f"image {shorten(picture)}: {error}") from None
     return picture
 
 
-def from_base64(text: object) -> object:
-    """The bytes of a picture given as base64; a data URI is passed on to the image processor.
+def from_base64(text: object) -> bytes:
+    """Decode a picture that is given as base64 or as a data URI.
 
     Raises:
-        ValueError: not base64.
+        ValueError: neither of them.
     """
-    if isinstance(text, str) and text.startswith("data:"):
-        return text
+    if not isinstance(text, str):
+        raise ValueError(f"expected a string under 'base64', got {_kind(text)}")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, AttributeError, ValueError):
-        raise ValueError(f"expected a picture as base64 under 'base64', got {_kind(text)} that is not base64") from None
+        return embedded_content(text, is_base64=True)
+    except ValueError as error:
+        raise ValueError(f"expected the base64 of an image under 'base64': {error}") from None
 
 
 def check_pictures(pictures: Sequence) -> None:

@@ -16,10 +16,9 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
 
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.images import IMAGE_SUFFIXES
+from evotok_plugin.data.images import IMAGE_SUFFIXES, local_file
 
 logger = logging.getLogger(__name__)
 
@@ -174,18 +173,19 @@ def report_skipped(name: str, found: Counter, what: str = "file") -> None:
 
 
 def local_path(spec: str) -> str:
-    """The path that a user means: `file://` URLs are decoded, `~` is the home folder unless a file has that name.
+    """The path that a user means: `file:` URLs are decoded, `~` is the home folder unless a file has that name.
 
     Raises:
         ValueError: the URL of something that is not on this machine.
     """
-    if spec.startswith("file:"):
-        url = urlsplit(spec)
-        if url.netloc not in ("", "localhost"):
-            raise ValueError(f"{shorten(spec)} is a file of host {shorten(url.netloc)}; only local files are read")
-        return unquote(url.path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", spec):
-        raise ValueError(f"{shorten(spec)}: only local files are read; download or mount it")
+    if spec.startswith("pipe:"):
+        raise ValueError(f"{shorten(spec)}: commands are not run; only local files are read")
+    try:
+        path = local_file(spec)
+    except ValueError as error:
+        raise ValueError(f"{shorten(spec)}: {error}") from None
+    if path != spec:
+        return path
     return os.path.expanduser(spec) if spec.startswith("~") and not os.path.lexists(spec) else spec
 
 

@@ -186,7 +186,7 @@ def test_only_regular_files_are_read(tmp_path):
         matching_files,
         lambda name: local_path(f"https://{name}"),
         lambda name: local_path(f"file://{name}"),
-        lambda name: matching_files("{exists,%s}" % name),
+        lambda name: matching_files(f"{{exists,{name}}}"),
         lambda name: refuse_compressed([Path(f"{name}.gz")]),
     ],
 )
