@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from llava_ext.image_parts import IMAGE_PARTS, picture_in_part
 from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
 
 IMAGE_TOKEN = "<|image_pad|>"
-PICTURE_KEYS = ("image", "url", "path", "base64")
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
 
 
@@ -50,8 +50,8 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
 
     A content is a string, in which `<image>` stands for an image (see `llava_ext.placeholders`), or a list of parts:
     `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under "image",
-    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}`. Parts are joined by line
-    breaks. An image without a picture gives None.
+    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}` (see
+    `llava_ext.image_parts`). Parts are joined by line breaks. An image without a picture gives None.
 
     Raises:
         ValueError: a message of another form, with content under other keys, or a picture that would have to be
@@ -94,7 +94,7 @@ def _read_content(content: object, name: str) -> tuple[list[str], list]:
 def _text_of(part: object, name: str) -> str | None:
     """The text of a text part; None for an image."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("image", "image_url"):
+    if kind in IMAGE_PARTS:
         return None
     if kind != "text":
         what = f"type {kind!r}" if isinstance(part, Mapping) else _kind(part)
@@ -105,20 +105,11 @@ def _text_of(part: object, name: str) -> str | None:
 
 
 def _picture_of(part: Mapping, name: str) -> object | None:
-    if part["type"] == "image_url":
-        url = part.get("image_url")
-        found = {"image_url": url.get("url") if isinstance(url, Mapping) else url}
-    else:
-        found = {key: part.get(key) for key in PICTURE_KEYS}
-    found = {key: picture for key, picture in found.items() if picture is not None}
-    if len(found) > 1:
-        raise ValueError(f"{name}: an image has one picture, got {' and '.join(map(repr, found))}")
-    for key, picture in found.items():
-        try:
-            return from_base64(picture) if key == "base64" else checked_picture(picture)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return None
+    try:
+        key, picture = picture_in_part(part)
+        return from_base64(picture) if key == "base64" else checked_picture(picture)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def checked_picture(picture: object) -> object:

@@ -1,6 +1,6 @@
 """The images that a row names: files of the image folder, or images in the row itself as base64."""
 
-import math
+import base64
 import os
 import stat
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import content_digest, existing, read_file, stamp_of
-from evotok_plugin.data.images import embedded_content, local_file
+from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from llava_ext.image_parts import is_empty, picture_in_part
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,9 @@ class NamedImage:
         return read_file(self.path, self.key) if self.data is None else self.data
 
 
-def is_empty(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN (as pandas writes it), "", [], {} or a list of such values."""
-    if isinstance(value, (list, tuple)):
-        return all(map(is_empty, value))
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or value == {} or (isinstance(value, (str, bytes)) and not value.strip())
-
-
 def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
-    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or a
-    `{"path": string}`. Fields that are empty count as absent.
+    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or an
+    object that holds one (`picture_in_part`). Fields that are empty count as absent.
 
     Raises:
         ValueError: names that contradict each other, or values that are not names.
@@ -71,9 +63,14 @@ def _as_names(value: object, field: str) -> list[str]:
     several = value if isinstance(value, list) else [value]
     names = []
     for number, one in enumerate(several):
-        name = one
-        if isinstance(one, dict):
-            name = next((one[key] for key in ("path", "url", "bytes") if not is_empty(one.get(key))), None)
+        try:
+            key, name = picture_in_part(one) if isinstance(one, dict) else ("", one)
+        except ValueError as error:
+            raise ValueError(f"{field}: image {number} of {len(several)}: {error}") from None
+        if isinstance(name, bytes):
+            key, name = "base64", base64.b64encode(name).decode()
+        if key == "base64" and isinstance(name, str) and not is_embedded(name):
+            name = f"data:;base64,{name}"  # base64 whose first characters do not tell that it is an image
         if is_empty(name):
             raise ValueError(f"{field}: image {number} of {len(several)} is empty")
         if not isinstance(name, str):

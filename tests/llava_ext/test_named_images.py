@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from evotok_plugin.data.files import stamp_of
-from llava_ext.data.named_images import find_image, image_names, is_empty
+from llava_ext.data.named_images import find_image, image_names
 from llava_ext.data.records import RowOptions, named_image, parse_record
+from llava_ext.image_parts import is_empty
 
 
 def png(value=0):
@@ -32,7 +33,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, float("nan"), b""])
+@pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, {"path": None}, float("nan"), b""])
 def test_values_that_hold_nothing_are_empty(value):
     assert is_empty(value)
     assert image_names({"images": value, "image": "a.png"}) == image_names({"image": value, "images": ["a.png"]})
@@ -47,6 +48,9 @@ def test_values_that_hold_nothing_are_empty(value):
         ({"image": {"path": "a", "bytes": None}}, ["a"]),
         ({"images": [{"path": "a"}, {"url": "b"}]}, ["a", "b"]),
         ({"image": "a", "images": ["a"]}, ["a"]),
+        ({"image": {"base64": "QUJD"}}, ["data:;base64,QUJD"]),
+        ({"image": {"bytes": "QUJD", "path": "a"}}, ["data:;base64,QUJD"]),
+        ({"image": {"bytes": b"ABC", "path": "a"}}, ["data:;base64,QUJD"]),
     ],
 )
 def test_names_are_found_in_every_form(row, names):
@@ -58,6 +62,7 @@ def test_names_are_found_in_every_form(row, names):
     [
         ({"image": "a", "images": ["b"]}, r"'images' and 'image' name different images \(\['b'\] and \['a'\]\)"),
         ({"image": "a", "images": ["a", "b"]}, "name different images"),
+        ({"image": {"path": "a", "url": "b"}}, "image: image 0 of 1: an image has one picture, got 'url' and 'path'"),
         ({"images": ["a", None]}, "images: image 1 of 2 is empty"),
         ({"images": [["a"]]}, "images: expected paths, got list"),
         ({"image": 7}, "image: expected paths, got int"),
