@@ -153,4 +153,4 @@ def check_pictures(pictures: Sequence) -> None:
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else type(value).__name__

@@ -220,7 +220,7 @@ def _check_text(messages: Sequence[dict]) -> None:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-            raise ValueError(f"turn {number} is no Unicode text: {error}") from error
+            raise ValueError(f"turn {number} is not valid Unicode: {error}") from error
         for tag in ("<video>", "<audio>"):
             if tag in message["content"]:
                 raise ValueError(f"turn {number} holds {tag}, which is not supported; only text and images are")

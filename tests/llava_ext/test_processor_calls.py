@@ -171,9 +171,9 @@ def test_parts_name_their_pictures_in_every_usual_way():
         (user({"type": "image"}), "1 <image> in the text but 0 images"),
         (user({"type": "video", "video": "a.mp4"}), "got type 'video'"),
         (user({"type": "text", "text": None}), "a string under 'text', got None"),
-        (user("bare"), "got a str"),
+        (user("bare"), "got str"),
         ({"role": "user", "content": None}, r"message 0 \(user\): expected a string or a list of parts .* got None"),
-        ({"role": "user", "content": 3}, "got a int"),
+        ({"role": "user", "content": 3}, "got int"),
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "'tool_calls' is not supported"),
         ({"content": "a"}, "expected {'role'"),
     ],
@@ -304,7 +304,7 @@ def test_no_prompt_is_an_empty_prompt_and_other_things_are_refused(processor):
     same(processor.drawing_prompts([None]), empty)
     same(processor.drawing_prompts("a ring"), processor.drawing_prompts(["a ring"]))
     for wrong in (3, {"prompt": "a"}, ["a"]):
-        with pytest.raises(ValueError, match=f"a prompt as a string, got a {type(wrong).__name__}"):
+        with pytest.raises(ValueError, match=f"a prompt as a string, got {type(wrong).__name__}"):
             processor.drawing_prompts([wrong])
 
 

@@ -86,7 +86,7 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"conversations": [{"from": "human", "value": "x"}]}, "nothing to learn"),
         ({"image": "a.png", "conversations": turns("no placeholder", "a")}, "0 <image> .* 1 images"),
         ({"conversations": turns("<image>", "a")}, "1 <image> .* 0 images"),
-        ({"conversations": turns("half \ud83d", "a")}, "turn 0 is no Unicode text"),
+        ({"conversations": turns("half \ud83d", "a")}, "turn 0 is not valid Unicode"),
         ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got int"),
         ({"image": "b.png", "conversations": turns("<image>", "a")}, "'b.png' not found"),
         ({"image": "a.png", "conversations": turns("<image>", "a"), "drawn": [True]}, "outside the assistant's turns"),
