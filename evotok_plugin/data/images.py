@@ -37,6 +37,10 @@ _SUFFIXES = {  # of each format that is read; of animations and files of several
 FORMATS = tuple(_SUFFIXES)  # Pillow's other parsers (EPS starts Ghostscript) are never used, whatever a file's name
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
+READER_VERSION = 1
+"""Version of the rules from a file to its pixels (orientation, colors, transparency, ranges). Raise it with every
+change of a rule: code caches and statistics of another version are then not used."""
+
 MAX_PIXELS = 89_478_485
 """Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
 number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""

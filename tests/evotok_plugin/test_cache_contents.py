@@ -13,11 +13,12 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
-from evotok_plugin.data import code_cache
+from evotok_plugin.data import code_cache, images
 from evotok_plugin.data.cache_ledger import DigestIndex, key_digests
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.metrics.inception import StatisticsCache
 
 SIZE = 48
 
@@ -272,6 +273,24 @@ def test_a_cache_of_names_alone_is_refused_with_the_remedy(model, tmp_path):
             ValueError, match="format 1, which identifies images by their names alone.*delete the folder"
         ):
             attempt()
+
+
+def test_a_cache_of_another_image_reader_is_rejected_with_both_versions(model, tmp_path, monkeypatch):
+    folder, codes = write(tmp_path / "a", range(3)), tmp_path / "codes"
+    encode(codes, folder, model)
+    file = codes / "cache.json"
+    facts = json.loads(file.read_text())
+    assert facts.pop("reader_version") == images.READER_VERSION
+    statistics = StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path
+    monkeypatch.setattr(images, "READER_VERSION", 1)
+    file.write_text(json.dumps(facts))  # as it was before the version was stored
+    assert len(CodeCache(codes)) == len(encode(codes, folder, model)) == 3
+    monkeypatch.setattr(images, "READER_VERSION", 7)
+    for attempt in (lambda: CodeCache(codes), lambda: encode(codes, folder, model)):
+        with pytest.raises(ValueError, match="version 1 of the image reader, this is version 7.*delete the folder"):
+            attempt()
+    assert encode(tmp_path / "new", folder, model).facts.reader_version == 7 and len(CodeCache(tmp_path / "new")) == 3
+    assert StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path != statistics
 
 
 @pytest.mark.parametrize("field", ["stamps", "contents"])
