@@ -1,14 +1,14 @@
 """Messages as users and libraries write them, to text with the places of its images, and the pictures."""
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from llava_ext.image_parts import IMAGE_PARTS, picture_in_part
 from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
 
 IMAGE_TOKEN = "<|image_pad|>"
-PICTURE_KEYS = ("image", "url", "path", "base64")
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
 
 
@@ -50,8 +50,8 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
 
     A content is a string, in which `<image>` stands for an image (see `llava_ext.placeholders`), or a list of parts:
     `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under "image",
-    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}`. Parts are joined by line
-    breaks. An image without a picture gives None.
+    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}` (see
+    `llava_ext.image_parts`). Parts are joined by line breaks. An image without a picture gives None.
 
     Raises:
         ValueError: a message of another form, with content under other keys, or a picture that would have to be
@@ -94,7 +94,7 @@ def _read_content(content: object, name: str) -> tuple[list[str], list]:
 def _text_of(part: object, name: str) -> str | None:
     """The text of a text part; None for an image."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("image", "image_url"):
+    if kind in IMAGE_PARTS:
         return None
     if kind != "text":
         what = f"type {kind!r}" if isinstance(part, Mapping) else _kind(part)
@@ -105,45 +105,39 @@ def _text_of(part: object, name: str) -> str | None:
 
 
 def _picture_of(part: Mapping, name: str) -> object | None:
-    if part["type"] == "image_url":
-        url = part.get("image_url")
-        found = {"image_url": url.get("url") if isinstance(url, Mapping) else url}
-    else:
-        found = {key: part.get(key) for key in PICTURE_KEYS}
-    found = {key: picture for key, picture in found.items() if picture is not None}
-    if len(found) > 1:
-        raise ValueError(f"{name}: an image has one picture, got {' and '.join(map(repr, found))}")
-    for key, picture in found.items():
-        try:
-            return from_base64(picture) if key == "base64" else checked_picture(picture)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return None
+    try:
+        key, picture = picture_in_part(part)
+        return from_base64(picture) if key == "base64" else checked_picture(picture)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def checked_picture(picture: object) -> object:
     """Pass a picture on to the image processor.
 
     Raises:
-        ValueError: the address of a picture on the network; nothing is downloaded.
+        ValueError: a URL of something that is not on this machine; nothing is downloaded.
     """
-    if isinstance(picture, str) and picture[:8].lower().startswith(("http://", "https://", "ftp://")):
-        raise ValueError("images are not downloaded; expected a local path, a data URI or a picture, got a web address")
+    if isinstance(picture, str) and not is_embedded(picture):
+        try:
+            local_file(picture)
+        except ValueError as error:
+            raise ValueError(f"image {shorten(picture)}: {error}") from None
     return picture
 
 
-def from_base64(text: object) -> object:
-    """The bytes of a picture given as base64; a data URI is passed on to the image processor.
+def from_base64(text: object) -> bytes:
+    """Decode a picture that is given as base64 or as a data URI.
 
     Raises:
-        ValueError: not base64.
+        ValueError: neither of them.
     """
-    if isinstance(text, str) and text.startswith("data:"):
-        return text
+    if not isinstance(text, str):
+        raise ValueError(f"expected a string under 'base64', got {_kind(text)}")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, AttributeError, ValueError):
-        raise ValueError(f"expected a picture as base64 under 'base64', got {_kind(text)} that is not base64") from None
+        return embedded_content(text, is_base64=True)
+    except ValueError as error:
+        raise ValueError(f"expected the base64 of an image under 'base64': {error}") from None
 
 
 def check_pictures(pictures: Sequence) -> None:
@@ -159,4 +153,4 @@ def check_pictures(pictures: Sequence) -> None:
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else type(value).__name__

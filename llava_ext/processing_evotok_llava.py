@@ -427,7 +427,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         rows = []
         for prompt in prompts:
             if not (prompt is None or isinstance(prompt, str)):
-                raise ValueError(f"expected a prompt as a string, got a {type(prompt).__name__}: {str(prompt)[:80]}")
+                raise ValueError(f"expected a prompt as a string, got {type(prompt).__name__}: {str(prompt)[:80]}")
             message = Message("user", prompt or "")
             tokens, _, _ = self._encode(self._render([message], self.template, True), self.template)
             rows.append({"input_ids": torch.tensor([*tokens, self.image_start_id])})

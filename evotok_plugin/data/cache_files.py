@@ -2,7 +2,8 @@
 
 A cache is a folder of
 
-    cache.json          what the codes are: the tokenizer's fingerprint, the images' size, N, L and K
+    cache.json          what the codes are: the tokenizer's fingerprint, the images' size, N, L and K, the version of
+                        the image reader
     shard-000042.npy    codes (images, N, L) in uint16
     shard-000042.json   their keys in order, the images' original sizes, stamps and digests, what was broken, checksums
 
@@ -22,14 +23,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from evotok_plugin.data import images
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 _FORMAT = 2
+_FIRST_READER = 1  # version of the image reader in caches that do not name one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CacheFacts:
-    """What `cache.json` says: whose codes these are, and their sizes."""
+    """Content of `cache.json`: the tokenizer and the image reader that the codes depend on, and the codes' sizes."""
 
     fingerprint: str
     image_size: int
@@ -37,13 +40,21 @@ class CacheFacts:
     num_quantizers: int
     codebook_size: int
     format: int = _FORMAT
+    reader_version: int = _FIRST_READER
 
     @classmethod
     def of(cls, model: EvoTokModel, image_size: int) -> "CacheFacts":
         """The facts of codes that a tokenizer gives to square images of `image_size` pixels a side."""
         config = model.config
         num_positions = (image_size // config.patch_size) ** 2
-        return cls(model.fingerprint(), image_size, num_positions, config.num_quantizers, config.codebook_size)
+        return cls(
+            model.fingerprint(),
+            image_size,
+            num_positions,
+            config.num_quantizers,
+            config.codebook_size,
+            reader_version=images.READER_VERSION,
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "CacheFacts":
@@ -76,11 +87,18 @@ class CacheFacts:
         _write(folder / "cache.json", lambda file: file.write(content))
 
     def check(self, folder: Path, fingerprint: str | None, image_size: int | None) -> None:
-        """Refuse codes that are not the ones wanted; None wants any.
+        """Reject codes of another tokenizer, image size or image reader; None accepts any tokenizer or size.
 
         Raises:
-            ValueError: they are of another tokenizer or of images of another size.
+            ValueError: the codes are of another tokenizer, of images of another size, or of images that another version
+                of the image reader decoded.
         """
+        if self.reader_version != images.READER_VERSION:
+            raise ValueError(
+                f"code cache {str(folder)!r} was written with version {self.reader_version} of the image reader, this "
+                f"is version {images.READER_VERSION}, which gives other pixels for some images; delete the folder and "
+                "run `evotok encode` again, or choose another folder"
+            )
         wanted = (fingerprint or self.fingerprint, image_size or self.image_size)
         if wanted != (self.fingerprint, self.image_size):
             raise ValueError(

@@ -46,7 +46,7 @@ class DigestIndex:
 
     def __init__(self, digests: np.ndarray, rows: np.ndarray) -> None:
         order = np.argsort(digests, kind="stable")
-        self._digests, self._rows = digests[order], rows[order].astype(np.uint32)
+        self._digests, self._rows = digests[order], rows.astype(np.uint32)[order]
 
     def rows(self, digests: np.ndarray) -> np.ndarray:
         """Row of each (digests,), -1 where there is none; of a digest with several rows the first."""
@@ -93,7 +93,7 @@ class Ledger:
             ValueError: a shard that is damaged, or two that hold the same images.
         """
         self.numbers = shard_numbers(folder)
-        keys, stamps, contents, rows, sizes = [key_digests([])], [_digests_of([])], [_digests_of([])], [], []
+        keys, stamps, contents, rows, sizes = [], [], [], [], []  # an array of each shard
         self.reasons: dict[int, tuple[str, str]] = {}
         num_rows, row_starts, entry_starts = 0, [0], [0]
         for number in self.numbers:
@@ -106,8 +106,8 @@ class Ledger:
                     f"{shard_name(number)}.json is not what was written ({error}); {remedy(number)}"
                 ) from error
             keys.append(key_digests(shard.all_keys()))
-            rows += [*range(num_rows, num_rows + len(shard.keys)), *[_LOST] * len(shard.known_keys)]
-            rows += [_BROKEN] * len(shard.broken)
+            rows.append(np.arange(num_rows, num_rows + len(shard.keys)))
+            rows += [np.full(len(shard.known_keys), _LOST), np.full(len(shard.broken), _BROKEN)]
             sizes.append(np.asarray(shard.sizes, np.uint32).reshape(-1, 2))
             first_broken = entry_starts[-1] + len(shard) - len(shard.broken)
             self.reasons |= {first_broken + n: facts for n, facts in enumerate(shard.broken.items())}
@@ -115,28 +115,38 @@ class Ledger:
             row_starts.append(num_rows)
             entry_starts.append(entry_starts[-1] + len(shard))
         self.row_starts, self.entry_starts = np.array(row_starts), np.array(entry_starts)
-        self.sizes = np.concatenate([np.zeros((0, 2), np.uint32), *sizes])
-        self.keys, self.rows = np.concatenate(keys), np.array(rows, np.int64)
-        self._stamps, digests = np.concatenate(stamps), np.concatenate(contents)
-        self._resolve(digests)
+        self.sizes = _joined(sizes, np.zeros((0, 2), np.uint32))
+        self.keys, self.rows = _joined(keys, key_digests([])), _joined(rows, np.zeros(0, np.int64))
+        self._stamps = _joined(stamps, _digests_of([]))
+        self._resolve(_joined(contents, _digests_of([])))
         self._sort(folder)
 
     def _resolve(self, digests: np.ndarray) -> None:
         """Give known images the rows of their contents."""
-        has_content = digests != b""
-        encoded, known = self.rows >= 0, self.rows == _LOST
-        self.contents = DigestIndex(digests[encoded & has_content], self.rows[encoded & has_content])
-        found = self.contents.rows(digests[known])
+        self._is_encoded, known = self.rows >= 0, self.rows == _LOST
+        of_known, indexed = digests[known], self._is_encoded & (digests != b"")
+        digests = digests[indexed]  # the parameter's name, to free the array
+        self.contents = DigestIndex(digests, self.rows[indexed])
+        found = self.contents.rows(of_known)
         self.rows[known] = np.where(found >= 0, found, _LOST)
-        self._is_encoded = encoded
 
     def _sort(self, folder: Path) -> None:
+        """Sort the entries by identity and check that no two shards encoded one image."""
         identities = _identities(self.keys, self._stamps)
         entries = np.flatnonzero(self.rows != _LOST)
-        self._entries = entries[np.argsort(identities[entries], kind="stable")]
-        self._identities = identities[self._entries]
-        encoded = self._entries[self._is_encoded[self._entries]]
-        again = np.flatnonzero(identities[encoded][1:] == identities[encoded][:-1])
+        if len(entries) < len(identities):
+            identities = identities[entries]
+        order = np.argsort(identities, kind="stable")
+        self._entries = entries[order]
+        del entries
+        self._identities = identities[order]
+        del identities, order
+        again = self._identities[1:] == self._identities[:-1]
+        if not again.any():  # no copies of large arrays in the usual state
+            return
+        is_encoded = self._is_encoded[self._entries]
+        encoded, identities = self._entries[is_encoded], self._identities[is_encoded]
+        again = np.flatnonzero(identities[1:] == identities[:-1])
         if len(again):
             first, second = (self.numbers[self._shard_of(encoded[place])] for place in (again[0], again[0] + 1))
             raise ValueError(
@@ -174,6 +184,13 @@ class Ledger:
         entries = np.sort(entries[last])
         _, first = np.unique(_with_rows(self.keys[entries], self.rows[entries]), return_index=True)
         return np.sort(entries[first])
+
+
+def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    """One array of several, which the list no longer holds afterwards: an array of 13 M images is not kept twice."""
+    whole = np.concatenate([empty, *arrays])
+    arrays.clear()
+    return whole
 
 
 def _digests_of(hexadecimal: Sequence[str]) -> np.ndarray:

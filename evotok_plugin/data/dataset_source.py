@@ -7,12 +7,16 @@ from typing import Any
 
 from PIL import Image
 
-from evotok_plugin.data.files import file_state, local_path, read_file, stamp_of
-from evotok_plugin.data.images import open_picture
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.files import content_digest, file_state, local_path, read_file, stamp_of
+from evotok_plugin.data.images import embedded_content, is_embedded, open_picture
 
 
 class DatasetSource:
     """A split of a Hugging Face data set with an image column; labels are its `label` column.
+
+    An image is bytes, `{"bytes", "path"}` (as `datasets.Image` has it), or a string: a path, a `file:` URL, a data URI
+    or base64. The state of an embedded string is a digest of its content, the state of a path the one of its file.
 
     Raises:
         ValueError: the data set has no column of images.
@@ -52,7 +56,7 @@ class DatasetSource:
         if isinstance(content, dict):
             content = content["bytes"] or content["path"]
         if isinstance(content, str):
-            return read_file(local_path(content), f"{self.name} row {index}: {content}")
+            return _content_of(content, f"{self.name} row {index}")
         if not isinstance(content, bytes):
             raise ValueError(f"image {self.key(index)!r} of {self.name!r} is missing: a {type(content).__name__}")
         return content
@@ -62,8 +66,12 @@ class DatasetSource:
         if self._arrow is None:
             return stamp_of(place, self._state)
         value = self._arrow[int(index)].column(0)[0].as_py()  # a row of a path, or of nothing
-        path = value.get("path") if isinstance(value, dict) else value
-        return stamp_of(place, self._state, *(file_state(path) if isinstance(path, str) else ()))
+        text = (None if value.get("bytes") else value.get("path")) if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            return stamp_of(place, self._state)
+        if is_embedded(text):
+            return stamp_of(place, content_digest(text.encode(errors="surrogatepass")))
+        return stamp_of(place, self._state, *_state_of(text))
 
     def label(self, index: int) -> str | None:
         if self._labels is None:
@@ -73,6 +81,23 @@ class DatasetSource:
 
     def groups(self) -> None:
         return None
+
+
+def _content_of(text: str, name: str) -> bytes:
+    """The image that a string holds or names; `name` is the row in errors."""
+    try:
+        content = embedded_content(text)
+        path = local_path(text) if content is None else ""
+    except ValueError as error:
+        raise ValueError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
+    return read_file(path, f"{name}: {text}") if content is None else content
+
+
+def _state_of(path: str) -> tuple[int, ...]:
+    try:
+        return file_state(local_path(path))
+    except ValueError:  # a URL, whose row has no image
+        return ()
 
 
 def _is_whole(images: Any, column: str) -> bool:

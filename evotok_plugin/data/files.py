@@ -16,10 +16,9 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
 
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.images import IMAGE_SUFFIXES
+from evotok_plugin.data.images import IMAGE_SUFFIXES, local_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suff
 _ADDED_BY_SYSTEMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _LARGEST_FILE = 2**31  # bytes of one image file
 _KINDS_IN_A_REPORT = 10
+_LONGEST_PATH = 300  # characters of a path in a message
 
 
 def suffix_of(path: str | Path) -> str:
@@ -57,7 +57,7 @@ def refuse_compressed(files: Sequence[Path]) -> None:
     for file in files:
         if kind_of(file) == "compressed":
             raise ValueError(
-                f"{str(file)!r} is compressed ({suffix_of(file)}), which is not supported; unpack it first"
+                f"{_quoted(str(file))} is compressed ({suffix_of(file)}), which is not supported; unpack it first"
             )
 
 
@@ -67,6 +67,11 @@ def is_hidden(name: str) -> bool:
         (part.startswith(".") and part not in (".", "..")) or part.lower() in _ADDED_BY_SYSTEMS
         for part in name.split("/")
     )
+
+
+def _quoted(path: str) -> str:
+    """A path as a message quotes it: paths of usual lengths in full, because their ends differ."""
+    return shorten(path, _LONGEST_PATH)
 
 
 # Folders -----------------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise ValueError(f"folder {folder!r} cannot be read: {error.strerror}") from error
+            raise ValueError(f"folder {_quoted(folder)} cannot be read: {error.strerror}") from error
         for entry in entries:
             if is_hidden(entry.name):
                 continue
@@ -160,6 +165,7 @@ def report_skipped(name: str, found: Counter, what: str = "file") -> None:
     """Log in one line how many files of a source are not read."""
     if found:
         number = found.total()
+        name = name if len(name) <= _LONGEST_PATH else _quoted(name)
         logger.warning("%s: %d %s%s skipped: %s", name, number, what, "s" * (number > 1), described(found))
 
 
@@ -167,18 +173,19 @@ def report_skipped(name: str, found: Counter, what: str = "file") -> None:
 
 
 def local_path(spec: str) -> str:
-    """The path that a user means: `file://` URLs are decoded, `~` is the home folder unless a file has that name.
+    """The path that a user means: `file:` URLs are decoded, `~` is the home folder unless a file has that name.
 
     Raises:
         ValueError: the URL of something that is not on this machine.
     """
-    if spec.startswith("file:"):
-        url = urlsplit(spec)
-        if url.netloc not in ("", "localhost"):
-            raise ValueError(f"{shorten(spec)} is a file of host {url.netloc!r}; only local files are read")
-        return unquote(url.path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", spec):
-        raise ValueError(f"{shorten(spec)}: only local files are read; download or mount it")
+    if spec.startswith("pipe:"):
+        raise ValueError(f"{shorten(spec)}: commands are not run; only local files are read")
+    try:
+        path = local_file(spec)
+    except ValueError as error:
+        raise ValueError(f"{shorten(spec)}: {error}") from None
+    if path != spec:
+        return path
     return os.path.expanduser(spec) if spec.startswith("~") and not os.path.lexists(spec) else spec
 
 
@@ -226,10 +233,11 @@ def matching_files(spec: str) -> list[Path]:
                     missing.append(os.path.join(base, one))
         found = inside
     if found and missing:
-        raise ValueError(f"{spec!r}: {len(missing)} of its files do not exist; first: {missing[0]!r}")
+        first = _quoted(missing[0])
+        raise ValueError(f"{_quoted(spec)}: {len(missing)} of its files do not exist; first: {first}")
     for path in found:
         if os.path.exists(path) and not _is_readable(path):
-            raise ValueError(f"{path!r} is a pipe or a device; expected a file or a folder")
+            raise ValueError(f"{_quoted(path)} is a pipe or a device; expected a file or a folder")
     report_skipped(spec, +special)
     return sorted(Path(path) for path in found if os.path.exists(path))
 
@@ -277,7 +285,7 @@ def read_file(path: str | Path, name: str | None = None) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"image {name} does not exist") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"image {name} cannot be read: {error}") from error
+        raise ValueError(f"image {name} cannot be read: {_cause(error)}") from error
     try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
@@ -287,9 +295,14 @@ def read_file(path: str | Path, name: str | None = None) -> bytes:
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
-        raise ValueError(f"image {name} cannot be read: {error}") from error
+        raise ValueError(f"image {name} cannot be read: {_cause(error)}") from error
     finally:
         os.close(descriptor)
+
+
+def _cause(error: Exception) -> str:
+    """The reason of an error without the file's name, which `str` of an OSError repeats in full."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def file_state(path: str | Path) -> tuple[int, ...]:

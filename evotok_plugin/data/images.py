@@ -5,7 +5,6 @@ Every image of training, encoding, evaluation, chat, the demo page, lmms-eval an
 """
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 import torch
@@ -38,13 +37,19 @@ _SUFFIXES = {  # of each format that is read; of animations and files of several
 FORMATS = tuple(_SUFFIXES)  # Pillow's other parsers (EPS starts Ghostscript) are never used, whatever a file's name
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
+READER_VERSION = 1
+"""Version of the rules from a file to its pixels (orientation, colors, transparency, ranges). Raise it with every
+change of a rule: code caches and statistics of another version are then not used."""
+
 MAX_PIXELS = 89_478_485
 """Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
 number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 files.
-_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+_DATA_URI, _FILE_URL = re.compile(r"\s*data:", re.IGNORECASE), re.compile(r"file:", re.IGNORECASE)
+# Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000, JPEG 2000 codestreams, PPM.
+_STARTS = r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA|/0//U|UD[QUY][Kg]"
+_BASE64 = re.compile(rf"\s*(?:{_STARTS})[A-Za-z0-9+/\s]{{60,}}+={{0,2}}\s*")
 
 
 def open_picture(
@@ -57,7 +62,7 @@ def open_picture(
     """Read an image file, or the bytes of one, as an upright RGB image without metadata.
 
     Args:
-        image: a path, the content of a file, or, as a string, a `file://` URL, a base64 data URI or base64 alone.
+        image: a path, the content of a file, or, as a string, a `file:` URL, a data URI or base64 alone.
         name: the image in error messages.
         max_pixels: the limit of width x height; `MAX_PIXELS` by default.
         formats: Pillow's names of the formats that are accepted.
@@ -67,7 +72,9 @@ def open_picture(
     """
     name = _shortened(name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)))
     try:
-        content = _located(image) if isinstance(image, str) else image
+        content = image
+        if isinstance(image, str) and (content := embedded_content(image)) is None:
+            content = local_file(image)
         if isinstance(content, bytes):
             return _decode(io.BytesIO(content), name, max_pixels or MAX_PIXELS, formats)
         if not stat.S_ISREG(os.stat(content).st_mode):  # opening a FIFO would wait for a writer
@@ -117,6 +124,70 @@ def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
     return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
 
 
+# Strings --------------------------------------------------------------------------------------------------------
+
+
+def is_embedded(text: str) -> bool:
+    """Whether a string holds an image, as a data URI or as base64 alone, instead of naming one."""
+    return bool(_DATA_URI.match(text) or (_BASE64.fullmatch(text) and not os.path.lexists(text[:4096])))
+
+
+def embedded_content(text: str, is_base64: bool = False) -> bytes | None:
+    """Decode the image that a string holds; None if the string names an image instead.
+
+    Args:
+        text: a data URI (of any media type; the content tells the format), base64 of an image, a path or a URL.
+        is_base64: the string is base64 or a data URI, whatever its first characters are.
+
+    Raises:
+        ValueError: a data URI or base64 that cannot be decoded.
+    """
+    if not is_base64 and not is_embedded(text):
+        return None
+    if not _DATA_URI.match(text):
+        content = _from_base64(text)
+    else:
+        head, comma, encoded = text.partition(",")
+        if not comma:
+            raise ValueError("the data URI has no comma before its content")
+        is_base64 = head.rstrip().lower().endswith(";base64")
+        content = _from_base64(unquote(encoded)) if is_base64 else unquote_to_bytes(encoded)
+    if not content:
+        raise ValueError("the embedded image is empty")
+    return content
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:  # characters outside ASCII, or binascii.Error
+        raise ValueError(f"its base64 content is broken ({error})") from None
+
+
+def local_file(text: str) -> str:
+    """Return the path that a string names: `file:` URLs are decoded, anything else is a path as it is written.
+
+    `#` and `?` in a `file:` URL are part of the path: image files have neither fragments nor queries.
+
+    Raises:
+        ValueError: the URL of something that is not on this machine.
+    """
+    if not _FILE_URL.match(text):
+        if _URL.match(text):
+            raise ValueError("URLs are not fetched, only local files are read; download it first and give its path")
+        return text
+    path = text[5:]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            where = f"a file of host {_shortened(host)!r}"
+            raise ValueError(f"it is {where}, and only local files are read; the URL of a local one is file:///PATH")
+        path = slash + path
+    if not path:
+        raise ValueError("the file URL has no path")
+    return unquote(path, errors="surrogateescape")
+
+
 # Files ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,35 +214,6 @@ def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
     """Leave out formats that Pillow does not know (AVIF before release 11.3): `Image.open` fails on their names."""
     Image.init()
     return tuple(kind for kind in formats if kind in Image.OPEN)
-
-
-def _located(text: str) -> bytes | str:
-    """Return the content that a string holds, or the path that it names."""
-    scheme = text[:8].partition(":")[0].lower() if ":" in text[:8] else ""
-    if scheme != "file" and _URL.match(text):
-        raise ValueError("URLs are not fetched; save the image and give its path")
-    if scheme == "data":
-        head, comma, content = text.partition(",")
-        if not comma:
-            raise ValueError("the data URI has no comma before its content")
-        if not head.lower().endswith(";base64"):
-            return unquote_to_bytes(content)
-        return _from_base64(unquote(content))
-    if scheme == "file" and text[5:7] == "//":
-        url = urlsplit(text)
-        if url.netloc not in ("", "localhost"):
-            raise ValueError(f"it is a file of host {url.netloc!r}, and only local files are read")
-        return unquote(url.path)
-    if _BASE64.fullmatch(text) and not os.path.lexists(text[:4096]):
-        return _from_base64(text)
-    return text
-
-
-def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 content is broken ({error})") from error
 
 
 def _shortened(name: str) -> str:

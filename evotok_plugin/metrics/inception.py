@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from evotok_plugin.data import images
 from evotok_plugin.data.cache_ledger import stamps_of
 from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
@@ -63,7 +64,7 @@ class StatisticsCache:
     """Inception statistics of a source's images, kept in a file from run to run.
 
     The file is named by a hash over the number, the keys and the stamps (place, size, times) of the images, their size,
-    the network's weights, and the pixels of 16 images spread over the source.
+    the network's weights, the version of the image reader, and the pixels of 16 images spread over the source.
     """
 
     def __init__(self, folder: Path, source: ImageSource, processor: EvoTokImageProcessor) -> None:
@@ -92,7 +93,8 @@ class StatisticsCache:
 
 
 def _identity(source: ImageSource, processor: EvoTokImageProcessor) -> str:
-    digest = hashlib.sha256(f"2 {len(source)} {processor.size} {INCEPTION.digest}".encode())
+    facts = f"2 {images.READER_VERSION} {len(source)} {processor.size} {INCEPTION.digest}"
+    digest = hashlib.sha256(facts.encode())
     for index in range(len(source)):
         digest.update(source.key(index).encode(errors="surrogateescape") + b"\0")
     digest.update(stamps_of(source, range(len(source))).tobytes())

@@ -1,20 +1,16 @@
 """The images that a row names: files of the image folder, or images in the row itself as base64."""
 
 import base64
-import binascii
-import math
 import os
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.files import content_digest, existing, local_path, read_file, stamp_of
-
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{60,}={0,2}\s*")
-_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+from evotok_plugin.data.files import content_digest, existing, read_file, stamp_of
+from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from llava_ext.image_parts import is_empty, picture_in_part
 
 
 @dataclass(frozen=True)
@@ -42,18 +38,9 @@ class NamedImage:
         return read_file(self.path, self.key) if self.data is None else self.data
 
 
-def is_empty(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN (as pandas writes it), "", [], {} or a list of such values."""
-    if isinstance(value, (list, tuple)):
-        return all(map(is_empty, value))
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or value == {} or (isinstance(value, (str, bytes)) and not value.strip())
-
-
 def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
-    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or a
-    `{"path": string}`. Fields that are empty count as absent.
+    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or an
+    object that holds one (`picture_in_part`). Fields that are empty count as absent.
 
     Raises:
         ValueError: names that contradict each other, or values that are not names.
@@ -76,9 +63,14 @@ def _as_names(value: object, field: str) -> list[str]:
     several = value if isinstance(value, list) else [value]
     names = []
     for number, one in enumerate(several):
-        name = one
-        if isinstance(one, dict):
-            name = next((one[key] for key in ("path", "url", "bytes") if not is_empty(one.get(key))), None)
+        try:
+            key, name = picture_in_part(one) if isinstance(one, dict) else ("", one)
+        except ValueError as error:
+            raise ValueError(f"{field}: image {number} of {len(several)}: {error}") from None
+        if isinstance(name, bytes):
+            key, name = "base64", base64.b64encode(name).decode()
+        if key == "base64" and isinstance(name, str) and not is_embedded(name):
+            name = f"data:;base64,{name}"  # base64 whose first characters do not tell that it is an image
         if is_empty(name):
             raise ValueError(f"{field}: image {number} of {len(several)} is empty")
         if not isinstance(name, str):
@@ -88,26 +80,28 @@ def _as_names(value: object, field: str) -> list[str]:
 
 
 def find_image(name: str, image_folder: Path | None) -> NamedImage:
-    """The image of a name: a path relative to the image folder or absolute within it, a `file://` URL, a data URI, or
+    """The image of a name: a path relative to the image folder or absolute within it, a `file:` URL, a data URI, or
     base64. One file has one key, however its path is written.
 
     Raises:
         ValueError: no such image, no image folder, a path outside of it, or base64 that cannot be decoded.
     """
-    if name.startswith("data:"):
-        return _from_data_uri(name)
-    if name.startswith(_BASE64_STARTS) and _BASE64.fullmatch(name):
-        return _in_the_row(_decoded(name))
-    if "://" in name and not name.startswith("file:"):
-        raise ValueError(f"image {shorten(name)} is a URL; images are read from local files: download it first")
+    try:
+        content = embedded_content(name)
+        local = local_file(name) if content is None else ""
+    except ValueError as error:
+        raise ValueError(f"image {shorten(name)}: {error}") from None
+    if content is not None:
+        key = f"base64-{content_digest(content).hex()}"
+        return NamedImage(key, stamp_of(key), data=content)
     if image_folder is None:
         raise ValueError(f"image {shorten(name)} but no image folder; pass --image_folder")
-    if "\0" in name:
+    if "\0" in local:
         raise ValueError(f"image {shorten(name)} not found in {image_folder}: its name holds a NUL")
     root = os.path.abspath(image_folder)
-    path = _existing(root, name)
+    path = _existing(root, local)
     if path is None:
-        _check_inside(os.path.abspath(os.path.join(root, name)), root, name, image_folder)
+        _check_inside(os.path.abspath(os.path.join(root, local)), root, name, image_folder)
         raise ValueError(f"image {shorten(name)} not found in {image_folder}")
     root, path = _check_inside(path, root, name, image_folder)
     facts = os.stat(path)
@@ -119,16 +113,12 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
 
 def _existing(root: str, name: str) -> str | None:
     """Where the file is: as it is written, in another Unicode normal form, or written with Windows' separators."""
-    try:
-        name = local_path(name) if name.startswith("file:") else name
-        for one in (name, name.replace("\\", "/")):
-            path = os.path.abspath(os.path.join(root, one))
-            if os.path.exists(path):
-                return path
-            if found := existing("", path):
-                return found if os.path.exists(found) else None
-    except ValueError:  # a URL of another host
-        return None
+    for one in (name, name.replace("\\", "/")):
+        path = os.path.abspath(os.path.join(root, one))
+        if os.path.exists(path):
+            return path
+        if found := existing("", path):
+            return found if os.path.exists(found) else None
     return None
 
 
@@ -138,25 +128,3 @@ def _check_inside(path: str, root: str, name: str, image_folder: Path) -> tuple[
         if os.path.commonpath([folder, file]) == folder:
             return folder, file
     raise ValueError(f"image path {shorten(name)} leaves the image folder {image_folder}")
-
-
-def _from_data_uri(uri: str) -> NamedImage:
-    header, comma, content = uri.partition(",")
-    if not comma or not header.startswith("data:image/") or not header.endswith(";base64"):
-        raise ValueError(f"image {shorten(header, 60)}: expected a path, or data:image/...;base64,... with the image")
-    return _in_the_row(_decoded(content))
-
-
-def _decoded(text: str) -> bytes:
-    try:
-        content = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"an image in the row ({len(text)} characters) is not valid base64: {error}") from None
-    if not content:
-        raise ValueError("an image in the row is empty")
-    return content
-
-
-def _in_the_row(content: bytes) -> NamedImage:
-    key = f"base64-{content_digest(content).hex()}"
-    return NamedImage(key, stamp_of(key), data=content)

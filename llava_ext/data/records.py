@@ -7,7 +7,8 @@ from pathlib import Path
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
-from llava_ext.data.named_images import NamedImage, find_image, image_names, is_empty
+from llava_ext.data.named_images import NamedImage, find_image, image_names
+from llava_ext.image_parts import IMAGE_PARTS, is_empty, picture_in_part
 from llava_ext.placeholders import LLAVA_IMAGE, count_images, escape_images
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
@@ -175,18 +176,22 @@ def _first_of(turn: dict, *names: str) -> object:
 
 def _part(part: object) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("image", "image_url"):
+    if kind in IMAGE_PARTS:
         return LLAVA_IMAGE
     text = part.get("text") if kind == "text" else None
     return escape_images(text) if isinstance(text, str) else None  # the text of a part is literal
 
 
 def _images_in_parts(turns: object) -> list[object]:
-    """The images that parts of messages name themselves: `{"type": "image", "image": path}` and its variants."""
+    """The images that parts of messages name themselves, as `picture_in_part` finds them.
+
+    Raises:
+        ValueError: a part with several of them.
+    """
     contents = [_first_of(turn, "value", "content") for turn in turns if isinstance(turn, dict)] if turns else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    images = [part for part in parts if part.get("type") in ("image", "image_url")]
-    return [_first_of(part, "image", "image_url", "path", "url") for part in images]
+    found = [picture_in_part(part) for part in parts if part.get("type") in IMAGE_PARTS]
+    return [None if picture is None else {key: picture} for key, picture in found]
 
 
 def _about_caption(caption: str, task: str) -> tuple[dict, ...]:
@@ -215,7 +220,7 @@ def _check_text(messages: Sequence[dict]) -> None:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-            raise ValueError(f"turn {number} is no Unicode text: {error}") from error
+            raise ValueError(f"turn {number} is not valid Unicode: {error}") from error
         for tag in ("<video>", "<audio>"):
             if tag in message["content"]:
                 raise ValueError(f"turn {number} holds {tag}, which is not supported; only text and images are")

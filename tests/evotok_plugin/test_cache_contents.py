@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
-from evotok_plugin.data import code_cache
-from evotok_plugin.data.cache_ledger import DigestIndex, key_digests
+from evotok_plugin.data import code_cache, images
+from evotok_plugin.data.cache_files import Shard
+from evotok_plugin.data.cache_ledger import DigestIndex, Ledger, key_digests
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data.files import stamp_of
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.metrics.inception import StatisticsCache
 
 SIZE = 48
 
@@ -274,6 +278,24 @@ def test_a_cache_of_names_alone_is_refused_with_the_remedy(model, tmp_path):
             attempt()
 
 
+def test_a_cache_of_another_image_reader_is_rejected_with_both_versions(model, tmp_path, monkeypatch):
+    folder, codes = write(tmp_path / "a", range(3)), tmp_path / "codes"
+    encode(codes, folder, model)
+    file = codes / "cache.json"
+    facts = json.loads(file.read_text())
+    assert facts.pop("reader_version") == images.READER_VERSION
+    statistics = StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path
+    monkeypatch.setattr(images, "READER_VERSION", 1)
+    file.write_text(json.dumps(facts))  # as it was before the version was stored
+    assert len(CodeCache(codes)) == len(encode(codes, folder, model)) == 3
+    monkeypatch.setattr(images, "READER_VERSION", 7)
+    for attempt in (lambda: CodeCache(codes), lambda: encode(codes, folder, model)):
+        with pytest.raises(ValueError, match="version 1 of the image reader, this is version 7.*delete the folder"):
+            attempt()
+    assert encode(tmp_path / "new", folder, model).facts.reader_version == 7 and len(CodeCache(tmp_path / "new")) == 3
+    assert StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path != statistics
+
+
 @pytest.mark.parametrize("field", ["stamps", "contents"])
 def test_a_damaged_list_names_the_shard(model, tmp_path, field):
     encode(tmp_path / "codes", write(tmp_path / "a", range(3)), model)
@@ -296,3 +318,20 @@ def test_digests_that_end_in_zeros_are_found():
     digests = np.array([b"a" * 16, b"b" * 15 + b"\0", b"\0" * 16], "S16")
     index = DigestIndex(digests, np.arange(3))
     assert index.rows(digests).tolist() == [0, 1, 2] and index.rows(key_digests(["a"])).tolist() == [-1]
+
+
+def test_opening_a_ledger_takes_little_more_memory_than_it_keeps(tmp_path):
+    count, size = 40_000, 1_000
+    for number in range(count // size):
+        keys = [f"{number * size + index:09d}" for index in range(size)]
+        stamps, contents = ([stamp_of(key, what).hex() for key in keys] for what in ("stamp", "content"))
+        shard = Shard(keys=keys, sizes=[(640, 480)] * size, stamps=stamps, contents=contents)
+        shard.write(tmp_path, number, np.zeros((size, 1, 1), np.uint16))
+    Ledger(tmp_path)  # whatever is kept from the first call on
+    tracemalloc.start()
+    try:
+        ledger = Ledger(tmp_path)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(ledger.keys) == count and peak < 1.6 * kept < 1.6 * 100 * count

@@ -23,6 +23,7 @@ from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.data import code_cache
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data.images import READER_VERSION
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.processes import Processes
@@ -549,5 +550,5 @@ def test_a_cache_says_what_it_is(model, tmp_path):
     encode(tmp_path, Noise(3), model)
     assert json.loads((tmp_path / "cache.json").read_text()) == {
         "fingerprint": model.fingerprint(), "image_size": 48, "num_positions": 9, "num_quantizers": 8,
-        "codebook_size": 32, "format": 2,
+        "codebook_size": 32, "format": 2, "reader_version": READER_VERSION,
     }  # fmt: skip

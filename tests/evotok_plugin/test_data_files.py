@@ -16,6 +16,7 @@ from evotok_plugin.data.files import (
     is_hidden,
     kind_of,
     list_folder,
+    local_path,
     matching_files,
     read_file,
     refuse_compressed,
@@ -175,6 +176,33 @@ def test_only_regular_files_are_read(tmp_path):
     for path in (tmp_path / "absent", tmp_path / "a" / "b"):
         with pytest.raises(ValueError, match="does not exist"):
             read_file(path)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        read_file,
+        local_path,
+        matching_files,
+        lambda name: local_path(f"https://{name}"),
+        lambda name: local_path(f"file://{name}"),
+        lambda name: matching_files(f"{{exists,{name}}}"),
+        lambda name: refuse_compressed([Path(f"{name}.gz")]),
+    ],
+)
+def test_no_message_holds_a_whole_long_name(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exists").touch()
+    try:
+        call("a" * 100_000)
+    except ValueError as error:
+        assert len(str(error)) < 800
+
+
+def test_an_unreadable_file_is_quoted_once_with_the_cause():
+    with pytest.raises(ValueError) as told:
+        read_file("a" * 100_000)
+    assert str(told.value).count("aaaa" * 20) == 1 and "cannot be read: File name too long" in str(told.value)
 
 
 def test_a_file_of_the_same_size_and_time_has_another_state(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ import torch
 from PIL import Image, ImageFile
 
 from evotok_plugin.data import images
-from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES, as_picture, open_picture
+from evotok_plugin.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    as_picture,
+    embedded_content,
+    is_embedded,
+    local_file,
+    open_picture,
+)
 
 CORNERS = np.array(  # (2, 3, 3): a different color in each place
     [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 0], [0, 255, 255], [255, 0, 255]]], np.uint8
@@ -338,6 +347,10 @@ def test_strings_that_hold_or_name_an_image(tmp_path):
         ("data:image/png;base64,!!!", "base64"),
         ("data:image/png", "no comma"),
         ("gs://bucket/a.png", "'gs://bucket/a.png' cannot be read: URLs are not fetched"),
+        ("s3://bucket/a.png", "URLs are not fetched"),
+        ("file://a.png", "a file of host 'a.png'.* the URL of a local one is file:///PATH"),
+        ("file://", "the file URL has no path"),
+        ("data:image/png;base64,", "the embedded image is empty"),
         (f"file://server{path}", "a file of host 'server', and only local files are read"),
         (str(tmp_path / "gone.png"), "gone.png' does not exist"),
         ("/data/" + "a" * 80, "does not exist"),
@@ -347,6 +360,46 @@ def test_strings_that_hold_or_name_an_image(tmp_path):
         with pytest.raises(ValueError, match=message) as refused:
             open_picture(image)
         assert len(str(refused.value)) < 400
+
+
+def spellings(content):
+    """Every way to write an image into a string."""
+    text = base64.b64encode(content).decode()
+    lines = base64.encodebytes(content).decode()
+    yield from (text, lines, f"\n{text}\n")
+    for head in ("data:image/png", "DATA:image/png", "data:application/octet-stream", "data:", "data:;charset=utf-8"):
+        yield from (f"{head};base64,{text}", f"{head};BASE64,{lines}", f"{head};base64,{quote(text, safe='')}")
+        yield f"{head},{quote(content)}"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+def test_every_spelling_of_an_embedded_image_gives_its_content(kind):
+    content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)), kind)
+    for text in spellings(content):
+        assert is_embedded(text) and embedded_content(text) == content, text[:60]
+        assert embedded_content(text, is_base64=True) == content
+    assert pixels(text) == pixels(content)
+
+
+def test_paths_are_not_embedded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = "AAAA" + "a" * 60
+    assert is_embedded(named)
+    (tmp_path / named).touch()
+    for text in (named, "/9j/" + "a" * 60 + ".jpg", "a.png", "database:a.png", "https://example.org/a.png", ""):
+        assert not is_embedded(text) and embedded_content(text) is None
+    with pytest.raises(ValueError, match="base64"):
+        embedded_content("é" * 80, is_base64=True)
+
+
+@pytest.mark.parametrize("name", ["a#1.png", "a?b=1.png", "a b.png", "100%.png", "é.png", "a+b.png", "a;b.png"])
+def test_a_file_url_names_the_whole_path(tmp_path, name):
+    (tmp_path / name).write_bytes(encoded(Image.fromarray(CORNERS), "PNG"))
+    path = str(tmp_path / name)
+    bare = path.replace("%", "%25")
+    for url in (Path(path).as_uri(), f"file://{bare}", f"FILE://{bare}", f"file://localhost{bare}", f"file:{bare}"):
+        assert local_file(url) == path and pixels(url) == CORNERS.tolist()
+    assert local_file(path) == path
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import base64
 import gzip
 import io
 import multiprocessing
@@ -388,3 +389,42 @@ def test_a_data_set_of_paths_follows_its_files(tmp_path):
     stamp = source.stamp(0)
     save(tmp_path / "x.png", 2)
     assert values(source) == [2] and source.stamp(0) != stamp
+
+
+def test_a_data_set_of_strings_holds_or_names_its_images(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = [base64.b64encode(png(value)).decode() for value in (1, 2)]
+    save(tmp_path / "x#y.png", 3)
+    strings = [texts[0], f"DATA:;base64,{texts[1]}", f"file://{tmp_path}/x#y.png", str(tmp_path / "x#y.png")]
+    plain = DatasetSource(datasets.Dataset.from_dict({"image": strings}), "strings")
+    features = datasets.Features({"image": datasets.Image()})
+    rows = [{"bytes": None, "path": text} for text in strings]
+    cast = DatasetSource(datasets.Dataset.from_dict({"image": rows}, features), "strings")
+    for source in (plain, cast):
+        assert values(source) == [1, 2, 3, 3] and source.content(0) == png(1)
+        before = [source.stamp(row) for row in range(4)]
+        assert len(set(before)) == 4
+    more = DatasetSource(datasets.Dataset.from_dict({"image": [texts[0], texts[0]]}), "strings")
+    assert more.stamp(0) == plain.stamp(0) and more.stamp(1) != plain.stamp(1)
+    save(tmp_path / "x#y.png", 4)
+    assert values(plain)[2:] == [4, 4]
+    after = [cast.stamp(row) for row in range(4)]
+    assert after[:2] == before[:2] and after[2] != before[2] and after[3] != before[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("https://example.org/a.png", r"strings row 0 \('https://.*URLs are not fetched"),
+        ("data:image/png;base64,AAAAA", "strings row 0 .* base64 content is broken"),
+        ("data:image/png;base64," + "A" * 100_001, "base64 content is broken"),
+        ("a" * 100_000, "cannot be read: File name too long"),
+    ],
+)
+def test_a_string_without_an_image_is_named_with_its_row(text, message):
+    datasets = pytest.importorskip("datasets")
+    source = DatasetSource(datasets.Dataset.from_dict({"image": [text]}), "strings")
+    assert len(source.stamp(0)) == 16
+    with pytest.raises(ValueError, match=message) as told:
+        source.picture(0)
+    assert len(str(told.value)) < 400

@@ -4,13 +4,15 @@ import base64
 import io
 import os
 import unicodedata
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
 from evotok_plugin.data.files import stamp_of
-from llava_ext.data.named_images import find_image, image_names, is_empty
+from llava_ext.data.named_images import find_image, image_names
 from llava_ext.data.records import RowOptions, named_image, parse_record
+from llava_ext.image_parts import is_empty
 
 
 def png(value=0):
@@ -31,7 +33,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, float("nan"), b""])
+@pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, {"path": None}, float("nan"), b""])
 def test_values_that_hold_nothing_are_empty(value):
     assert is_empty(value)
     assert image_names({"images": value, "image": "a.png"}) == image_names({"image": value, "images": ["a.png"]})
@@ -46,6 +48,9 @@ def test_values_that_hold_nothing_are_empty(value):
         ({"image": {"path": "a", "bytes": None}}, ["a"]),
         ({"images": [{"path": "a"}, {"url": "b"}]}, ["a", "b"]),
         ({"image": "a", "images": ["a"]}, ["a"]),
+        ({"image": {"base64": "QUJD"}}, ["data:;base64,QUJD"]),
+        ({"image": {"bytes": "QUJD", "path": "a"}}, ["data:;base64,QUJD"]),
+        ({"image": {"bytes": b"ABC", "path": "a"}}, ["data:;base64,QUJD"]),
     ],
 )
 def test_names_are_found_in_every_form(row, names):
@@ -57,9 +62,10 @@ def test_names_are_found_in_every_form(row, names):
     [
         ({"image": "a", "images": ["b"]}, r"'images' and 'image' name different images \(\['b'\] and \['a'\]\)"),
         ({"image": "a", "images": ["a", "b"]}, "name different images"),
+        ({"image": {"path": "a", "url": "b"}}, "image: image 0 of 1: an image has one picture, got 'url' and 'path'"),
         ({"images": ["a", None]}, "images: image 1 of 2 is empty"),
-        ({"images": [["a"]]}, "images: expected paths, got a list"),
-        ({"image": 7}, "image: expected paths, got a int"),
+        ({"images": [["a"]]}, "images: expected paths, got list"),
+        ({"image": 7}, "image: expected paths, got int"),
     ],
 )
 def test_names_that_cannot_be_understood_are_refused(row, message):
@@ -110,12 +116,13 @@ def test_an_image_folder_may_be_a_link_and_a_home_folder(folder, tmp_path_factor
         ("/etc/hostname", "leaves the image folder"),
         ("sub", "is a folder, a pipe or a device"),
         ("pipe.png", "is a folder, a pipe or a device"),
-        ("https://example.org/a.png", "is a URL; .* download it first"),
+        ("https://example.org/a.png", "URLs are not fetched, .* download it first"),
+        ("GS://bucket/a.png", "URLs are not fetched"),
+        ("file://server/a.png", "a file of host 'server'"),
         ("a\0.png", "holds a NUL"),
-        ("data:image/png;base64,", "in the row is empty"),
-        ("data:image/png;base64,AAAAA", r"in the row \(5 characters\) is not valid base64"),
-        ("data:image/png,AAAA", "expected a path, or data:image"),
-        ("data:text/plain;base64,AAAA", "expected a path, or data:image"),
+        ("data:image/png;base64,", "embedded image is empty"),
+        ("data:image/png;base64,AAAAA", "its base64 content is broken"),
+        ("data:image/png", "no comma"),
     ],
 )
 def test_an_image_that_is_not_there_is_told_with_its_cause(folder, name, message):
@@ -124,7 +131,9 @@ def test_an_image_that_is_not_there_is_told_with_its_cause(folder, name, message
         find_image(name, folder)
 
 
-@pytest.mark.parametrize("start", ["data:image/png;base64,", "", "https://example.org/", "data:", "/9j/", "data:x,"])
+@pytest.mark.parametrize(
+    "start", ["data:image/png;base64,", "", "https://example.org/", "data:", "/9j/", "data:;base64,="]
+)
 def test_no_message_holds_megabytes(folder, start):
     with pytest.raises(ValueError) as told:
         find_image(f"{start}{'A' * 3_000_001}", folder)
@@ -141,6 +150,20 @@ def test_an_image_in_the_row_is_identified_by_its_content(bare):
     record = parse_record({"image": names[0], "conversations": turns}, None)
     assert record.images == (one.key,) and record.stamps == (one.stamp,)
     assert named_image({"image": names[0], "conversations": turns}, RowOptions(), 0).content() == png(1)
+
+
+def test_all_spellings_of_an_embedded_image_have_one_key(folder):
+    text = base64.b64encode(png(3)).decode()
+    names = [text, f"DATA:;base64,{text}", f"data:application/octet-stream;base64,{text}", f"data:,{quote(png(3))}"]
+    assert {find_image(name, None).key for name in names} == {find_image(text, None).key}
+    assert find_image(names[-1], None).content() == png(3)
+
+
+@pytest.mark.parametrize("name", ["a#1.png", "a?2.png"])
+def test_a_file_url_is_not_cut(folder, name):
+    (folder / "a").write_bytes(png(1))
+    (folder / name).write_bytes(png(2))
+    assert find_image(f"file://{folder}/{name}", folder).key == name
 
 
 def test_a_replaced_file_keeps_its_key_and_changes_its_stamp(folder):

@@ -164,16 +164,16 @@ def test_parts_name_their_pictures_in_every_usual_way():
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        (user({"type": "image", "url": "https://example.com/" + "x" * 500}), "images are not downloaded"),
-        (user({"type": "image_url", "image_url": {"url": "HTTP://example.com/a"}}), "images are not downloaded"),
-        (user({"type": "image", "base64": "no base64!" * 100}), "expected a picture as base64"),
+        (user({"type": "image", "url": "https://example.com/" + "x" * 500}), "URLs are not fetched"),
+        (user({"type": "image_url", "image_url": {"url": "HTTP://example.com/a"}}), "URLs are not fetched"),
+        (user({"type": "image", "base64": "no base64!" * 100}), "expected the base64 of an image under 'base64'"),
         (user({"type": "image", "image": RED, "path": "a.png"}), "one picture, got 'image' and 'path'"),
         (user({"type": "image"}), "1 <image> in the text but 0 images"),
         (user({"type": "video", "video": "a.mp4"}), "got type 'video'"),
         (user({"type": "text", "text": None}), "a string under 'text', got None"),
-        (user("bare"), "got a str"),
+        (user("bare"), "got str"),
         ({"role": "user", "content": None}, r"message 0 \(user\): expected a string or a list of parts .* got None"),
-        ({"role": "user", "content": 3}, "got a int"),
+        ({"role": "user", "content": 3}, "got int"),
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "'tool_calls' is not supported"),
         ({"content": "a"}, "expected {'role'"),
     ],
@@ -185,7 +185,7 @@ def test_messages_that_are_not_understood_are_named_in_one_short_line(processor,
 
 
 def test_a_web_address_is_refused_in_calls(processor):
-    with pytest.raises(ValueError, match="images are not downloaded"):
+    with pytest.raises(ValueError, match="URLs are not fetched"):
         processor(text=QUESTION, images="https://example.com/a.png")
 
 
@@ -304,7 +304,7 @@ def test_no_prompt_is_an_empty_prompt_and_other_things_are_refused(processor):
     same(processor.drawing_prompts([None]), empty)
     same(processor.drawing_prompts("a ring"), processor.drawing_prompts(["a ring"]))
     for wrong in (3, {"prompt": "a"}, ["a"]):
-        with pytest.raises(ValueError, match=f"a prompt as a string, got a {type(wrong).__name__}"):
+        with pytest.raises(ValueError, match=f"a prompt as a string, got {type(wrong).__name__}"):
             processor.drawing_prompts([wrong])
 
 

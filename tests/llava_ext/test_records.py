@@ -1,9 +1,13 @@
+import base64
 import json
 
 import pytest
 from PIL import Image
 
-from llava_ext.data.records import RowOptions, parse_record, parse_row
+from evotok_plugin.data.images import as_picture
+from llava_ext.data.records import RowOptions, named_image, parse_record, parse_row
+from llava_ext.image_parts import IMAGE_PARTS
+from llava_ext.messages import read_messages
 from llava_ext.placeholders import split_at_images
 
 
@@ -82,7 +86,7 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"conversations": [{"from": "human", "value": "x"}]}, "nothing to learn"),
         ({"image": "a.png", "conversations": turns("no placeholder", "a")}, "0 <image> .* 1 images"),
         ({"conversations": turns("<image>", "a")}, "1 <image> .* 0 images"),
-        ({"conversations": turns("half \ud83d", "a")}, "turn 0 is no Unicode text"),
+        ({"conversations": turns("half \ud83d", "a")}, "turn 0 is not valid Unicode"),
         ({"image": 7, "conversations": turns("<image>", "a")}, "expected paths, got int"),
         ({"image": "b.png", "conversations": turns("<image>", "a")}, "'b.png' not found"),
         ({"image": "a.png", "conversations": turns("<image>", "a"), "drawn": [True]}, "outside the assistant's turns"),
@@ -119,6 +123,8 @@ def test_a_literal_image_in_parts_and_captions_is_text(folder):
     assert (read.drawn, drawn.drawn) == ((False,), (True,))
     escaped = parse_record({"conversations": turns(r"What does \<image> mean?", "a tag")}, None)
     assert escaped.kind == "text"
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -158,6 +164,39 @@ def test_parts_of_messages_may_name_their_images(folder):
         assert parse_record({"image": "a.png", "messages": asked(**part)}, folder) == plain
     with pytest.raises(ValueError, match="'image' and 'messages' name different images"):
         parse_record({"image": "a.png", "messages": asked(image="b.png")}, folder)
+
+
+def test_training_rows_and_processors_find_the_same_pictures_in_parts(folder):
+    content = (folder / "a.png").read_bytes()
+    text = base64.b64encode(content).decode()
+    uri = f"data:image/png;base64,{text}"
+    parts = [
+        *({key: value} for key in ("image", "image_url", "url", "path") for value in (text, uri, {"url": uri})),
+        *({key: {"base64": text}} for key in ("image", "image_url")),
+        *({"base64": value, "path": None, "url": ""} for value in (text, uri)),
+        {"image": {"bytes": text, "path": "a.png"}},
+        {"image": {"bytes": content, "path": "a.png"}},
+    ]
+    answer = {"role": "assistant", "content": "a"}
+
+    def asked(**part):
+        return [{"role": "user", "content": [part]}, answer]
+
+    for kind in IMAGE_PARTS:
+        for part in parts:
+            messages = asked(type=kind, **part)
+            assert named_image({"messages": messages}, RowOptions(), 0).content() == content, part
+            (picture,) = read_messages(messages)[1]
+            assert as_picture(picture).tobytes() == as_picture(content).tobytes(), part
+    for part, message in (
+        ({"path": "a.png", "base64": text}, "one picture, got 'path' and 'base64'"),
+        ({"base64": "AAAAA"}, "its base64 content is broken"),
+        ({"url": "https://example.org/a.png"}, "URLs are not fetched"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_record({"messages": asked(type="image", **part)}, folder)
+        with pytest.raises(ValueError, match=message):
+            read_messages(asked(type="image", **part))
 
 
 def test_an_image_of_a_system_turn_is_read_and_a_first_turn_may_be_gpt_s(folder):
