@@ -74,7 +74,7 @@ def test_a_folder_of_the_user_is_used_or_named_and_never_deleted(tmp_path):
 def test_every_place_is_checked_before_the_first_step(tmp_path, capsys):
     (tmp_path / "evotok").mkdir()
     (tmp_path / "evotok" / "notes.txt").write_text("mine")
-    assert main(["--workspace", str(tmp_path)]) == 2
+    assert prepare.main(["--workspace", str(tmp_path)]) == 2
     assert "evotok was not made by this program" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["evotok"]
 
