@@ -120,6 +120,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         else:
             (temporary / MARKER).unlink(missing_ok=True)
         apply_umask(*temporary.rglob("*.safetensors"))
+        if folder.is_dir() and _holds_only_marker(folder):
+            (folder / MARKER).unlink()
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # created above
@@ -137,7 +139,7 @@ def scratch_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path) -> None:
-    """Check that a folder can be created: it does not exist, or is empty.
+    """Check that a folder can be created: it does not exist, or is empty but for our marker.
 
     Raises:
         ValueError: a file of that name, or a folder that holds something.
@@ -148,8 +150,14 @@ def check_new_folder(folder: str | Path) -> None:
         and not folder.exists()
         or folder.exists()
         and (not folder.is_dir() or any(folder.iterdir()))
+        and not (folder.is_dir() and _holds_only_marker(folder))
     ):
         raise ValueError(f"{str(folder)!r} exists and is not empty; choose a new folder")
+
+
+def _holds_only_marker(folder: Path) -> bool:
+    """Whether a run has claimed a folder and has written nothing into it."""
+    return [path.name for path in folder.iterdir()] == [MARKER] and _read_marker(folder) is not None
 
 
 def _temporary_folder(folder: Path) -> Path:
