@@ -27,7 +27,15 @@ STATE = "trainer_state.json"
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 REPORTS = ("bad_samples.jsonl", "too_long_samples.jsonl")  # written while the data is checked, before the first step
-_RUN_FILES = ("recipe.yaml", "metrics.jsonl", FINISHED, *REPORTS, "tensorboard/**/events.out.tfevents.*")
+PENDING_REPORTS = tuple(name.replace(".jsonl", ".new.jsonl") for name in REPORTS)  # next to those of an old run
+_RUN_FILES = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    FINISHED,
+    *REPORTS,
+    *PENDING_REPORTS,
+    "tensorboard/**/events.out.tfevents.*",
+)
 _MODEL_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",

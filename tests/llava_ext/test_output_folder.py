@@ -7,7 +7,8 @@ import yaml
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
-from llava_ext.training.checkpoints import MARKER, checkpoints, finished_facts, owned_folder
+from llava_ext.training.checkpoints import MARKER, REPORTS, checkpoints, finished_facts, owned_folder
+from llava_ext.training.reports import StageReport, place_reports, prepare_report
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,8 @@ def test_overwriting_keeps_what_the_run_has_not_written(recipe, finished):
     ],
 )
 def test_a_run_that_does_not_come_to_a_step_replaces_nothing(recipe, finished, flags, message):
+    for name in REPORTS:  # of the run: its record names them
+        (finished / name).write_text("of the run")
     before = state(finished)
     if "nan" in flags:
         code, line = run_forked(_with_a_first_step_that_fails, recipe, finished, OVERWRITE)
@@ -64,7 +67,7 @@ def test_a_run_that_does_not_come_to_a_step_replaces_nothing(recipe, finished, f
         code, line = run_forked(stage_exit, recipe, finished, [*OVERWRITE, *flags])
     assert code == 2 and message in line
     after = state(finished)
-    reports = {finished / "bad_samples.jsonl"}
+    reports = {finished / "bad_samples.new.jsonl"}
     assert {path: after[path] for path in before} == before and set(after) - set(before) <= reports
 
 
@@ -77,6 +80,32 @@ def _with_a_first_step_that_fails(recipe, output, flags):
 
     EvoTokTrainer.check_step = fail
     return stage_exit(recipe, output, flags)
+
+
+def test_reports_of_a_run_stay_until_those_of_the_next_one_are_placed(tmp_path):
+    bad, too_long = REPORTS
+    assert prepare_report(tmp_path / "new", bad) == tmp_path / "new" / bad and not (tmp_path / "new").exists()
+    owned_folder(tmp_path).claim("recipe.yaml", bad, too_long)
+    for name in ("recipe.yaml", bad, too_long):
+        (tmp_path / name).write_text("of the run")
+    for name, reasons in ((bad, {"a17": "broken"}), (too_long, {})):
+        StageReport(prepare_report(tmp_path, name), 1.0, reasons).check(1)
+    assert [(tmp_path / name).read_text() for name in (bad, too_long)] == ["of the run", "of the run"]
+    place_reports(tmp_path)
+    assert "a17" in (tmp_path / bad).read_text() and not (tmp_path / too_long).exists()
+    assert not list(tmp_path.glob("*.new.jsonl")) and owned_folder(tmp_path).owns(bad)
+
+
+def test_a_report_of_a_failed_validation_is_replaced_where_there_is_no_run(tmp_path):
+    for sample in ("first", "second"):
+        StageReport(prepare_report(tmp_path, REPORTS[0]), 1.0, {sample: "broken"}).check(1)
+    assert "second" in (tmp_path / REPORTS[0]).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".evotok.json", REPORTS[0]]
+
+
+def test_a_first_start_that_fails_leaves_no_folder(recipe, tmp_path):
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--vision_tower", str(tmp_path)])
+    assert code == 2 and "is not a model folder" in line and not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_origin_is_not_overwritten(recipe, tmp_path):
