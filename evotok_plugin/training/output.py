@@ -19,7 +19,7 @@ from evotok_plugin.training.resume import (
     Change,
     changed_contents,
     changes,
-    read_recipe,
+    recipe_to_compare,
     reject,
     sample_contents,
     write_recipe,
@@ -74,8 +74,11 @@ class TokenizerOutput:
             self._compare()
 
     def _compare(self) -> None:
-        found, saved = checkpoints(self._folder), read_recipe(self._folder)
-        if not found or saved is None:
+        found = checkpoints(self._folder)
+        saved = None
+        if found:
+            saved = recipe_to_compare(self._folder, self._state(found[-1]), self._processes.is_first)
+        if saved is None:
             return
         defaults = {**as_plain(TokenizerTrainingConfig(data=["-"], output_dir="-", semantic_weight=0))}
         defaults["semantic_weight"] = TokenizerTrainingConfig.semantic_weight

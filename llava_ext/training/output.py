@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from evotok_plugin.common.files import check_output_folder, check_replaceable
-from evotok_plugin.training.resume import RECIPE, Change, read_recipe, reject, write_recipe
+from evotok_plugin.training.resume import Change, recipe_to_compare, reject, write_recipe
 from llava_ext.training.checkpoints import (
     FINISHED,
     PENDING_REPORTS,
@@ -69,10 +69,13 @@ def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape)
 def _plan_resume(config: StageConfig, values: Mapping[str, Any], shape: RunShape) -> Plan:
     folder = Path(config.output_dir)
     plan = Plan(checkpoint=find_resumable(folder, shape))
-    facts, saved = finished_facts(folder), read_recipe(folder)
-    if saved is not None and owned_folder(folder).owns(RECIPE) and (plan.checkpoint or facts):
-        rejected, plan.applied, plan.moved = compare(saved, values)
+    facts = finished_facts(folder)
+    state = saved = None
+    if facts or plan.checkpoint:
         state = f"a finished run ({facts['steps']} steps)" if facts else f"a run at step {steps_of(plan.checkpoint)}"
+        saved = recipe_to_compare(folder, state, config.process_index == 0)
+    if saved is not None:
+        rejected, plan.applied, plan.moved = compare(saved, values)
         reject(rejected, folder, state)
         if facts and not _asks_for_more(plan.applied, facts["steps"]):
             reject(content_changes({}, {}, plan.moved, at_hand=False), folder, state)

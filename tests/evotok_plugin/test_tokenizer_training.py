@@ -381,6 +381,16 @@ def test_another_setting_or_other_images_are_refused_on_resume(scene_folder, tmp
     )
 
 
+def test_a_run_without_its_recipe_says_that_settings_are_not_compared(scene_folder, tmp_path, caplog):
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
+    (tmp_path / "recipe.yaml").write_text("max_steps: [")
+    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a run at step 1"):
+        TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1))
+    (tmp_path / "recipe.yaml").unlink()
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1))
+    assert "recipe.yaml is missing, so the settings cannot be compared" in caplog.text
+
+
 def test_images_of_the_same_names_are_told_apart_by_content_on_resume(scene_folder, tmp_path, caplog):
     folders = [tmp_path / name for name in ("first", "moved", "others")]
     images = sorted((scene_folder / "val" / "images").iterdir())

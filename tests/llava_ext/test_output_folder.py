@@ -7,8 +7,18 @@ import yaml
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
-from llava_ext.training.checkpoints import MARKER, REPORTS, checkpoints, finished_facts, owned_folder
+from llava_ext.training.checkpoints import (
+    MARKER,
+    REPORTS,
+    RunShape,
+    checkpoints,
+    finished_facts,
+    owned_folder,
+)
+from llava_ext.training.config import StageConfig
+from llava_ext.training.output import plan_output
 from llava_ext.training.reports import StageReport, place_reports, prepare_report
+from llava_ext.training.settings import stage_values
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +173,16 @@ def test_another_setting_is_refused_with_both_values(recipe, finished, changed, 
         with pytest.raises(RuntimeError, match=f"trained with other settings: .*{message}.*--overwrite true"):
             run_forked(run, recipe, folder, {**PLAIN, "max_steps": 3, **changed})
         assert state(folder) == before
+
+
+def test_a_run_without_its_recipe_says_that_settings_are_not_compared(recipe, finished, caplog):
+    config = StageConfig(**stage_values(str(recipe), {**PLAIN, "output_dir": str(finished)}))
+    (finished / "recipe.yaml").write_text("learning_rate: [")
+    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
+        plan_output(config, {}, RunShape(1))
+    (finished / "recipe.yaml").unlink()
+    assert plan_output(config, {}, RunShape(1)).finished_steps == 2
+    assert "recipe.yaml is missing, so the settings cannot be compared" in caplog.text
 
 
 def test_changed_records_at_the_same_path_are_noticed_and_moved_ones_are_not(recipe, tmp_path):
