@@ -22,10 +22,10 @@ from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.recipes import add_arguments, flags_of, reject_unknown_flags
 from llava_ext.checkpointing import (
     assemble,
+    base_fingerprints,
     load_model,
     read_tower,
     set_tower_aside,
-    weights_fingerprint,
 )
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
@@ -160,8 +160,9 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         "images": contents_of(dataset.records),
         "tower": model.vision_tower.fingerprint(),
     }
-    if any(Path(source).glob("model*.safetensors")):
-        facts["weights"] = weights_fingerprint(source)
+    fingerprints = base_fingerprints(source)
+    if fingerprints["sha256"] is not None:
+        facts |= {"weights": fingerprints["fingerprint"], "sha256": fingerprints["sha256"]}
     model = ready_to_train(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
@@ -171,7 +172,7 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         data_collator=(PackedCollator if config.packing else Collator)(processor),
         processing_class=processor,
         shape=RunShape(config.world_size, zero_stage(config), method_of(config)),
-        base=describe_base(config) if config.lora_enable else None,
+        base=describe_base(config, fingerprints) if config.lora_enable else None,
     )
     return trainer, facts
 
