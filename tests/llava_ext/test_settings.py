@@ -97,6 +97,12 @@ def test_flags_that_agree_are_accepted(given):
     settings.stage_values("finetune", given)
 
 
+def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(StageConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 GPUs are visible.*NPROC=N or torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        StageConfig(model_name_or_path="m", data_path="d.json", output_dir=str(tmp_path), use_cpu=True)
+
+
 def test_epochs_and_steps_replace_each_other():
     said = []
     values = settings.stage_values("finetune", {"num_train_epochs": "1"}, said.append)
@@ -122,6 +128,9 @@ def test_changes_are_rejected_applied_or_of_no_influence():
     facts = {"data": "4 records, digest a"}
     assert settings.content_changes(facts, facts, moved) == []  # the same records at another place
     assert settings.content_changes({}, facts, moved) == moved
+    one, other = {"weights": "a", "sha256": "b"}, {"weights": "a", "sha256": "c"}
+    (model,) = settings.content_changes(one, other, [])
+    assert model.name == "model_name_or_path" and settings.content_changes({"weights": "a"}, other, []) == []
     (different,) = settings.content_changes(facts, {"data": "5 records, digest b"}, [])
     assert (different.name, different.before) == ("data", "4 records, digest a")
 
