@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 MARKER = ".evotok.json"
 PROGRAM = "evotok"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,19 @@ def apply_umask(*paths: str | Path) -> None:
 def apply_umask_to_weights(folder: str | Path) -> None:
     """`apply_umask` for the weights that `save_pretrained` has just written into a folder."""
     apply_umask(*Path(folder).glob("model*.safetensors"))
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an error of the file system, while a block writes to `path` or below it, into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or path
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(
+            f"{where} cannot be written: {cause}; make room or change its permissions, or choose another output"
+        ) from error
 
 
 # Outputs that are checked before any work --------------------------------------------------------------------

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evotok_plugin.common.files import writing
+
 _SHOWN = 100  # characters of a user's value in a message
 
 
@@ -27,10 +29,15 @@ class BadSamples:
         self.reasons[name] = reason
 
     def write(self, report: Path) -> None:
-        """Write one line of JSON a sample."""
-        report.parent.mkdir(parents=True, exist_ok=True)
+        """Write one line of JSON a sample.
+
+        Raises:
+            ValueError: the report cannot be written.
+        """
         lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
-        report.write_text("\n".join(lines) + "\n")
+        with writing(report):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text("\n".join(lines) + "\n")
 
     def check(self, total: int) -> None:
         """Write the report.
