@@ -66,7 +66,7 @@ def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
     if listed := [str(change) for change in rejected]:
         raise ValueError(
             f"{folder} holds {what}, trained with other settings: {'; '.join(listed)}. Pass the same settings to "
-            "resume it, choose another --output_dir, or pass --overwrite true to begin anew"
+            "resume it, choose another --output_dir, or pass --overwrite true to start over"
         )
 
 
