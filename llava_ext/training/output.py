@@ -118,7 +118,7 @@ def _check_asked_checkpoint(config: StageConfig, found: Path | None) -> None:
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("true", "false", "none"):
         if str(asked).lower() == "false" and found:
-            raise ValueError(f"{found} would be resumed; pass --overwrite true to begin anew")
+            raise ValueError(f"{found} would be resumed; pass --overwrite true to start over")
         return
     if found is None or Path(asked).resolve() != found.resolve():
         what = f"that is {found}" if found else "there is none"

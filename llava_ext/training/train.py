@@ -101,7 +101,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     """Recipe -> model, data, what trains -> Trainer -> model folder.
 
     Raises:
-        ValueError, FloatingPointError: the user's input, or a loss that is no number; what is saved stays.
+        ValueError, FloatingPointError: the user's input, or a loss that is NaN or infinite; what is saved stays.
         SystemExit: the run was asked to stop; its last step is saved.
     """
     started = time.monotonic()
@@ -252,7 +252,7 @@ def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) 
     check_engine(trainer, config)
     last = checkpoint_folder(config.output_dir, trainer.state.global_step)
     if trainer.interruption.signal:
-        logger.info("stopped at step %d, saved as %s; the same command goes on", trainer.state.global_step, last)
+        logger.info("stopped at step %d, saved as %s; run the same command to resume", trainer.state.global_step, last)
         raise SystemExit(128 + trainer.interruption.signal)
     return last
 
