@@ -135,11 +135,14 @@ def load_whole(
     return model
 
 
-def load_strictly(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+def load_strictly(
+    module: nn.Module, weights: dict[str, Tensor], what: str, remedy: str = "download, copy or save the folder again"
+) -> None:
     """Load a state dict into a module; every weight must be present, fit and be finite.
 
     Args:
         what: for the error: where the weights come from.
+        remedy: for the error: what to do.
 
     Raises:
         ValueError: weights that are missing, unexpected, of another shape or not finite.
@@ -156,13 +159,18 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor], what: str) -> N
             ],
         },
         what,
+        remedy=remedy,
     )
     check_values(weights, what)
     module.load_state_dict(weights)
 
 
 def _check_report(
-    report: dict[str, Any], what: str, unused: Collection[str] = (), not_needed: Collection[str] = ()
+    report: dict[str, Any],
+    what: str,
+    unused: Collection[str] = (),
+    not_needed: Collection[str] = (),
+    remedy: str = "download, copy or save the folder again",
 ) -> None:
     def odd(keys: Collection[str], harmless: Collection[str]) -> list[str]:
         return sorted(key for key in map(str, keys) if not any(re.search(pattern, key) for pattern in harmless))
@@ -179,9 +187,7 @@ def _check_report(
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found or report.get("error_msgs"):
         detail = "; ".join(found) or describe_error(str(report["error_msgs"]))
-        raise ValueError(
-            f"{what} is not a whole checkpoint of this model: weights {detail}; download, copy or save the folder again"
-        )
+        raise ValueError(f"{what} is not a whole checkpoint of this model: weights {detail}; {remedy}")
 
 
 def _some(names: Sequence[str]) -> str:

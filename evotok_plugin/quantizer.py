@@ -173,7 +173,7 @@ class ResidualVectorQuantizer(nn.Module):
         batch = _JointBatch(vectors)
         residuals = [vectors] + [vectors - total.view_as(vectors) for total in sums]
         peaks = batch.largest(torch.stack([residual.abs().amax() for residual in residuals[:-1]]))
-        if all(map(math.isfinite, peaks)):  # else the loss is no number either, and stops the run: spoil nothing
+        if all(map(math.isfinite, peaks)):  # else the loss is NaN or infinite and stops the run
             for level, peak in enumerate(peaks):
                 self._learn_level(level, residuals[level], residuals[level + 1], codes[:, level], peak, batch)
         self._steps += 1
@@ -260,7 +260,7 @@ class _JointBatch:
         self._generator = torch.Generator().manual_seed(int(seed))
 
     def largest(self, values: Tensor) -> list[float]:
-        """Elementwise maximum over the processes; what is no number counts as infinite."""
+        """Elementwise maximum over the processes; NaN counts as infinite."""
         values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
         if self.shared:
             dist.all_reduce(values, dist.ReduceOp.MAX)

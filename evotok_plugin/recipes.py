@@ -102,6 +102,8 @@ def recipe_values(
             loaded = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"recipe {path}: not valid YAML: {error}") from error
+        except OSError as error:
+            raise ValueError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
         check_keys(loaded, schema, f"recipe {path}")

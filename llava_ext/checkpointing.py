@@ -1,7 +1,7 @@
 """Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from evotok_plugin.model_folder import (
     read_config,
 )
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
-from evotok_plugin.weight_files import named_weights
+from evotok_plugin.weight_files import folder_fingerprint, named_weights
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.generation.options import DrawingOptions, store_settings
@@ -121,8 +121,8 @@ def read_tower(folder: str | Path) -> EvoTokModel:
 def weights_fingerprint(folder: str | Path) -> str:
     """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out.
 
-    A sample that tells which model an adapter was trained on, stored in adapters' `base.json`. It does not change where
-    weights differ in later rows alone; `folder_fingerprint` does.
+    Only for adapters and runs from before `folder_fingerprint` was recorded: weights that differ in later rows alone
+    have the same value here.
     """
     facts = []
     for name, part, read in named_weights(folder):
@@ -131,6 +131,21 @@ def weights_fingerprint(folder: str | Path) -> str:
             first = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
             facts.append(f"{name} {part.get_shape()} {part.get_dtype()} {hashlib.sha256(first).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()
+
+
+def base_fingerprints(folder: str | Path) -> dict[str, str | None]:
+    """What identifies the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
+    `fingerprint`, which earlier versions compare; both None where its weights are not at hand as safetensors."""
+    if not any(Path(folder).glob("model*.safetensors")):
+        return {"fingerprint": None, "sha256": None}
+    return {"fingerprint": weights_fingerprint(folder), "sha256": folder_fingerprint(folder)}
+
+
+def has_fingerprint(folder: str | Path, known: Mapping[str, str | None]) -> bool:
+    """Whether a folder's model is the one of recorded `base_fingerprints`; true where none are recorded."""
+    if known.get("sha256") is not None:
+        return folder_fingerprint(folder) == known["sha256"]
+    return known.get("fingerprint") is None or weights_fingerprint(folder) == known["fingerprint"]
 
 
 def default_model_folder() -> Path:

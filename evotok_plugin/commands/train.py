@@ -3,10 +3,13 @@
 import argparse
 import logging
 import os
+from typing import Any
 
 from evotok_plugin.commands.shared import SharedOptions
-from evotok_plugin.recipes import add_arguments, load_recipe
+from evotok_plugin.recipes import add_arguments, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
+
+logger = logging.getLogger(__name__)
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
@@ -16,6 +19,24 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.set_defaults(run=run)
 
 
+def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run: recipe, then flags; of a recipe's settings that a flag leaves without effect, none.
+
+    Raises:
+        ValueError: no such recipe, or an unknown or wrong setting.
+    """
+    values = recipe_values(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+    for flag, is_off, names in (
+        ("val_data", bool(values.get("val_data")), ("val_fraction",)),
+        ("semantic_weight", values.get("semantic_weight") == 0, ("teacher",)),
+        ("gan_weight", values.get("gan_weight") == 0, ("gan_start", "gan_adaptive")),
+    ):
+        for name in names:
+            if flag in given and is_off and name in values and name not in given:
+                logger.info("--%s %s replaces the recipe's %s %s", flag, values[flag], name, values.pop(name))
+    return values
+
+
 def run(arguments: argparse.Namespace) -> None:
     from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
 
@@ -23,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("evotok_plugin").setLevel(logging.INFO if first else logging.ERROR)
     try:
-        config = load_recipe(arguments.recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+        config = TokenizerTrainingConfig(**training_values(arguments.recipe, given))
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip(" s:")
         raise ValueError(f"not set: {missing}; pass it as a flag or put it into the recipe") from None

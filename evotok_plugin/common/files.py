@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 MARKER = ".evotok.json"
 PROGRAM = "evotok"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,19 @@ def apply_umask(*paths: str | Path) -> None:
 def apply_umask_to_weights(folder: str | Path) -> None:
     """`apply_umask` for the weights that `save_pretrained` has just written into a folder."""
     apply_umask(*Path(folder).glob("model*.safetensors"))
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an error of the file system, while a block writes to `path` or below it, into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or path
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(
+            f"{where} cannot be written: {cause}; make room or change its permissions, or choose another output"
+        ) from error
 
 
 # Outputs that are checked before any work --------------------------------------------------------------------
@@ -120,6 +135,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         else:
             (temporary / MARKER).unlink(missing_ok=True)
         apply_umask(*temporary.rglob("*.safetensors"))
+        if folder.is_dir() and _holds_only_marker(folder):
+            (folder / MARKER).unlink()
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # created above
@@ -137,7 +154,7 @@ def scratch_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path) -> None:
-    """Check that a folder can be created: it does not exist, or is empty.
+    """Check that a folder can be created: it does not exist, or is empty but for our marker.
 
     Raises:
         ValueError: a file of that name, or a folder that holds something.
@@ -148,8 +165,14 @@ def check_new_folder(folder: str | Path) -> None:
         and not folder.exists()
         or folder.exists()
         and (not folder.is_dir() or any(folder.iterdir()))
+        and not (folder.is_dir() and _holds_only_marker(folder))
     ):
         raise ValueError(f"{str(folder)!r} exists and is not empty; choose a new folder")
+
+
+def _holds_only_marker(folder: Path) -> bool:
+    """Whether a run has claimed a folder and has written nothing into it."""
+    return [path.name for path in folder.iterdir()] == [MARKER] and _read_marker(folder) is not None
 
 
 def _temporary_folder(folder: Path) -> Path:

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evotok_plugin.common.files import writing
+
 _SHOWN = 100  # characters of a user's value in a message
 
 
@@ -26,6 +28,17 @@ class BadSamples:
     def add(self, name: str, reason: str) -> None:
         self.reasons[name] = reason
 
+    def write(self, report: Path) -> None:
+        """Write one line of JSON a sample.
+
+        Raises:
+            ValueError: the report cannot be written.
+        """
+        lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
+        with writing(report):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text("\n".join(lines) + "\n")
+
     def check(self, total: int) -> None:
         """Write the report.
 
@@ -35,9 +48,7 @@ class BadSamples:
         if not self.reasons:
             return
         if self.report is not None:
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
-            self.report.write_text("\n".join(lines) + "\n")
+            self.write(self.report)
         if len(self.reasons) > self.limit * total:
             name, why = next(iter(self.reasons.items()))
             where = f"; all are named in {self.report}" if self.report else ""

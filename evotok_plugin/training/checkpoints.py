@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from evotok_plugin.common.files import OwnedFolder, apply_umask, files_of
 from evotok_plugin.training.resume import RECIPE, read_recipe
@@ -60,6 +60,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(checkpoint.stem.split("-")[1])
+
+
+def files_in_the_way(folder: Path, max_steps: int) -> list[str]:
+    """Names of existing files that are those of a checkpoint or validation picture of a run of so many steps."""
+    found = [*folder.glob("checkpoint-*.safetensors"), *folder.glob("validation_*.png")]
+    numbered = ((path, re.fullmatch(r"(?:checkpoint-(\d{9,})|validation_(\d{7,}))", path.stem)) for path in found)
+    return [path.name for path, match in numbered if match and int(match[1] or match[2]) <= max_steps]
 
 
 def describe_run(folder: Path) -> str:
@@ -120,7 +127,7 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
             logger.warning("%s cannot be read (%s); trying the one before", path, error)
     if found:
         raise ValueError(
-            f"none of the {len(found)} checkpoints in {folder} can be read; pass --overwrite true to begin anew"
+            f"none of the {len(found)} checkpoints in {folder} can be read; pass --overwrite true to start over"
         )
     return None
 
@@ -148,17 +155,3 @@ def load_optimizer(optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> No
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load weights.
-
-    Raises:
-        ValueError: they are those of another model.
-    """
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is a checkpoint of another model ({error}); pass --overwrite true to begin anew"
-        ) from error

@@ -57,7 +57,7 @@ class TokenizerTrainingConfig:
     num_workers: int = 0
     max_bad_fraction: float = field(default=0.001, metadata=_help("share of broken images that is tolerated"))
     seed: int = 0
-    overwrite: bool = field(default=False, metadata=_help("begin anew although output_dir holds a run"))
+    overwrite: bool = field(default=False, metadata=_help("start over although output_dir holds a run"))
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
@@ -71,6 +71,7 @@ class TokenizerTrainingConfig:
                 "semantic_weight is above 0 but there is no teacher; pass --teacher FOLDER (a SigLIP model), or train "
                 "pixels alone with --semantic_weight 0, as the recipe photos does"
             )
+        self._check_without_effect()
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -79,6 +80,25 @@ class TokenizerTrainingConfig:
         for name in ("val_fraction", "weights_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    def _check_without_effect(self) -> None:
+        if self.teacher and self.semantic_weight <= 0:
+            raise ValueError(
+                f"teacher {self.teacher} has no effect with semantic_weight {self.semantic_weight:g}; raise "
+                "--semantic_weight, or leave --teacher out"
+            )
+        defaults = type(self)
+        for name in ("gan_start", "gan_adaptive"):
+            if self.gan_weight <= 0 and getattr(self, name) != getattr(defaults, name):
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect with gan_weight {self.gan_weight:g}; raise "
+                    f"--gan_weight, or leave --{name} out"
+                )
+        if self.val_data and self.val_fraction != defaults.val_fraction:
+            raise ValueError(
+                f"val_fraction {self.val_fraction:g} has no effect with val_data, which names the images to validate "
+                "on; leave one of --val_fraction and --val_data out"
+            )
 
     @property
     def reporters(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a run tells and what stops it: figures and pictures, losses that explode, levels that collapse."""
+"""Monitoring of a run: figures and pictures, losses that explode, levels that collapse."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evotok_plugin.common.files import writing
 from evotok_plugin.metrics.codes import CodeUsage
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class LossWatch:
         """Take in the terms of a step.
 
         Raises:
-            ValueError: a term is no number, or has exploded.
+            ValueError: a term is NaN or infinite, or has exploded.
         """
         for name, value in terms.items():
             if not math.isfinite(value):
@@ -87,10 +88,14 @@ class Reporter:
     """Figures to `metrics.jsonl`, and with pictures to TensorBoard and Weights & Biases where they are wanted.
 
     Raises:
-        ValueError: a reporter is wanted whose package is not installed.
+        ValueError: a reporter is wanted whose package is not installed, or a file that cannot be written.
     """
 
     def __init__(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
+        with writing(folder):
+            self._open(folder, reporters, settings)
+
+    def _open(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
         self._file, self._writer, self._run = folder / "metrics.jsonl", None, None
         if "tensorboard" in reporters:
             try:
@@ -111,7 +116,7 @@ class Reporter:
 
     def figures(self, step: int, values: dict[str, float]) -> None:
         line = {"step": step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
-        with self._file.open("a") as file:
+        with writing(self._file), self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items() if self._writer is not None else ():
             self._writer.add_scalar(name, value, step)

@@ -9,17 +9,24 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from evotok_plugin.common.files import check_output_folder, check_replaceable
+from evotok_plugin.common.files import check_output_folder, check_replaceable, writing
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.processes import Processes
 from evotok_plugin.recipes import as_plain
-from evotok_plugin.training.checkpoints import RUN_FILES, checkpoints, describe_run, owned_folder, step_of
+from evotok_plugin.training.checkpoints import (
+    RUN_FILES,
+    checkpoints,
+    describe_run,
+    files_in_the_way,
+    owned_folder,
+    step_of,
+)
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.resume import (
     Change,
     changed_contents,
     changes,
-    read_recipe,
+    recipe_to_compare,
     reject,
     sample_contents,
     write_recipe,
@@ -63,10 +70,12 @@ class TokenizerOutput:
         self._applied: list[Change] = []
         self._moved: list[Change] = []
         check_output_folder(folder, "--output_dir")
-        if processes.is_first and owned_folder(folder).restore():
+        with writing(folder):
+            restored = processes.is_first and owned_folder(folder).restore()
+        if restored:
             logger.warning("%s: the run that was to be replaced is back; the last start did not reach a step", folder)
         processes.barrier()
-        owned_folder(folder).check(*RUN_FILES)
+        owned_folder(folder).check(*RUN_FILES, *files_in_the_way(folder, config.max_steps))
         if config.overwrite:
             inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": [config.teacher]}
             check_replaceable(folder, {k: [p for p in v if p and not p.startswith("hf:")] for k, v in inputs.items()})
@@ -74,12 +83,17 @@ class TokenizerOutput:
             self._compare()
 
     def _compare(self) -> None:
-        found, saved = checkpoints(self._folder), read_recipe(self._folder)
-        if not found or saved is None:
+        found = checkpoints(self._folder)
+        saved = None
+        if found:
+            saved = recipe_to_compare(self._folder, self._state(found[-1]), self._processes.is_first)
+        if saved is None:
             return
         defaults = {**as_plain(TokenizerTrainingConfig(data=["-"], output_dir="-", semantic_weight=0))}
         defaults["semantic_weight"] = TokenizerTrainingConfig.semantic_weight
-        different = changes(_full_paths({**defaults, **saved}), _full_paths(as_plain(self._config)), IRRELEVANT)
+        before, now = {**defaults, **saved}, as_plain(self._config)
+        irrelevant = IRRELEVANT | (_without_effect(before) & _without_effect(now))
+        different = changes(_full_paths(before), _full_paths(now), irrelevant)
         self._applied = [change for change in different if change.name in APPLIED]
         self._moved = [change for change in different if change.name in BY_CONTENT]
         others = [change for change in different if change.name not in APPLIED | BY_CONTENT]
@@ -96,24 +110,28 @@ class TokenizerOutput:
             facts: what else identifies the run's inputs, by the names of their settings.
 
         Raises:
-            ValueError: the run that is resumed had other inputs.
+            ValueError: the run that is resumed had other inputs, or the folder cannot be written to.
         """
         found = [] if self._config.overwrite else checkpoints(self._folder)
         if found:
             self._check_inputs(found[-1], facts, images)
         self._processes.barrier()
         if self._processes.is_first:
-            owned = owned_folder(self._folder)
-            if self._config.overwrite and owned.files():
-                said = describe_run(self._folder)
-                aside = owned.move_aside()
-                self._is_replacing = True
-                logger.warning("%s holds %s; moved to %s until the first step has succeeded", self._folder, said, aside)
-            owned.claim(*RUN_FILES)
-            owned.note(**facts, images=images)
-            saved = {name: value for name, value in as_plain(self._config).items() if name != "overwrite"}
-            write_recipe(self._folder, saved, self._applied, step_of(found[-1]) if found else 0)
+            with writing(self._folder):
+                self._prepare(facts, images, step_of(found[-1]) if found else 0)
         self._processes.barrier()
+
+    def _prepare(self, facts: dict[str, str | None], images: list[str], step: int) -> None:
+        owned = owned_folder(self._folder)
+        if self._config.overwrite and owned.files():
+            said = describe_run(self._folder)
+            aside = owned.move_aside()
+            self._is_replacing = True
+            logger.warning("%s holds %s; moved to %s until the first step has succeeded", self._folder, said, aside)
+        owned.claim(*RUN_FILES)
+        owned.note(**facts, images=images)
+        saved = {name: value for name, value in as_plain(self._config).items() if name != "overwrite"}
+        write_recipe(self._folder, saved, self._applied, step)
 
     def _check_inputs(self, checkpoint: Path, facts: dict[str, str | None], images: list[str]) -> None:
         before = owned_folder(self._folder).facts
@@ -132,7 +150,8 @@ class TokenizerOutput:
     def finish_replacing(self) -> None:
         """Delete the run that is replaced; called after every step, it does something after the first."""
         if self._is_replacing:
-            owned_folder(self._folder).finish_replacing()
+            with writing(self._folder):
+                owned_folder(self._folder).finish_replacing()
             self._is_replacing = False
 
     def restore(self) -> None:
@@ -140,6 +159,12 @@ class TokenizerOutput:
         if self._is_replacing and owned_folder(self._folder).restore():
             self._is_replacing = False
             logger.warning("%s is as it was before", self._folder)
+
+
+def _without_effect(values: dict) -> set[str]:
+    """Settings that others switch off; earlier versions accepted values for them."""
+    names = {"val_fraction"} if values["val_data"] else set()
+    return names | ({"gan_start", "gan_adaptive"} if values["gan_weight"] == 0 else set())
 
 
 def _full_paths(values: dict) -> dict:

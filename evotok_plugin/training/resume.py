@@ -6,6 +6,7 @@ comments at its top, so that the file never claims what did not happen.
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
     if listed := [str(change) for change in rejected]:
         raise ValueError(
             f"{folder} holds {what}, trained with other settings: {'; '.join(listed)}. Pass the same settings to "
-            "resume it, choose another --output_dir, or pass --overwrite true to begin anew"
+            "resume it, choose another --output_dir, or pass --overwrite true to start over"
         )
 
 
@@ -107,10 +108,41 @@ def read_recipe(folder: str | Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> dict[str, Any] | None:
+    """The settings that a run to be resumed was started with; None, with a warning, where `recipe.yaml` is missing.
+
+    Args:
+        state: the run that the folder holds: "a run at step 4".
+        is_first: whether this process warns.
+
+    Raises:
+        ValueError: `recipe.yaml` is damaged.
+    """
+    path = Path(folder) / RECIPE
+    if not path.exists():
+        if is_first:
+            logger.warning(
+                "%s is missing, so the settings cannot be compared with those of %s; the run is resumed with the "
+                "settings given now",
+                path,
+                state,
+            )
+        return None
+    saved = read_recipe(folder)
+    if saved is None:
+        raise ValueError(
+            f"{path} cannot be read as settings, so the settings cannot be compared with those of {state}; restore it, "
+            "delete it to resume with the settings given now, or pass --overwrite true to start over"
+        )
+    return saved
+
+
 def write_recipe(folder: str | Path, values: dict[str, Any], applied: Iterable[Change] = (), step: int = 0) -> None:
     """Write `recipe.yaml`; on resume, with a comment for every setting that is other from `step` on."""
     path = Path(folder) / RECIPE
     before = path.read_text().splitlines() if step and path.is_file() else []
     comments = [line for line in before if line.startswith("# step ")]
     comments += [" ".join(f"# step {step}: {change}".split()) for change in applied]
-    path.write_text("".join(f"{line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False))
+    temporary = path.with_name(f".{RECIPE}.tmp")  # a kill in the middle must not leave a damaged file
+    temporary.write_text("".join(f"{line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False))
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Training of the tokenizer: a step, validation, and a run that can be stopped anywhere and goes on exactly."""
+"""Training of the tokenizer: a step, validation, and a run that can be stopped anywhere and resumed exactly."""
 
 import contextlib
 import logging
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from evotok_plugin.common.files import writing
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.images import to_pixel_values
@@ -25,6 +26,7 @@ from evotok_plugin.interruption import StopSignals, serve_the_parent
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
+from evotok_plugin.model_folder import load_strictly
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.pictures import image_grid
 from evotok_plugin.processes import Processes
@@ -32,7 +34,6 @@ from evotok_plugin.progress import progress_interval
 from evotok_plugin.recipes import as_plain
 from evotok_plugin.training.checkpoints import (
     load_optimizer,
-    load_strictly,
     newest_kept,
     optimizer_tensors,
     owned_folder,
@@ -56,7 +57,7 @@ _SHOWN = 8  # images in a validation picture
 
 
 class TokenizerTrainer:
-    """One training run; `run()` starts it or goes on with it.
+    """One training run; `run()` starts or resumes it.
 
     Raises:
         ValueError: data, teacher or settings that do not fit.
@@ -201,7 +202,7 @@ class TokenizerTrainer:
         return dict(zip(terms, values[:-2], strict=True)), anyone_stops
 
     def _check(self, figures: dict[str, float]) -> None:
-        """Stop on a loss that is no number or has exploded."""
+        """Stop on a loss that is NaN or infinite or has exploded."""
         try:
             self._watch.check(figures)
         except ValueError as error:
@@ -220,12 +221,12 @@ class TokenizerTrainer:
     # The run -------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to `max_steps`, going on from the last checkpoint if there is one; returns the model folder.
+        """Train to `max_steps`, from the last checkpoint if there is one; returns the model folder.
 
         Ctrl-C and SIGTERM save a checkpoint and end the process with 128 + the signal's number.
 
         Raises:
-            ValueError: a loss that is no number or has exploded, too many broken images, a full disk.
+            ValueError: a loss that is not finite or has exploded, too many broken images, a failed write.
         """
         teacher = fingerprint_of(self.objective.teacher)
         self._output.begin(contents_of(self._sources), data=identity_of(self._sources), teacher=teacher)
@@ -240,9 +241,9 @@ class TokenizerTrainer:
             self._output.restore()
             raise
         if self.processes.is_first:
-            with self._averaged():
+            with self._averaged(), writing(self.folder):
                 self.model.save_pretrained(self.folder)
-            self.processor.save_pretrained(self.folder)
+                self.processor.save_pretrained(self.folder)
             self._reporter.close()
         self.processes.barrier()
         return self.folder
@@ -282,7 +283,7 @@ class TokenizerTrainer:
         bar.close()
 
     def _end_early(self) -> None:
-        logger.warning("stopped at step %d, which is saved; the same command goes on from there", self.step)
+        logger.warning("stopped at step %d, which is saved; run the same command to resume", self.step)
         self.processes.barrier()
         raise SystemExit(128 + (self._signals.caught or signal.SIGTERM))
 
@@ -375,8 +376,9 @@ class TokenizerTrainer:
         originals, rebuilt = (EvoTokImageProcessor.to_pil(images) for images in (pixel_values, pixels))
         picture = image_grid(originals + rebuilt, columns=len(originals))
         name = f"validation_{self.step:07d}.png"
-        owned_folder(self.folder).claim(name)
-        picture.save(self.folder / name)
+        with writing(self.folder / name):
+            owned_folder(self.folder).claim(name)
+            picture.save(self.folder / name)
         if self._reporter is not None:
             self._reporter.picture(self.step, "validation", picture)
 
@@ -395,7 +397,7 @@ class TokenizerTrainer:
     # Checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Everything a run needs to go on exactly.
+        """Save everything that an exact resumption needs.
 
         Raises:
             ValueError: it cannot be written; the one before it stays.
@@ -431,17 +433,20 @@ class TokenizerTrainer:
         if found is None:
             return False
         path, tensors = found
-        load_strictly(self.model, part("model", tensors), path)
+        remedy = "restore it, or pass --overwrite true to start over"
+        load_strictly(self.model, part("model", tensors), str(path), remedy)
         self.model.quantizer.load_learning_state(part("quantizer", tensors))
         load_optimizer(self.optimizer, part("optimizer", tensors))
         self._watch.load_state_dict(part("watch", tensors))
         if self.weights_ema is not None:
             averages = part("weights_ema", tensors)
             if not averages:
-                raise ValueError(f"{path} was written without weights_ema; leave it out, or pass --overwrite true")
+                raise ValueError(
+                    f"{path} was written without weights_ema; leave it out, or pass --overwrite true to start over"
+                )
             self.weights_ema.load_state_dict(averages)
         if self.objective.discriminator is not None:
-            load_strictly(self.objective.discriminator, part("discriminator", tensors), path)
+            load_strictly(self.objective.discriminator, part("discriminator", tensors), str(path), remedy)
             load_optimizer(self.discriminator_optimizer, part("discriminator_optimizer", tensors))
         self._load_random_state(part(f"random.{self.rank}", tensors))
         self.step = int(tensors["step"])

@@ -25,7 +25,7 @@ _HELP = """Ask, or say what to draw. Paths of images in a line are read, in quot
 /draw PROMPT  have an image drawn, whatever the model would answer
 /image PATH   an image for the next question
 /save FOLDER  write the conversation: conversation.json and its images
-/reset        begin anew
+/reset        start over
 /help         this
 /quit         leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 

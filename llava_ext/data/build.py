@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.processes import Processes
 from llava_ext.data.dataset import ConversationDataset
@@ -17,6 +16,7 @@ from llava_ext.data.survey import RecordImages, RecordTable, Survey, survey
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.config import StageConfig
+from llava_ext.training.reports import StageReport, prepare_report
 from llava_ext.training.samples import check_parts_have_samples
 
 logger = logging.getLogger("llava_ext")
@@ -28,7 +28,7 @@ def build_dataset(
     """Check the records, encode their images once, and leave out (by name) what is unusable.
 
     What is bad is written to `bad_samples.jsonl` and may not exceed `max_bad_fraction`; what is too long is written to
-    `too_long_samples.jsonl` and only told.
+    `too_long_samples.jsonl` and only logged.
 
     Raises:
         ValueError: no data, too much that is bad, nothing left, or nothing for a part of the model that is to train.
@@ -43,7 +43,7 @@ def build_dataset(
     found = survey(
         sources, processor, config.model_max_length, processes, _num_workers(config), not config.disable_tqdm
     )
-    bad = BadSamples(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
+    bad = StageReport(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
     bad.check(found.num_records)
     tell_about_length(config, found, processor)
     check_parts_have_samples(model, config, found.records)  # before hours may go into encoding images
@@ -54,7 +54,12 @@ def build_dataset(
     if len(sources) > 1:
         tell_about_sources(config, records.sizes)
     if bad.reasons and processes.is_first:
-        logger.warning("left out %d of %d samples; see %s", len(bad.reasons), found.num_records, bad.report)
+        logger.warning(
+            "left out %d of %d samples; see %s",
+            len(bad.reasons),
+            found.num_records,
+            Path(config.output_dir) / "bad_samples.jsonl",
+        )
     return ConversationDataset(
         records,
         processor,
@@ -67,12 +72,8 @@ def build_dataset(
 
 
 def _report(config: StageConfig, name: str) -> Path | None:
-    """Where the first process reports; what an earlier run reported is gone."""
-    if config.process_index != 0:
-        return None
-    report = Path(config.output_dir) / f"{name}.jsonl"
-    report.unlink(missing_ok=True)
-    return report
+    """The path of a report that the first process writes; the reports of an old run stay until the new one begins."""
+    return prepare_report(config.output_dir, f"{name}.jsonl") if config.process_index == 0 else None
 
 
 def _num_workers(config: StageConfig) -> int:
@@ -92,7 +93,7 @@ def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlava
     Raises:
         ValueError: nothing is left.
     """
-    BadSamples(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
+    StageReport(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
     if (found.num_cut or found.too_long) and config.process_index == 0:
         logger.warning(
             "%d of %d samples are longer than model_max_length %d: %d lose their ends, %d are left out because an "
@@ -127,7 +128,7 @@ def open_code_cache(
     return encode_images(folder, images, model.vision_tower.eval(), processor.image_processor.size, processes, options)
 
 
-def without_broken(found: Survey, cache: CodeCache, bad: BadSamples) -> RecordTable:
+def without_broken(found: Survey, cache: CodeCache, bad: StageReport) -> RecordTable:
     """The records whose images could be read; the others go into `bad`.
 
     Raises:

@@ -7,6 +7,7 @@ which model they were trained on.
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from evotok_plugin.weight_files import damage_of, read_json
 from llava_ext.checkpointing import (
     NEW_PARTS,
     assemble,
+    has_fingerprint,
     load_model,
     save_model,
-    weights_fingerprint,
     write_folder,
 )
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
@@ -79,13 +80,13 @@ def add_lora(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) ->
     return get_peft_model(model, lora)
 
 
-def describe_base(config: StageConfig) -> dict:
-    """What `base.json` says of the model that the adapters stand on: its name without this machine's folders, and the
-    fingerprint of its weights where they are at hand."""
+def describe_base(config: StageConfig, fingerprints: Mapping[str, str | None]) -> dict:
+    """The content of `base.json` on the model that the adapters were trained on: its name without this machine's
+    folders, and its `base_fingerprints`."""
     source = Path(config.model_name_or_path)
     return {
         "name": source.name if source.is_absolute() else config.model_name_or_path,
-        "fingerprint": weights_fingerprint(source) if any(source.glob("model*.safetensors")) else None,
+        **fingerprints,
     }
 
 
@@ -174,13 +175,12 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         hint = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
         raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS}, {WEIGHTS} and {BASE}){hint}")
     facts = read_json(adapter / BASE)
-    if not {"name", "fingerprint"} <= set(facts):
+    if "name" not in facts or not {"fingerprint", "sha256"} & set(facts):
         raise ValueError(f"{adapter / BASE} does not say which model the adapter was trained on; copy it again")
-    known = facts["fingerprint"]
-    if known is not None and Path(base).is_dir() and weights_fingerprint(base) != known:
+    if Path(base).is_dir() and not has_fingerprint(base, facts):
         raise ValueError(
             f"the adapter in {str(adapter)!r} was trained on {facts['name']!r} with other weights than those in "
-            f"{str(base)!r}; give that model"
+            f"{str(base)!r}, or other configuration or tokenizer files; give that model"
         )
     if Path(base).is_dir() and model_type_of(base) == EvoTokLlavaConfig.model_type:
         model, processor = load_model(base, "auto")

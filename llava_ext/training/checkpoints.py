@@ -27,7 +27,15 @@ STATE = "trainer_state.json"
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 REPORTS = ("bad_samples.jsonl", "too_long_samples.jsonl")  # written while the data is checked, before the first step
-_RUN_FILES = ("recipe.yaml", "metrics.jsonl", FINISHED, *REPORTS, "tensorboard/**/events.out.tfevents.*")
+PENDING_REPORTS = tuple(name.replace(".jsonl", ".new.jsonl") for name in REPORTS)  # next to those of an old run
+_RUN_FILES = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    FINISHED,
+    *REPORTS,
+    *PENDING_REPORTS,
+    "tensorboard/**/events.out.tfevents.*",
+)
 _MODEL_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -60,13 +68,13 @@ class RunShape:
             raise ValueError(
                 f"{folder} was written by {saved['world_size']} processes and cannot be resumed by {self.world_size}, "
                 "because each holds its own part of the optimizer; "
-                f"start with NPROC={saved['world_size']}, or pass --overwrite true to begin anew"
+                f"start with NPROC={saved['world_size']}, or pass --overwrite true to start over"
             )
         for name, wanted in (("zero_stage", self.zero_stage), ("method", self.method)):
             if saved.get(name, wanted) != wanted:
                 raise ValueError(
                     f"{folder} was written with {name} {saved[name]} and cannot be resumed with {wanted}; "
-                    "go on as before, choose another --output_dir, or pass --overwrite true to begin anew"
+                    "keep the settings of the run, choose another --output_dir, or pass --overwrite true to start over"
                 )
 
 
@@ -253,7 +261,7 @@ def find_resumable(output_dir: str | Path, shape: RunShape) -> Path | None:
     if damaged:
         raise ValueError(
             f"{damaged[0]} was complete once and has been changed since (its {MARKER} names other files), and there is "
-            "no other checkpoint; restore it, or pass --overwrite true to begin anew"
+            "no other checkpoint; restore it, or pass --overwrite true to start over"
         )
     return None
 

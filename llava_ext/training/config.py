@@ -134,6 +134,11 @@ class StageConfig(TrainingArguments):
         _prepare_processes(self)
         os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(self.output_dir, "tensorboard")
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process, which cannot split a batch over them; start a process "
+                "for each with NPROC=N or torchrun, or choose one with CUDA_VISIBLE_DEVICES=0"
+            )
         if self.deepspeed and self.use_cpu:
             import deepspeed
 

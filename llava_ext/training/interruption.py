@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run in order: the step is finished and saved, on all processes at the same one."""
+"""Safe stop on Ctrl-C and SIGTERM: all processes finish and save the same step."""
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,8 @@ def on_any_process(flags: list[int], device: torch.device) -> list[int]:
     return values.tolist()
 
 
-class StopInOrder(TrainerCallback):
-    """Listens to SIGINT and SIGTERM while training runs.
+class StopSafely(TrainerCallback):
+    """Stops training after the step in which SIGINT or SIGTERM arrives.
 
     Attributes:
         signal: the one that some process has received, as all of them know it after a step; 0 before.

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from evotok_plugin.common.files import check_output_folder, check_replaceable
-from evotok_plugin.training.resume import RECIPE, Change, read_recipe, reject, write_recipe
+from evotok_plugin.training.resume import Change, recipe_to_compare, reject, write_recipe
 from llava_ext.training.checkpoints import (
     FINISHED,
-    REPORTS,
+    PENDING_REPORTS,
     RunShape,
     barrier,
     check_outputs,
@@ -25,6 +25,7 @@ from llava_ext.training.checkpoints import (
     steps_of,
 )
 from llava_ext.training.config import StageConfig
+from llava_ext.training.reports import holds_run, place_reports
 from llava_ext.training.settings import compare, content_changes
 
 logger = logging.getLogger("llava_ext")
@@ -48,7 +49,7 @@ class Plan:
 
 
 def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape) -> Plan:
-    """Decide what is resumed or replaced; nothing of the user's is changed.
+    """Decide what is resumed or replaced; nothing is created or changed.
 
     Raises:
         ValueError: the folder cannot be written to, holds files of others where the run would write, must not be
@@ -62,19 +63,19 @@ def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape)
     check_outputs(folder, config.lora_enable)
     if config.overwrite:
         check_replaceable(folder, _inputs(config))
-    plan = Plan() if config.overwrite else _plan_resume(config, values, shape)
-    if config.process_index == 0 and not plan.finished_steps:
-        owned_folder(folder).claim(*REPORTS)  # they are written while the data is checked
-    return plan
+    return Plan() if config.overwrite else _plan_resume(config, values, shape)
 
 
 def _plan_resume(config: StageConfig, values: Mapping[str, Any], shape: RunShape) -> Plan:
     folder = Path(config.output_dir)
     plan = Plan(checkpoint=find_resumable(folder, shape))
-    facts, saved = finished_facts(folder), read_recipe(folder)
-    if saved is not None and owned_folder(folder).owns(RECIPE) and (plan.checkpoint or facts):
-        rejected, plan.applied, plan.moved = compare(saved, values)
+    facts = finished_facts(folder)
+    state = saved = None
+    if facts or plan.checkpoint:
         state = f"a finished run ({facts['steps']} steps)" if facts else f"a run at step {steps_of(plan.checkpoint)}"
+        saved = recipe_to_compare(folder, state, config.process_index == 0)
+    if saved is not None:
+        rejected, plan.applied, plan.moved = compare(saved, values)
         reject(rejected, folder, state)
         if facts and not _asks_for_more(plan.applied, facts["steps"]):
             reject(content_changes({}, {}, plan.moved, at_hand=False), folder, state)
@@ -117,7 +118,7 @@ def _check_asked_checkpoint(config: StageConfig, found: Path | None) -> None:
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("true", "false", "none"):
         if str(asked).lower() == "false" and found:
-            raise ValueError(f"{found} would be resumed; pass --overwrite true to begin anew")
+            raise ValueError(f"{found} would be resumed; pass --overwrite true to start over")
         return
     if found is None or Path(asked).resolve() != found.resolve():
         what = f"that is {found}" if found else "there is none"
@@ -136,10 +137,13 @@ def begin(config: StageConfig, values: Mapping[str, Any], plan: Plan, facts: Map
     barrier()  # no process is still looking at the folder as it was
     if config.process_index == 0:
         owned = owned_folder(folder)
-        if config.overwrite and owned.files():
+        has_run = holds_run(owned)
+        if config.overwrite and has_run:
             said = describe_outputs(folder)
-            if aside := owned.move_aside(keep=REPORTS):
+            if aside := owned.move_aside(keep=PENDING_REPORTS):
                 logger.warning("%s holds %s; moved to %s until the first step has succeeded", folder, said, aside)
+        if has_run:
+            place_reports(folder)
         drop_incomplete(folder)
         owned = owned_folder(folder)
         if plan.checkpoint is not None:

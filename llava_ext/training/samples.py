@@ -84,14 +84,21 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
     ]
     if not starved:
         return
-    data = " and ".join(dict.fromkeys(_REMEDIES[part][0] for part in starved))
-    flags = " ".join(_REMEDIES[part][1] for part in starved)
-    if config.tune_read_projector is None and config.tune_write_projector is None:
-        both = f"{_REMEDIES[READ_PROJECTOR][1]} {_REMEDIES[WRITE_PROJECTOR][1]}"
-        flags = flags.replace(both, "--tune_projectors false")
     weights = [f"{name} is 0" for name in ("text_loss_weight", "image_loss_weight") if not getattr(config, name)]
     raise ValueError(
         f"{' and '.join(starved)} would train, but of {len(draws)} samples ({counts_in_words(samples)}) none trains "
-        f"{'them' if len(starved) > 1 else 'it'}{''.join(f'; {weight}' for weight in weights)}; "
-        f"add data with {data}, or pass {flags}"
+        f"{'them' if len(starved) > 1 else 'it'}{''.join(f'; {weight}' for weight in weights)}. {_remedies(starved)}"
     )
+
+
+def _remedies(starved: list[str]) -> str:
+    """One sentence for the parts that learn from the same data."""
+    by_data: dict[str, list[str]] = {}
+    for part in starved:
+        by_data.setdefault(_REMEDIES[part][0], []).append(part)
+    sentences = []
+    for data, parts in by_data.items():
+        flags = " ".join(_REMEDIES[part][1] for part in parts)
+        add = f"For {' and '.join(parts)}, add" if len(by_data) > 1 else "Add"
+        sentences.append(f"{add} data with {data}, or pass {flags}.")
+    return " ".join(sentences)

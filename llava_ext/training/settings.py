@@ -51,14 +51,18 @@ REJECTED = frozenset(
 )
 
 _DIGESTED_RECORDS = 20_000
-# Flags that have no effect unless another setting has one of these values.
+_OF_DEPTH_HEADS = ("head_hidden_size", "head_num_layers", "head_num_heads")
+# Flags that have no effect unless another setting has one of these values; the last is recommended.
 _NEED = (
-    (("lora_r", "lora_alpha", "lora_dropout"), {"lora_enable": True}),
-    (("quant_type", "double_quant"), {"bits": 4}),
-    (("image_head_lr",), {"tune_image_head": True}),
-    (("language_model_lr",), {"tune_language_model": True, "lora_enable": True}),
-    (("group_lengths",), {"group_by_modality_length": True}),
-    (("group_lengths", "group_by_modality_length"), {"packing": False}),
+    (("lora_r", "lora_alpha", "lora_dropout"), {"lora_enable": (True,)}),
+    (("quant_type", "double_quant"), {"bits": (4,)}),
+    (("image_head_lr",), {"tune_image_head": (True,)}),
+    (("language_model_lr",), {"tune_language_model": (True,), "lora_enable": (True,)}),
+    (("group_lengths",), {"group_by_modality_length": (True,)}),
+    (("group_lengths", "group_by_modality_length"), {"packing": (False,)}),
+    (("gradient_checkpointing_kwargs",), {"gradient_checkpointing": (True,)}),
+    (("tune_language_model",), {"lora_enable": (False,)}),
+    (_OF_DEPTH_HEADS, {"image_head": (None, "depth")}),
 )
 
 
@@ -90,11 +94,11 @@ def stage_values(
             raise ValueError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
     check_honored(values, StageConfig)
     for flags, needed in _NEED:
-        if any(values.get(name, getattr(StageConfig, name)) == value for name, value in needed.items()):
+        if any(values.get(name, getattr(StageConfig, name)) in fitting for name, fitting in needed.items()):
             continue
         for flag in flags:
             if flag in overrides and values[flag] not in (None, False):  # off is what it is anyway
-                remedy = " or ".join(f"--{name} {str(value).lower()}" for name, value in needed.items())
+                remedy = " or ".join(f"--{name} {str(fitting[-1]).lower()}" for name, fitting in needed.items())
                 raise ValueError(f"--{flag} has no effect without {remedy}")
     return values
 
@@ -123,7 +127,9 @@ def _full_path(path: str, workspace: str) -> str:
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Change], list[Change], list[Change]]:
     """Settings that differ from those of the run so far: to be rejected, applied, and judged by content."""
-    found = changes(complete(before), complete(now), IRRELEVANT)
+    is_flat = before.get("image_head") == now.get("image_head") == "flat"
+    irrelevant = IRRELEVANT | set(_OF_DEPTH_HEADS if is_flat else ())  # earlier versions accepted them with a flat head
+    found = changes(complete(before), complete(now), irrelevant)
     by_content = [change for change in found if change.name in BY_CONTENT]
     applied = [change for change in found if change.name in APPLIED]
     rejected = [change for change in found if change.name not in APPLIED | BY_CONTENT]
@@ -140,9 +146,10 @@ def content_changes(
         moved: inputs whose paths differ.
         at_hand: whether `now` is known; without it other paths count as other content.
     """
+    model = "sha256" if "sha256" in before else "weights"  # runs of earlier versions know only a sample of the weights
     different = [
         Change(what, before[key], now.get(key))
-        for key, what in (("data", "data"), ("weights", "model_name_or_path"), ("tower", "vision_tower"))
+        for key, what in (("data", "data"), (model, "model_name_or_path"), ("tower", "vision_tower"))
         if at_hand and key in before and before[key] != now.get(key)
     ]
     if not at_hand or not before:

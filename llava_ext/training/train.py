@@ -22,10 +22,10 @@ from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.recipes import add_arguments, flags_of, reject_unknown_flags
 from llava_ext.checkpointing import (
     assemble,
+    base_fingerprints,
     load_model,
     read_tower,
     set_tower_aside,
-    weights_fingerprint,
 )
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
@@ -101,7 +101,7 @@ def run_stage(recipe: str, overrides: dict) -> None:
     """Recipe -> model, data, what trains -> Trainer -> model folder.
 
     Raises:
-        ValueError, FloatingPointError: the user's input, or a loss that is no number; what is saved stays.
+        ValueError, FloatingPointError: the user's input, or a loss that is NaN or infinite; what is saved stays.
         SystemExit: the run was asked to stop; its last step is saved.
     """
     started = time.monotonic()
@@ -160,8 +160,9 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         "images": contents_of(dataset.records),
         "tower": model.vision_tower.fingerprint(),
     }
-    if any(Path(source).glob("model*.safetensors")):
-        facts["weights"] = weights_fingerprint(source)
+    fingerprints = base_fingerprints(source)
+    if fingerprints["sha256"] is not None:
+        facts |= {"weights": fingerprints["fingerprint"], "sha256": fingerprints["sha256"]}
     model = ready_to_train(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
@@ -171,7 +172,7 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         data_collator=(PackedCollator if config.packing else Collator)(processor),
         processing_class=processor,
         shape=RunShape(config.world_size, zero_stage(config), method_of(config)),
-        base=describe_base(config) if config.lora_enable else None,
+        base=describe_base(config, fingerprints) if config.lora_enable else None,
     )
     return trainer, facts
 
@@ -251,7 +252,7 @@ def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) 
     check_engine(trainer, config)
     last = checkpoint_folder(config.output_dir, trainer.state.global_step)
     if trainer.interruption.signal:
-        logger.info("stopped at step %d, saved as %s; the same command goes on", trainer.state.global_step, last)
+        logger.info("stopped at step %d, saved as %s; run the same command to resume", trainer.state.global_step, last)
         raise SystemExit(128 + trainer.interruption.signal)
     return last
 

@@ -34,7 +34,7 @@ from llava_ext.training.checkpoints import (
     delete_checkpoint,
     finish_checkpoint,
 )
-from llava_ext.training.interruption import StopInOrder, on_any_process
+from llava_ext.training.interruption import StopSafely, on_any_process
 from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class EvoTokTrainer(Trainer):
         self._step_losses: list[Tensor] = []  # (text, image) of every micro-batch of the step
         self._logged = torch.zeros(2, 2, device=self.args.device)  # sums and counts of (text, image) since the last log
         self._total = torch.zeros(2, 2, dtype=torch.float64)  # the same since the start
-        self.interruption = StopInOrder()
+        self.interruption = StopSafely()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         for callback in (StepChecks(self), self.interruption, ProgressBar(), MetricsFile()):
@@ -124,7 +124,7 @@ class EvoTokTrainer(Trainer):
         """Look at the losses of the step that has just been made.
 
         Raises:
-            FloatingPointError: on all processes, if one of them is no number on any; nothing of the step is saved.
+            FloatingPointError: on all processes, if one is NaN or infinite on any; nothing of the step is saved.
         """
         losses = torch.stack(self._step_losses)
         self._step_losses = []
@@ -132,9 +132,9 @@ class EvoTokTrainer(Trainer):
         if on_any_process([broken], self.args.device)[0]:
             text, image = losses[~losses.isfinite().all(dim=1)][0].tolist() if broken else ("?", "?")
             raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is no number (text {text}, image {image}"
+                f"step {self.state.global_step}: the loss is NaN or infinite (text {text}, image {image}"
                 f"{'' if broken else ': on another process'}); the last checkpoint is kept. "
-                "Check the data and run the same command again, or begin anew with a lower --learning_rate"
+                "Check the data and run the same command again, or start over with a lower --learning_rate"
             )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

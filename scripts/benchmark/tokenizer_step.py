@@ -25,7 +25,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.scenes import write_corpus
-from evotok_plugin.recipes import load_recipe
+from evotok_plugin.recipes import recipe_values
 from evotok_plugin.training import objective
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
@@ -73,8 +73,10 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         write_corpus(work / "scenes", num_train=8, num_val=1, seed=0)
-        given = {"data": str(work / "scenes" / "train"), "output_dir": str(work / "out"), "teacher": "x", **overrides}
-        config = load_recipe(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+        given = {"data": str(work / "scenes" / "train"), "output_dir": str(work / "out"), **overrides}
+        values = recipe_values(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+        values["teacher"] = "x" if values.get("semantic_weight", 1) > 0 else None
+        config = TokenizerTrainingConfig(**values)
         model = EvoTokConfig.preset(config.preset, **config.model)
         if config.semantic_weight > 0:
             config.teacher = str(make_teacher(model, work / "teacher"))

@@ -11,6 +11,7 @@ from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.common.files import (
     MARKER,
     OwnedFolder,
+    check_new_folder,
     check_output_file,
     check_output_folder,
     check_replaceable,
@@ -56,6 +57,17 @@ def test_a_whole_folder_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"), whole_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "whole").exists()
+
+
+def test_a_folder_with_nothing_but_the_marker_counts_as_empty(tmp_path):
+    OwnedFolder(tmp_path / "out").claim("recipe.yaml")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MARKER).write_text("{}")  # not a marker of this program
+    with pytest.raises(ValueError, match="is not empty"):
+        check_new_folder(tmp_path / "other")
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path):

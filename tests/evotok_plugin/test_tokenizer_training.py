@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -12,10 +13,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.cli import main
+from evotok_plugin.commands.train import training_values
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.recipes import as_plain
@@ -304,7 +308,9 @@ def test_broken_images_are_named_in_every_process_and_too_many_stop_the_run(tmp_
 def test_validation_on_other_data_goes_to_tensorboard_with_pictures(scene_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    TokenizerTrainer(config(scene_folder, tmp_path, val_data=[str(scene_folder / "val")], max_steps=2)).run()
+    TokenizerTrainer(
+        config(scene_folder, tmp_path, val_data=[str(scene_folder / "val")], val_fraction=0.01, max_steps=2)
+    ).run()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["images"] == ["validation"] and "val_psnr" in events.Tags()["scalars"]
     encoded = events.Images("validation")[0].encoded_image_string
@@ -358,6 +364,19 @@ def test_a_checkpoint_of_another_shape_is_refused(scene_folder, tmp_path):
     TokenizerTrainer(config(scene_folder, tmp_path, model={"codebook_size": 64}, overwrite=True, max_steps=1)).run()
 
 
+def test_a_checkpoint_with_other_weights_is_refused_in_one_line(scene_folder, tmp_path):
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
+    (path,) = checkpoints(tmp_path)
+    tensors = load_file(path)
+    del tensors["model.pixel_decoder.conv_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=r"1 missing \(pixel_decoder.conv_out.bias\).*--overwrite true to start over"
+    ) as e:
+        TokenizerTrainer(config(scene_folder, tmp_path, max_steps=2)).run()
+    assert path.name in str(e.value) and "\n" not in str(e.value)
+
+
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -379,6 +398,24 @@ def test_another_setting_or_other_images_are_refused_on_resume(scene_folder, tmp
     assert recipe.startswith(
         "# step 2: max_steps: 2 before, 4 now\n# step 2: learning_rate: 0.001 before, 0.0001 now\n"
     )
+
+
+def test_a_run_without_its_recipe_says_that_settings_are_not_compared(scene_folder, tmp_path, caplog):
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
+    (tmp_path / "recipe.yaml").write_text("max_steps: [")
+    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a run at step 1"):
+        TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1))
+    (tmp_path / "recipe.yaml").unlink()
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1))
+    assert "recipe.yaml is missing, so the settings cannot be compared" in caplog.text
+
+
+def test_a_changed_setting_without_effect_does_not_stop_a_resumed_run(scene_folder, tmp_path):
+    options = {"val_data": [str(scene_folder / "val")], "val_fraction": 0.01, "max_steps": 1}
+    TokenizerTrainer(config(scene_folder, tmp_path, **options)).run()
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"gan_start": 5, "val_fraction": 0.2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    TokenizerTrainer(config(scene_folder, tmp_path, **options)).run()
 
 
 def test_images_of_the_same_names_are_told_apart_by_content_on_resume(scene_folder, tmp_path, caplog):
@@ -453,6 +490,10 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
     [
         ({"semantic_weight": 1.0}, "there is no teacher"),
         ({"semantic_weight": 1.0, "teacher": "nowhere"}, "teacher 'nowhere' cannot be loaded"),
+        ({"teacher": "siglip"}, "teacher siglip has no effect with semantic_weight 0"),
+        ({"gan_start": 1}, "gan_start 1 has no effect with gan_weight 0"),
+        ({"gan_adaptive": True}, "gan_adaptive True has no effect with gan_weight 0"),
+        ({"val_data": ["images"]}, "val_fraction 0.1 has no effect with val_data"),
         ({"pixel_loss": "huber"}, "pixel_loss must be l1 or l2"),
         ({"val_fraction": 1.0}, "val_fraction"),
         ({"weights_ema": 1.0}, "weights_ema must lie in"),
@@ -465,6 +506,41 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
 def test_settings_that_cannot_work_are_refused(scene_folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         TokenizerTrainer(config(scene_folder, tmp_path, **options))
+
+
+def test_flags_replace_settings_of_a_recipe_that_they_leave_without_effect():
+    assert "val_fraction" not in training_values("photos", {"val_data": ["images"]})
+    assert "teacher" not in training_values("paper", {"semantic_weight": "0"})
+    both = training_values("photos", {"val_data": ["images"], "val_fraction": "0.2"})
+    with pytest.raises(ValueError, match="val_fraction 0.2 has no effect with val_data"):
+        TokenizerTrainingConfig(**both, data=["images"], output_dir="out")
+
+
+@pytest.mark.parametrize("name", ["validation_0000002.png", "checkpoint-000000003.safetensors"])
+def test_a_file_of_the_user_in_the_way_of_a_later_step_is_refused_first(scene_folder, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} was not written by this program"):
+        TokenizerTrainer(config(scene_folder, tmp_path, max_steps=4))
+    TokenizerTrainer(config(scene_folder, tmp_path, max_steps=1)).run()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["tensorboard", "out"])
+def test_an_output_that_cannot_be_written_is_one_line(scene_folder, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "out").mkdir()
+    settings = config(scene_folder, tmp_path / "out", max_steps=1)
+    if place == "tensorboard":
+        (tmp_path / "out" / place).write_text("a file where a folder belongs")
+    else:
+        trained = EvoTokModel.save_pretrained
+        monkeypatch.setattr(EvoTokModel, "save_pretrained", lambda self, folder: trained(self, no_permission(folder)))
+    assert main(["train", *settings_as_flags(settings)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'out'}") and "cannot be written" in error
+
+
+def no_permission(folder):
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
 
 
 def test_a_teacher_learns_from_the_names_of_photographs(tmp_path, tiny_tokenizer_folder, rng):

@@ -1,6 +1,7 @@
 """Ways to train: LoRA, QLoRA, ZeRO-3, learning rates of their own, gradient checkpointing, other backbones."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -117,19 +118,29 @@ def test_merge_gives_what_the_run_gave(lora_run, base, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "merged")
 
 
-def test_merge_refuses_another_base(lora_run, base, tmp_path):
+@pytest.mark.parametrize("row", [0, -1])
+def test_merge_refuses_another_base(lora_run, base, tmp_path, row):
     other, _ = load_model(base)
     with torch.no_grad():
-        other.language_model.layers[0].mlp.up_proj.weight[0] += 1
+        other.language_model.layers[0].mlp.up_proj.weight[row] += 1
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="trained on .* with other weights than those in"):
         merge(tmp_path / "other", lora_run / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_merge_refuses_an_adapter_that_lacks_something(lora_run, base, tmp_path):
-    import shutil
+def test_merge_compares_an_adapter_of_an_earlier_version_by_its_fingerprint(lora_run, base, tmp_path):
+    shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+    facts = json.loads((tmp_path / "adapter" / "base.json").read_text())
+    del facts["sha256"]
+    (tmp_path / "adapter" / "base.json").write_text(json.dumps(facts))
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "adapter" / "base.json").write_text(json.dumps({**facts, "fingerprint": "0" * 64}))
+    with pytest.raises(ValueError, match="with other weights than those in"):
+        merge(base, tmp_path / "adapter", tmp_path / "again")
 
+
+def test_merge_refuses_an_adapter_that_lacks_something(lora_run, base, tmp_path):
     from safetensors.torch import save_file
 
     shutil.copytree(lora_run / "adapter", tmp_path / "cut")

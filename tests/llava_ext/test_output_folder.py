@@ -7,7 +7,18 @@ import yaml
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
-from llava_ext.training.checkpoints import MARKER, checkpoints, finished_facts, owned_folder
+from llava_ext.training.checkpoints import (
+    MARKER,
+    REPORTS,
+    RunShape,
+    checkpoints,
+    finished_facts,
+    owned_folder,
+)
+from llava_ext.training.config import StageConfig
+from llava_ext.training.output import plan_output
+from llava_ext.training.reports import StageReport, place_reports, prepare_report
+from llava_ext.training.settings import stage_values
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +67,8 @@ def test_overwriting_keeps_what_the_run_has_not_written(recipe, finished):
     ],
 )
 def test_a_run_that_does_not_come_to_a_step_replaces_nothing(recipe, finished, flags, message):
+    for name in REPORTS:  # of the run: its record names them
+        (finished / name).write_text("of the run")
     before = state(finished)
     if "nan" in flags:
         code, line = run_forked(_with_a_first_step_that_fails, recipe, finished, OVERWRITE)
@@ -64,7 +77,7 @@ def test_a_run_that_does_not_come_to_a_step_replaces_nothing(recipe, finished, f
         code, line = run_forked(stage_exit, recipe, finished, [*OVERWRITE, *flags])
     assert code == 2 and message in line
     after = state(finished)
-    reports = {finished / "bad_samples.jsonl"}
+    reports = {finished / "bad_samples.new.jsonl"}
     assert {path: after[path] for path in before} == before and set(after) - set(before) <= reports
 
 
@@ -77,6 +90,32 @@ def _with_a_first_step_that_fails(recipe, output, flags):
 
     EvoTokTrainer.check_step = fail
     return stage_exit(recipe, output, flags)
+
+
+def test_reports_of_a_run_stay_until_those_of_the_next_one_are_placed(tmp_path):
+    bad, too_long = REPORTS
+    assert prepare_report(tmp_path / "new", bad) == tmp_path / "new" / bad and not (tmp_path / "new").exists()
+    owned_folder(tmp_path).claim("recipe.yaml", bad, too_long)
+    for name in ("recipe.yaml", bad, too_long):
+        (tmp_path / name).write_text("of the run")
+    for name, reasons in ((bad, {"a17": "broken"}), (too_long, {})):
+        StageReport(prepare_report(tmp_path, name), 1.0, reasons).check(1)
+    assert [(tmp_path / name).read_text() for name in (bad, too_long)] == ["of the run", "of the run"]
+    place_reports(tmp_path)
+    assert "a17" in (tmp_path / bad).read_text() and not (tmp_path / too_long).exists()
+    assert not list(tmp_path.glob("*.new.jsonl")) and owned_folder(tmp_path).owns(bad)
+
+
+def test_a_report_of_a_failed_validation_is_replaced_where_there_is_no_run(tmp_path):
+    for sample in ("first", "second"):
+        StageReport(prepare_report(tmp_path, REPORTS[0]), 1.0, {sample: "broken"}).check(1)
+    assert "second" in (tmp_path / REPORTS[0]).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".evotok.json", REPORTS[0]]
+
+
+def test_a_first_start_that_fails_leaves_no_folder(recipe, tmp_path):
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--vision_tower", str(tmp_path)])
+    assert code == 2 and "is not a model folder" in line and not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_origin_is_not_overwritten(recipe, tmp_path):
@@ -134,6 +173,16 @@ def test_another_setting_is_refused_with_both_values(recipe, finished, changed, 
         with pytest.raises(RuntimeError, match=f"trained with other settings: .*{message}.*--overwrite true"):
             run_forked(run, recipe, folder, {**PLAIN, "max_steps": 3, **changed})
         assert state(folder) == before
+
+
+def test_a_run_without_its_recipe_says_that_settings_are_not_compared(recipe, finished, caplog):
+    config = StageConfig(**stage_values(str(recipe), {**PLAIN, "output_dir": str(finished)}))
+    (finished / "recipe.yaml").write_text("learning_rate: [")
+    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
+        plan_output(config, {}, RunShape(1))
+    (finished / "recipe.yaml").unlink()
+    assert plan_output(config, {}, RunShape(1)).finished_steps == 2
+    assert "recipe.yaml is missing, so the settings cannot be compared" in caplog.text
 
 
 def test_changed_records_at_the_same_path_are_noticed_and_moved_ones_are_not(recipe, tmp_path):

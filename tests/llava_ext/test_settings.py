@@ -77,6 +77,12 @@ def test_flags_of_adapters_need_adapters():
             "--language_model_lr .* without --tune_language_model true or --lora_enable true",
         ),
         ({"group_lengths": "true", "group_by_modality_length": "false"}, "--group_lengths .*--group_by_modality"),
+        ({"gradient_checkpointing_kwargs": "{use_reentrant: true}"}, "--gradient_checkpointing_kwargs .*ing true"),
+        (
+            {"tune_language_model": "true", "lora_enable": "true"},
+            "--tune_language_model .* --lora_enable false",
+        ),
+        ({"head_num_layers": "3", "image_head": "flat"}, "--head_num_layers .* without --image_head depth"),
         ({"group_by_modality_length": "true", "packing": "true"}, "--group_by_modality_length .* --packing false"),
     ],
 )
@@ -91,10 +97,20 @@ def test_a_flag_that_another_one_switches_off_is_refused(given, message):
         {"language_model_lr": "1e-3", "tune_language_model": "false", "lora_enable": "true"},
         {"group_by_modality_length": "false", "packing": "true"},
         {"image_head_lr": "none", "tune_image_head": "false"},
+        {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": "{use_reentrant: true}"},
+        {"tune_language_model": "false", "lora_enable": "true"},
+        {"head_num_layers": "3"},
+        {"head_num_layers": "3", "image_head": "depth"},
     ],
 )
 def test_flags_that_agree_are_accepted(given):
     settings.stage_values("finetune", given)
+
+
+def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(StageConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 GPUs are visible.*NPROC=N or torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        StageConfig(model_name_or_path="m", data_path="d.json", output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_epochs_and_steps_replace_each_other():
@@ -120,8 +136,13 @@ def test_changes_are_rejected_applied_or_of_no_influence():
     assert str(rejected[0]) == "learning_rate: 0.001 before, 1e-05 now"
     assert [change.name for change in applied] == ["max_steps"] and [change.name for change in moved] == ["data_path"]
     facts = {"data": "4 records, digest a"}
+    flat = {"image_head": "flat"}
+    assert settings.compare({**flat, "head_num_layers": 3}, flat)[0] == []  # without effect in both
     assert settings.content_changes(facts, facts, moved) == []  # the same records at another place
     assert settings.content_changes({}, facts, moved) == moved
+    one, other = {"weights": "a", "sha256": "b"}, {"weights": "a", "sha256": "c"}
+    (model,) = settings.content_changes(one, other, [])
+    assert model.name == "model_name_or_path" and settings.content_changes({"weights": "a"}, other, []) == []
     (different,) = settings.content_changes(facts, {"data": "5 records, digest b"}, [])
     assert (different.name, different.before) == ("data", "4 records, digest a")
 

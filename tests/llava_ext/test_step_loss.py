@@ -218,6 +218,15 @@ def test_a_read_projector_without_images_that_are_read_is_named(recipe, only, tm
     assert code == 2 and "read_projector would train" in line and "--tune_read_projector false" in line
 
 
+def test_several_parts_without_samples_have_a_remedy_each(recipe, tmp_path):
+    flags = ["--data_path", str(recipe.parent / "text.json")]
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", flags)
+    reads, draws = line.split(". ", 1)[1].split(". ")
+    assert code == 2 and reads.startswith('For read_projector, add data with images in "human" turns')
+    assert draws.startswith("For write_projector and image_head, add data with") and reads.endswith("projector false")
+    assert draws.endswith("or pass --tune_write_projector false --tune_image_head false.")
+
+
 def test_conversations_that_draw_and_read_are_samples_of_both(recipe, only, tmp_path):
     rows = json.loads(Path(only("read")).read_text())
     for row in rows:
