@@ -11,8 +11,11 @@ IMAGE = VOCABULARY.to_ids(torch.tensor([[1, 2, 3], [4, 5, 6]])).flatten().tolist
 def batch(rows, side):
     longest = max(map(len, rows))
     pads = [[0] * (longest - len(row)) for row in rows]
-    ids = [pad + row if side == "left" else row + pad for row, pad in zip(rows, pads)]
-    mask = [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads)]
+    ids = [pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)]
+    mask = [
+        [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+        for r, p in zip(rows, pads, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(mask)
 
 
@@ -20,7 +23,7 @@ def batch(rows, side):
 def test_folding_keeps_order_and_padding_side(side):
     ids, mask = batch([[7, 8, *IMAGE, 9], [5, 6]], side)
     folded = fold_residual_tokens(VOCABULARY, ids, mask, None)
-    rows = [row[m.bool()].tolist() for row, m in zip(folded.input_ids, folded.attention_mask)]
+    rows = [row[m.bool()].tolist() for row, m in zip(folded.input_ids, folded.attention_mask, strict=True)]
     assert rows == [[7, 8, IMAGE[0], IMAGE[3], 9], [5, 6]]
     edge = 0 if side == "left" else -1
     assert folded.attention_mask[1, edge] == 0 and folded.attention_mask.sum(1).tolist() == [5, 2]

@@ -29,7 +29,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_mllm):
     together = model.generate_images(PROMPTS, processor, num_images=2, seed=[5, 6, 7, 8], batch_size=4)
     one_by_one = model.generate_images(PROMPTS, processor, num_images=2, seed=[5, 6, 7, 8], batch_size=1)
     alone = model.generate_images(PROMPTS[1], processor, seed=8)
-    for a, b in zip(pixels(together), pixels(one_by_one)):
+    for a, b in zip(pixels(together), pixels(one_by_one), strict=True):
         np.testing.assert_allclose(a, b, atol=1)  # the decoder's sums round differently in another batch
     np.testing.assert_allclose(pixels(together)[3], pixels(alone)[0], atol=1)
     assert (pixels(together)[2] != pixels(together)[3]).any()
@@ -84,7 +84,7 @@ def test_progress_counts_positions(tiny_mllm):
     model, processor = tiny_mllm
     seen = []
     model.generate_images("a ring", processor, num_images=3, batch_size=2, on_progress=lambda *s: seen.append(s))
-    assert seen[-1] == (27, 27) and all(a[0] < b[0] for a, b in zip(seen, seen[1:]))
+    assert seen[-1] == (27, 27) and all(a[0] < b[0] for a, b in zip(seen, seen[1:], strict=False))
 
 
 def naive_codes(model, processor, prompt, options, seed):
@@ -153,7 +153,9 @@ def test_pixels_are_what_the_images_show(tiny_mllm):
     model, processor = tiny_mllm
     pixels = model.generate_images(PROMPTS, processor, output_type="pt", batch_size=1)
     assert pixels.shape == (2, 3, 48, 48)
-    for image, expected in zip(processor.image_processor.to_pil(pixels), model.generate_images(PROMPTS, processor)):
+    for image, expected in zip(
+        processor.image_processor.to_pil(pixels), model.generate_images(PROMPTS, processor), strict=True
+    ):
         np.testing.assert_allclose(np.asarray(image, int), np.asarray(expected, int), atol=1)
 
 

@@ -167,7 +167,7 @@ def test_generate_batch_equals_single_and_leaves_the_prompt_out(tiny_mllm, rng):
     images = [picture(rng), picture(rng)]
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": i}, {"type": "text", "text": q}]}]
-        for i, q in zip(images, questions)
+        for i, q in zip(images, questions, strict=True)
     ]
     settings = {"max_new_tokens": 6, "do_sample": False}
 
