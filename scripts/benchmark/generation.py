@@ -229,8 +229,8 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
     """Both ways on a batch of so many images."""
     device, prompts = model.device, ["x" * (n + 1) for n in range(count)]
     plain = Straightforward(model)
-    drawing = DrawingOptions(3.0, sampling=SamplingOptions(top_k=900, top_p=0.96))
-    greedy = DrawingOptions(3.0, sampling=SamplingOptions(temperature=0))
+    drawing = DrawingOptions(3.0, sampling=SamplingOptions(top_k=900, top_p=0.96)).completed()
+    greedy = DrawingOptions(3.0, sampling=SamplingOptions(temperature=0)).completed()
     few = min(2, options.positions)
     same = torch.equal(
         plain.draw(prompts, greedy, few)[0], draw_ours(model, prompts, greedy, few, options.use_graphs)[0]
