@@ -69,7 +69,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions:
-    """How images are drawn, by the names of `generate_images`, with the model's own settings filled in."""
+    """Settings for drawing, named as in `generate_images` and completed by the model's own."""
 
     guidance_scale: float
     guidance_schedule: str
@@ -242,7 +242,7 @@ class EvoTokLmms(lmms):
 
     @property
     def response_identity(self) -> str:
-        """What answers depend on beyond the arguments by which lmms-eval's response cache knows a model."""
+        """Identity of the answers beyond the model arguments, which are all that lmms-eval's response cache keys by."""
         return f"{self._fingerprint}|{self._model.dtype}"
 
     def may_be_cached(self, request: Instance) -> bool:

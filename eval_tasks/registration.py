@@ -28,7 +28,7 @@ _MARK = "_evotok_registered"
 
 @dataclass(frozen=True)
 class GivenKwargs:
-    """What `--gen_kwargs` set in a task, and what came of it.
+    """Keys that `--gen_kwargs` set in a task, and whether they were used.
 
     Attributes:
         given: the keys and values of the command line.

@@ -15,7 +15,7 @@ TENSORS = ("pt", "np", None)
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How rows become a batch, in transformers' words.
+    """Options for making a batch of rows, named as in transformers.
 
     Attributes:
         padding: True or "longest", False or "do_not_pad", or "max_length".

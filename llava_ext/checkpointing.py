@@ -134,7 +134,7 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def base_fingerprints(folder: str | Path) -> dict[str, str | None]:
-    """What identifies the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
+    """Identity of the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
     `fingerprint`, which earlier versions compare; both None where its weights are not at hand as safetensors."""
     if not any(Path(folder).glob("model*.safetensors")):
         return {"fingerprint": None, "sha256": None}

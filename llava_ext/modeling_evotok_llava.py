@@ -56,7 +56,7 @@ class EvoTokLlavaOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
     def to_tuple(self) -> tuple:
-        """What is there, in the order of the fields: transformers reads losses and logits by their places."""
+        """Return the fields that are set, in order: transformers reads losses and logits by position."""
         return tuple(self[field.name] for field in fields(self) if self.get(field.name) is not None)
 
 

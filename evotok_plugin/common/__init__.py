@@ -1,1 +1,1 @@
-"""What every part of the project uses: files and folders on disk."""
+"""Shared helpers for files and folders on disk."""

@@ -240,7 +240,7 @@ class OwnedFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of the run beyond its settings; `note` changes it."""
+        """Facts about the run beyond its settings; `note` changes them."""
         return self._marker["facts"]
 
     def note(self, **facts: Any) -> None:

@@ -61,7 +61,7 @@ class CacheFacts:
         """Read them from a cache.
 
         Raises:
-            ValueError: the folder is no cache, or one of another format.
+            ValueError: the folder is not a cache, or has another format.
         """
         file = folder / "cache.json"
         if not file.is_file():

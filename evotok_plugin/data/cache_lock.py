@@ -35,7 +35,7 @@ def only_run(folder: Path, facts: CacheFacts, processes: Processes) -> Iterator[
     to data-loading processes, which may outlive a killed run.
 
     Raises:
-        ValueError: another run holds the folder, it is no cache's, or one of other codes.
+        ValueError: another run holds the folder, it is not a cache, or it holds codes of another tokenizer.
     """
     with contextlib.ExitStack() as held:
 

@@ -331,7 +331,7 @@ class _Request:
         return np.flatnonzero(entries < 0)
 
     def num_broken_in(self, ledger: Ledger) -> int:
-        """How many of the images the cache could not read, not counting those that are tried again."""
+        """Number of images that could not be read, without those that are tried again."""
         entries = self.entries_in(ledger)
         return 0 if self._retry_broken else int((ledger.rows[entries[entries >= 0]] < 0).sum())
 

@@ -70,7 +70,7 @@ def files_in_the_way(folder: Path, max_steps: int) -> list[str]:
 
 
 def describe_run(folder: Path) -> str:
-    """What an output folder holds: "2 checkpoints (the newest: step 400) and a model"."""
+    """Describe the contents of an output folder: "2 checkpoints (the newest: step 400) and a model"."""
     found, owned = checkpoints(folder), owned_folder(folder)
     parts = []
     if found:

@@ -57,7 +57,7 @@ _DIGESTED_VALUES = 1024  # of every weight
 
 
 class TokenizerOutput:
-    """What a run does with its output folder; nothing in it changes before `begin`.
+    """Plan for the output folder of a run; nothing in it changes before `begin`.
 
     Raises:
         ValueError: the folder cannot be written to, holds files of others where the run would write, must not be
@@ -179,7 +179,7 @@ def _full_paths(values: dict) -> dict:
 
 
 def identity_of(sources: Sequence[ImageSource]) -> str:
-    """What identifies the images of a run by name: how many there are, and a digest of their names (of 20000 a source,
+    """Identity of a run's images by name: how many there are, and a digest of their names (of 20000 a source,
     evenly spread, where there are more)."""
     digest = hashlib.sha256()
     for source in sources:
@@ -190,7 +190,7 @@ def identity_of(sources: Sequence[ImageSource]) -> str:
 
 
 def contents_of(sources: Sequence[ImageSource]) -> list[str]:
-    """What identifies the images of a run by content (`sample_contents`), source after source."""
+    """Identity of a run's images by content (`sample_contents`), source after source."""
     return [
         digest
         for source in sources
@@ -200,7 +200,7 @@ def contents_of(sources: Sequence[ImageSource]) -> list[str]:
 
 
 def fingerprint_of(teacher: nn.Module | None) -> str | None:
-    """What identifies a teacher: a digest of the names, shapes and first values of its weights; None without one."""
+    """Identity of a teacher: a digest of the names, shapes and first values of its weights; None without one."""
     if teacher is None:
         return None
     digest = hashlib.sha256()

@@ -34,7 +34,7 @@ def shared_options() -> SharedOptions:
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--guidance_scale", type=float, help="how closely a prompt is followed; 1: freely")
-    group.add_argument("--guidance_schedule", choices=SCHEDULES, help="how guidance goes on over the image")
+    group.add_argument("--guidance_schedule", choices=SCHEDULES, help="schedule of the guidance scale over the image")
     group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from")
     for name, kind, what in (
         ("temperature", float, "0 takes the most likely code"),

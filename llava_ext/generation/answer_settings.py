@@ -16,7 +16,7 @@ from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.options import IMAGE_GENERATION
 
 GREEDY = SamplingOptions(temperature=0)
-MAX_NEW_TOKENS = 256  # where nobody says
+MAX_NEW_TOKENS = 256  # the default where no setting is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _HONORED = {"max_new_tokens", "max_length", "do_sample", *_SAMPLING, "eos_token_id", "pad_token_id", IMAGE_GENERATION}
 # Applied by transformers' own logits processors.
@@ -37,10 +37,10 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How the words of an answer are chosen.
+    """Settings for sampling the text of an answer.
 
     Attributes:
-        max_new_tokens: None where nobody says.
+        max_new_tokens: None if it is not set.
         max_length: of prompt and answer together, used without `max_new_tokens`.
         sampling: greedy unless `do_sample` is set.
         ends: ids that end an answer.
@@ -102,7 +102,7 @@ def text_settings(
 
 
 def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
-    """What a generation config sets.
+    """Collect the values that a generation config sets.
 
     Raises:
         ValueError: a setting that is neither honored nor without effect.

@@ -64,7 +64,7 @@ class TextGenerationMixin:
         return torch.cat(kept) if kept else None
 
     def _images_per_row(self, ids: Tensor) -> list[int]:
-        """How many images' placeholders each row of ids (B, T) holds."""
+        """Count the images that each row of ids (B, T) has placeholders for."""
         places = (ids == self.config.image_token_id).sum(dim=1)
         return (places // self.config.vision_config.num_positions).tolist()
 

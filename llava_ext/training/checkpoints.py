@@ -197,7 +197,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def describe_outputs(output_dir: str | Path) -> str:
-    """What an output folder holds: "3 checkpoints (the newest: step 400) and a finished model"."""
+    """Describe the contents of an output folder: "3 checkpoints (the newest: step 400) and a finished model"."""
     found, owned = checkpoints(output_dir), owned_folder(output_dir)
     parts = []
     if found:

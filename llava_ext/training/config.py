@@ -190,7 +190,7 @@ class StageConfig(TrainingArguments):
 
 
 def new_head_settings(config: StageConfig) -> dict[str, Any]:
-    """What the run says of a new model's image head, by the names of `EvoTokLlavaConfig`.
+    """Settings of the run for a new model's image head, named as in `EvoTokLlavaConfig`.
 
     Raises:
         ValueError: a setting of the other kind of head.

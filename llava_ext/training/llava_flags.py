@@ -12,7 +12,7 @@ _TRUE, _FALSE = ("true", "yes", "1", ""), ("false", "no", "0", "none")
 
 @dataclass(frozen=True)
 class LlavaFlag:
-    """How a flag is read.
+    """Interpretation of a flag.
 
     Attributes:
         accepted: the values that are accepted, in lower case; None for any.

@@ -33,7 +33,7 @@ logger = logging.getLogger("llava_ext")
 
 @dataclass
 class Plan:
-    """What a run does with its output folder.
+    """Plan for the output folder of a run.
 
     Attributes:
         checkpoint: the one that is resumed, if any.

@@ -42,7 +42,7 @@ class Samples(Protocol):
 
 
 def samples_of_parts(samples: Samples) -> dict[str, int]:
-    """How many samples each part takes part in."""
+    """Number of samples that each part takes part in."""
     drawing = int((samples.kinds == KINDS.index("draw")).sum())
     return {
         LANGUAGE_MODEL: len(samples.kinds),
@@ -54,7 +54,7 @@ def samples_of_parts(samples: Samples) -> dict[str, int]:
 
 
 def counts_in_words(samples: Samples) -> str:
-    """How many samples there are of each kind, e.g. "558 read, 0 draw, 12 text"."""
+    """Describe the number of samples of each kind, e.g. "558 read, 0 draw, 12 text"."""
     return ", ".join(f"{(samples.kinds == KINDS.index(kind)).sum()} {kind}" for kind in ("read", "draw", "text"))
 
 

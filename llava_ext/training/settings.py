@@ -158,7 +158,7 @@ def content_changes(
 
 
 def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
-    """What identifies the data of a run: number of records, and a digest of their kinds, lengths and contents (of
+    """Identity of a run's data: number of records, and a digest of their kinds, lengths and contents (of
     20000, evenly spread, where there are more)."""
     digest = hashlib.sha256(np.ascontiguousarray(kinds).tobytes() + np.ascontiguousarray(lengths).tobytes())
     count = min(len(records), _DIGESTED_RECORDS)
@@ -169,7 +169,7 @@ def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
 
 
 def contents_of(records: RecordTable) -> list[str]:
-    """What identifies the images of a run by content: `sample_contents` of records that have some."""
+    """Identity of a run's images by content: `sample_contents` of records that have some."""
     with_images = np.flatnonzero(records.reads | (records.kinds == KINDS.index("draw")))
     return sample_contents(records.image_content, with_images)
 
