@@ -7,7 +7,7 @@ import sys
 import transformers
 
 from eval_tasks.commands import judge, report
-from evotok_plugin.recipes import flags_of, reject_unknown_flags
+from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from evotok_plugin.common.weight_files import folder_fingerprint
 from evotok_plugin.model_folder import model_type_of
-from evotok_plugin.weight_files import folder_fingerprint
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -23,8 +23,8 @@ from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse
 from eval_tasks.reconstruction import measure
 from eval_tasks.registration import GIVEN
 from eval_tasks.response_cache import key_by_weights
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.images import as_picture
-from evotok_plugin.processes import Processes
 from llava_ext.checkpointing import default_model_folder
 from llava_ext.drawn_files import chunks_of, write_png
 from llava_ext.generation import DrawingOptions as Drawing

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import datasets
 import numpy as np
 
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import ImageSource, Subset, open_sources
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics.inception import load_inception
-from evotok_plugin.processes import Processes
 
 if TYPE_CHECKING:
     from evotok_plugin import EvoTokImageProcessor, EvoTokModel

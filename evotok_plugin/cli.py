@@ -8,7 +8,7 @@ import transformers
 
 from evotok_plugin.commands import convert, encode, evaluate, evolve, reconstruct, train
 from evotok_plugin.commands.shared import shared_options
-from evotok_plugin.recipes import flags_of, reject_unknown_flags
+from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 
 
 def build_parser() -> argparse.ArgumentParser:

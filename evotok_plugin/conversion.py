@@ -18,7 +18,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from evotok_plugin.common.files import check_new_folder, whole_folder
+from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -430,27 +430,6 @@ def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions |
                 f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere: images in [-1, 1]"
             )
     return ConvertedTokenizer(config, converted.state, converted.bookkeeping)
-
-
-def prepare_output(folder: str | Path) -> Path:
-    """A folder to write a model into.
-
-    Raises:
-        ValueError: there is something in it, or a file of that name.
-    """
-    check_new_folder(folder)
-    return Path(folder)
-
-
-def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder that gets its name when it is whole.
-
-    Raises:
-        ValueError: there is something in the folder, or a file of that name.
-    """
-    prepare_output(folder)
-    with whole_folder(folder) as temporary:
-        write(temporary)
 
 
 def convert_checkpoint(

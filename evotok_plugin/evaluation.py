@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from evotok_plugin.common.pictures import image_grid
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
@@ -32,9 +35,6 @@ from evotok_plugin.metrics.meters import (
     Usage,
 )
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.pictures import image_grid
-from evotok_plugin.processes import Processes
-from evotok_plugin.progress import progress_interval
 from evotok_plugin.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)

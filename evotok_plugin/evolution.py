@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from evotok_plugin.common.pictures import captioned_rows
+from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
@@ -23,8 +25,6 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.pictures import captioned_rows
-from evotok_plugin.progress import progress_interval
 from evotok_plugin.training.teacher import Teacher, teacher_features
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from evotok_plugin.weight_files import damage_of, describe_error, named_weights, read_json, weight_files
+from evotok_plugin.common.weight_files import damage_of, describe_error, named_weights, read_json, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from llava_ext.checkpointing import load_model, write_folder
+from evotok_plugin.common.files import write_folder
+from llava_ext.checkpointing import load_model
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor

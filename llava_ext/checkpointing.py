@@ -1,16 +1,16 @@
 """Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
-from evotok_plugin.common.files import whole_folder
+from evotok_plugin.common.files import write_folder
+from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
 from evotok_plugin.model_folder import (
     load_strictly,
     load_whole,
@@ -21,7 +21,6 @@ from evotok_plugin.model_folder import (
     read_config,
 )
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
-from evotok_plugin.weight_files import folder_fingerprint, named_weights
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, start_rows
 from llava_ext.generation.options import DrawingOptions, store_settings
@@ -311,19 +310,6 @@ def save_model(
         weights.pop("lm_head.weight")  # copies of tied weights no longer show that they are tied
     tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
     model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
-
-
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder so that it is there whole or not at all.
-
-    Raises:
-        ValueError: it is there already, or it cannot be written.
-    """
-    try:
-        with whole_folder(folder) as temporary:
-            write(temporary)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be written: {error}") from error
 
 
 def export_model(

@@ -8,7 +8,7 @@ import warnings
 
 import transformers
 
-from evotok_plugin.recipes import flags_of, reject_unknown_flags
+from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 from llava_ext.commands import chat, convert, demo, draw, estimate, export, merge
 from llava_ext.commands.shared import shared_options
 

@@ -16,16 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokConfig
+from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.conversion import (
     Shapes,
     Source,
     conventional_heads,
     convert_weights,
     looks_like_adapters,
-    prepare_output,
     read_checkpoint,
     rename,
-    save_whole,
 )
 from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.checkpointing import assemble

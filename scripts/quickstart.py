@@ -115,8 +115,8 @@ def draw_skills() -> None:
     """Draw four images for one prompt of each skill."""
     import numpy as np
 
+    from evotok_plugin.common.pictures import labelled_rows
     from evotok_plugin.data.scene_text import scene_prompts
-    from evotok_plugin.pictures import labelled_rows
     from llava_ext.checkpointing import load_model
 
     model, processor = load_model(WORKSPACE / "finetune")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from eval_tasks.geneval_prompts import COLORS
 from eval_tasks.judging.rules import Instance
 from eval_tasks.judging.weights import require_weights
+from evotok_plugin.common.weight_files import damage_of
 from evotok_plugin.model_folder import check_values, reading
-from evotok_plugin.weight_files import damage_of
 
 _GROUND = "#999"
 _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")

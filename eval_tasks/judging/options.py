@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from evotok_plugin.processes import resolve_device
+from evotok_plugin.common.processes import resolve_device
 
 _PREFIX = "EVOTOK_JUDGE_"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
 from evotok_plugin.common.files import check_output_file, check_output_folder
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evaluation import METRICS, Evaluation, EvaluationOptions, evaluate
-from evotok_plugin.processes import Processes
 from evotok_plugin.training.teacher import load_teacher
 
 

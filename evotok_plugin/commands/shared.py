@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.processes import resolve_device
-from evotok_plugin.progress import progress_interval
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 
 DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")

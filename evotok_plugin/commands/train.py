@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from evotok_plugin.commands.shared import SharedOptions
-from evotok_plugin.recipes import add_arguments, recipe_values
+from evotok_plugin.common.recipes import add_arguments, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
 logger = logging.getLogger(__name__)

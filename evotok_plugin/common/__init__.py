@@ -1,1 +1,1 @@
-"""Shared helpers for files and folders on disk."""
+"""Tools that every part of the project uses: files, processes, signals, recipes, progress, pictures."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.cache_files import CacheFacts
-from evotok_plugin.processes import Processes
 
 T = TypeVar("T")
 

@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples, shorten
 from evotok_plugin.data.cache_files import CacheFacts, Shard, remedy, shard_name
 from evotok_plugin.data.cache_ledger import DigestIndex, Ledger, key_digests, stamps_of
@@ -30,10 +33,7 @@ from evotok_plugin.data.files import content_digest
 from evotok_plugin.data.image_batches import Batches, Pictures, ShardWriter, codes_of, collate
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.interruption import StopSignals, serve_the_parent
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.processes import Processes
-from evotok_plugin.progress import progress_interval
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from evotok_plugin.hub_files import HubFile
+from evotok_plugin.common.hub_files import HubFile
 
 VGG16 = HubFile(
     names=("vgg16-397923af.pth",),

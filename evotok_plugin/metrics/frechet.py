@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evotok_plugin.common.files import apply_umask
-from evotok_plugin.processes import Processes
+from evotok_plugin.common.processes import Processes
 
 
 class FeatureStatistics:

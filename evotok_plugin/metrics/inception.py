@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.data import images
 from evotok_plugin.data.cache_ledger import stamps_of
 from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.hub_files import HubFile
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.frechet import FeatureStatistics
 

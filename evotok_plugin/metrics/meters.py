@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.images import to_pixel_values
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.metrics.codes import CodeUsage
@@ -20,7 +21,6 @@ from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
 from evotok_plugin.metrics.inception import INCEPTION_DIM, StatisticsCache
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy, probed_images
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.processes import Processes
 from evotok_plugin.training.teacher import Teacher, teacher_features
 
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
-from evotok_plugin.common.files import OwnedFolder, apply_umask, files_of
+from evotok_plugin.common.files import apply_umask
+from evotok_plugin.common.owned_folder import OwnedFolder, files_of
 from evotok_plugin.training.resume import RECIPE, read_recipe
 
 logger = logging.getLogger(__name__)

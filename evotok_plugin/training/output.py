@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from evotok_plugin.common.files import check_output_folder, check_replaceable, writing
+from evotok_plugin.common.files import check_output_folder, writing
+from evotok_plugin.common.owned_folder import check_replaceable
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.processes import Processes
-from evotok_plugin.recipes import as_plain
 from evotok_plugin.training.checkpoints import (
     RUN_FILES,
     checkpoints,

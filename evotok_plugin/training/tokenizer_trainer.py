@@ -16,22 +16,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evotok_plugin.common.files import writing
+from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.pictures import image_grid
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.images import to_pixel_values
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.interruption import StopSignals, serve_the_parent
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.model_folder import load_strictly
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.pictures import image_grid
-from evotok_plugin.processes import Processes
-from evotok_plugin.progress import progress_interval
-from evotok_plugin.recipes import as_plain
 from evotok_plugin.training.checkpoints import (
     load_optimizer,
     newest_kept,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from evotok_plugin.common.files import write_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
-from llava_ext.checkpointing import write_folder
 from llava_ext.commands.answering import Conversation
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
 from llava_ext.commands.web_images import fetch

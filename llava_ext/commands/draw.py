@@ -10,8 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evotok_plugin.common.files import check_output_file
-from evotok_plugin.pictures import image_grid
-from evotok_plugin.progress import progress_interval
+from evotok_plugin.common.pictures import image_grid
+from evotok_plugin.common.progress import progress_interval
 from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
 from llava_ext.drawn_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
 

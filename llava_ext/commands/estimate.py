@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from evotok_plugin.recipes import add_arguments, flags_of, reject_unknown_flags
+from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
 from llava_ext.commands.shared import SharedOptions
 
 

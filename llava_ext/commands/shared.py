@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from evotok_plugin.processes import resolve_device
-from evotok_plugin.weight_files import folder_fingerprint
+from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.common.weight_files import folder_fingerprint
 from llava_ext.checkpointing import default_model_folder, load_model
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration

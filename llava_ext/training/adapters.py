@@ -18,17 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from evotok_plugin.common.files import apply_umask
+from evotok_plugin.common.files import apply_umask, write_folder
+from evotok_plugin.common.weight_files import damage_of, read_json
 from evotok_plugin.model_folder import model_type_of, reading
-from evotok_plugin.weight_files import damage_of, read_json
-from llava_ext.checkpointing import (
-    NEW_PARTS,
-    assemble,
-    has_fingerprint,
-    load_model,
-    save_model,
-    write_folder,
-)
+from llava_ext.checkpointing import NEW_PARTS, assemble, has_fingerprint, load_model, save_model
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.generation.options import store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration

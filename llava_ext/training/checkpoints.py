@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from evotok_plugin.common.files import OwnedFolder, delete_files, files_of
+from evotok_plugin.common.owned_folder import OwnedFolder, delete_files, files_of
 from llava_ext.new_tokens import ROWS_FILE
 
 logger = logging.getLogger("llava_ext")

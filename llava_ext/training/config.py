@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
-from evotok_plugin.recipes import RECIPES_FOLDER
+from evotok_plugin.common.recipes import RECIPES_FOLDER
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import (
     HEAD_SETTINGS,

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from evotok_plugin.interruption import StopSignals
+from evotok_plugin.common.interruption import StopSignals
 
 
 def on_any_process(flags: list[int], device: torch.device) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from evotok_plugin.common.files import check_output_folder, check_replaceable
+from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.owned_folder import check_replaceable
 from evotok_plugin.training.resume import Change, recipe_to_compare, reject, write_recipe
 from llava_ext.training.checkpoints import (
     FINISHED,

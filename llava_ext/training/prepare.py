@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from evotok_plugin.common.files import check_output_folder, whole_folder
-from evotok_plugin.recipes import find_recipe
+from evotok_plugin.common.recipes import find_recipe
 
 DONE = "done.json"
 

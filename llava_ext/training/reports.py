@@ -7,7 +7,7 @@ have pending names (`bad_samples.new.jsonl`) until then.
 import os
 from pathlib import Path
 
-from evotok_plugin.common.files import OwnedFolder
+from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.data.bad_samples import BadSamples
 from llava_ext.training.checkpoints import PENDING_REPORTS, REPORTS, owned_folder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evotok_plugin.recipes import recipe_values
+from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.training.resume import Change, changed_contents, changes, sample_contents
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.data.records import KINDS

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from evotok_plugin.progress import progress_interval
+from evotok_plugin.common.progress import progress_interval
 from llava_ext.checkpointing import save_model
 from llava_ext.data.dataset import EpochSampler, FilledSampler, ModalityGroupedSampler
 from llava_ext.data.packing import PackedDataset, PackingSampler

@@ -23,9 +23,9 @@ from measuring import synchronize
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.scenes import write_corpus
-from evotok_plugin.recipes import recipe_values
 from evotok_plugin.training import objective
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer

@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
-from evotok_plugin.common.files import (
-    MARKER,
-    OwnedFolder,
-    check_new_folder,
-    check_output_file,
-    check_output_folder,
-    check_replaceable,
-    whole_folder,
-)
+from evotok_plugin.common.files import check_new_folder, check_output_file, check_output_folder, whole_folder
+from evotok_plugin.common.owned_folder import MARKER, OwnedFolder, check_replaceable
+from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.metrics.frechet import FeatureStatistics
-from evotok_plugin.processes import resolve_device
 from evotok_plugin.training.checkpoints import write_checkpoint
 
 

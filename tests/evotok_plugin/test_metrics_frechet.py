@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
-from evotok_plugin.processes import Processes
 
 linalg = pytest.importorskip("scipy.linalg", reason="scipy, the reference, is not installed")
 

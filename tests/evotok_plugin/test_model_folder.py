@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, EvoTokVisionModel, EvoTokVisionTower
 from evotok_plugin.commands.shared import open_tokenizer
+from evotok_plugin.common.weight_files import folder_fingerprint, weight_files
 from evotok_plugin.model_folder import (
     check_values,
     load_strictly,
@@ -20,7 +21,6 @@ from evotok_plugin.model_folder import (
     open_tokenizer_folder,
 )
 from evotok_plugin.training.teacher import build_siglip, load_teacher
-from evotok_plugin.weight_files import folder_fingerprint, weight_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 14458342\n"
 WEIGHTS = "model.safetensors"

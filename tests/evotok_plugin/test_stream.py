@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from evotok_plugin.common.processes import Processes
 from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
-from evotok_plugin.processes import Processes
 from evotok_plugin.training.tokenizer_trainer import _Positions
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
 from evotok_plugin.commands.train import training_values
+from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.metrics.codes import CodeUsage
-from evotok_plugin.recipes import as_plain
 from evotok_plugin.training import output
 from evotok_plugin.training.checkpoints import checkpoints
 from evotok_plugin.training.config import TokenizerTrainingConfig

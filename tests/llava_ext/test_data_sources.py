@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evotok_plugin.processes import Processes
+from evotok_plugin.common.processes import Processes
 from llava_ext.data.mixture import Mixture
 from llava_ext.data.record_sources import open_records
 from llava_ext.data.records import KINDS, RowOptions, parse_record

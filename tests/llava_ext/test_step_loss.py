@@ -10,7 +10,7 @@ import torch
 import transformers
 from stage_runs import run_forked, stage_exit, write_recipe
 
-from evotok_plugin.recipes import recipe_values
+from evotok_plugin.common.recipes import recipe_values
 from llava_ext.data.dataset import Collator
 from llava_ext.data.packing import PackedCollator, PackedDataset
 from llava_ext.training import train

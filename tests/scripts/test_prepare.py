@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evotok_plugin.common.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from llava_ext.training import prepare
 from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config

@@ -1,0 +1,251 @@
+"""The record of what a run has created in a folder, which alone may be moved or deleted."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MARKER = ".evotok.json"
+PROGRAM = "evotok"
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file as a whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_marker(folder: Path) -> dict | None:
+    """The marker of a folder, or None if it has none of this program."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and marker.get("program") == PROGRAM else None
+
+
+class OwnedFolder:
+    """A folder that a run writes into, with a record (`.evotok.json`) of the files that it has created there.
+
+    An entry is the relative path of a file, or a glob pattern below a folder that the run has created
+    (`tensorboard/**/events.*`). Only recorded files are ever overwritten, moved or deleted; all others in the folder
+    belong to the user.
+
+    Args:
+        legacy: finds the entries of a run that was made before there were records.
+    """
+
+    def __init__(self, path: str | Path, legacy: Callable[[Path], Iterable[str]] | None = None) -> None:
+        self.path = Path(path)
+        marker = read_marker(self.path)
+        self.has_marker = marker is not None
+        if marker is None:
+            marker = {"program": PROGRAM, "entries": sorted(set(legacy(self.path))) if legacy else []}
+        self._marker = marker
+        self._marker.setdefault("entries", [])
+        self._marker.setdefault("facts", {})
+
+    @property
+    def entries(self) -> list[str]:
+        return self._marker["entries"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts about the run beyond its settings; `note` changes them."""
+        return self._marker["facts"]
+
+    def note(self, **facts: Any) -> None:
+        """Record facts of the run."""
+        self.facts.update(facts)
+        self._write()
+
+    def owns(self, name: str) -> bool:
+        """Whether the run has created a file, or the pattern below a folder."""
+        return name in self.entries
+
+    def check(self, *names: str) -> None:
+        """Check that entries could be created.
+
+        Raises:
+            ValueError: there is such a file, and the run has not created it.
+        """
+        owned = set(self.files())
+        for name in names:
+            path = self.path / name
+            found = self.files([name]) or ([path] if "*" not in name and path.exists() else [])
+            in_the_way = [] if self.owns(name) else [file for file in found if file not in owned]
+            if in_the_way:
+                raise ValueError(
+                    f"{in_the_way[0]} was not written by this program and would be overwritten; move it away, or "
+                    "choose another output folder"
+                )
+
+    def claim(self, *names: str) -> None:
+        """Record entries that are about to be created.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(*names)
+        if new := [name for name in names if not self.owns(name)]:
+            self.entries.extend(new)
+            self._write()
+        elif not self.has_marker:
+            self._write()
+
+    def forget(self, *names: str) -> None:
+        """Take entries out of the record, once their files are deleted."""
+        self.exchange(names, ())
+
+    def exchange(self, old: Iterable[str], new: Iterable[str]) -> None:
+        """Record entries in place of others: the files that have been written in place of the patterns for them."""
+        old = set(old)
+        self._marker["entries"] = list(dict.fromkeys([*(e for e in self.entries if e not in old), *new]))
+        self._write()
+
+    def files(self, entries: Iterable[str] | None = None) -> list[Path]:
+        """The files of the entries that exist."""
+        return files_of(self.path, self.entries if entries is None else entries)
+
+    def delete(self, *entries: str) -> None:
+        """Delete the files of entries and the folders that this leaves empty."""
+        delete_files(self.path, self.files(entries))
+        self.forget(*entries)
+
+    def _write(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / MARKER, self._marker)
+        self.has_marker = True
+
+    # Replacing -----------------------------------------------------------------------------------------------
+
+    @property
+    def _aside(self) -> Path:
+        return self.path / ".replaced"
+
+    def move_aside(self, keep: Iterable[str] = ()) -> Path | None:
+        """Move all recorded files but those of `keep` into a folder below this one; it, or None if there are none.
+
+        `finish_replacing` deletes them later, `restore` moves them back.
+        """
+        kept = set(keep)
+        moved = self.files(entry for entry in self.entries if entry not in kept)
+        if not moved:
+            return None
+        if self._aside.exists() and any(path.name != f"{MARKER}.tmp" for path in self._aside.iterdir()):
+            raise ValueError(f"{self._aside} is there already; move it away")
+        self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
+        names = [str(path.relative_to(self.path)) for path in moved]
+        record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
+        write_json(self._aside / MARKER, record)
+        _move(self.path, self._aside, names)
+        self._marker = {**self._marker, "entries": [entry for entry in self.entries if entry in kept], "facts": {}}
+        self._write()
+        return self._aside
+
+    def restore(self) -> bool:
+        """Move back what a run had moved aside that did not come to its first step; whether there was anything.
+
+        What that run has created is deleted. Files of a run whose first step succeeded are deleted instead.
+        """
+        record = read_marker(self._aside)
+        if record is None or "moved" not in record:
+            return False
+        if record["obsolete"]:
+            self.finish_replacing()
+            return False
+        aside = [name for name in record["moved"] if files_of(self._aside, [name])]
+        # A kill while files were moved leaves some of them in place; all other files of the record are newer.
+        in_place = {self.path / name for name in record["moved"]} - {self.path / name for name in aside}
+        new = set(self.files(entry for entry in self.entries if entry not in record["kept"])) - in_place
+        delete_files(self.path, new)
+        _move(self._aside, self.path, aside)
+        self._marker = record["before"]
+        self._write()
+        (self._aside / MARKER).unlink()
+        _remove_if_empty(self._aside)
+        return True
+
+    def finish_replacing(self) -> None:
+        """Delete what was moved aside."""
+        record = read_marker(self._aside)
+        if record is None or "moved" not in record:
+            return
+        write_json(self._aside / MARKER, {**record, "obsolete": True})
+        delete_files(self._aside, [self._aside / name for name in record["moved"]])
+        (self._aside / MARKER).unlink()
+        _remove_if_empty(self._aside)
+
+
+def files_of(folder: Path, entries: Iterable[str]) -> list[Path]:
+    """The files below a folder that relative paths or glob patterns name."""
+    found: set[Path] = set()
+    for entry in entries:
+        # A name may hold brackets, so only what is written as a pattern is read as one.
+        paths = folder.glob(entry) if "*" in entry else [folder / entry]
+        found.update(path for path in paths if path.is_symlink() or path.is_file())
+    return sorted(found)
+
+
+def delete_files(root: Path, files: Iterable[Path]) -> None:
+    """Delete files below `root`, then the folders between that are empty now; nothing else."""
+    folders = set()
+    for path in files:
+        path.unlink(missing_ok=True)
+        folders.update(parent for parent in path.parents if root in parent.parents)
+    for parent in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        _remove_if_empty(parent)
+
+
+def _move(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Move files by their relative paths; both folders are on one file system."""
+    folders = set()
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, target / name)
+        folders.update(parent for parent in (source / name).parents if source in parent.parents)
+    for parent in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        _remove_if_empty(parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def check_replaceable(folder: str | Path, inputs: Mapping[str, Iterable[str]] | None = None) -> None:
+    """Check that a folder is one whose content a run may replace.
+
+    Args:
+        inputs: paths that the run reads, by the names of their settings; patterns are looked at up to their first `*`.
+
+    Raises:
+        ValueError: a symlink, the working folder, the home folder, the root or the checkout (or a folder above one of
+            them), or a folder that holds an input of the run.
+    """
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise ValueError(
+            f"--overwrite: {folder} is a symlink to {os.readlink(folder)}; name the folder itself with --output_dir"
+        )
+    real = folder.resolve()
+    protected = {"the working folder": Path.cwd(), "the home folder": Path.home(), "the checkout": CHECKOUT}
+    for what, path in {**protected, "the root folder": Path("/")}.items():
+        if real == path.resolve() or real in path.resolve().parents:
+            raise ValueError(f"--overwrite: {folder} is or contains {what} ({path}); choose another --output_dir")
+    for setting, paths in (inputs or {}).items():
+        for given in paths:
+            path = Path(re.split(r"[*?]", given)[0]).resolve()
+            if real == path or real in path.parents:
+                raise ValueError(
+                    f"--overwrite: {folder} holds {setting} {given}, which the run reads; choose another --output_dir"
+                )
