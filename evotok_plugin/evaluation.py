@@ -18,9 +18,8 @@ from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples
-from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics import probes
 from evotok_plugin.metrics.image import psnr, ssim

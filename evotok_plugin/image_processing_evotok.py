@@ -171,3 +171,13 @@ def _pixel_values(picture: Image.Image, do_rescale: bool, do_normalize: bool) ->
     if do_normalize:
         return values / 127.5 - 1.0
     return values / 255 if do_rescale else values
+
+
+def as_bytes(picture: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
+    """Scale uint8 (B, 3, H, W) to [-1, 1], on the device."""
+    return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0

@@ -16,7 +16,6 @@ from functools import cache
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
@@ -112,16 +111,6 @@ def as_picture(image: object, channels_first: bool | None = None) -> Image.Image
     raise ValueError(
         f"expected a PIL image, a path, the bytes of a file, an array or a tensor, got {type(image).__name__}"
     )
-
-
-def as_bytes(picture: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
-    """Scale uint8 (B, 3, H, W) to [-1, 1], on the device."""
-    return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
 
 
 # Strings --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from evotok_plugin.data.dataset_source import DatasetSource, is_saved_dataset, load_hub, load_parquet, load_saved
 from evotok_plugin.data.files import (
     Listing,
     described,
@@ -31,8 +30,10 @@ from evotok_plugin.data.files import (
     stamp_of,
     suffix_of,
 )
+from evotok_plugin.data.hf_datasets import DatasetSource, is_saved_dataset, load_hub, load_parquet, load_saved
 from evotok_plugin.data.images import IMAGE_SUFFIXES, open_picture
-from evotok_plugin.data.tar_shards import PackedStrings, TarSource
+from evotok_plugin.data.keys import PackedStrings
+from evotok_plugin.data.tar_shards import TarSource
 
 _HASH_SPACE = 10_000
 

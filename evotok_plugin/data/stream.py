@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evotok_plugin.data.cropping import resized_crop
-from evotok_plugin.data.images import as_bytes
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 
 _WINDOW = 16_384  # images of shards that are shuffled together: reading stays within a few shards at a time
 _BLOCK = 1_024  # positions over which the sources' shares are kept

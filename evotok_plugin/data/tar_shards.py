@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import tarfile
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,30 +25,11 @@ from evotok_plugin.data.files import (
     suffix_of,
 )
 from evotok_plugin.data.images import IMAGE_SUFFIXES, open_picture
+from evotok_plugin.data.keys import PackedStrings
 
 T = TypeVar("T")
 
 _OPEN_SHARDS = 64
-
-
-class PackedStrings(Sequence):
-    """Many strings in two arrays: small, and shared by data-loading processes without copies."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        ends, content = array("q"), bytearray()
-        for text in strings:
-            content += os.fsencode(text)
-            ends.append(len(content))
-        self._ends, self._bytes = np.array(ends, np.int64), np.frombuffer(bytes(content), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self._ends):
-            raise IndexError(f"index {index} of {len(self._ends)} strings")
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
 
 class FilesInPlace:

@@ -11,10 +11,9 @@ from torch import nn
 
 from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.data import images
-from evotok_plugin.data.cache_ledger import stamps_of
-from evotok_plugin.data.images import as_bytes
+from evotok_plugin.data.code_cache.ledger import stamps_of
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 from evotok_plugin.metrics.frechet import FeatureStatistics
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data.images import to_pixel_values
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.image_processing_evotok import to_pixel_values
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
 from evotok_plugin.metrics.inception import INCEPTION_DIM, StatisticsCache

@@ -28,10 +28,10 @@ from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.common.recipes import parse_mapping
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.data.images import as_bytes, open_picture, to_pixel_values
+from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource, open_source
 from evotok_plugin.data.stream import Augmentation
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes, to_pixel_values
 from evotok_plugin.model_folder import load_whole, model_type_of, open_config, open_tokenizer_folder
 
 # SigLIP2 of a fixed resolution has SigLIP's architecture and model_type.

@@ -23,10 +23,9 @@ from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
-from evotok_plugin.data.images import to_pixel_values
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel_values
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr

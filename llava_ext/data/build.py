@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.mixture import Mixture, check_weights
 from llava_ext.data.record_sources import open_records

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from evotok_plugin.data.code_cache import CodeCache
+from evotok_plugin.data.code_cache.cache import CodeCache
 from llava_ext.data.mixture import Mixture
 from llava_ext.data.records import KINDS, Record
 from llava_ext.data.survey import RecordTable

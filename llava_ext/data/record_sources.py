@@ -11,7 +11,6 @@ from typing import Protocol
 
 from PIL import Image
 
-from evotok_plugin.data.dataset_source import is_saved_dataset, load_hub, load_parquet, load_saved
 from evotok_plugin.data.files import (
     described,
     kind_of,
@@ -21,6 +20,7 @@ from evotok_plugin.data.files import (
     report_skipped,
     suffix_of,
 )
+from evotok_plugin.data.hf_datasets import is_saved_dataset, load_hub, load_parquet, load_saved
 from evotok_plugin.data.sources import skip_side_files
 from llava_ext.data.dataset_records import DatasetRecords, parquet_parts
 from llava_ext.data.json_records import JsonRecords

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_interval
-from evotok_plugin.data.cache_ledger import key_digests
-from evotok_plugin.data.tar_shards import PackedStrings
+from evotok_plugin.data.keys import PackedStrings, key_digests
 from llava_ext.data.record_sources import RecordSource
 from llava_ext.data.records import KINDS, Record
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor, TooLong

@@ -14,13 +14,8 @@ from PIL import Image
 
 from evotok_plugin.data.files import described, file_state, kind_of, report_skipped, stamp_of, suffix_of
 from evotok_plugin.data.images import open_picture
-from evotok_plugin.data.tar_shards import (
-    FilesInPlace,
-    PackedStrings,
-    scan_shards,
-    shard_members,
-    split_member_name,
-)
+from evotok_plugin.data.keys import PackedStrings
+from evotok_plugin.data.tar_shards import FilesInPlace, scan_shards, shard_members, split_member_name
 from llava_ext.data.records import Record, RowOptions, named_image, parse_row
 
 _TEXTS = ("json", "txt")

@@ -14,11 +14,14 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
-from evotok_plugin.data import code_cache, images
-from evotok_plugin.data.cache_files import Shard
-from evotok_plugin.data.cache_ledger import DigestIndex, Ledger, key_digests
-from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data import images
+from evotok_plugin.data.code_cache import cache as code_cache
+from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.code_cache.ledger import Ledger
+from evotok_plugin.data.code_cache.shards import Shard
 from evotok_plugin.data.files import stamp_of
+from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.inception import StatisticsCache

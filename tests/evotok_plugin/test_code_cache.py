@@ -22,8 +22,9 @@ from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
 from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data import code_cache
-from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
+from evotok_plugin.data.code_cache import cache as code_cache
+from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.images import READER_VERSION
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evotok_plugin.data.dataset_source import DatasetSource
+from evotok_plugin.data.hf_datasets import DatasetSource
+from evotok_plugin.data.keys import PackedStrings
 from evotok_plugin.data.sources import is_held_out, open_source, open_sources, split_held_out
-from evotok_plugin.data.tar_shards import PackedStrings, TarSource, shard_index
+from evotok_plugin.data.tar_shards import TarSource, shard_index
 
 
 @pytest.fixture(autouse=True)

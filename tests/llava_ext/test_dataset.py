@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from evotok_plugin.data.code_cache import CodeCache, encode_images
+from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache.encode import encode_images
 from evotok_plugin.data.sources import FileSource
 from llava_ext.data.build import build_dataset
 from llava_ext.data.dataset import Collator, ConversationDataset, EpochSampler, ModalityGroupedSampler

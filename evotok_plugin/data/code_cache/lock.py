@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data.cache_files import CacheFacts
+from evotok_plugin.data.code_cache.shards import CacheFacts
 
 T = TypeVar("T")
 

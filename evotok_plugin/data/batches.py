@@ -11,12 +11,12 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from evotok_plugin.data.cache_files import CacheFacts, Shard
-from evotok_plugin.data.cache_ledger import DigestIndex, as_hex
+from evotok_plugin.data.code_cache.shards import CacheFacts, Shard
 from evotok_plugin.data.files import content_digest
-from evotok_plugin.data.images import as_bytes, open_picture, to_pixel_values
+from evotok_plugin.data.images import open_picture
+from evotok_plugin.data.keys import DigestIndex, as_hex
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes, to_pixel_values
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 

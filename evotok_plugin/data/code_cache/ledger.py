@@ -5,22 +5,16 @@ by the digest of its content. So a replaced image is encoded again, while one th
 and images of equal names from two folders stay apart. An *entry* is what one run has noted of one image.
 """
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from evotok_plugin.data.cache_files import Shard, remedy, shard_name, shard_numbers
+from evotok_plugin.data.code_cache.shards import Shard, remedy, shard_name, shard_numbers
+from evotok_plugin.data.keys import DigestIndex, _as_bytes, _with_rows, key_digests
 from evotok_plugin.data.sources import ImageSource
 
 _BROKEN, _LOST = -1, -2  # rows of images that could not be read, and of known ones whose codes were deleted
-
-
-def key_digests(keys: Iterable[str]) -> np.ndarray:
-    """128 bits a key, (keys,)."""
-    digests = (hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() for key in keys)
-    return np.fromiter(digests, dtype="S16")
 
 
 def stamps_of(source: ImageSource, indices: Sequence[int]) -> np.ndarray:
@@ -29,48 +23,6 @@ def stamps_of(source: ImageSource, indices: Sequence[int]) -> np.ndarray:
     if stamp is None:
         return np.zeros(len(indices), "S16")
     return np.fromiter((stamp(index) for index in indices), "S16", len(indices))
-
-
-def as_hex(digest: bytes) -> str:
-    """A digest as a shard's .json holds it; numpy strips zeros from the end of bytes."""
-    return digest.ljust(16, b"\0").hex() if digest else ""
-
-
-class DigestIndex:
-    """The rows of digests: sorted digests and the row of each.
-
-    For the 13 M images of a large run a dict of strings takes more than 2 GB, and every forked data-loading process
-    comes to own a copy, because looking at a string counts a reference. These arrays take 20 bytes a digest and are
-    shared. That two of 13 M keys have one digest has a probability of 1e-25.
-    """
-
-    def __init__(self, digests: np.ndarray, rows: np.ndarray) -> None:
-        order = np.argsort(digests, kind="stable")
-        self._digests, self._rows = digests[order], rows.astype(np.uint32)[order]
-
-    def rows(self, digests: np.ndarray) -> np.ndarray:
-        """Row of each (digests,), -1 where there is none; of a digest with several rows the first."""
-        if not len(self._digests):
-            return np.full(len(digests), -1)
-        places = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
-        return np.where(self._digests[places] == digests, self._rows[places].astype(np.int64), -1)
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def pairs(self) -> np.ndarray:
-        """Digests and rows in one comparable value each (digests,)."""
-        return _with_rows(self._digests, self._rows)
-
-    def all_rows(self, digest: np.ndarray) -> np.ndarray:
-        """All rows of one digest (1,)."""
-        first, end = (int(np.searchsorted(self._digests, digest, side)[0]) for side in ("left", "right"))
-        return self._rows[first:end]
-
-    def repeated(self) -> tuple[int, int] | None:
-        """Two rows of one digest, if there are any."""
-        again = np.flatnonzero(self._digests[1:] == self._digests[:-1])
-        return (int(self._rows[again[0]]), int(self._rows[again[0] + 1])) if len(again) else None
 
 
 class Ledger:
@@ -197,10 +149,6 @@ def _digests_of(hexadecimal: Sequence[str]) -> np.ndarray:
     return np.array([bytes.fromhex(text) for text in hexadecimal], "S16")
 
 
-def _as_bytes(digests: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)
-
-
 def _identities(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     """128 bits for a key and a stamp; those of the key itself where the stamp is zero."""
     return (_as_bytes(keys) ^ _as_bytes(stamps)).view("S16").ravel()
@@ -209,9 +157,3 @@ def _identities(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
 def _places(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     """The key and the half of the stamp that tells the place (keys,)."""
     return np.concatenate([_as_bytes(keys), _as_bytes(stamps)[:, :8]], axis=1).view("S24").ravel()
-
-
-def _with_rows(digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Digests and rows in one comparable value each (digests,)."""
-    as_bytes = np.ascontiguousarray(rows.astype(np.int64)).view(np.uint8).reshape(-1, 8)
-    return np.concatenate([_as_bytes(digests), as_bytes], axis=1).view("S24").ravel()
