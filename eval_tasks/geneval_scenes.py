@@ -16,7 +16,7 @@ import numpy as np
 from eval_tasks.judging.answers import open_image, parse_images
 from eval_tasks.judging.rules import evaluate, overall_score
 from eval_tasks.scene_detector import SceneDetector
-from evotok_plugin.data.scene_text import scene_prompts
+from evotok_plugin.scenes.captions import scene_prompts
 
 logger = logging.getLogger(__name__)
 

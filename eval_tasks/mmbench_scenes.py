@@ -7,7 +7,7 @@ import numpy as np
 
 from eval_tasks.option_matching import match_option
 from evotok_plugin.data.images import as_picture
-from evotok_plugin.data.scene_text import OPTION_LETTERS, mmbench_rows, multiple_choice
+from evotok_plugin.scenes.questions import OPTION_LETTERS, mmbench_rows, multiple_choice
 
 # Corpora draw from the streams [seed, 0], [seed, 1], ...: this one is none of theirs, whatever their seed.
 _STREAM = 7_002

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from eval_tasks.judging.rules import Box, Instance, Rules
 from evotok_plugin.data.images import as_picture
-from evotok_plugin.data.scenes import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
+from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
 
 _NAMES = tuple(COLORS)
 _RGB = np.array([COLORS[name] for name in _NAMES], dtype=np.float64)  # (colours, 3)
@@ -157,7 +157,7 @@ def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDetector:
-    """Detects the shapes and colours of `evotok_plugin.data.scenes`; an instance's score is its overlap with the
+    """Detects the shapes and colours of `evotok_plugin.scenes.scene`; an instance's score is its overlap with the
     template.
 
     Attributes:

@@ -199,7 +199,7 @@ def weights_state(model: Path) -> str:
 
 def draw_scenes(folder: Path) -> None:
     """Scenes of a seed that no training uses, to rebuild, in `folder/val/images`; drawn once."""
-    from evotok_plugin.data.scenes import write_corpus
+    from evotok_plugin.scenes.corpus import write_corpus
 
     images = folder / "val" / "images"
     if not images.is_dir() or len(list(images.iterdir())) < NUM_SCENES:

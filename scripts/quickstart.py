@@ -116,7 +116,7 @@ def draw_skills() -> None:
     import numpy as np
 
     from evotok_plugin.common.pictures import labelled_rows
-    from evotok_plugin.data.scene_text import scene_prompts
+    from evotok_plugin.scenes.captions import scene_prompts
     from llava_ext.checkpointing import load_model
 
     model, processor = load_model(WORKSPACE / "finetune")

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory):
     """A byte-level BPE trained on a little scene text, saved as a folder."""
-    from evotok_plugin.data.scene_text import text_records
+    from evotok_plugin.scenes.records import text_records
     from llava_ext.training.text_backbone import train_text_tokenizer
 
     texts = [turn["value"] for record in text_records(200, seed=0) for turn in record["conversations"]]
@@ -87,7 +87,7 @@ def tiny_mllm(tiny_backbone_folder, tiny_evotok_folder):
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
     """A small scene corpus."""
-    from evotok_plugin.data.scenes import write_corpus
+    from evotok_plugin.scenes.corpus import write_corpus
 
     folder = tmp_path_factory.mktemp("scenes")
     write_corpus(folder, num_train=24, num_val=6, seed=3)

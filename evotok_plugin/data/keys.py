@@ -63,7 +63,7 @@ class DigestIndex:
 
     def pairs(self) -> np.ndarray:
         """Digests and rows in one comparable value each (digests,)."""
-        return _with_rows(self._digests, self._rows)
+        return with_rows(self._digests, self._rows)
 
     def all_rows(self, digest: np.ndarray) -> np.ndarray:
         """All rows of one digest (1,)."""
@@ -76,11 +76,11 @@ class DigestIndex:
         return (int(self._rows[again[0]]), int(self._rows[again[0] + 1])) if len(again) else None
 
 
-def _as_bytes(digests: np.ndarray) -> np.ndarray:
+def digests_as_bytes(digests: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)
 
 
-def _with_rows(digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def with_rows(digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Digests and rows in one comparable value each (digests,)."""
     as_bytes = np.ascontiguousarray(rows.astype(np.int64)).view(np.uint8).reshape(-1, 8)
-    return np.concatenate([_as_bytes(digests), as_bytes], axis=1).view("S24").ravel()
+    return np.concatenate([digests_as_bytes(digests), as_bytes], axis=1).view("S24").ravel()

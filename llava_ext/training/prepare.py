@@ -94,7 +94,7 @@ USABLE: dict[str, Callable[[Path], bool]] = {
 
 
 def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
-    from evotok_plugin.data.scenes import write_corpus
+    from evotok_plugin.scenes.corpus import write_corpus
 
     make(
         workspace / "scenes",
@@ -106,7 +106,7 @@ def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
 
 def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
     def build(out: Path) -> None:
-        from evotok_plugin.data.scene_text import text_records
+        from evotok_plugin.scenes.records import text_records
         from llava_ext.training.text_backbone import corpus_texts, train_backbone, train_text_tokenizer
 
         texts = corpus_texts(workspace / "scenes", text_records(2000, SEED))

@@ -25,7 +25,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.data.scenes import write_corpus
+from evotok_plugin.scenes.corpus import write_corpus
 from evotok_plugin.training import objective
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from eval_tasks import geneval_scenes
-from evotok_plugin.data.scene_text import prompt_record
-from evotok_plugin.data.scenes import SKILLS, render, sample_scene
+from evotok_plugin.scenes.captions import prompt_record
+from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 SKILL_ROWS = [{"skill": skill, "prompts": 20} for skill in SKILLS]
 

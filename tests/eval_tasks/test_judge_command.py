@@ -7,13 +7,13 @@ import pytest
 from eval_tasks import geneval_scenes
 from eval_tasks.cli import main
 from eval_tasks.judging.kept import keep
-from evotok_plugin.data.scenes import SKILLS, render, sample_scene
+from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 
 @pytest.fixture
 def drawn_scenes(tmp_path, rng):
     """Images of two prompts of each skill, every second of them true; returns documents and answers."""
-    from evotok_plugin.data.scene_text import prompt_record
+    from evotok_plugin.scenes.captions import prompt_record
 
     answers = []
     for index in range(12):

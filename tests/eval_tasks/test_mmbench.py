@@ -9,7 +9,7 @@ import pytest
 
 from eval_tasks import mmbench_scenes
 from eval_tasks.registration import DATA_ROOT_VARIABLE
-from evotok_plugin.data.scene_text import MULTIPLE_CHOICE_PROMPT, mmbench_rows
+from evotok_plugin.scenes.questions import MULTIPLE_CHOICE_PROMPT, mmbench_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eval_tasks.scene_detector import SceneDetector, degrading, lab, main, measure
-from evotok_plugin.data.scenes import COLORS, GROUND, SHAPES, Scene, SceneObject, render
+from evotok_plugin.scenes.scene import COLORS, GROUND, SHAPES, Scene, SceneObject, render
 
 DETECTOR = SceneDetector()
 

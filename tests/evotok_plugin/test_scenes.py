@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from evotok_plugin.data import scene_text, scenes
+from evotok_plugin.scenes import captions as scene_text
+from evotok_plugin.scenes import scene as scenes
 
 
 @pytest.mark.parametrize("skill", scenes.SKILLS)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from eval_tasks.scene_detector import SceneDetector
-from evotok_plugin.data.scene_text import sample_question
-from evotok_plugin.data.scenes import SKILLS, render, sample_scene
+from evotok_plugin.scenes.questions import sample_question
+from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 from llava_ext.checkpointing import INCLUDED_MODEL, default_model_folder, load_model
 from llava_ext.cli import main
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evotok_plugin.data.scenes import render, sample_scene
+from evotok_plugin.scenes.scene import render, sample_scene
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
 from llava_ext.data.dataset import Collator, Sample
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evotok_plugin.data.code_cache.shards import Shard, remedy, shard_name, shard_numbers
-from evotok_plugin.data.keys import DigestIndex, _as_bytes, _with_rows, key_digests
+from evotok_plugin.data.keys import DigestIndex, digests_as_bytes, with_rows, key_digests
 from evotok_plugin.data.sources import ImageSource
 
 _BROKEN, _LOST = -1, -2  # rows of images that could not be read, and of known ones whose codes were deleted
@@ -123,7 +123,7 @@ class Ledger:
 
     def first_of(self, index: DigestIndex) -> np.ndarray:
         """Which entries (entries,) are the first with a key and a row of an index."""
-        pairs = _with_rows(self.keys, self.rows)
+        pairs = with_rows(self.keys, self.rows)
         is_first = np.zeros(len(pairs), bool)
         is_first[np.unique(pairs, return_index=True)[1]] = True
         return is_first & np.isin(pairs, index.pairs())
@@ -134,7 +134,7 @@ class Ledger:
         entries = np.flatnonzero(self.rows != _LOST)[::-1]
         _, last = np.unique(_places(self.keys[entries], self._stamps[entries]), return_index=True)
         entries = np.sort(entries[last])
-        _, first = np.unique(_with_rows(self.keys[entries], self.rows[entries]), return_index=True)
+        _, first = np.unique(with_rows(self.keys[entries], self.rows[entries]), return_index=True)
         return np.sort(entries[first])
 
 
@@ -151,9 +151,9 @@ def _digests_of(hexadecimal: Sequence[str]) -> np.ndarray:
 
 def _identities(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     """128 bits for a key and a stamp; those of the key itself where the stamp is zero."""
-    return (_as_bytes(keys) ^ _as_bytes(stamps)).view("S16").ravel()
+    return (digests_as_bytes(keys) ^ digests_as_bytes(stamps)).view("S16").ravel()
 
 
 def _places(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     """The key and the half of the stamp that tells the place (keys,)."""
-    return np.concatenate([_as_bytes(keys), _as_bytes(stamps)[:, :8]], axis=1).view("S24").ravel()
+    return np.concatenate([digests_as_bytes(keys), digests_as_bytes(stamps)[:, :8]], axis=1).view("S24").ravel()

@@ -4,9 +4,7 @@ A scene is a small value (`Scene`), so that captions, questions, pictures and ju
 facts. Objects stand in the cells of a 3x3 grid, a little off their cells' centres, so they never overlap.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -145,35 +143,3 @@ def render(scene: Scene, image_size: int = 48) -> Image.Image:
     for item in scene.objects:
         _draw_shape(draw, item, side, scene.ground)
     return canvas.resize((image_size, image_size), Image.Resampling.BOX)
-
-
-def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, image_size: int = 48) -> None:
-    """Write the corpus that the embedded default trains on.
-
-    `folder/{train,val}/` hold `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` a line) and LLaVA
-    JSON: `pretrain.json` (descriptions, read and drawn), `finetune.json` (questions and GenEval prompts) and
-    `interleaved.json` (conversations that read and draw).
-    """
-    from evotok_plugin.data import scene_text
-
-    for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
-        rng = np.random.default_rng([seed, stream])
-        root = Path(folder) / split
-        (root / "images").mkdir(parents=True, exist_ok=True)
-        captions, pretrain, finetune, interleaved, before = [], [], [], [], None
-        for n in range(count):
-            skill = SKILLS[n % len(SKILLS)]
-            scene = sample_scene(rng, skill)
-            name = f"images/{n:06d}.png"
-            render(scene, image_size).save(root / name, compress_level=1)
-            captions.append({"image": name, "captions": scene_text.captions(scene, skill, rng)})
-            pretrain += scene_text.pretrain_records(scene, skill, name, rng)
-            finetune += scene_text.finetune_records(scene, skill, name, rng)
-            further = np.random.default_rng([seed, stream, n])  # what the others draw does not depend on these
-            this = scene_text.Pictured(scene, skill, name)
-            interleaved += scene_text.interleaved_records(this, before or this, further)
-            before = this
-        (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-        (root / "pretrain.json").write_text(json.dumps(pretrain))
-        (root / "finetune.json").write_text(json.dumps(finetune))
-        (root / "interleaved.json").write_text(json.dumps(interleaved))

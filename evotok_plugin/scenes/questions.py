@@ -1,0 +1,162 @@
+"""Questions about drawn scenes with their answers, open and as multiple choice in MMBench's format."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evotok_plugin.scenes.captions import NUMBERS, _kind, plural, with_article
+from evotok_plugin.scenes.scene import (
+    CELL_NAMES,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SKILLS,
+    Scene,
+    relation,
+    render,
+    sample_scene,
+)
+
+OPTION_LETTERS = "ABCD"
+MULTIPLE_CHOICE_PROMPT = "Answer with one of the options."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene with its true answer and the wrong ones it can be confused with."""
+
+    category: str
+    text: str
+    answer: str
+    distractors: tuple[str, ...]
+
+
+L2_CATEGORY = {
+    "color": "attribute_recognition",
+    "shape": "attribute_recognition",
+    "counting": "object_counting",
+    "location": "object_localization",
+    "relation": "spatial_relationship",
+    "existence": "object_existence",
+}
+
+
+def _unique(values: Sequence[str]) -> list[str]:
+    return [value for value, times in Counter(values).items() if times == 1]
+
+
+def _color_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    shapes = _unique([item.shape for item in scene.objects])
+    if not shapes:
+        return None
+    shape = str(rng.choice(shapes))
+    answer = next(item.color for item in scene.objects if item.shape == shape)
+    return Question("color", f"What color is the {shape}?", answer, tuple(c for c in COLORS if c != answer))
+
+
+def _shape_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    colors = _unique([item.color for item in scene.objects])
+    if not colors:
+        return None
+    color = str(rng.choice(colors))
+    answer = next(item.shape for item in scene.objects if item.color == color)
+    return Question("shape", f"What shape is the {color} object?", answer, tuple(s for s in SHAPES if s != answer))
+
+
+def _counting_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    shape = str(rng.choice([item.shape for item in scene.objects]))
+    if rng.random() < 0.5:
+        text, count = "How many objects are there?", len(scene.objects)
+    else:
+        text, count = f"How many {plural(shape)} are there?", sum(item.shape == shape for item in scene.objects)
+    return Question("counting", text, NUMBERS[count], tuple(n for n in NUMBERS[1:] if n != NUMBERS[count]))
+
+
+def _location_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    kinds = _unique([_kind(item) for item in scene.objects])
+    if not kinds:
+        return None
+    kind = str(rng.choice(kinds))
+    answer = CELL_NAMES[next(item.cell for item in scene.objects if _kind(item) == kind)]
+    return Question("location", f"Where is the {kind}?", answer, tuple(n for n in CELL_NAMES if n != answer))
+
+
+def _relation_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) != 2:
+        return None
+    first, second = (scene.objects[i] for i in rng.permutation(2))
+    answer = relation(first, second)
+    if answer is None or first.shape == second.shape:
+        return None
+    text = f"Where is the {first.shape} relative to the {second.shape}?"
+    return Question("relation", text, answer, tuple(r for r in RELATIONS if r != answer))
+
+
+def _existence_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    present = {_kind(item) for item in scene.objects}
+    if rng.random() < 0.5:
+        return Question("existence", f"Is there {with_article(str(rng.choice(sorted(present))))}?", "yes", ("no",))
+    item = scene.objects[int(rng.integers(len(scene.objects)))]
+    # An absent object that shares its shape or its colour with one that is there: a question worth asking.
+    near = [f"{color} {item.shape}" for color in COLORS] + [f"{item.color} {shape}" for shape in SHAPES]
+    absent = sorted(set(near) - present)
+    return Question("existence", f"Is there {with_article(str(rng.choice(absent)))}?", "no", ("yes",))
+
+
+_QUESTIONS = {
+    "color": (_color_question, 0.26),
+    "shape": (_shape_question, 0.22),
+    "counting": (_counting_question, 0.18),
+    "location": (_location_question, 0.13),
+    "relation": (_relation_question, 0.13),
+    "existence": (_existence_question, 0.08),
+}
+
+
+def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
+    """A question that the scene answers, categories drawn with the corpus's fixed weights."""
+    names, weights = list(_QUESTIONS), np.array([weight for _, weight in _QUESTIONS.values()])
+    while True:
+        question = _QUESTIONS[str(rng.choice(names, p=weights / weights.sum()))][0](scene, rng)
+        if question is not None:
+            return question
+
+
+def options(question: Question, rng: np.random.Generator) -> tuple[list[str], str]:
+    """Up to four options in random order, and the letter of the right one."""
+    wrong = rng.permutation(question.distractors)[: len(OPTION_LETTERS) - 1].tolist()
+    choices = [str(choice) for choice in rng.permutation([question.answer, *wrong])]
+    return choices, OPTION_LETTERS[choices.index(question.answer)]
+
+
+def multiple_choice(text: str, choices: Sequence[str]) -> str:
+    """A question in MMBench's layout: question, lettered options, the instruction to name one of them."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(OPTION_LETTERS, choices, strict=False)]
+    return "\n".join([text, *lines, MULTIPLE_CHOICE_PROMPT])
+
+
+def mmbench_rows(count: int, rng: np.random.Generator, image_size: int = 48) -> list[dict]:
+    """`count` questions with MMBench's columns; absent options are the string "nan", as MMBench has them."""
+    rows = []
+    for index in range(count):
+        scene = sample_scene(rng, SKILLS[index % len(SKILLS)])
+        question = sample_question(scene, rng)
+        choices, letter = options(question, rng)
+        padded = [*choices, *["nan"] * (len(OPTION_LETTERS) - len(choices))]
+        rows.append(
+            {
+                "index": index,
+                "question": question.text,
+                "hint": "nan",
+                **dict(zip(OPTION_LETTERS, padded, strict=True)),
+                "answer": letter,
+                "category": question.category,
+                "L2-category": L2_CATEGORY[question.category],
+                "image": render(scene, image_size),
+                "source": "scenes",
+                "split": "val",
+            }
+        )
+    return rows

@@ -1,0 +1,97 @@
+"""LLaVA records about drawn scenes: descriptions, drawings, questions, interleaved conversations and text."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evotok_plugin.scenes.captions import description, prompt_record, rich_prompt
+from evotok_plugin.scenes.questions import multiple_choice, options, sample_question
+from evotok_plugin.scenes.scene import SKILLS, Scene, sample_scene
+
+DESCRIBE_PROMPT = "Describe the image."
+
+
+def _turns(*pairs: tuple[str, str]) -> list[dict]:
+    return [
+        turn
+        for question, answer in pairs
+        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    ]
+
+
+def _record(name: str, kind: str, turns: list[dict]) -> dict:
+    return {"id": f"{name.rsplit('/', 1)[-1].split('.')[0]}-{kind}", "image": name, "conversations": turns}
+
+
+def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
+    """One reading and one drawing record: the alignment data of stage 1."""
+    full = description(scene)
+    return [
+        _record(name, "read", _turns((f"<image>\n{DESCRIBE_PROMPT}", full))),
+        _record(name, "draw", _turns((rich_prompt(scene, skill, rng), "<image>"))),
+    ]
+
+
+def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[tuple[str, str]]:
+    """Question and answer pairs, one third of them with options: open questions teach as much in fewer tokens."""
+    pairs = []
+    for _ in range(num_questions):
+        question = sample_question(scene, rng)
+        if rng.random() < 0.34:
+            text = multiple_choice(question.text, options(question, rng)[0])
+        else:
+            text = question.text
+        pairs.append((text, question.answer))
+    return pairs
+
+
+def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
+    """One reading record of several questions and three drawing records: the instruction data of stage 2."""
+    pairs = question_turns(scene, rng, num_questions=3)
+    pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
+    bare = prompt_record(scene, skill)["prompt"]
+    prompts = {"draw": bare, "draw-again": bare, "draw-rich": rich_prompt(scene, skill, rng)}
+    drawings = [_record(name, kind, _turns((prompt, "<image>"))) for kind, prompt in prompts.items()]
+    return [_record(name, "read", _turns(*pairs)), *drawings]
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """A scene, the skill that it was made for, and the name of its image."""
+
+    scene: Scene
+    skill: str
+    name: str
+
+
+def interleaved_records(this: Pictured, other: Pictured, rng: np.random.Generator) -> list[dict]:
+    """Conversations that go on: questions about what was drawn, a drawing after questions or after another drawing, and
+    an image drawn again as it is shown."""
+    asked = [(rich_prompt(this.scene, this.skill, rng), "<image>"), *question_turns(this.scene, rng, num_questions=2)]
+    wish = (rich_prompt(other.scene, other.skill, rng), "<image>")
+    if rng.random() < 0.5:
+        ((question, answer),) = question_turns(this.scene, rng, num_questions=1)
+        before = (f"<image>\n{question}", answer)
+    else:
+        before = asked[0]
+    return [
+        {**_record(this.name, "ask-drawn", _turns(*asked)), "drawn": [False]},
+        {
+            **_record(this.name, "draw-next", _turns(before, wish)),
+            "image": [this.name, other.name],
+            "drawn": [False, True],
+        },
+        {**_record(this.name, "copy", _turns(("<image>\nDraw it again.", "<image>"))), "image": [this.name, this.name]},
+    ]
+
+
+def text_records(count: int, seed: int) -> list[dict]:
+    """Text-only conversations about scenes told in words: what the embedded backbone learns language from."""
+    rng = np.random.default_rng([seed, 2])
+    records = []
+    for n in range(count):
+        scene = sample_scene(rng, SKILLS[n % len(SKILLS)])
+        told = f"The image shows {description(scene)}."
+        pairs = [(f"{told}\n{DESCRIBE_PROMPT}", description(scene)), *question_turns(scene, rng, num_questions=2)]
+        records.append({"id": f"text-{n:06d}", "conversations": _turns(*pairs)})
+    return records
