@@ -68,7 +68,7 @@ def measure(
     Raises:
         ValueError: too many images cannot be read.
     """
-    from evotok_plugin.evaluation import EvaluationOptions, evaluate
+    from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
 
     source, processes = images_source(), processes or Processes(0, 1, tokenizer.device)
     left_out = processes.gather(_left_out(len(source)) if processes.is_first else {})[0]

@@ -7,7 +7,7 @@ import sys
 import transformers
 
 from evotok_plugin.commands import convert, encode, evaluate, evolve, reconstruct, train
-from evotok_plugin.commands.shared import shared_options
+from evotok_plugin.commands.options import shared_options
 from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 
 

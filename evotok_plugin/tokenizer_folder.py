@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
@@ -38,3 +39,22 @@ def open_image_processor(folder: str | Path) -> EvoTokImageProcessor:
         "copy it from the folder that the tokenizer was trained in, or write it with "
         "EvoTokImageProcessor(size=PIXELS).save_pretrained",
     )
+
+
+DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
+
+
+def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokModel, EvoTokImageProcessor]:
+    """Load a tokenizer folder, strictly.
+
+    Raises:
+        ValueError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
+    """
+    place = resolve_device(device)
+    if folder is None:
+        found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
+        if not found:
+            raise ValueError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
+        folder = found[0]
+    model, processor = load_tokenizer(folder), open_image_processor(folder)
+    return model.to(place).eval(), processor

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from evotok_plugin.commands.shared import SharedOptions
+from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.recipes import add_arguments, load_recipe
 from evotok_plugin.conversion import TokenizerOptions, convert_checkpoint

@@ -4,12 +4,14 @@ import argparse
 import re
 from pathlib import Path
 
-from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_file, check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import open_sources
-from evotok_plugin.evaluation import METRICS, Evaluation, EvaluationOptions, evaluate
-from evotok_plugin.training.teacher import load_teacher
+from evotok_plugin.evaluation.evaluate import METRICS, EvaluationOptions, evaluate
+from evotok_plugin.evaluation.report import Evaluation
+from evotok_plugin.teacher import load_teacher
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

@@ -3,19 +3,14 @@
 import argparse
 from pathlib import Path
 
-from evotok_plugin.commands.shared import SharedOptions, at_size, open_tokenizer
+from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
-from evotok_plugin.evolution import (
-    Evolution,
-    check_plotting,
-    draw_strips,
-    measure_evolution,
-    plot_code_usage,
-    plot_curves,
-)
-from evotok_plugin.training.teacher import load_teacher
+from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves
+from evotok_plugin.evaluation.levels import Evolution, measure_evolution
+from evotok_plugin.teacher import load_teacher
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from evotok_plugin.commands.shared import SharedOptions, at_size, batches, open_tokenizer
+from evotok_plugin.commands.options import SharedOptions, at_size, batches
 from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid, picture_suffixes
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.metrics.image import psnr
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 _COLUMNS = 12
 

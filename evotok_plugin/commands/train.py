@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any
 
-from evotok_plugin.commands.shared import SharedOptions
+from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.recipes import add_arguments, recipe_values
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
@@ -38,7 +38,7 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
+    from evotok_plugin.training.trainer import TokenizerTrainer
 
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "recipe", "flags")}
     first = os.environ.get("RANK", "0") == "0"

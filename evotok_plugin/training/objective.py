@@ -13,8 +13,8 @@ from evotok_plugin.losses.adversarial import (
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.losses.semantic import cosine_loss, folded_cosine_loss
 from evotok_plugin.modeling_evotok import EvoTokModel, EvoTokOutput
+from evotok_plugin.teacher import load_teacher, teacher_features
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from evotok_plugin.training.teacher import load_teacher, teacher_features
 
 
 class TokenizerObjective:

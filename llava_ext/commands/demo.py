@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
         from llava_ext.demo.app import DemoLimits, build_demo, launch_demo
     except ImportError as error:
         raise ValueError(f"the page needs gradio and matplotlib ({error}): pip install 'evotok[demo]'") from error
-    from evotok_plugin.evolution import check_plotting
-    from evotok_plugin.training.teacher import load_teacher
+    from evotok_plugin.evaluation.level_plots import check_plotting
+    from evotok_plugin.teacher import load_teacher
     from llava_ext.demo.uploads import UploadLimits
 
     check_plotting()

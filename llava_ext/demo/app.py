@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from evotok_plugin.training.teacher import Teacher
+from evotok_plugin.teacher import Teacher
 from llava_ext.commands.answering import Conversation
 from llava_ext.demo.evolution import level_by_level
 from llava_ext.demo.guard import Guard

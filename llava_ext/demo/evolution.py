@@ -7,10 +7,11 @@ import numpy as np
 from PIL import Image
 
 from evotok_plugin.data.images import open_picture
-from evotok_plugin.evolution import Evolution, measure_evolution, plot_curves
+from evotok_plugin.evaluation.level_plots import plot_curves
+from evotok_plugin.evaluation.levels import Evolution, measure_evolution
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.training.teacher import Teacher
+from evotok_plugin.teacher import Teacher
 
 _SHOWN = 192  # pixels a side that small images are enlarged to
 

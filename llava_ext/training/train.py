@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers.utils import is_flash_attn_2_available
 
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.common.files import scratch_folder
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
 from evotok_plugin.data.files import local_path
 from evotok_plugin.model_folder import model_type_of, open_config
+from evotok_plugin.tokenizer_folder import open_tokenizer
 from llava_ext.checkpointing import (
     assemble,
     base_fingerprints,

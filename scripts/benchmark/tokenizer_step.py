@@ -28,7 +28,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.scenes.corpus import write_corpus
 from evotok_plugin.training import objective
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
+from evotok_plugin.training.trainer import TokenizerTrainer
 
 _MATRIX = 4096
 

@@ -10,7 +10,7 @@ from evotok_plugin import EvoTokModel
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.data.stream import TrainingStream
-from evotok_plugin.evaluation import EvaluationOptions, evaluate
+from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
 from llava_ext.commands.chat import Pictures
 from llava_ext.demo.uploads import UploadLimits, open_upload
 

@@ -9,7 +9,7 @@ from eval_tasks import reconstruction
 from eval_tasks.reconstruction import IMAGES_VARIABLE, LIMIT_VARIABLE
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.data.sources import open_sources
-from evotok_plugin.evaluation import evaluate as evaluate_tokenizer
+from evotok_plugin.evaluation.evaluate import evaluate as evaluate_tokenizer
 
 
 @pytest.fixture

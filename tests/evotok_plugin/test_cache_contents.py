@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from evotok_plugin.cli import main
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.data import images
 from evotok_plugin.data.code_cache import cache as code_cache
 from evotok_plugin.data.code_cache.cache import CodeCache
@@ -25,6 +24,7 @@ from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.inception import StatisticsCache
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 SIZE = 48
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.code_cache import cache as code_cache
 from evotok_plugin.data.code_cache.cache import CodeCache
@@ -28,6 +27,7 @@ from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.images import READER_VERSION
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 SIZE = 48
 _LIMIT_S = 600  # no speed is expected: this only ends a test that hangs

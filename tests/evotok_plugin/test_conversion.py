@@ -9,8 +9,8 @@ from research_layout import research_depth_transformer, research_tokenizer
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.conversion import read_checkpoint
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 SMALL = {
     "image_size": 32, "patch_size": 8, "encoder_hidden_size": 64, "encoder_num_layers": 2, "encoder_num_heads": 1,

@@ -19,17 +19,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from evotok_plugin import EvoTokImageProcessor, EvoTokModel, evaluation
+from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.cli import main
 from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.evaluation import EvaluationOptions, chosen_metrics, evaluate
+from evotok_plugin.evaluation import evaluate as evaluation
+from evotok_plugin.evaluation import meters
+from evotok_plugin.evaluation.evaluate import EvaluationOptions, chosen_metrics, evaluate
 from evotok_plugin.losses import perceptual
-from evotok_plugin.metrics import inception, meters
+from evotok_plugin.metrics import inception
 from evotok_plugin.metrics.frechet import FeatureStatistics
 from evotok_plugin.metrics.image import psnr, ssim
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy
-from evotok_plugin.training.teacher import build_siglip, load_teacher
+from evotok_plugin.teacher import load_teacher
+from evotok_plugin.training.teacher import build_siglip
 
 DIM = 12  # of the small network that stands for Inception where only the way to it is tested
 

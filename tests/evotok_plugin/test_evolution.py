@@ -13,12 +13,13 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from evotok_plugin.cli import main
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_source
-from evotok_plugin.evolution import draw_strips, measure_evolution, plot_code_usage, plot_curves
-from evotok_plugin.training.teacher import load_teacher
+from evotok_plugin.evaluation.level_plots import draw_strips, plot_code_usage, plot_curves
+from evotok_plugin.evaluation.levels import measure_evolution
+from evotok_plugin.teacher import load_teacher
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 LEVELS, PIXEL_DEPTH = 8, 4
 

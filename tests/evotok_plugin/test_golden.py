@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
-from evotok_plugin.commands.shared import open_tokenizer
+from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, EvoTokVisionModel, EvoTokVisionTower
-from evotok_plugin.commands.shared import open_tokenizer
 from evotok_plugin.common.weight_files import folder_fingerprint, weight_files
 from evotok_plugin.model_folder import (
     check_values,
@@ -20,7 +19,9 @@ from evotok_plugin.model_folder import (
     open_config,
     open_tokenizer_folder,
 )
-from evotok_plugin.training.teacher import build_siglip, load_teacher
+from evotok_plugin.teacher import load_teacher
+from evotok_plugin.tokenizer_folder import open_tokenizer
+from evotok_plugin.training.teacher import build_siglip
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 14458342\n"
 WEIGHTS = "model.safetensors"

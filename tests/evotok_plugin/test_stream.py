@@ -6,7 +6,7 @@ from PIL import Image
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
-from evotok_plugin.training.tokenizer_trainer import _Positions
+from evotok_plugin.training.trainer import _Positions
 
 
 class Pictures:

@@ -23,12 +23,13 @@ from evotok_plugin.commands.train import training_values
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.metrics.codes import CodeUsage
+from evotok_plugin.teacher import load_teacher, teacher_features
 from evotok_plugin.training import output
 from evotok_plugin.training.checkpoints import checkpoints
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.monitor import LossWatch, collapsed_levels
-from evotok_plugin.training.teacher import captioned_images, load_teacher, teacher_features, train_teacher
-from evotok_plugin.training.tokenizer_trainer import TokenizerTrainer
+from evotok_plugin.training.teacher import captioned_images, train_teacher
+from evotok_plugin.training.trainer import TokenizerTrainer
 from evotok_plugin.training.weights_ema import WeightsEMA
 
 
@@ -561,7 +562,7 @@ def test_a_teacher_of_another_size_is_refused(scene_folder, teacher_folder, tmp_
 
 
 def test_damaged_weights_are_not_loaded_in_silence(tmp_path, tiny_evotok_folder):
-    from evotok_plugin.commands.shared import open_tokenizer
+    from evotok_plugin.tokenizer_folder import open_tokenizer
 
     for damage in ("drop", "shape"):
         folder = tmp_path / damage

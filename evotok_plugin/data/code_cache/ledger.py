@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evotok_plugin.data.code_cache.shards import Shard, remedy, shard_name, shard_numbers
-from evotok_plugin.data.keys import DigestIndex, digests_as_bytes, with_rows, key_digests
+from evotok_plugin.data.keys import DigestIndex, digests_as_bytes, key_digests, with_rows
 from evotok_plugin.data.sources import ImageSource
 
 _BROKEN, _LOST = -1, -2  # rows of images that could not be read, and of known ones whose codes were deleted

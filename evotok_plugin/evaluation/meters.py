@@ -21,7 +21,7 @@ from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
 from evotok_plugin.metrics.inception import INCEPTION_DIM, StatisticsCache
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy, probed_images
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.training.teacher import Teacher, teacher_features
+from evotok_plugin.teacher import Teacher, teacher_features
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """How good a tokenizer is, in figures one can publish: from images to a table, over one process or several."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,17 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
-from evotok_plugin.losses.perceptual import load_lpips
-from evotok_plugin.metrics import probes
-from evotok_plugin.metrics.image import psnr, ssim
-from evotok_plugin.metrics.inception import StatisticsCache, default_cache_folder, load_inception, spread
-from evotok_plugin.metrics.meters import (
+from evotok_plugin.evaluation.meters import (
     ImageMean,
     Meter,
     Probes,
@@ -33,15 +26,20 @@ from evotok_plugin.metrics.meters import (
     TokenizedBatch,
     Usage,
 )
+from evotok_plugin.evaluation.report import _COLUMNS, Evaluation
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
+from evotok_plugin.losses.perceptual import load_lpips
+from evotok_plugin.metrics import probes
+from evotok_plugin.metrics.image import psnr, ssim
+from evotok_plugin.metrics.inception import StatisticsCache, default_cache_folder, load_inception, spread
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.training.teacher import Teacher
+from evotok_plugin.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 METRICS = ("psnr", "ssim", "usage", "cosine", "probes", "rfid", "lpips")
 _DOWNLOADED = ("rfid", "lpips")  # need weights that are downloads, so they must be asked for
-_COLUMNS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,68 +73,6 @@ class EvaluationOptions:
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`values`, ready for JSON, and pairs of pictures: (original, reconstruction)."""
-
-    values: dict[str, Any]
-    pictures: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
-
-    def as_json(self) -> str:
-        return json.dumps(self.values, indent=2) + "\n"
-
-    def as_markdown(self) -> str:
-        """Two tables: figures, and figures of each level."""
-        values = self.values
-        rows = [("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")]
-        if values["bad_images"]:
-            rows.append(("broken images, left out", str(values["bad_images"])))
-        rows += [(name, form.format(values[key])) for key, name, form in _ROWS if key in values]
-        if "knn_accuracy" in values:
-            rows.append(("probed", f"{values['probe_images']} images, {values['probe_classes']} classes"))
-        tables = [_table(("metric", "value"), rows)]
-        columns = [(name, form, values[key]) for key, name, form in _LEVEL_COLUMNS if key in values]
-        if columns:
-            levels = range(len(columns[0][2]))
-            rows = [(str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels]
-            tables.append(_table(("level", *(name for name, _, _ in columns)), rows))
-        return "\n".join(tables)
-
-    def grid(self) -> Image.Image:
-        """Originals, each row of them over the row of their reconstructions."""
-        columns = min(_COLUMNS, len(self.pictures))
-        rows = []
-        for start in range(0, len(self.pictures), columns):
-            row = self.pictures[start : start + columns]
-            blank = [Image.new("RGB", row[0][0].size, "white")] * (columns - len(row))
-            for pictures in zip(*row, strict=True):
-                rows += [*pictures, *blank]
-        return image_grid(rows, columns, scale=max(1, 96 // rows[0].width))
-
-
-_ROWS = (
-    ("rfid", "rFID", "{:.3f}"),
-    ("psnr", "PSNR", "{:.2f} dB"),
-    ("ssim", "SSIM", "{:.4f}"),
-    ("lpips", "LPIPS (VGG)", "{:.4f}"),
-    ("knn_accuracy", "k-NN accuracy", "{:.1%}"),
-    ("linear_probe_accuracy", "linear probe accuracy", "{:.1%}"),
-)
-_LEVEL_COLUMNS = (
-    ("code_usage", "codes used", "{:.1%}"),
-    ("perplexity", "perplexity", "{:.1f}"),
-    ("semantic_cosine", "cosine to the teacher up to this level", "{:.4f}"),
-)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "".join(
-        f"| {' | '.join(f'{cell:{width}}' for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
-    )
 
 
 @torch.inference_mode()

@@ -31,6 +31,7 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.model_folder import load_strictly
 from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.teacher import teacher_features
 from evotok_plugin.training.checkpoints import (
     load_optimizer,
     newest_kept,
@@ -46,7 +47,6 @@ from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
 from evotok_plugin.training.objective import TokenizerObjective
 from evotok_plugin.training.output import TokenizerOutput, contents_of, fingerprint_of, identity_of
 from evotok_plugin.training.reporters import check_reporters
-from evotok_plugin.training.teacher import teacher_features
 from evotok_plugin.training.weights_ema import WeightsEMA
 
 logger = logging.getLogger(__name__)

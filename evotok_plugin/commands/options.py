@@ -3,18 +3,13 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
-from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
-
-DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
 
 
 @dataclass(frozen=True)
@@ -37,22 +32,6 @@ def shared_options() -> SharedOptions:
         "--size", type=int, help="pixels a side, a multiple of the patch size (default: what the model was trained on)"
     )
     return SharedOptions(model, counting, sizing)
-
-
-def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokModel, EvoTokImageProcessor]:
-    """Load a tokenizer folder, strictly.
-
-    Raises:
-        ValueError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
-    """
-    place = resolve_device(device)
-    if folder is None:
-        found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
-        if not found:
-            raise ValueError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
-        folder = found[0]
-    model, processor = load_tokenizer(folder), open_image_processor(folder)
-    return model.to(place).eval(), processor
 
 
 def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:

@@ -7,16 +7,14 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
@@ -25,13 +23,11 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
-from evotok_plugin.training.teacher import Teacher, teacher_features
+from evotok_plugin.teacher import Teacher, teacher_features
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
-_STRIP_WIDTH = 2000  # pixels that a row of the strip may take
 _LEFT, _RIGHT, _GREY = "#0072B2", "#D55E00", "#555555"  # blue and vermillion: told apart by every kind of eye
 
 
@@ -239,150 +235,3 @@ def _batches(
 
 
 # Drawing -------------------------------------------------------------------------------------------------------
-
-
-def draw_strips(evolution: Evolution) -> Image.Image:
-    """A row an image: the original, then what 1, 2, .. levels rebuild, each with its PSNR."""
-    rows, captions = [], []
-    for strip in evolution.strips:
-        pictures = EvoTokImageProcessor.to_pil(torch.cat([strip.original[None], strip.rebuilt]))
-        rows.append([_sized(picture, len(pictures)) for picture in pictures])
-        captions.append(["", *(f"{score:.1f} dB" for score in strip.psnr)])
-    headings = ["original", *(f"{depth} level{'s' if depth > 1 else ''}" for depth in evolution.depths)]
-    return captioned_rows(rows, captions, headings, marked={evolution.config.pixel_depth: "pixel depth"})
-
-
-def _sized(picture: Image.Image, columns: int) -> Image.Image:
-    """Small pictures enlarged by a whole number, without smoothing; large ones reduced to what the row has room for."""
-    room = _STRIP_WIDTH // columns
-    if picture.width > room:
-        return picture.resize((room, room), Image.Resampling.LANCZOS)
-    side = picture.width * max(1, 96 // picture.width)
-    return picture.resize((side, side), Image.Resampling.NEAREST)
-
-
-def check_plotting() -> None:
-    """Whether plots can be drawn.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install matplotlib") from error
-
-
-def _figure(height: float) -> "Figure":
-    """A figure without a window system: saved, it is drawn by Agg."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.2, height), dpi=160, layout="constrained")
-
-
-def plot_curves(evolution: Evolution) -> "Figure":
-    """PSNR on the left axis and the features' cosine on the right one, over depth, with the quartiles over images as
-    bands.
-
-    The cosine is to the teacher's features where there is a teacher, else to the model's own at `semantic_depth`, and
-    is named so; the plot has none where the semantic decoder was not trained. Each axis has its half of the plot: where
-    curves of two units cross means nothing.
-    """
-    config, figure = evolution.config, _figure(4.8)
-    left = figure.add_subplot()
-    lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o")]
-    if evolution.cosine_teacher is not None:
-        cosine, target = evolution.cosine_teacher, "the teacher"
-    else:
-        own = "all" if config.semantic_depth == config.num_quantizers else f"the first {config.semantic_depth}"
-        cosine, target = evolution.cosine_own, f"the features of {own} levels"
-    left.set_xlabel("depth: levels summed")
-    left.set_ylabel("PSNR of the image (dB)", color=_LEFT, y=0.75)
-    _mark_depths(left, config)
-    _finish_depth_axis(left, config.num_quantizers)
-    if cosine is not None:
-        right = left.twinx()
-        lines.append(_draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=_RIGHT, marker="s"))
-        right.set_ylabel("cosine of the features", color=_RIGHT, y=0.25)
-        right.grid(axis="y", alpha=0.3)
-        right.spines["top"].set_visible(False)
-    figure.suptitle(f"What each level adds: {evolution.images}")
-    if evolution.num_images > 1:
-        from matplotlib.patches import Patch
-
-        lines.append(Patch(color=_GREY, alpha=0.25, linewidth=0, label="the middle half of the images"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
-    return figure
-
-
-def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: int, **style: Any) -> Any:
-    """A curve in the lower (0) or the upper half (1) of the plot."""
-    from matplotlib.ticker import MaxNLocator
-
-    edges = [curve.mean]
-    if evolution.num_images > 1:
-        edges += [curve.lower, curve.upper]
-        axes.fill_between(evolution.depths, curve.lower, curve.upper, color=style["color"], alpha=0.15, linewidth=0)
-    low, high = float(np.min(edges)), float(np.max(edges))
-    margin = 0.08 * max(high - low, 1e-3)
-    low, high = low - margin, high + margin
-    axes.set_yticks(
-        [tick for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high]
-    )
-    axes.set_ylim(low - half * (high - low), high + (1 - half) * (high - low))
-    return axes.plot(evolution.depths, curve.mean, label=label, linewidth=1.8, markersize=5, **style)[0]
-
-
-def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
-    """Vertical lines where the decoders are meant to read, named above the frame."""
-    close = abs(config.pixel_depth - config.semantic_depth) < 0.3 * config.num_quantizers
-    for name, depth, height in (("pixel", config.pixel_depth, 1.01), ("semantic", config.semantic_depth, 1.01)):
-        axes.axvline(depth, color=_GREY, linestyle=":", linewidth=1.5, zorder=0)
-        if name == "semantic" and close:
-            height += 0.05  # a line above the other name
-        axes.annotate(
-            f"{name} depth {depth}",
-            (depth, height),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color=_GREY,
-        )
-
-
-def _finish_depth_axis(axes: "Axes", num_levels: int) -> None:
-    axes.set_xlim(0.5, num_levels + 0.5)
-    axes.set_xticks(range(1, num_levels + 1))
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines["top"].set_visible(False)
-
-
-def plot_code_usage(evolution: Evolution) -> "Figure":
-    """Share of the codes that occur, and their perplexity, level by level; beside them what as many codes drawn evenly
-    from the whole codebook would give, for few images cannot use all codes."""
-    config, figure = evolution.config, _figure(4.8)
-    shares, perplexities = figure.subplots(2, 1, sharex=True)
-    even = _drawn_evenly(evolution.num_codes, config.codebook_size)
-    for axes, values, reference, name, color in (
-        (shares, 100 * np.array(evolution.code_usage), 100 * even.usage()[0], "codes used (%)", _LEFT),
-        (perplexities, np.array(evolution.perplexity), even.perplexity()[0], "perplexity (codes)", _RIGHT),
-    ):
-        axes.bar(evolution.depths, values, color=color, width=0.7)
-        axes.axhline(reference, color=_GREY, linestyle=":", linewidth=1.5)
-        axes.set_ylim(0, 1.12 * max(reference, values.max()))
-        axes.set_ylabel(name)
-        axes.spines["right"].set_visible(False)
-        _finish_depth_axis(axes, config.num_quantizers)
-    perplexities.set_xlabel("level")
-    note = f"dotted: as many codes drawn evenly from a level's {config.codebook_size:,}"
-    shares.set_title(note, fontsize=9, color=_GREY)
-    figure.suptitle(f"Code usage by level: {evolution.images}, {evolution.num_codes:,} positions")
-    return figure
-
-
-def _drawn_evenly(num_codes: int, codebook_size: int) -> CodeUsage:
-    usage = CodeUsage(1, codebook_size)
-    usage.update(torch.randint(codebook_size, (num_codes, 1), generator=torch.Generator().manual_seed(0)))
-    return usage

@@ -1,0 +1,1 @@
+"""Evaluation of a tokenizer: reconstruction, features, probes, and the same level by level."""

@@ -1,0 +1,74 @@
+"""The result of an evaluation: numbers for a file, and tables for people."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from evotok_plugin.common.pictures import image_grid
+
+_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`values`, ready for JSON, and pairs of pictures: (original, reconstruction)."""
+
+    values: dict[str, Any]
+    pictures: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        return json.dumps(self.values, indent=2) + "\n"
+
+    def as_markdown(self) -> str:
+        """Two tables: figures, and figures of each level."""
+        values = self.values
+        rows = [("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")]
+        if values["bad_images"]:
+            rows.append(("broken images, left out", str(values["bad_images"])))
+        rows += [(name, form.format(values[key])) for key, name, form in _ROWS if key in values]
+        if "knn_accuracy" in values:
+            rows.append(("probed", f"{values['probe_images']} images, {values['probe_classes']} classes"))
+        tables = [_table(("metric", "value"), rows)]
+        columns = [(name, form, values[key]) for key, name, form in _LEVEL_COLUMNS if key in values]
+        if columns:
+            levels = range(len(columns[0][2]))
+            rows = [(str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels]
+            tables.append(_table(("level", *(name for name, _, _ in columns)), rows))
+        return "\n".join(tables)
+
+    def grid(self) -> Image.Image:
+        """Originals, each row of them over the row of their reconstructions."""
+        columns = min(_COLUMNS, len(self.pictures))
+        rows = []
+        for start in range(0, len(self.pictures), columns):
+            row = self.pictures[start : start + columns]
+            blank = [Image.new("RGB", row[0][0].size, "white")] * (columns - len(row))
+            for pictures in zip(*row, strict=True):
+                rows += [*pictures, *blank]
+        return image_grid(rows, columns, scale=max(1, 96 // rows[0].width))
+
+
+_ROWS = (
+    ("rfid", "rFID", "{:.3f}"),
+    ("psnr", "PSNR", "{:.2f} dB"),
+    ("ssim", "SSIM", "{:.4f}"),
+    ("lpips", "LPIPS (VGG)", "{:.4f}"),
+    ("knn_accuracy", "k-NN accuracy", "{:.1%}"),
+    ("linear_probe_accuracy", "linear probe accuracy", "{:.1%}"),
+)
+_LEVEL_COLUMNS = (
+    ("code_usage", "codes used", "{:.1%}"),
+    ("perplexity", "perplexity", "{:.1f}"),
+    ("semantic_cosine", "cosine to the teacher up to this level", "{:.4f}"),
+)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "".join(
+        f"| {' | '.join(f'{cell:{width}}' for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
+    )
