@@ -6,15 +6,10 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.image_head import DepthTransformerConfig, DepthTransformerHead
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokEncoderOutput, EvoTokModel, EvoTokOutput
+from evotok_plugin.plugins.llava import EvoTokVisionTower, register_llava
+from evotok_plugin.plugins.vision_tower import EvoTokVisionConfig, EvoTokVisionImageProcessor, EvoTokVisionModel
 from evotok_plugin.quantizer import ResidualVectorQuantizer
 from evotok_plugin.sampling import SamplingOptions, uniform_noise
-from evotok_plugin.vision_tower import (
-    EvoTokVisionConfig,
-    EvoTokVisionImageProcessor,
-    EvoTokVisionModel,
-    EvoTokVisionTower,
-    register_llava,
-)
 
 AutoConfig.register(EvoTokConfig.model_type, EvoTokConfig, exist_ok=True)
 AutoModel.register(EvoTokConfig, EvoTokModel, exist_ok=True)

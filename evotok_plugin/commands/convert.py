@@ -6,7 +6,7 @@ import dataclasses
 from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.recipes import add_arguments, load_recipe
-from evotok_plugin.conversion import TokenizerOptions, convert_checkpoint
+from evotok_plugin.conversion.tokenizer import TokenizerOptions, convert_checkpoint
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

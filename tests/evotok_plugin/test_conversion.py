@@ -9,7 +9,7 @@ from research_layout import research_depth_transformer, research_tokenizer
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
-from evotok_plugin.conversion import read_checkpoint
+from evotok_plugin.conversion.research_file import read_checkpoint
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
 SMALL = {

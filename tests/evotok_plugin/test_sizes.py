@@ -7,7 +7,7 @@ from research_layout import research_tokenizer
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
-from evotok_plugin.conversion import convert_tokenizer
+from evotok_plugin.conversion.tokenizer import convert_tokenizer
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.positions import resize_positions

@@ -6,7 +6,7 @@ from research_weights import GOLDEN, read_layout, research_tensor, research_weig
 from safetensors.torch import load_file
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead
-from evotok_plugin.conversion import read_checkpoint
+from evotok_plugin.conversion.research_file import read_checkpoint
 from llava_ext.conversion import convert_depth_transformer
 
 LAYOUT = "depth_transformer_layout"

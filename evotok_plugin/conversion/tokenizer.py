@@ -5,188 +5,28 @@ its layers but the last); a codebook has one more row than codes, a zero padding
 semantic decoder are one matrix with biases beside it.
 """
 
-import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
+from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
-
-_CONTAINERS = ("ema", "model", "state_dict")
-# Files of the research MLLM, known by a part of their names.
-_ADAPTER_MARKS = ("mm_projector.", "rqtransformer.", "pos_emb_d")
-_SHOWN = 20  # names an error lists before it says how many more there are
 
 # Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a pickled checkpoint: of its `ema`, `model` or `state_dict`, the first present, else its own.
-
-    Nothing in the file is run: it is read with `weights_only=True`; beside tensors only the plain
-    `argparse.Namespace` that training scripts store is understood.
-
-    Raises:
-        ValueError: no such file, not a checkpoint, one that would run code, or one whose weights are no tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist or is no file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise ValueError(
-                f"{str(path)!r} is no checkpoint: it cannot be read as a pickle of tensors and nothing else"
-            ) from error
-        raise ValueError(
-            f"{str(path)!r} is refused: it holds {code[1]}, and loading more than tensors can run code; "
-            "save the state dict alone"
-        ) from error
-    except Exception as error:  # bytes that are no pickle fail in more ways than can be listed
-        reason = str(error).split(". ")[0] or "nothing in it"
-        raise ValueError(f"{str(path)!r} is no checkpoint: {type(error).__name__}, {reason}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{str(path)!r} is no checkpoint: expected a dict, got a {type(loaded).__name__}")
-    container = next((name for name in _CONTAINERS if name in loaded), None)
-    weights = loaded if container is None else loaded[container]
-    wrong = (
-        [f"a {type(weights).__name__}"]
-        if not isinstance(weights, dict)
-        else [f"{name!r}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
-    )
-    if wrong or not weights:
-        place = "it has none of ema, model, state_dict and" if container is None else f"its {container!r}"
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint: {place} is no dict of tensors ({_listed(wrong, 3) or 'it is empty'})"
-        )
-    return dict(weights)
-
-
-def looks_like_adapters(weights: Iterable[str]) -> bool:
-    """Whether the names are those of the research MLLM's depth transformer or projector, not of a tokenizer."""
-    return any(mark in name for name in weights for mark in _ADAPTER_MARKS)
-
-
 # Accounting --------------------------------------------------------------------------------------------------
-
-
-def _only(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one of our tensors comes from: `names` in the research checkpoint, the `shape` of each, and how one tensor
-    is built of them."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    build: Callable[[Sequence[Tensor]], Tensor] = _only
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Weights under our names in float32, and how many research keys each reason left out."""
-
-    state: dict[str, Tensor]
-    bookkeeping: Counter[str]
-
-
-def convert_weights(
-    weights: Mapping[str, Tensor], sources: Mapping[str, Source], bookkeeping: Mapping[str, str]
-) -> Converted:
-    """Build our tensors from research weights and account for every key.
-
-    Args:
-        sources: for every name of ours where it comes from.
-        bookkeeping: regular expressions of whole research names that have no part in the forward pass -> the reason.
-
-    Raises:
-        ValueError: keys that are missing, unknown or of another shape, each of them listed.
-    """
-    needed = {name: source.shape for source in sources.values() for name in source.names}
-    spare, unknown = Counter(), []
-    for name in weights.keys() - needed.keys():
-        reason = next((why for pattern, why in bookkeeping.items() if re.fullmatch(pattern, name)), None)
-        if reason is None:
-            unknown.append(name)
-        else:
-            spare[reason] += 1
-    missing = [name for name in needed if name not in weights]
-    misshapen = [
-        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
-        for name, shape in needed.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_listed(sorted(names))}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"the checkpoint's keys do not fit the research layout; {'; '.join(problems)}")
-    # A copy each: pieces of one research tensor must not share memory when they are saved.
-    build = {name: source.build([weights[part] for part in source.names]) for name, source in sources.items()}
-    return Converted({name: tensor.float().contiguous().clone() for name, tensor in build.items()}, spare)
-
-
-def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """A name after all rules (regular expression, replacement), each applied in turn."""
-    for ours, theirs in rules:
-        name = re.sub(ours, theirs, name)
-    return name
-
-
-class Shapes:
-    """Shapes of a checkpoint, from which sizes are inferred.
-
-    Raises:
-        ValueError: a tensor that is not there, or has another number of dimensions.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-
-    def require(self, names: Iterable[str]) -> None:
-        """Name all that are missing at once."""
-        missing = [name for name in names if name not in self._weights]
-        if missing:
-            raise ValueError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {_listed(missing)}")
-
-    def of(self, name: str, num_dims: int) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        self.require([name])
-        shape = tuple(self._weights[name].shape)
-        if len(shape) != num_dims or 0 in shape:
-            raise ValueError(
-                f"the checkpoint's sizes cannot be read; {name} is {shape}, expected {num_dims} dimensions, none empty"
-            )
-        return shape
-
-    def count(self, before: str, after: str = ".") -> int:
-        """How many indices i stand in names `before`i`after`...: the highest plus one."""
-        pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
-        found = [int(match[1]) for name in self._weights if (match := pattern.match(name))]
-        return max(found, default=-1) + 1
 
 
 # The tokenizer -----------------------------------------------------------------------------------------------
@@ -323,19 +163,6 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
         semantic_head_dim=inner // semantic_heads,
         semantic_dim=shape["to_features"][0],
     )
-
-
-def conventional_heads(width: int, option: str) -> int:
-    """Heads of 64 dimensions; SigLIP's so400m (1152) has 16 of 72.
-
-    Raises:
-        ValueError: the width is no multiple of 64, so `option` must say it.
-    """
-    if width == 1152:
-        return 16
-    if width % 64:
-        raise ValueError(f"width {width} is no multiple of 64, so the number of heads is not known; pass {option}")
-    return width // 64
 
 
 def _semantic_heads(width: int, inner: int) -> int:
