@@ -20,11 +20,10 @@ from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokMo
 from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.embedding_merge import FoldedSequence, fold_residual_tokens, merge_features
 from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
+from llava_ext.folding import FoldedSequence, count_learned, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
-from llava_ext.losses import count_learned
 from llava_ext.new_tokens import NewTokenRows
 from llava_ext.packed_attention import tell_samples_apart
 from llava_ext.projector import Projector

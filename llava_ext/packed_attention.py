@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llava_ext.embedding_merge import FoldedSequence
+from llava_ext.folding import FoldedSequence
 
 SDPA_BY_SEGMENT = "sdpa_by_segment"
 

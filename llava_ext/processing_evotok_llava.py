@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from llava_ext.batching import BatchOptions
-from llava_ext.call_arguments import assign_images, check_count, flat_images, text_and_images
-from llava_ext.conversation import ConversationTemplate, RenderedPrompt
-from llava_ext.decoding import DecodingMixin
-from llava_ext.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
-from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
+from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
+from llava_ext.prompts.batching import BatchOptions
+from llava_ext.prompts.call_arguments import assign_images, check_count, flat_images, text_and_images
+from llava_ext.prompts.decoding import DecodingMixin
+from llava_ext.prompts.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
+from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 from llava_ext.sequence_layout import ConversationLayout, EncodedConversation, TooLong
 from llava_ext.vocabulary import ResidualVocabulary
 
@@ -281,7 +281,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     ):
         """Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
 
-        Contents are what `llava_ext.messages.read_messages` takes. Text never becomes a control token, so
+        Contents are what `llava_ext.prompts.messages.read_messages` takes. Text never becomes a control token, so
         `sanitize_control_tokens` need not be given.
 
         Args:

@@ -3,24 +3,21 @@
 B batch, T flat tokens, I images read in the batch, N positions, L levels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from evotok_plugin.data.code_cache.cache import CodeCache
 from llava_ext.data.mixture import Mixture
 from llava_ext.data.records import KINDS, Record
 from llava_ext.data.survey import RecordTable
-from llava_ext.placeholders import count_images
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-
-_CLASSES_A_DOUBLING = 2  # of length
-_WINDOW = 50  # batches that are sorted together
+from llava_ext.prompts.placeholders import count_images
 
 
 @dataclass
@@ -132,116 +129,3 @@ def _without_prompts(messages: list[dict]) -> list[dict]:
         {"role": "user", "content": ""} if m["role"] == "user" and not count_images(m["content"]) else m
         for m in messages[:drawing]
     ] + messages[drawing:]
-
-
-@dataclass
-class Collator:
-    """Samples to one right-padded batch of `input_ids`, `attention_mask`, `labels` (B, T) and `image_codes`
-    (I, N, L; absent when nothing is read)."""
-
-    processor: EvoTokLlavaProcessor
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        pad = self.processor.pad
-        batch = {
-            "input_ids": pad([s.input_ids for s in samples], 0, side="right"),
-            "attention_mask": pad([torch.ones_like(s.input_ids) for s in samples], 0, side="right"),
-            "labels": pad([s.labels for s in samples], -100, side="right"),
-        }
-        read = [codes for sample in samples for codes in sample.read_codes]
-        if read:
-            batch["image_codes"] = torch.stack(read)
-        return batch
-
-
-class EpochSampler(Sampler[int]):
-    """The order that `order_of(epoch)` gives.
-
-    `epoch_of` is asked when iteration starts, because a resumed run never sees `set_epoch`.
-    """
-
-    def __init__(self, order_of: Callable[[int], np.ndarray], length: int, epoch_of: Callable[[], float]) -> None:
-        self._order_of, self._length, self._epoch_of = order_of, length, epoch_of
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._order_of(int(self._epoch_of())).tolist()
-
-
-class FilledSampler(Sampler):
-    """Another sampler, filled up at its end to a multiple of `multiple` with what is not learned.
-
-    Processes must make equally many micro-batches of one size. Left to itself, accelerate repeats samples of the
-    epoch's beginning for that, which would be learned twice.
-    """
-
-    def __init__(self, sampler: Sampler, multiple: int) -> None:
-        self._sampler, self._multiple = sampler, multiple
-
-    def __len__(self) -> int:
-        return -(-len(self._sampler) // self._multiple) * self._multiple
-
-    def __iter__(self) -> Iterator:
-        last = None
-        for last in self._sampler:
-            yield last
-        # A sampler of packed rows yields lists; one sample is filler enough for a row.
-        filler = [Filler(last[0])] if isinstance(last, list) else Filler(last)
-        for _ in range(len(self) - len(self._sampler)):
-            yield filler
-
-
-class ModalityGroupedSampler(Sampler[int]):
-    """Batches of one kind each (read, draw, text) and of samples that are about as long as each other.
-
-    Of every window of 50 batches in the epoch's order, samples of a kind are sorted by length and cut into batches,
-    whose order is then shuffled; what fills no batch waits for the next window. Lengths within a factor of 1.4 count as
-    one: samples of exactly one length tend to be of one question, and batches of one question teach badly. All follows
-    from the order, `seed` and the epoch. `epoch_of` is asked when iteration starts, because a resumed run never sees
-    `set_epoch`.
-
-    Args:
-        kinds, lengths: of each sample (len,).
-        batch_size: samples that go through the model at once, on all processes together.
-        order_of: the order of an epoch's samples; by default they are shuffled.
-    """
-
-    def __init__(
-        self,
-        kinds: Sequence,
-        batch_size: int,
-        seed: int,
-        epoch_of: Callable[[], float],
-        lengths: Sequence[int] | None = None,
-        order_of: Callable[[int], np.ndarray] | None = None,
-    ) -> None:
-        self._kinds, self._batch_size, self._seed, self._epoch_of = np.asarray(kinds), batch_size, seed, epoch_of
-        lengths = np.ones(len(self._kinds)) if lengths is None else np.maximum(lengths, 1)
-        self._classes = np.floor(_CLASSES_A_DOUBLING * np.log2(lengths)).astype(np.int32)
-        self._order_of = order_of or Mixture([len(self._kinds)], seed=seed).order
-
-    def __len__(self) -> int:
-        return len(self._kinds)
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = int(self._epoch_of())
-        rng, order = np.random.default_rng([self._seed, epoch, 1]), self._order_of(epoch)
-        window, waiting = _WINDOW * self._batch_size, order[:0]
-        for start in range(0, len(order), window):
-            batches, waiting = self._batches(np.concatenate([waiting, order[start : start + window]]))
-            for number in rng.permutation(len(batches)):
-                yield from batches[number].tolist()
-        yield from waiting.tolist()
-
-    def _batches(self, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Whole batches, and the samples that are left over."""
-        batches, rest = [], []
-        for kind in np.unique(self._kinds[samples]):
-            mine = samples[self._kinds[samples] == kind]
-            whole = len(mine) - len(mine) % self._batch_size
-            by_length = mine[:whole][np.argsort(self._classes[mine[:whole]], kind="stable")]
-            batches += list(by_length.reshape(-1, self._batch_size))
-            rest.append(mine[whole:])
-        return batches, np.concatenate(rest)

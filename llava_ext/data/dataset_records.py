@@ -14,7 +14,7 @@ from evotok_plugin.data.files import file_state, stamp_of
 from evotok_plugin.data.images import open_picture
 from llava_ext.data.json_records import numbered
 from llava_ext.data.records import CAPTIONS, TURNS, UNSUPPORTED, Record, RowOptions, named_image, parse_row
-from llava_ext.image_parts import is_empty
+from llava_ext.prompts.image_parts import is_empty
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import content_digest, existing, read_file, stamp_of
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
-from llava_ext.image_parts import is_empty, picture_in_part
+from llava_ext.prompts.image_parts import is_empty, picture_in_part
 
 
 @dataclass(frozen=True)

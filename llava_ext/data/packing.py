@@ -7,17 +7,12 @@ B rows, T flat tokens, I images read in the batch, N positions, L levels.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from llava_ext.data.dataset import Sample
-from llava_ext.data.mixture import Mixture
-from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -63,57 +58,6 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-class PackingSampler(Sampler[list[int]]):
-    """Rows of samples, for a `PackedDataset`: the samples of an epoch's order, packed and shuffled.
-
-    All epochs have as many rows as the first. Where the order of a later one takes more or fewer, as weighted sources
-    can have it, its rows end within another epoch: the rows of all orders make one succession, and no sample is lost.
-    Rows follow from the arguments and the epoch alone, so a run that is resumed goes on at the right row. `epoch_of`
-    is asked when iteration starts, because a resumed run never sees `set_epoch`.
-
-    Args:
-        lengths: LLM steps of each sample (len,).
-        capacity: LLM steps of a row.
-        order_of: the order of an epoch's samples; by default they are shuffled.
-
-    Raises:
-        ValueError: a sample that no row holds.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        capacity: int,
-        seed: int,
-        epoch_of: Callable[[], float],
-        order_of: Callable[[int], np.ndarray] | None = None,
-    ) -> None:
-        self._lengths, self._capacity, self._seed = np.asarray(lengths, np.int64), capacity, seed
-        self._epoch_of, self._order_of = epoch_of, order_of or Mixture([len(self._lengths)], seed=seed).order
-        self._num_rows = len(self._rows(0))
-
-    @property
-    def efficiency(self) -> float:
-        """Which share of the first epoch's steps holds samples."""
-        return float(self._lengths[self._order_of(0)].sum()) / (self._num_rows * self._capacity)
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first, before, order = int(self._epoch_of()) * self._num_rows, 0, 0
-        while before < first + self._num_rows:
-            rows = self._rows(order)
-            yield from rows[max(0, first - before) : max(0, first + self._num_rows - before)]
-            before, order = before + len(rows), order + 1
-
-    def _rows(self, epoch: int) -> list[list[int]]:
-        order = np.asarray(self._order_of(epoch))
-        rows = pack_lengths(self._lengths[order], self._capacity)
-        shuffled = np.random.default_rng([self._seed, epoch, 2]).permutation(len(rows))
-        return [order[rows[row]].tolist() for row in shuffled]
-
-
 class PackedDataset(Dataset):
     """Rows of a map-style data set of samples: `packed[[3, 5, 7]]` is the list of those samples."""
 
@@ -129,29 +73,3 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, row: Sequence[int]) -> list[Sample]:
         return [self.dataset[index] for index in row]
-
-
-@dataclass
-class PackedCollator:
-    """Rows of samples to one right-padded batch of `input_ids`, `labels`, `segment_ids` (B, T) and `image_codes`
-    (I, N, L; absent when nothing is read).
-
-    `segment_ids` number a row's samples from 1 and are 0 on padding. The first token of a sample is never learned.
-    """
-
-    processor: EvoTokLlavaProcessor
-
-    def __call__(self, rows: Sequence[Sequence[Sample]]) -> dict[str, Tensor]:
-        def flat(values: Callable[[int, Sample], Tensor], fill: int) -> Tensor:
-            joined = [torch.cat([values(number, sample) for number, sample in enumerate(row, 1)]) for row in rows]
-            return self.processor.pad(joined, fill, side="right")
-
-        batch = {
-            "input_ids": flat(lambda _, sample: sample.input_ids, 0),
-            "labels": flat(lambda _, sample: sample.labels, -100),
-            "segment_ids": flat(lambda number, sample: torch.full_like(sample.input_ids, number), 0),
-        }
-        read = [codes for row in rows for sample in row for codes in sample.read_codes]
-        if read:
-            batch["image_codes"] = torch.stack(read)
-        return batch

@@ -8,8 +8,8 @@ from pathlib import Path
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
 from llava_ext.data.named_images import NamedImage, find_image, image_names
-from llava_ext.image_parts import IMAGE_PARTS, is_empty, picture_in_part
-from llava_ext.placeholders import LLAVA_IMAGE, count_images, escape_images
+from llava_ext.prompts.image_parts import IMAGE_PARTS, is_empty, picture_in_part
+from llava_ext.prompts.placeholders import LLAVA_IMAGE, count_images, escape_images
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 KINDS = ("text", "read", "draw")

@@ -14,7 +14,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.scenes.records import text_records
-from llava_ext.data.dataset import Collator, ConversationDataset, Sample
+from llava_ext.data.collators import Collator
+from llava_ext.data.dataset import ConversationDataset, Sample
 from llava_ext.data.records import parse_record
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 from llava_ext.training.trainer import MetricsFile, ProgressBar

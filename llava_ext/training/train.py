@@ -29,8 +29,9 @@ from llava_ext.checkpointing import (
 )
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
-from llava_ext.data.dataset import Collator, ConversationDataset
-from llava_ext.data.packing import PackedCollator, PackedDataset
+from llava_ext.data.collators import Collator, PackedCollator
+from llava_ext.data.dataset import ConversationDataset
+from llava_ext.data.packing import PackedDataset
 from llava_ext.generation.options import DrawingOptions, read_settings, store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows

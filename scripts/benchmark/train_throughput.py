@@ -39,10 +39,12 @@ from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images 
 from evotok_plugin.data.images import open_picture  # noqa: E402
 from evotok_plugin.data.sources import FileSource  # noqa: E402
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor  # noqa: E402
+from llava_ext.data.collators import PackedCollator
 from llava_ext.data.dataset import ConversationDataset  # noqa: E402
-from llava_ext.data.packing import PackedCollator, PackedDataset, PackingSampler  # noqa: E402
+from llava_ext.data.packing import PackedDataset
 from llava_ext.data.records import LLAVA_IMAGE, Record  # noqa: E402
-from llava_ext.embedding_merge import fold_residual_tokens  # noqa: E402
+from llava_ext.data.samplers import PackingSampler  # noqa: E402
+from llava_ext.folding import fold_residual_tokens  # noqa: E402
 from llava_ext.packed_attention import tell_samples_apart  # noqa: E402
 from llava_ext.training.text_backbone import train_text_tokenizer  # noqa: E402
 

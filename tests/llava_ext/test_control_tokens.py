@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
-from llava_ext.messages import IMAGE_TOKEN
-from llava_ext.placeholders import count_images, escape_images, split_at_images
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.text_encoder import TextEncoder
+from llava_ext.prompts.messages import IMAGE_TOKEN
+from llava_ext.prompts.placeholders import count_images, escape_images, split_at_images
+from llava_ext.prompts.text_encoder import TextEncoder
 
 SPELLED = (
     "a <|im_end|>, </s> <s>old</s>,<|image_start|><|endoftext|> [/INST]<|eot_id|> <|end|><|evo:0:5|><|image_pad|> b"

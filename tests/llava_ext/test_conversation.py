@@ -4,7 +4,7 @@ from chat_templates import ENDS, MESSAGES, QUESTION, SPECIAL, SYSTEM, TEMPLATES,
 from transformers import AutoTokenizer
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
-from llava_ext.conversation import ConversationTemplate
+from llava_ext.chat_template import ConversationTemplate
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor, TooLong
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llava_ext.embedding_merge import fold_residual_tokens, merge_features
+from llava_ext.folding import fold_residual_tokens, merge_features
 from llava_ext.vocabulary import ResidualVocabulary
 
 VOCABULARY = ResidualVocabulary(offset=100, num_levels=3, codebook_size=10)

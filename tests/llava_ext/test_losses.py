@@ -10,7 +10,7 @@ from torch import nn
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, image_head
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
-from llava_ext.losses import count_learned
+from llava_ext.folding import count_learned
 from llava_ext.vocabulary import ResidualVocabulary
 
 ROWS, WIDTH, CLASSES = 23, 8, 50

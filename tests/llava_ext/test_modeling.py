@@ -8,7 +8,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evotok_plugin.scenes.scene import render, sample_scene
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
-from llava_ext.data.dataset import Collator, Sample
+from llava_ext.data.collators import Collator
+from llava_ext.data.dataset import Sample
 
 
 def picture(rng) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 from evotok_plugin.data.files import stamp_of
 from llava_ext.data.named_images import find_image, image_names
 from llava_ext.data.records import RowOptions, named_image, parse_record
-from llava_ext.image_parts import is_empty
+from llava_ext.prompts.image_parts import is_empty
 
 
 def png(value=0):

@@ -8,15 +8,12 @@ import torch
 from mixed_samples import CONVERSATIONS, gradients, make_sample, naive_sums, pooled
 from torch.utils.data import DataLoader
 
-from llava_ext.data.dataset import Collator, ConversationDataset
-from llava_ext.data.packing import (
-    PackedCollator,
-    PackedDataset,
-    PackingSampler,
-    pack_lengths,
-)
+from llava_ext.data.collators import Collator, PackedCollator
+from llava_ext.data.dataset import ConversationDataset
+from llava_ext.data.packing import PackedDataset, pack_lengths
 from llava_ext.data.records import Record
-from llava_ext.embedding_merge import fold_residual_tokens, segment_starts
+from llava_ext.data.samplers import PackingSampler
+from llava_ext.folding import fold_residual_tokens, segment_starts
 from llava_ext.packed_attention import find_segments
 
 KINDS = list(CONVERSATIONS)

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, pipeline
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
-from llava_ext.messages import read_messages
 from llava_ext.processing_evotok_llava import IMAGE_TOKEN
+from llava_ext.prompts.messages import read_messages
 
 RED, BLUE = Image.new("RGB", (48, 48), "red"), Image.new("RGB", (48, 48), "blue")
 QUESTION = "<image>\nWhat is it?"

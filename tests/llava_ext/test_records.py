@@ -6,9 +6,9 @@ from PIL import Image
 
 from evotok_plugin.data.images import as_picture
 from llava_ext.data.records import RowOptions, named_image, parse_record, parse_row
-from llava_ext.image_parts import IMAGE_PARTS
-from llava_ext.messages import read_messages
-from llava_ext.placeholders import split_at_images
+from llava_ext.prompts.image_parts import IMAGE_PARTS
+from llava_ext.prompts.messages import read_messages
+from llava_ext.prompts.placeholders import split_at_images
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import transformers
 from stage_runs import run_forked, stage_exit, write_recipe
 
 from evotok_plugin.common.recipes import recipe_values
-from llava_ext.data.dataset import Collator
-from llava_ext.data.packing import PackedCollator, PackedDataset
+from llava_ext.data.collators import Collator, PackedCollator
+from llava_ext.data.packing import PackedDataset
 from llava_ext.training import train
 from llava_ext.training.config import StageConfig
 from llava_ext.training.trainer import EvoTokTrainer

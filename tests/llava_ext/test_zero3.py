@@ -9,8 +9,7 @@ from mixed_samples import make_sample
 from stage_runs import run_forked
 
 from llava_ext.checkpointing import assemble
-from llava_ext.data.dataset import Collator
-from llava_ext.data.packing import PackedCollator
+from llava_ext.data.collators import Collator, PackedCollator
 
 BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # of each rank: another kind, another number of chunks
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
-from llava_ext.image_parts import IMAGE_PARTS, picture_in_part
-from llava_ext.placeholders import LLAVA_IMAGE, split_at_images
+from llava_ext.prompts.image_parts import IMAGE_PARTS, picture_in_part
+from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 
 IMAGE_TOKEN = "<|image_pad|>"
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
@@ -48,10 +48,10 @@ class Message:
 def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
     """Messages `{"role", "content"}` to `Message`s and the pictures of their images, in order.
 
-    A content is a string, in which `<image>` stands for an image (see `llava_ext.placeholders`), or a list of parts:
+    A content is a string, in which `<image>` stands for an image (see `llava_ext.prompts.placeholders`), or a list of parts:
     `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under "image",
     "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}` (see
-    `llava_ext.image_parts`). Parts are joined by line breaks. An image without a picture gives None.
+    `llava_ext.prompts.image_parts`). Parts are joined by line breaks. An image without a picture gives None.
 
     Raises:
         ValueError: a message of another form, with content under other keys, or a picture that would have to be

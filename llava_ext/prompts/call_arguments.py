@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llava_ext.placeholders import LLAVA_IMAGE
+from llava_ext.prompts.placeholders import LLAVA_IMAGE
 
 
 def _ndim(value) -> int | None:

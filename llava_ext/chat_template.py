@@ -8,7 +8,7 @@ from functools import cached_property
 
 from jinja2 import TemplateError
 
-from llava_ext.text_encoder import TextEncoder
+from llava_ext.prompts.text_encoder import TextEncoder
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or text holds them
 _MARKS = re.compile("\ue000(\\d+)\ue001")
