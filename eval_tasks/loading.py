@@ -42,7 +42,7 @@ class LoadedModel:
 def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> LoadedModel:
     """Open a model folder."""
     folder = check_checkpoint(pretrained)
-    from llava_ext.checkpointing import load_model
+    from llava_ext.model_folder import load_model
 
     model, processor = load_model(folder, dtype)
     return LoadedModel(model.to(device).eval(), processor, folder_fingerprint(folder))

@@ -10,7 +10,7 @@ import transformers
 
 from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 from llava_ext.commands import chat, convert, demo, draw, estimate, export, merge
-from llava_ext.commands.shared import shared_options
+from llava_ext.commands.options import shared_options
 
 
 def build_parser() -> argparse.ArgumentParser:

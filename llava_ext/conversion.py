@@ -20,7 +20,7 @@ from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
 from evotok_plugin.model_folder import model_type_of, open_config
-from llava_ext.checkpointing import assemble
+from llava_ext.assembly import assemble
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.projector import Projector
 

@@ -164,7 +164,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
     """
     from eval_tasks.reconstruction import IMAGES_VARIABLE
     from evotok_plugin.common.files import check_output_folder
-    from llava_ext.checkpointing import default_model_folder
+    from llava_ext.model_folder import default_model_folder
 
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {arguments.limit}")

@@ -117,7 +117,7 @@ def draw_skills() -> None:
 
     from evotok_plugin.common.pictures import labelled_rows
     from evotok_plugin.scenes.captions import scene_prompts
-    from llava_ext.checkpointing import load_model
+    from llava_ext.model_folder import load_model
 
     model, processor = load_model(WORKSPACE / "finetune")
     rng = np.random.default_rng(7)

@@ -77,7 +77,7 @@ def tiny_evotok_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_mllm(tiny_backbone_folder, tiny_evotok_folder):
     """A random EvoTok-LLaVA model and its processor; tests must not change its weights."""
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)

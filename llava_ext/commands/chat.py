@@ -14,12 +14,13 @@ from evotok_plugin.common.files import write_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from llava_ext.commands.answering import Conversation
-from llava_ext.commands.shared import OpenModel, SharedOptions, drawing_options, open_model
+from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.commands.web_images import fetch
 from llava_ext.demo.uploads import UploadLimits, open_upload
 from llava_ext.drawn_files import Origin, check_folder, file_name, write_drawn
 from llava_ext.generation import Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
+from llava_ext.model_folder import OpenModel, open_model
 
 _HELP = """Ask, or say what to draw. Paths of images in a line are read, in quotes where they hold spaces.
 /draw PROMPT  have an image drawn, whatever the model would answer

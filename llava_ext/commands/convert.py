@@ -6,7 +6,7 @@ import torch
 
 from evotok_plugin.common.files import check_new_folder, check_output_folder
 from evotok_plugin.common.recipes import add_arguments, load_recipe
-from llava_ext.commands.shared import SharedOptions
+from llava_ext.commands.options import SharedOptions
 from llava_ext.conversion import HeadOptions, convert_adapters
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from llava_ext.commands.shared import SharedOptions, open_model
+from llava_ext.commands.options import SharedOptions
+from llava_ext.model_folder import open_model
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

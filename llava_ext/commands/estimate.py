@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
-from llava_ext.commands.shared import SharedOptions
+from llava_ext.commands.options import SharedOptions
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

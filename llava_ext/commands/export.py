@@ -3,9 +3,9 @@
 import argparse
 
 from evotok_plugin.common.files import check_new_folder, check_output_folder
-from llava_ext.causal_lm_export import export_causal_lm
-from llava_ext.checkpointing import export_model
-from llava_ext.commands.shared import SharedOptions
+from llava_ext.commands.options import SharedOptions
+from llava_ext.export.causal_lm import export_causal_lm
+from llava_ext.export.portable import export_model
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

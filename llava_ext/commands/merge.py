@@ -3,7 +3,7 @@
 import argparse
 
 from evotok_plugin.common.files import check_new_folder, check_output_folder
-from llava_ext.commands.shared import SharedOptions
+from llava_ext.commands.options import SharedOptions
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:

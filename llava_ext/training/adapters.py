@@ -21,9 +21,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from evotok_plugin.common.files import apply_umask, write_folder
 from evotok_plugin.common.weight_files import damage_of, read_json
 from evotok_plugin.model_folder import model_type_of, reading
-from llava_ext.checkpointing import NEW_PARTS, assemble, has_fingerprint, load_model, save_model
+from llava_ext.assembly import NEW_PARTS, assemble
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.generation.options import store_settings
+from llava_ext.model_folder import has_fingerprint, load_model, save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import MODULE, add_new_token_rows, table_names, take_rows_back
 from llava_ext.training.config import StageConfig

@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.losses.cross_entropy import MAX_LOGITS
 from evotok_plugin.model_folder import model_type_of, open_config
-from llava_ext.checkpointing import set_tower_aside
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.model_folder import set_tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora

@@ -20,19 +20,14 @@ from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown
 from evotok_plugin.data.files import local_path
 from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.tokenizer_folder import open_tokenizer
-from llava_ext.checkpointing import (
-    assemble,
-    base_fingerprints,
-    load_model,
-    read_tower,
-    set_tower_aside,
-)
+from llava_ext.assembly import assemble
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
 from llava_ext.data.build import build_dataset
 from llava_ext.data.collators import Collator, PackedCollator
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.packing import PackedDataset
 from llava_ext.generation.options import DrawingOptions, read_settings, store_settings
+from llava_ext.model_folder import base_fingerprints, load_model, read_tower, set_tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor

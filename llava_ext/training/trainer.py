@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.common.progress import progress_interval
-from llava_ext.checkpointing import save_model
 from llava_ext.data.packing import PackedDataset
 from llava_ext.data.samplers import EpochSampler, FilledSampler, ModalityGroupedSampler, PackingSampler
 from llava_ext.folding import count_learned
+from llava_ext.model_folder import save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter

@@ -6,7 +6,7 @@ import torch
 
 def make_mllm(backbone, evotok, head: str):
     """A random model and its processor; `head` is "depth", "flat, tied" or "flat, free"."""
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
     image_head, _, rows = head.partition(", ")

@@ -8,8 +8,8 @@ from research_layout import research_depth_transformer, research_projector, rese
 from safetensors.torch import load_file
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
-from llava_ext.checkpointing import load_model
 from llava_ext.cli import main
+from llava_ext.model_folder import load_model
 from llava_ext.projector import Projector
 
 WIDTH = 32  # of the small backbone

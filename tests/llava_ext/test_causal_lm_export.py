@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from evotok_plugin.sampling import SamplingOptions
-from llava_ext.causal_lm_export import _table, with_residual_tokens
-from llava_ext.checkpointing import assemble, save_model
+from llava_ext.assembly import assemble
 from llava_ext.cli import main
+from llava_ext.export.causal_lm import _table, with_residual_tokens
 from llava_ext.generation.options import DrawingOptions
+from llava_ext.model_folder import save_model
 from llava_ext.vocabulary import ResidualVocabulary
 
 GREEDY = DrawingOptions(guidance_scale=1.0, sampling=SamplingOptions(temperature=0))

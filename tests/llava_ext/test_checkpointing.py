@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ext.checkpointing import assemble, load_model, read_tower
+from llava_ext.assembly import assemble
 from llava_ext.cli import main
+from llava_ext.model_folder import load_model, read_tower
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 
 

@@ -9,10 +9,10 @@ from mixed_samples import make_sample
 
 from evotok_plugin.losses import cross_entropy
 from llava_ext import EvoTokLlavaConfig
-from llava_ext.checkpointing import load_model, save_model
 from llava_ext.data.collators import Collator
 from llava_ext.flat_head import FreeFlatHead, TiedFlatHead, start_rows
 from llava_ext.generation.options import DrawingOptions
+from llava_ext.model_folder import load_model, save_model
 from llava_ext.processing_evotok_llava import TooLong
 
 LEVELS, CODES, DIM, WIDTH = 3, 20, 4, 16

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 from test_estimate import _trained_once
 
-from llava_ext.checkpointing import load_model
+from llava_ext.model_folder import load_model
 from llava_ext.training.adapters import merge
 from llava_ext.training.estimate import estimate_run
 

@@ -193,7 +193,7 @@ def test_recorded_steps_draw_the_same(tiny_mllm, options):
 def test_other_backbones_draw_alike_in_a_batch(
     make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path, backbone
 ):
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     settings = {"sliding_window": 6} if backbone == "mistral" else {}
     folder = make_backbone(tiny_tokenizer_folder, tmp_path, backbone, **settings)

@@ -10,9 +10,10 @@ from transformers import GenerationConfig
 
 from evotok_plugin import SamplingOptions
 from llava_ext import EvoTokLlavaForConditionalGeneration
-from llava_ext.checkpointing import export_model, load_model
+from llava_ext.export.portable import export_model
 from llava_ext.generation import AnswerOptions, DrawingOptions
 from llava_ext.generation.events import ImageDrawn
+from llava_ext.model_folder import load_model
 
 OWN = {
     "guidance_scale": 1.5, "guidance_schedule": "linear", "temperature": [0.2, 0.4, 0.6, 0.8], "top_k": 7,
@@ -164,7 +165,7 @@ def test_questionable_settings_of_a_backbone_do_not_keep_a_model_from_being_save
     tiny_backbone_folder, tiny_evotok_folder, tmp_path
 ):
     """A temperature without do_sample stands in many published folders; transformers writes it back unchanged only."""
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
     rewrite(tmp_path / "backbone", temperature=0.7, top_p=0.6, _from_model_config=None)

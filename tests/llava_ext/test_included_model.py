@@ -9,8 +9,8 @@ from PIL import Image
 from eval_tasks.scene_detector import SceneDetector
 from evotok_plugin.scenes.questions import sample_question
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
-from llava_ext.checkpointing import INCLUDED_MODEL, default_model_folder, load_model
 from llava_ext.cli import main
+from llava_ext.model_folder import INCLUDED_MODEL, default_model_folder, load_model
 
 
 @pytest.fixture(scope="module")

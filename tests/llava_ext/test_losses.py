@@ -176,7 +176,7 @@ def test_the_image_heads_loss_in_chunks_is_that_of_its_logits(monkeypatch):
 
 
 def test_the_image_head_with_gradient_checkpointing_gives_the_same_gradients(tiny_backbone_folder, tiny_evotok_folder):
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
     model, _ = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
-from llava_ext.checkpointing import assemble, load_model
+from llava_ext.assembly import assemble
 from llava_ext.cli import main
+from llava_ext.model_folder import load_model
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 from llava_ext.training import train
 from llava_ext.training.adapters import merge

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mixed_samples import CONVERSATIONS, gradients, make_sample, naive_sums, pooled
 
-from llava_ext.checkpointing import NEW_PARTS
+from llava_ext.assembly import NEW_PARTS
 from llava_ext.data.collators import Collator
 
 KINDS = list(CONVERSATIONS)

@@ -98,7 +98,7 @@ def test_cached_levels_equal_teacher_forcing(tiny_mllm):
 def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(
     tiny_backbone_folder, tiny_evotok_folder, samples
 ):
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
@@ -182,7 +182,7 @@ def test_generate_batch_equals_single_and_leaves_the_prompt_out(tiny_mllm, rng):
 
 @pytest.mark.parametrize("backbone", ["qwen3", "llama"])
 def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path):
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)
     codes = torch.randint(0, model.vocabulary.codebook_size, (9, 8))

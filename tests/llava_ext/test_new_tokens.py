@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from stage_runs import run, run_forked, write_recipe
 
-from llava_ext.causal_lm_export import export_causal_lm
-from llava_ext.checkpointing import assemble, load_model
+from llava_ext.assembly import assemble
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import Sample
+from llava_ext.export.causal_lm import export_causal_lm
+from llava_ext.model_folder import load_model
 from llava_ext.new_tokens import ROWS_FILE, add_new_token_rows, start_new_rows, take_rows_back
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 from llava_ext.training.adapters import merge

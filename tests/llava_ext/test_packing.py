@@ -217,7 +217,7 @@ def test_other_backbones_and_attentions(
     backbone, attention, window, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path
 ):
     """Sample by sample under SDPA, with a block-diagonal mask else, and where a window is shorter than a sample."""
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
     model, processor = assemble(make_backbone(tiny_tokenizer_folder, tmp_path, backbone), tiny_evotok_folder, 32, 2, 2)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, start_forked, write_recipe
 
 from evotok_plugin.common import interruption
-from llava_ext.checkpointing import load_model
+from llava_ext.model_folder import load_model
 from llava_ext.training import checkpoints as checkpoints_module
 from llava_ext.training.checkpoints import (
     MARKER,

@@ -228,7 +228,7 @@ def test_forward_passes_keywords_on_and_refuses_unknown_ones(any_mllm):
 
 
 def test_attentions_come_from_eager_attention(tiny_backbone_folder, tiny_evotok_folder):
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2, attn_implementation="eager")
     inputs = processor("a ring")
@@ -258,7 +258,7 @@ def test_a_folder_without_generation_config_and_a_cache_switched_off(any_mllm, t
 def in_training(tiny_backbone_folder, tiny_evotok_folder):
     """A model of its own in training mode whose attention drops nearly everything, with one frozen part in evaluation
     mode."""
-    from llava_ext.checkpointing import assemble
+    from llava_ext.assembly import assemble
 
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
     model.train()

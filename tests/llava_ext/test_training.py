@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
-from llava_ext.checkpointing import load_model
+from llava_ext.model_folder import load_model
 from llava_ext.training.checkpoints import MARKER, RunShape, find_resumable, finished_facts, is_complete
 
 

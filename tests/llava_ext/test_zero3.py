@@ -8,7 +8,7 @@ import torch
 from mixed_samples import make_sample
 from stage_runs import run_forked
 
-from llava_ext.checkpointing import assemble
+from llava_ext.assembly import assemble
 from llava_ext.data.collators import Collator, PackedCollator
 
 BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # of each rank: another kind, another number of chunks

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from evotok_plugin.common.files import write_folder
-from llava_ext.checkpointing import load_model
 from llava_ext.generation.options import DrawingOptions, store_settings
+from llava_ext.model_folder import load_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.vocabulary import ResidualVocabulary

@@ -1,17 +1,10 @@
 """What several commands have in common: options, opening a model, settings of drawing."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from evotok_plugin.common.processes import resolve_device
-from evotok_plugin.common.weight_files import folder_fingerprint
-from llava_ext.checkpointing import default_model_folder, load_model
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
-from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
-from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
 @dataclass(frozen=True)
@@ -54,30 +47,6 @@ def _numbers(kind: type) -> Callable[[str], float | tuple[float, ...]]:
         return values[0] if len(values) == 1 else values
 
     return number
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model on its device, in evaluation mode, and its processor; `name` is its folder's, without the path, `weights`
-    the fingerprint of the folder's content."""
-
-    model: EvoTokLlavaForConditionalGeneration
-    processor: EvoTokLlavaProcessor
-    name: str
-    weights: str
-
-
-def open_model(arguments: argparse.Namespace) -> OpenModel:
-    """Open what --model and --device name.
-
-    Raises:
-        ValueError: no such model, or no such device.
-    """
-    folder = Path(arguments.model or default_model_folder())
-    device = resolve_device(arguments.device)
-    print(f"model: {folder}", file=sys.stderr)
-    model, processor = load_model(folder)
-    return OpenModel(model.to(device).eval(), processor, folder.resolve().name, folder_fingerprint(folder))
 
 
 def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:

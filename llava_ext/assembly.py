@@ -1,0 +1,130 @@
+"""Assemble a model from a text backbone and a tokenizer: new parts, grown vocabulary, starting values."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from evotok_plugin import EvoTokConfig
+from evotok_plugin.model_folder import load_whole, model_type_of, open_tokenizer_folder, read_config
+from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.flat_head import FlatHead, start_rows
+from llava_ext.generation.options import store_settings
+from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import start_new_rows
+from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
+
+NEW_PARTS = ("read_projector", "write_projector", "image_head")  # a flat model has no write_projector
+
+
+def assemble(
+    language_model: str | Path,
+    vision_tower: str | Path,
+    head_hidden_size: int,
+    head_num_layers: int,
+    head_num_heads: int,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization_config: object | None = None,
+    image_head: str = "depth",
+    residual_embeddings: str = "tied",
+) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
+    """A new model from a causal LM folder and an EvoTok folder; projectors and image head start at random.
+
+    The new image tokens start near the mean of all others (`new_tokens`). Residual tokens have no rows in the backbone:
+    the image head reads and writes them, the backbone's embedding and output layers end before them.
+
+    Raises:
+        ValueError: a folder that does not hold what is needed.
+    """
+    if model_type_of(vision_tower) != EvoTokConfig.model_type:
+        raise ValueError(
+            f"{str(vision_tower)!r} is not an EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})"
+        )
+    if not Path(language_model).is_dir() and Path(language_model).exists():
+        raise ValueError(f"text model {str(language_model)!r} is a file; give the folder of a causal LM or a hub id")
+    if Path(language_model).is_dir():
+        read_config(language_model)
+    tower = load_tokenizer(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
+    tower.config.require_semantics(repr(str(vision_tower)))
+    images = open_image_processor(vision_tower)
+    tokenizer = open_tokenizer_folder(language_model, "the text tokenizer")
+    backbone = load_whole(
+        AutoModelForCausalLM,
+        language_model,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
+    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size, image_head)
+    new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
+    if len(tokenizer) > backbone.config.vocab_size:
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for table in {layer.weight for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}:
+        start_new_rows(table, sorted(new))
+    backbone.config.use_cache = True
+    backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
+    config = EvoTokLlavaConfig(
+        text_config=backbone.config.to_dict(),
+        vision_config=tower.config.to_dict(),
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_id,
+        image_end_token_id=processor.image_end_id,
+        residual_token_offset=processor.residual_token_offset,
+        image_head=image_head,
+        residual_embeddings=residual_embeddings,
+        head_hidden_size=head_hidden_size,
+        head_num_layers=head_num_layers,
+        head_num_heads=head_num_heads,
+        initializer_range=backbone.config.initializer_range,
+    )
+    # A skeleton without memory receives the loaded parts; only what is new is then filled with random numbers.
+    with torch.device("meta"):
+        model = EvoTokLlavaForConditionalGeneration(config)
+    model.vision_tower = tower.requires_grad_(False)
+    model.language_model = backbone.get_decoder()
+    model.lm_head = backbone.get_output_embeddings()
+    model.config.text_config = model.language_model.config
+    for part in (getattr(model, name) for name in NEW_PARTS if hasattr(model, name)):
+        part.to_empty(device=tower.device)
+        part.to(backbone.dtype)
+        part.apply(model._init_weights)
+    _start_on_the_scale_of_text(model)
+    model.generation_config = backbone.generation_config
+    if model.generation_config._from_model_config:  # where `use_cache` is what the backbone's training has left
+        model.generation_config.use_cache = True
+    store_settings(model.generation_config)
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    return model, processor
+
+
+@torch.no_grad()
+def _start_on_the_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Scale what comes before the LLM so that images of random codes are as large as token embeddings, and the rows of
+    a flat head's output like those of text.
+
+    A tower's features may be tens of times larger; they would drown the embedding of the place in the image.
+    """
+    vision, tower = model.config.vision_config, model.vision_tower
+    shape = (max(2, 256 // vision.num_positions), vision.num_positions, vision.num_quantizers)
+    codes = torch.randint(vision.codebook_size, shape, generator=torch.Generator().manual_seed(0)).to(tower.device)
+    size, of_output = (_root_mean_square(layer.weight) for layer in (model.get_input_embeddings(), model.lm_head))
+    before = [(model.read_projector, tower.decode_semantics(codes))]
+    if isinstance(model.image_head, FlatHead):
+        start_rows(model.image_head, tower.quantizer.codebooks, size, of_output)
+    else:
+        before.append((model.write_projector, tower.codes_to_latents(codes[..., : vision.pixel_depth])))
+    for projector, features in before:
+        projected = projector.project(features.to(projector.linear_1.weight.dtype))
+        projector.linear_2.weight.mul_(size / _root_mean_square(projected))
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.float().square().mean().sqrt()

@@ -1,0 +1,1 @@
+"""Export: models for others to load."""

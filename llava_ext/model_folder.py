@@ -1,0 +1,222 @@
+"""Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
+from evotok_plugin.model_folder import (
+    load_strictly,
+    load_whole,
+    model_type_of,
+    open_config,
+    open_processor,
+    read_config,
+)
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.new_tokens import put_rows_into_tables
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+
+TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model folder
+INCLUDED_MODEL = Path(__file__).parent / "pretrained" / "scenes"
+DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
+
+
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization_config: object | None = None,
+) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
+    """Open a saved EvoTok-LLaVA folder; every weight must be there and fit.
+
+    Args:
+        dtype: of all weights but the tokenizer's, which stay float32; "auto" takes the one they were saved in.
+        quantization_config: transformers', for a backbone that is quantized while it loads.
+
+    Raises:
+        ValueError: not such a folder, or weights that are missing, left over or of another shape.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter, not a whole model; fold it into the model that it was trained on: "
+            f"evotok-llava merge BASE {folder} -o OUT"
+        )
+    kind = model_type_of(folder)
+    if kind != EvoTokLlavaConfig.model_type:
+        raise ValueError(
+            f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; "
+            "give the output folder of scripts/pretrain.sh or scripts/finetune.sh"
+        )
+    for part in ("text_config", "vision_config"):
+        if not isinstance(read_config(folder).get(part), dict):  # a default would be a model of billions of weights
+            raise ValueError(f"{Path(folder) / 'config.json'}: expected the settings of a model as {part}; restore it")
+    model = load_whole(
+        EvoTokLlavaForConditionalGeneration,
+        folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )
+    return model, open_llava_processor(folder, model.config)
+
+
+def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTokLlavaProcessor:
+    """The processor of a model folder.
+
+    Raises:
+        ValueError: its files are missing or damaged, or it belongs to another model.
+    """
+    processor = open_processor(
+        EvoTokLlavaProcessor,
+        folder,
+        "the processor",
+        [("processor_config.json",), ("tokenizer_config.json",), ("tokenizer.json",)],
+        "copy the processor's files from the folder that the model was trained or saved in, "
+        "or write them with processor.save_pretrained",
+    )
+    if not isinstance(processor.image_processor, EvoTokImageProcessor):
+        raise ValueError(
+            f"{Path(folder) / 'processor_config.json'}: expected an EvoTokImageProcessor, got "
+            f"{type(processor.image_processor).__name__}"
+        )
+    if processor.pad_id is None:
+        raise ValueError(
+            f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
+            "folder that the model was trained or saved in"
+        )
+    try:
+        config.check_processor(processor)
+    except ValueError as error:
+        raise ValueError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
+    return processor
+
+
+def read_tower(folder: str | Path) -> EvoTokModel:
+    """The tokenizer alone of a model folder, in float32 on the CPU, whatever engine is about to take the rest.
+
+    Raises:
+        ValueError: its weights are missing, damaged or do not fit.
+    """
+    config = open_config(EvoTokLlavaConfig, folder).vision_config
+    weights = {name.removeprefix(TOWER): read() for name, _, read in named_weights(folder) if name.startswith(TOWER)}
+    tower = EvoTokModel(config)
+    load_strictly(tower, weights, f"the tokenizer in {str(folder)!r}")
+    return tower.requires_grad_(False).eval()
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out.
+
+    Only for adapters and runs from before `folder_fingerprint` was recorded: weights that differ in later rows alone
+    have the same value here.
+    """
+    facts = []
+    for name, part, read in named_weights(folder):
+        if not name.startswith(TOWER):
+            row = part[:1] if part.get_shape() else read()
+            first = row.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+            facts.append(f"{name} {part.get_shape()} {part.get_dtype()} {hashlib.sha256(first).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()
+
+
+def base_fingerprints(folder: str | Path) -> dict[str, str | None]:
+    """Identity of the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
+    `fingerprint`, which earlier versions compare; both None where its weights are not at hand as safetensors."""
+    if not any(Path(folder).glob("model*.safetensors")):
+        return {"fingerprint": None, "sha256": None}
+    return {"fingerprint": weights_fingerprint(folder), "sha256": folder_fingerprint(folder)}
+
+
+def has_fingerprint(folder: str | Path, known: Mapping[str, str | None]) -> bool:
+    """Whether a folder's model is the one of recorded `base_fingerprints`; true where none are recorded."""
+    if known.get("sha256") is not None:
+        return folder_fingerprint(folder) == known["sha256"]
+    return known.get("fingerprint") is None or weights_fingerprint(folder) == known["fingerprint"]
+
+
+def default_model_folder() -> Path:
+    """Where the newest trained model of this working folder lies; without one, the model that comes with the package.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / "config.json").is_file()]
+    if not found and (INCLUDED_MODEL / "config.json").is_file():
+        return INCLUDED_MODEL
+    if not found:
+        raise ValueError(
+            f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, "
+            "or name one with --model"
+        )
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+
+
+# Writing -----------------------------------------------------------------------------------------------------
+
+
+def set_tower_aside(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Take the frozen tokenizer out of the model's modules; the model goes on calling it as `vision_tower`.
+
+    An engine rounds all modules to the training dtype, spreads them over processes and saves them with every
+    checkpoint. Rounded codebooks choose other codes, so the tokenizer is none of its business.
+    """
+    if "vision_tower" in model._modules:
+        tower = model.vision_tower
+        del model.vision_tower
+        object.__setattr__(model, "vision_tower", tower)
+
+
+def save_model(
+    model: EvoTokLlavaForConditionalGeneration,
+    folder: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    **options,
+) -> None:
+    """Write weights and configuration; the tokenizer is set aside, so that the dtype noted down is the others', and
+    new tokens' rows that train apart go into their tables.
+
+    Args:
+        state_dict: the weights where they are not the model's own (gathered from other processes); the tokenizer's
+            are always those of the model.
+        options: of `save_pretrained`.
+    """
+    set_tower_aside(model)
+    weights = put_rows_into_tables(model, dict(model.state_dict() if state_dict is None else state_dict))
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")  # copies of tied weights no longer show that they are tied
+    tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
+    model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model on its device, in evaluation mode, and its processor; `name` is its folder's, without the path, `weights`
+    the fingerprint of the folder's content."""
+
+    model: EvoTokLlavaForConditionalGeneration
+    processor: EvoTokLlavaProcessor
+    name: str
+    weights: str
+
+
+def open_model(arguments: argparse.Namespace) -> OpenModel:
+    """Open what --model and --device name.
+
+    Raises:
+        ValueError: no such model, or no such device.
+    """
+    folder = Path(arguments.model or default_model_folder())
+    device = resolve_device(arguments.device)
+    print(f"model: {folder}", file=sys.stderr)
+    model, processor = load_model(folder)
+    return OpenModel(model.to(device).eval(), processor, folder.resolve().name, folder_fingerprint(folder))
