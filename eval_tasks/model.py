@@ -25,10 +25,10 @@ from eval_tasks.registration import GIVEN
 from eval_tasks.response_cache import key_by_weights
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.images import as_picture
-from llava_ext.drawn_files import chunks_of, write_png
 from llava_ext.generation import DrawingOptions as Drawing
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import default_model_folder
+from llava_ext.serving.image_files import chunks_of, write_png
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16

@@ -83,13 +83,13 @@ def run(*command: str) -> None:
 
 def prepare(fast: bool) -> None:
     run(
-        sys.executable, "-m", "llava_ext.training.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else [])
+        sys.executable, "-m", "llava_ext.embedded.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else [])
     )
 
 
 def prepared_seconds() -> dict[str, float]:
     """How long each part of `prepare` took, as it noted itself."""
-    from llava_ext.training.prepare import DONE, STEPS
+    from llava_ext.embedded.prepare import DONE, STEPS
 
     return {name: json.loads((WORKSPACE / name / DONE).read_text())["seconds"] for name in STEPS}
 

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 def tiny_tokenizer_folder(tmp_path_factory):
     """A byte-level BPE trained on a little scene text, saved as a folder."""
     from evotok_plugin.scenes.records import text_records
-    from llava_ext.training.text_backbone import train_text_tokenizer
+    from llava_ext.embedded.text_backbone import train_text_tokenizer
 
     texts = [turn["value"] for record in text_records(200, seed=0) for turn in record["conversations"]]
     folder = tmp_path_factory.mktemp("text_tokenizer")

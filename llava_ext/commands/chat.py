@@ -13,14 +13,14 @@ from PIL import Image
 from evotok_plugin.common.files import write_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
-from llava_ext.commands.answering import Conversation
 from llava_ext.commands.options import SharedOptions, drawing_options
-from llava_ext.commands.web_images import fetch
-from llava_ext.demo.uploads import UploadLimits, open_upload
-from llava_ext.drawn_files import Origin, check_folder, file_name, write_drawn
 from llava_ext.generation import Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.model_folder import OpenModel, open_model
+from llava_ext.serving.image_files import Origin, check_folder, file_name, write_drawn
+from llava_ext.serving.session import Conversation
+from llava_ext.serving.uploads import UploadLimits, open_upload
+from llava_ext.serving.web_images import fetch
 
 _HELP = """Ask, or say what to draw. Paths of images in a line are read, in quotes where they hold spaces.
 /draw PROMPT  have an image drawn, whatever the model would answer

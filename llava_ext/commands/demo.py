@@ -28,12 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: gradio or matplotlib is not installed, no such model, or the address cannot be used.
     """
     try:
-        from llava_ext.demo.app import DemoLimits, build_demo, launch_demo
+        from llava_ext.serving.page import DemoLimits, build_demo, launch_demo
     except ImportError as error:
         raise ValueError(f"the page needs gradio and matplotlib ({error}): pip install 'evotok[demo]'") from error
     from evotok_plugin.evaluation.level_plots import check_plotting
     from evotok_plugin.teacher import load_teacher
-    from llava_ext.demo.uploads import UploadLimits
+    from llava_ext.serving.uploads import UploadLimits
 
     check_plotting()
     limits = DemoLimits(UploadLimits(arguments.max_upload_mb, arguments.max_pixels))

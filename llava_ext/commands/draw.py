@@ -13,8 +13,8 @@ from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.progress import progress_interval
 from llava_ext.commands.options import SharedOptions, drawing_options
-from llava_ext.drawn_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
 from llava_ext.model_folder import OpenModel, open_model
+from llava_ext.serving.image_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
 
 _GRID_COLUMNS, _GRID_IMAGE = 4, 256  # images a row, and pixels a side that small ones are enlarged to
 _PREVIEW = {"preview": "evotok-llava draw"}  # by this text a preview is told from pictures that someone may miss

@@ -10,11 +10,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from evotok_plugin.sampling import uniform_noise
-from llava_ext.generation.drawers import drawer_for
 from llava_ext.generation.evaluation_view import evaluation_view
+from llava_ext.generation.graph_steps import RepeatedSteps, SingleSteps
+from llava_ext.generation.head_steps import drawer_for
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
-from llava_ext.generation.repeated import RepeatedSteps, SingleSteps
 from llava_ext.generation.steps import Steps, can_be_fixed, check_room
 
 

@@ -17,9 +17,9 @@ from transformers.generation import LogitsProcessorList
 
 from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
 from llava_ext.generation.answer_settings import MAX_NEW_TOKENS, TextSettings, process_logits, text_settings
-from llava_ext.generation.drawers import drawer_for
 from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
+from llava_ext.generation.head_steps import drawer_for
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.steps import Steps, check_room

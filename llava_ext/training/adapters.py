@@ -28,7 +28,7 @@ from llava_ext.model_folder import has_fingerprint, load_model, save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import MODULE, add_new_token_rows, table_names, take_rows_back
 from llava_ext.training.config import StageConfig
-from llava_ext.training.parts import plain_name
+from llava_ext.training.parameter_groups import plain_name
 
 WEIGHTS, SETTINGS, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 PREFIX = "base_model.model."  # before the names of a model's parameters in peft's

@@ -23,7 +23,7 @@ from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora
 from llava_ext.training.config import StageConfig, check_head, new_head_settings, read_deepspeed_config
-from llava_ext.training.parts import PARTS, choose_trainable, freezes_tables, part_of
+from llava_ext.training.parameter_groups import PARTS, choose_trainable, freezes_tables, part_of
 from llava_ext.training.settings import stage_values
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from torch import nn
 
 from llava_ext.data.records import KINDS
 from llava_ext.training.config import StageConfig
-from llava_ext.training.parts import (
+from llava_ext.training.parameter_groups import (
     IMAGE_HEAD,
     LANGUAGE_MODEL,
     NEW_TOKENS,

@@ -22,7 +22,6 @@ from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.tokenizer_folder import open_tokenizer
 from llava_ext.assembly import assemble
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig, check_length
-from llava_ext.data.build import build_dataset
 from llava_ext.data.collators import Collator, PackedCollator
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.packing import PackedDataset
@@ -32,6 +31,7 @@ from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import add_lora, describe_base, merge, quantization_for
+from llava_ext.training.build_data import build_dataset
 from llava_ext.training.checkpoints import (
     RunShape,
     check_checkpoints,
@@ -44,7 +44,7 @@ from llava_ext.training.checkpoints import (
 from llava_ext.training.config import StageConfig, check_head, check_reporting, new_head_settings
 from llava_ext.training.llava_flags import translate
 from llava_ext.training.output import ReplacedRun, begin, check_inputs, plan_output, restore_replaced
-from llava_ext.training.parts import choose_trainable, freezes_tables, learning_rates, part_of, size_of
+from llava_ext.training.parameter_groups import choose_trainable, freezes_tables, learning_rates, part_of, size_of
 from llava_ext.training.samples import check_parts_have_samples, counts_in_words, samples_of_parts
 from llava_ext.training.settings import check_new_parts, contents_of, inputs_of, stage_values
 from llava_ext.training.trainer import EvoTokTrainer

@@ -1,9 +1,7 @@
 """Hugging Face's Trainer with learning rates of their own for the parts, both losses apart, whole checkpoints, one
 progress bar and a JSONL log."""
 
-import json
 import logging
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,11 +11,9 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from evotok_plugin.common.progress import progress_interval
 from llava_ext.data.packing import PackedDataset
 from llava_ext.data.samplers import EpochSampler, FilledSampler, ModalityGroupedSampler, PackingSampler
 from llava_ext.folding import count_learned
@@ -25,6 +21,7 @@ from llava_ext.model_folder import save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
+from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopSafely, on_any_process
 from llava_ext.training.checkpoints import (
     RunShape,
     barrier,
@@ -34,8 +31,7 @@ from llava_ext.training.checkpoints import (
     delete_checkpoint,
     finish_checkpoint,
 )
-from llava_ext.training.interruption import StopSafely, on_any_process
-from llava_ext.training.parts import group_by_part, is_decayed, learning_rates
+from llava_ext.training.parameter_groups import group_by_part, is_decayed, learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -246,45 +242,3 @@ class StepChecks(TrainerCallback):
         self._trainer.check_step()
         if state.global_step >= state.max_steps:
             control.should_save = True
-
-
-class ProgressBar(TrainerCallback):
-    """One bar: steps, speed, time left, the newest losses."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=progress_interval(),
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._bar is not None and logs:
-            shown = {k: f"{logs[k]:.4f}" for k in ("loss", "text_loss", "image_loss") if k in logs}
-            if shown:
-                self._bar.set_postfix(shown)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every log entry to `metrics.jsonl` in the output folder, with step and time."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            line = {"step": state.global_step, "time": round(time.time(), 2), **logs}
-            with (Path(args.output_dir) / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")

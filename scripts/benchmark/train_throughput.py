@@ -44,9 +44,9 @@ from llava_ext.data.dataset import ConversationDataset  # noqa: E402
 from llava_ext.data.packing import PackedDataset
 from llava_ext.data.records import LLAVA_IMAGE, Record  # noqa: E402
 from llava_ext.data.samplers import PackingSampler  # noqa: E402
+from llava_ext.embedded.text_backbone import train_text_tokenizer  # noqa: E402
 from llava_ext.folding import fold_residual_tokens  # noqa: E402
 from llava_ext.packed_attention import tell_samples_apart  # noqa: E402
-from llava_ext.training.text_backbone import train_text_tokenizer  # noqa: E402
 
 VOCABULARY = 151936  # Qwen2's
 

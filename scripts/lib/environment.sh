@@ -65,7 +65,7 @@ train_stage() {
       *) rest+=("$1"); shift ;;
     esac
   done
-  python -m llava_ext.training.prepare --recipe "$recipe" ${rest[@]+"${rest[@]}"}
+  python -m llava_ext.embedded.prepare --recipe "$recipe" ${rest[@]+"${rest[@]}"}
   launch llava_ext.training.train --recipe "$recipe" ${rest[@]+"${rest[@]}"}
 }
 

@@ -12,7 +12,7 @@ from evotok_plugin.data.sources import FileSource
 from evotok_plugin.data.stream import TrainingStream
 from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
 from llava_ext.commands.chat import Pictures
-from llava_ext.demo.uploads import UploadLimits, open_upload
+from llava_ext.serving.uploads import UploadLimits, open_upload
 
 SIDE = 48
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from llava_ext.cli import main
-from llava_ext.commands import web_images
-from llava_ext.commands.answering import Conversation
 from llava_ext.commands.chat import Pictures
 from llava_ext.generation import ImageDrawn, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
+from llava_ext.serving import web_images
+from llava_ext.serving.session import Conversation
 
 DRAW = AnswerOptions(image_first=True)
 TALK = AnswerOptions(max_new_tokens=4, max_images=0)

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import encode_images
 from evotok_plugin.data.sources import FileSource
-from llava_ext.data.build import build_dataset
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.records import KINDS, parse_record
 from llava_ext.data.samplers import EpochSampler, ModalityGroupedSampler
 from llava_ext.processing_evotok_llava import TooLong
+from llava_ext.training.build_data import build_dataset
 from llava_ext.training.config import StageConfig
 
 READ_ONLY = {"tune_write_projector": False, "tune_image_head": False}  # for data without drawings

@@ -20,10 +20,10 @@ import gradio_client
 from gradio_client.exceptions import AppError
 
 from llava_ext.cli import main
-from llava_ext.demo.app import DemoLimits, build_demo, launch_demo
-from llava_ext.demo.evolution import level_by_level
-from llava_ext.demo.uploads import UploadLimits, open_upload
 from llava_ext.generation import TextDelta
+from llava_ext.serving.level_view import level_by_level
+from llava_ext.serving.page import DemoLimits, build_demo, launch_demo
+from llava_ext.serving.uploads import UploadLimits, open_upload
 
 LIMIT_S = 600  # no speed is expected: this only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
@@ -226,7 +226,7 @@ def test_text_in_errors_is_escaped_because_the_page_renders_html(ask, monkeypatc
     def refuse(*arguments):
         raise ValueError("the text holds <b>")
 
-    monkeypatch.setattr("llava_ext.commands.answering.Conversation.ask", refuse)
+    monkeypatch.setattr("llava_ext.serving.session.Conversation.ask", refuse)
     with pytest.raises(AppError, match="the text holds &lt;b&gt;"):
         ask("a ring")
 

@@ -14,7 +14,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'evotok[demo]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
-from llava_ext.demo.app import DemoLimits, build_demo, launch_demo  # noqa: E402
+from llava_ext.serving.page import DemoLimits, build_demo, launch_demo  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -9,7 +9,7 @@ from llava_ext.cli import main
 from llava_ext.training import train
 from llava_ext.training.config import StageConfig
 from llava_ext.training.estimate import estimate_run, kept_bytes
-from llava_ext.training.parts import part_of
+from llava_ext.training.parameter_groups import part_of
 from llava_ext.training.trainer import EvoTokTrainer
 
 LORA = {"lora_enable": "true", "lora_r": 4}

@@ -17,6 +17,7 @@ from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, sta
 from evotok_plugin.common import interruption
 from llava_ext.model_folder import load_model
 from llava_ext.training import checkpoints as checkpoints_module
+from llava_ext.training.callbacks import StopSafely
 from llava_ext.training.checkpoints import (
     MARKER,
     RunShape,
@@ -27,7 +28,6 @@ from llava_ext.training.checkpoints import (
     is_complete,
     publish,
 )
-from llava_ext.training.interruption import StopSafely
 
 
 @pytest.fixture(scope="module")

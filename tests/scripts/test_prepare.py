@@ -9,9 +9,9 @@ import yaml
 from evotok_plugin.common.recipes import RECIPES_FOLDER, load_recipe, recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from llava_ext.training import prepare
+from llava_ext.embedded import prepare
+from llava_ext.embedded.prepare import DONE, holds_model, make, uses_embedded_default
 from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
-from llava_ext.training.prepare import DONE, holds_model, make, uses_embedded_default
 
 ROOT = Path(__file__).resolve().parents[2]
 

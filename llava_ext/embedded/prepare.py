@@ -107,7 +107,7 @@ def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
 def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
     def build(out: Path) -> None:
         from evotok_plugin.scenes.records import text_records
-        from llava_ext.training.text_backbone import corpus_texts, train_backbone, train_text_tokenizer
+        from llava_ext.embedded.text_backbone import corpus_texts, train_backbone, train_text_tokenizer
 
         texts = corpus_texts(workspace / "scenes", text_records(2000, SEED))
         tokenizer = train_text_tokenizer(texts, out)

@@ -18,7 +18,7 @@ from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset, Sample
 from llava_ext.data.records import parse_record
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
-from llava_ext.training.trainer import MetricsFile, ProgressBar
+from llava_ext.training.callbacks import MetricsFile, ProgressBar
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from evotok_plugin.teacher import Teacher
-from llava_ext.commands.answering import Conversation
-from llava_ext.demo.evolution import level_by_level
-from llava_ext.demo.guard import Guard
-from llava_ext.demo.uploads import UploadLimits, open_upload
-from llava_ext.drawn_files import Origin
 from llava_ext.generation import DrawingOptions, Event, ImageDrawn, ImagePreview, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.generation.options import SCHEDULES
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+from llava_ext.serving.image_files import Origin
+from llava_ext.serving.level_view import level_by_level
+from llava_ext.serving.request_filter import Guard
+from llava_ext.serving.session import Conversation
+from llava_ext.serving.uploads import UploadLimits, open_upload
 
 _MODEL_CHOOSES, _AN_IMAGE = "text or images, as the model sees fit", "an image"
 _PREVIEWS = 8  # of an image while it is drawn
