@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from eval_tasks.registration import GivenKwargs
+from evotok_plugin.errors import UserError
 
 # Kind, least and largest value of every number; a level of the drawing may have its own.
 _NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -30,7 +31,7 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
         where: for the error: the option or task that the values come from.
 
     Raises:
-        ValueError: a value of another type or out of range.
+        UserError: a value of another type or out of range.
     """
     for name, value in values.items():
         if value is None:
@@ -39,11 +40,11 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             for one in value if isinstance(value, (list, tuple)) else (value,):
                 _check_number(name, one, where)
         elif name == "do_sample" and not isinstance(value, bool):
-            raise ValueError(f"{where}: do_sample must be true or false, got {value!r}")
+            raise UserError(f"{where}: do_sample must be true or false, got {value!r}")
         elif name == "modality" and value not in MODALITIES:
-            raise ValueError(f"{where}: modality must be {', '.join(MODALITIES)}, got {value!r}")
+            raise UserError(f"{where}: modality must be {', '.join(MODALITIES)}, got {value!r}")
         elif name == "until" and not isinstance(value, str) and not _is_texts(value):
-            raise ValueError(f"{where}: until must be a text or a list of texts, got {value!r}")
+            raise UserError(f"{where}: until must be a text or a list of texts, got {value!r}")
 
 
 def _check_number(name: str, value: Any, where: str) -> None:
@@ -51,10 +52,10 @@ def _check_number(name: str, value: Any, where: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or (kind is int and value != int(value)):
         noun = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{where}: {name} must be {noun}, got {value!r}")
+        raise UserError(f"{where}: {name} must be {noun}, got {value!r}")
     if not least <= value <= most:
         limits = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-        raise ValueError(f"{where}: {name} must be {limits}, got {value!r}")
+        raise UserError(f"{where}: {name} must be {limits}, got {value!r}")
 
 
 def _is_texts(value: Any) -> bool:
@@ -69,21 +70,21 @@ def check_given(tasks: Mapping[str, GivenKwargs], known: Mapping[str, Collection
         known: the options by modality.
 
     Raises:
-        ValueError: a key without effect.
+        UserError: a key without effect.
     """
     given = {name for task in tasks.values() for name in task.given}
     used = {name for task in tasks.values() for name in _used(task, known)}
     for name in sorted(given - used):
         everything = sorted({key for keys in known.values() for key in keys})
         if name in _SAMPLING and any(name in known[task.modality] for task in tasks.values()):
-            raise ValueError(
+            raise UserError(
                 f"--gen_kwargs: {name} has no effect because these tasks answer without sampling; add do_sample=true "
                 f"and a temperature above 0, or leave {name} out"
             )
         near = difflib.get_close_matches(name, everything, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
         lists = "; ".join(f"for {kind}: {', '.join(sorted(keys))}" for kind, keys in known.items() if keys)
-        raise ValueError(f"--gen_kwargs: {name} has no effect on {', '.join(sorted(tasks))}; {hint}known are, {lists}")
+        raise UserError(f"--gen_kwargs: {name} has no effect on {', '.join(sorted(tasks))}; {hint}known are, {lists}")
 
 
 def _used(task: GivenKwargs, known: Mapping[str, Collection[str]]) -> set[str]:
@@ -98,15 +99,15 @@ def parse_batch_size(batch_size: int | str, max_batch_size: int | str | None, au
         automatic: the size that "auto" means; "auto:N", which asks other models to try N times, is "auto".
 
     Raises:
-        ValueError: no such size, or a `max_batch_size` without effect.
+        UserError: no such size, or a `max_batch_size` without effect.
     """
     is_auto = str(batch_size) == "auto" or (str(batch_size).startswith("auto:") and str(batch_size)[5:].isdigit())
     if max_batch_size is not None and not is_auto:
-        raise ValueError(f"max_batch_size has no effect beside batch_size {batch_size}; leave one out, or pass auto")
+        raise UserError(f"max_batch_size has no effect beside batch_size {batch_size}; leave one out, or pass auto")
     value = (max_batch_size or automatic) if is_auto else batch_size
     if not str(value).isdigit() or int(value) < 1:
         name = "max_batch_size" if is_auto else "batch_size"
-        raise ValueError(f"{name} must be a number of at least 1{'' if is_auto else ' or auto'}, got {value!r}")
+        raise UserError(f"{name} must be a number of at least 1{'' if is_auto else ' or auto'}, got {value!r}")
     return int(value)
 
 
@@ -114,18 +115,18 @@ def parse_model_args(text: str, others: Mapping[str, Any]) -> dict[str, Any]:
     """`key=value,key=value` as lmms-eval parses it, together with options that have flags of their own.
 
     Raises:
-        ValueError: something without a value, or an option that is given twice.
+        UserError: something without a value, or an option that is given twice.
     """
     from lmms_eval.utils import simple_parse_args_string
 
     try:
         given = simple_parse_args_string(text)
     except ValueError as error:
-        raise ValueError(f"--model_args must be KEY=VALUE,KEY=VALUE, got {text!r}") from error
+        raise UserError(f"--model_args must be KEY=VALUE,KEY=VALUE, got {text!r}") from error
     flags = {key: value for key, value in others.items() if value is not None}
     # lmms-eval always passes its default batch size; one in --model_args is meant.
     if "batch_size" in given and flags.get("batch_size") in (1, "1"):
         del flags["batch_size"]
     if twice := sorted(set(given) & set(flags)):
-        raise ValueError(f"{twice[0]} is given twice, in --model_args and as --{twice[0]}; leave one out")
+        raise UserError(f"{twice[0]} is given twice, in --model_args and as --{twice[0]}; leave one out")
     return given | flags

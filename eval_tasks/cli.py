@@ -1,38 +1,23 @@
-"""`evotok-eval judge|report`: evaluation on the command line, beside lmms-eval."""
+"""`evotok-eval run | judge | report`: evaluation on the command line, on top of lmms-eval."""
 
 import argparse
-import logging
 import sys
 
-import transformers
-
-from eval_tasks.commands import judge, report
-from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
+from eval_tasks.commands import judge, report, run
+from evotok_plugin.common import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evotok-eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (judge, report):
+    for command in (run, judge, report):
         command.add(commands)
-    for subparser in commands.choices.values():
-        subparser.set_defaults(flags=flags_of(subparser))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; user errors end as one line and exit code 2."""
-    arguments, rest = build_parser().parse_known_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        reject_unknown_flags(rest, arguments.flags)
-        arguments.run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run a command; returns its exit code."""
+    return command_line.run(build_parser(), argv, stopped="stopped; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from evotok_plugin.common.weight_files import folder_fingerprint
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -17,16 +18,16 @@ def check_checkpoint(pretrained: str | Path) -> Path:
     """The folder of a model, checked before anything large is loaded.
 
     Raises:
-        ValueError: no folder, or one of another kind of model.
+        UserError: no folder, or one of another kind of model.
     """
     wanted = "--model_args pretrained=DIR needs the output folder of scripts/finetune.sh"
     folder = Path(pretrained).expanduser()
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{wanted}, but {str(pretrained)!r} {what}")
+        raise UserError(f"{wanted}, but {str(pretrained)!r} {what}")
     model_type = model_type_of(folder)
     if model_type != "evotok_llava":
-        raise ValueError(f"{wanted}, but {str(pretrained)!r} holds a model of type {model_type!r}, not 'evotok_llava'")
+        raise UserError(f"{wanted}, but {str(pretrained)!r} holds a model of type {model_type!r}, not 'evotok_llava'")
     return folder
 
 
@@ -53,7 +54,7 @@ def parse_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return getattr(torch, dtype)
 
 
@@ -61,22 +62,22 @@ def parse_device(device: str | None, accelerator: Accelerator) -> torch.device:
     """The device that is asked for; of several processes each has its own of that kind.
 
     Raises:
-        ValueError: no such device, or one that several processes cannot share.
+        UserError: no such device, or one that several processes cannot share.
     """
     if device is None:
         return accelerator.device
     try:
         chosen = torch.device(str(device))
     except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda, cuda:1, ..., got {device!r}") from error
+        raise UserError(f"device must be cpu, cuda, cuda:1, ..., got {device!r}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} is not available: this torch finds no CUDA device; pass device=cpu")
+        raise UserError(f"device {device} is not available: this torch finds no CUDA device; pass device=cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} does not exist; there are {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"device {device} does not exist; there are {torch.cuda.device_count()} CUDA devices")
     if accelerator.num_processes == 1:
         return chosen
     if chosen.index is not None or chosen.type != accelerator.device.type:
-        raise ValueError(
+        raise UserError(
             f"device {device} cannot be chosen for {accelerator.num_processes} processes, each has its own "
             f"({accelerator.device}); leave device out"
         )

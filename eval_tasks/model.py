@@ -7,7 +7,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,24 @@ from tqdm import tqdm
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
 from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse_dtype
-from eval_tasks.reconstruction import measure
 from eval_tasks.registration import GIVEN
+from eval_tasks.requests import (
+    _KINDS,
+    DrawingOptions,
+    ReadingOptions,
+    ReconstructionOptions,
+    _known,
+    _prompt,
+    _readable,
+    _Request,
+    _samples,
+    _Wanted,
+    image_seed,
+)
 from eval_tasks.response_cache import key_by_weights
+from eval_tasks.tasks.evotok_reconstruction.task import measure
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data.images import as_picture
+from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions as Drawing
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import default_model_folder
@@ -37,93 +49,6 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 # What a request asks for ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How an answer is generated: the keys of a task's `generation_kwargs` that `model.generate` shall see."""
-
-    max_new_tokens: int = 128
-    do_sample: bool | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beams: int = 1
-    repetition_penalty: float | None = None  # the model's own
-    until: tuple[str, ...] = ()
-
-    def generate_kwargs(self) -> dict[str, Any]:
-        sampled = self.temperature > 0 if self.do_sample is None else self.do_sample
-        kwargs = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampled}
-        if self.repetition_penalty is not None:
-            kwargs["repetition_penalty"] = self.repetition_penalty
-        if sampled:
-            kwargs |= {"temperature": self.temperature or 1.0, "top_k": self.top_k, "top_p": self.top_p}
-        return kwargs
-
-    def cut(self, text: str) -> str:
-        """The answer up to the first stop string."""
-        ends = [end for stop in self.until if stop and (end := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
-    """Settings for drawing, named as in `generate_images` and completed by the model's own."""
-
-    guidance_scale: float
-    guidance_schedule: str
-    negative_prompt: str
-    temperature: float | tuple[float, ...]
-    top_k: int | tuple[int, ...]
-    top_p: float | tuple[float, ...]
-    min_p: float | tuple[float, ...]
-    num_images: int = 1
-
-    def generate_kwargs(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class ReconstructionOptions:
-    """The tokenizer is measured on a folder of images; the task `evotok_reconstruction` says which and how."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One answer to give: where it goes in the list, whose it is, and the options it asks for."""
-
-    place: int
-    task: str
-    doc_id: int
-    repeat: int  # lmms-eval repeats a request by listing it again
-    context: str
-    messages: Callable[[], ChatMessages]
-    options: ReadingOptions | DrawingOptions | ReconstructionOptions
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One image to draw: its file, and the text chunks that tell how it was drawn, which it keeps."""
-
-    path: Path
-    prompt: str
-    seed: int
-    chunks: dict[str, str]
-
-
-_KINDS = {"text": ReadingOptions, "image": DrawingOptions, "reconstruction": ReconstructionOptions}
-
-
-def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are options of `kind`."""
-    return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
-
-
-def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
-    """The seed of one image: the same in every run, whatever the batch, the rank or the limit."""
-    digest = hashlib.sha256(f"{seed}|{task}|{doc_id}|{sample}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 2
 
 
 class EvoTokLmms(lmms):
@@ -156,7 +81,7 @@ class EvoTokLmms(lmms):
         load: `load_checkpoint`, or a stand-in for it.
 
     Raises:
-        ValueError: `pretrained` is no such folder, or an unknown or impossible argument.
+        UserError: `pretrained` is no such folder, or an unknown or impossible argument.
     """
 
     is_simple = False
@@ -185,7 +110,7 @@ class EvoTokLmms(lmms):
             known = [key for key in EvoTokLmms.__init__.__annotations__ if key not in ("load", "unknown", "return")]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"--model_args: unknown argument {name!r}; {hint}")
+            raise UserError(f"--model_args: unknown argument {name!r}; {hint}")
         drawing = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         check_values({**drawing, "min_p": min_p, "seed": seed}, "--model_args")
         self._batch_size = parse_batch_size(batch_size, max_batch_size, _AUTO_BATCH_SIZE)
@@ -221,7 +146,7 @@ class EvoTokLmms(lmms):
         """The model of `--model_args` and of lmms-eval's own flags.
 
         Raises:
-            ValueError: an argument without a value, unknown, impossible or given twice.
+            UserError: an argument without a value, unknown, impossible or given twice.
         """
         return cls(**parse_model_args(arg_string, additional_config or {}))
 
@@ -306,7 +231,7 @@ class EvoTokLmms(lmms):
             return DrawingOptions(num_images=num_images, **settings)
         known = _known(ReadingOptions, gen_kwargs)
         if known.get("do_sample") and known.get("temperature") == 0:
-            raise ValueError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")
+            raise UserError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")
         until = known.get("until", ())
         return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
 
@@ -381,43 +306,3 @@ class EvoTokLmms(lmms):
             "settings": json.dumps(settings, sort_keys=True),
         }
         return _Wanted(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)
-
-
-def _samples(request: _Request) -> range:
-    """The numbers of a request's images among those of its document."""
-    count = request.options.num_images
-    return range(request.repeat * count, (request.repeat + 1) * count)
-
-
-def _readable(request: _Request) -> list[dict]:
-    """A document as Hugging Face messages with RGB images.
-
-    Raises:
-        ValueError: it holds video or audio, or an image that cannot be read.
-    """
-    messages = request.messages()
-    _, videos, audios = messages.extract_media()
-    if videos or audios:
-        raise ValueError(f"{request.task}, document {request.doc_id}: evotok reads images, this one has video or audio")
-    conversation = messages.to_hf_messages()
-    for message in conversation:
-        for part in message["content"]:
-            if part["type"] == "image":
-                try:
-                    part["image"] = as_picture(part["image"])
-                except ValueError as error:
-                    raise ValueError(f"{request.task}, document {request.doc_id}: {error}") from error
-    return conversation
-
-
-def _prompt(request: _Request) -> str:
-    """The text of a drawing request.
-
-    Raises:
-        ValueError: it comes with images: editing is something else.
-    """
-    messages = request.messages()
-    if any(messages.extract_media()):
-        raise ValueError(f"{request.task}, document {request.doc_id}: evotok draws from text, this one brings media")
-    texts = [part.text for message in messages.messages for part in message.content]
-    return "\n".join(texts)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from evotok_plugin.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
@@ -174,7 +176,7 @@ def local_dataset(dataset_path: str | None) -> str | None:
     Only names of the hub's form (`owner/name`) are looked up. Where the variable is set, nothing comes from the hub.
 
     Raises:
-        ValueError: there is no such folder.
+        UserError: there is no such folder.
     """
     root = os.environ.get(DATA_ROOT_VARIABLE)
     if not root or not isinstance(dataset_path, str) or "/" not in dataset_path or os.path.isabs(dataset_path):
@@ -185,7 +187,7 @@ def local_dataset(dataset_path: str | None) -> str | None:
         return str(folder)
     if Path(dataset_path).is_dir():  # a task of the user's, with data beside the working folder
         return dataset_path
-    raise ValueError(
+    raise UserError(
         f"{DATA_ROOT_VARIABLE} is set, so {dataset_path} is expected in {folder}, which is no folder; fetch it with "
         f"`hf download --repo-type dataset {dataset_path} --local-dir {folder}`, or unset {DATA_ROOT_VARIABLE} to read "
         "from the hub"

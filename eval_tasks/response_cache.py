@@ -12,6 +12,8 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache
 
+from evotok_plugin.errors import UserError
+
 _MARK = "_evotok_keyed"
 _KEY = "_model_fingerprint_hash"
 
@@ -35,7 +37,7 @@ def key_by_weights() -> None:
 
 def _execute(cache: ResponseCache, execute: Any, lm: Any, reqtype: str, requests: Sequence[Instance]) -> list:
     if not hasattr(cache, _KEY):
-        raise ValueError("this version of lmms_eval keys its response cache in another way; leave --use_cache out")
+        raise UserError("this version of lmms_eval keys its response cache in another way; leave --use_cache out")
     answers: list = [None] * len(requests)
     kept = [place for place, request in enumerate(requests) if lm.may_be_cached(request)]
     others = sorted(set(range(len(requests))) - set(kept))

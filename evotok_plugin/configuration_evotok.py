@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from evotok_plugin.errors import UserError
+
 _PRESETS: dict[str, dict[str, Any]] = {
     # Seconds a hundred steps on two CPU cores: the embedded default, on 48x48 scenes.
     "tiny": {
@@ -71,13 +73,13 @@ def check_types(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
     """Check the fields that are annotated as a number or as a truth value.
 
     Raises:
-        ValueError: one holds a value of another type.
+        UserError: one holds a value of another type.
     """
     for name, kind in fields.items():
         value = getattr(config, name)
         fits = isinstance(value, (int, float) if kind is float else kind) if kind in _NUMBERS else True
         if not fits or (kind in (int, float) and isinstance(value, bool)):
-            raise ValueError(f"{name}: expected {_NUMBERS[kind]}, got {value!r}")
+            raise UserError(f"{name}: expected {_NUMBERS[kind]}, got {value!r}")
 
 
 class EvoTokConfig(PreTrainedConfig):
@@ -139,39 +141,39 @@ class EvoTokConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_types(self, EvoTokConfig.__annotations__)
         if not isinstance(self.decoder_channel_multipliers, (list, tuple)):
-            raise ValueError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
+            raise UserError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
         self.decoder_channel_multipliers = list(self.decoder_channel_multipliers)
         self._check()
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
         if self.patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
+            raise UserError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 f"{max(1, self.image_size // self.patch_size) * self.patch_size} is"
             )
         resolutions, fitting = len(self.decoder_channel_multipliers), (self.patch_size - 1).bit_length() + 1
         if resolutions != fitting:
-            raise ValueError(
+            raise UserError(
                 f"{resolutions} decoder_channel_multipliers, one a resolution, do not fit patch_size "
                 f"{self.patch_size}: each resolution is twice as fine as the one before, the last at most twice; "
                 f"give {fitting} of them, log2(patch_size) rounded up + 1"
             )
         for name in ("pixel_depth", "semantic_depth"):
             if not 1 <= getattr(self, name) <= self.num_quantizers:
-                raise ValueError(
+                raise UserError(
                     f"{name} must lie in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}"
                 )
         if self.codebook_size > 65536:
-            raise ValueError(
+            raise UserError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
         if not 0 <= self.level_dropout <= 1:
-            raise ValueError(f"level_dropout is a share of the batch, expected 0..1, got {self.level_dropout}")
+            raise UserError(f"level_dropout is a share of the batch, expected 0..1, got {self.level_dropout}")
         if self.encoder_hidden_size % self.encoder_num_heads:
-            raise ValueError(
+            raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"
             )
 
@@ -182,10 +184,10 @@ class EvoTokConfig(PreTrainedConfig):
             what: for the error: the name of the tokenizer.
 
         Raises:
-            ValueError: it was trained without a teacher.
+            UserError: it was trained without a teacher.
         """
         if not self.semantic_decoder_trained:
-            raise ValueError(
+            raise UserError(
                 f"the semantic decoder of {what} was not trained (it learned pixels without a teacher), so images "
                 "cannot be read through it; train one with --teacher FOLDER --semantic_weight 1"
             )
@@ -212,11 +214,11 @@ class EvoTokConfig(PreTrainedConfig):
         """The configuration `tiny`, `base`, `paper` or `paper_384`, with fields replaced.
 
         Raises:
-            ValueError: no such preset, or no such field.
+            UserError: no such preset, or no such field.
         """
         if name not in _PRESETS:
-            raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")
+            raise UserError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")
         fields = EvoTokConfig.__annotations__
         if unknown := sorted(set(overrides) - set(fields)):
-            raise ValueError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+            raise UserError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**{**_PRESETS[name], **overrides})

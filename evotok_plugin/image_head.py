@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.kernels.thin_linear import thin_linear
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from evotok_plugin.sampling import SamplingOptions, sample
@@ -40,9 +41,9 @@ class DepthTransformerConfig:
     def __post_init__(self) -> None:
         sizes = vars(self)
         if wrong := [name for name, size in sizes.items() if size < 1]:
-            raise ValueError(f"sizes of the image head must be at least 1, got {wrong[0]} {sizes[wrong[0]]}")
+            raise UserError(f"sizes of the image head must be at least 1, got {wrong[0]} {sizes[wrong[0]]}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"the depth transformer is {self.hidden_size} wide, no multiple of {self.num_heads} heads")
+            raise UserError(f"the depth transformer is {self.hidden_size} wide, no multiple of {self.num_heads} heads")
 
 
 class LevelCache:
@@ -123,7 +124,7 @@ class DepthTransformerHead(nn.Module):
             L tensors (B, K).
 
         Raises:
-            ValueError: the shapes are not those of the head's configuration.
+            UserError: the shapes are not those of the head's configuration.
         """
         states = self._states(hidden, level_latents)
         return [classifier(states[:, level]) for level, classifier in enumerate(self.classifiers)]
@@ -132,7 +133,7 @@ class DepthTransformerHead(nn.Module):
         """What the classifiers of the levels see: (B, L, W)."""
         expected = (self.config.num_levels, self.config.codebook_dim)
         if tuple(level_latents.shape[1:]) != expected or hidden.shape[0] != level_latents.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"expected level_latents (B, {expected[0]}, {expected[1]}), one row for each hidden state, got "
                 f"{tuple(level_latents.shape)} and {tuple(hidden.shape)}; tokenizer.level_latents(codes) gives them "
                 "for the first levels of the codes, positions then go into the first dimension"
@@ -195,17 +196,17 @@ class DepthTransformerHead(nn.Module):
             cache: of `new_cache`, for as many rows as there are hidden states; without it, one is made.
 
         Raises:
-            ValueError: rows and noise do not match, or the codebooks are not those of the configuration.
+            UserError: rows and noise do not match, or the codebooks are not those of the configuration.
         """
         config, num_rows, options = self.config, noise.shape[0], options or SamplingOptions()
         guided = hidden.shape[0] == 2 * num_rows
         if noise.shape[1:] != (config.num_levels,) or not num_rows or hidden.shape[0] not in (num_rows, 2 * num_rows):
-            raise ValueError(
+            raise UserError(
                 f"{hidden.shape[0]} hidden states for noise of shape {tuple(noise.shape)}; expected noise (R, "
                 f"{config.num_levels}) and R hidden states, with guidance 2 R: with the prompt, then without"
             )
         if codebooks.shape[0] < config.num_levels or codebooks.shape[1:] != (config.codebook_size, config.codebook_dim):
-            raise ValueError(
+            raise UserError(
                 f"expected codebooks ({config.num_levels} or more, {config.codebook_size}, {config.codebook_dim}), "
                 f"got {tuple(codebooks.shape)}; the head was made for another tokenizer"
             )

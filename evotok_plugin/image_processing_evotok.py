@@ -9,6 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
 from evotok_plugin.data.images import as_picture
+from evotok_plugin.errors import UserError
 
 _HONORED = ("size", "do_resize", "do_rescale", "do_normalize", "input_data_format")
 _FIXED = {  # keywords of transformers' image processors that have one value here
@@ -77,12 +78,12 @@ class EvoTokImageProcessor(BaseImageProcessor):
             input_data_format: "channels_first" or "channels_last", of arrays and tensors; by default from their shape.
 
         Raises:
-            ValueError: not an image, an image without pixels, or a keyword that is not supported.
+            UserError: not an image, an image without pixels, or a keyword that is not supported.
         """
         for key, value in kwargs.items():
             _check_fixed(key, value)
         if input_data_format not in _CHANNELS_FIRST:
-            raise ValueError(f"expected input_data_format channels_first or channels_last, got {input_data_format!r}")
+            raise UserError(f"expected input_data_format channels_first or channels_last, got {input_data_format!r}")
         side = self.size if size is None else side_of(size)
         do_resize, do_rescale, do_normalize = (
             bool(own if given is None else given)
@@ -94,11 +95,11 @@ class EvoTokImageProcessor(BaseImageProcessor):
         )
         several = flat_images(images)
         if not several:
-            raise ValueError("expected at least one image, got none")
+            raise UserError("expected at least one image, got none")
         pixels = []
         for image in several:
             if do_normalize and not do_rescale and not _is_float(image):
-                raise ValueError("do_rescale=False leaves 0..255, which do_normalize=True cannot take; disable both")
+                raise UserError("do_rescale=False leaves 0..255, which do_normalize=True cannot take; disable both")
             picture = as_picture(image, _CHANNELS_FIRST[input_data_format])
             picture = self.crop(picture, side) if do_resize else picture
             pixels.append(_pixel_values(picture, do_rescale or _is_float(image), do_normalize))
@@ -106,7 +107,7 @@ class EvoTokImageProcessor(BaseImageProcessor):
             return BatchFeature({"pixel_values": pixels})
         shapes = {tuple(values.shape) for values in pixels}
         if len(shapes) > 1:
-            raise ValueError(f"with do_resize=False, a batch needs images of one size, got {sorted(shapes)}")
+            raise UserError(f"with do_resize=False, a batch needs images of one size, got {sorted(shapes)}")
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
     def crop(self, picture: Image.Image, size: int | None = None) -> Image.Image:
@@ -128,7 +129,7 @@ def side_of(size: int | dict[str, int]) -> int:
     """Return the side in pixels that a processor's `size` means.
 
     Raises:
-        ValueError: not a positive number of pixels, or a height and width that differ.
+        UserError: not a positive number of pixels, or a height and width that differ.
     """
     side = size
     if isinstance(size, dict):
@@ -136,7 +137,7 @@ def side_of(size: int | dict[str, int]) -> int:
         is_square = set(size) in ({"shortest_edge"}, {"height", "width"}) and len(values) == 1
         side = values.pop() if is_square else None
     if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-        raise ValueError(
+        raise UserError(
             f"size must be a positive number of pixels, {{'shortest_edge': pixels}} or an equal height and width, "
             f"got {size!r}"
         )
@@ -153,11 +154,11 @@ def flat_images(images) -> list:
 def _check_fixed(key: str, value: object) -> None:
     if key not in _FIXED:
         known = ", ".join((*_HONORED, "return_tensors"))
-        raise ValueError(f"EvoTokImageProcessor has no setting {key!r}; it has {known}")
+        raise UserError(f"EvoTokImageProcessor has no setting {key!r}; it has {known}")
     fixed = _FIXED[key]
     value = list(value) if isinstance(value, tuple) else value
     if value is not None and str(value) != str(fixed) and value != fixed:
-        raise ValueError(f"EvoTokImageProcessor does not support {key}={value!r}; leave it out (it is {fixed!r})")
+        raise UserError(f"EvoTokImageProcessor does not support {key}={value!r}; leave it out (it is {fixed!r})")
 
 
 def _is_float(image: object) -> bool:

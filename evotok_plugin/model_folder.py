@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from evotok_plugin.common.weight_files import damage_of, describe_error, named_weights, read_json, weight_files
+from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def reading(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         advice = f"; {remedy}" if remedy else ""
-        raise ValueError(f"{what} cannot be loaded: {describe_error(error)}{advice}") from error
+        raise UserError(f"{what} cannot be loaded: {describe_error(error)}{advice}") from error
 
 
 # Configuration -------------------------------------------------------------------------------------------------
@@ -58,13 +59,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's config.json.
 
     Raises:
-        ValueError: no such folder, no config.json, or no JSON object in it.
+        UserError: no such folder, no config.json, or no JSON object in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"model folder {str(folder)!r} does not exist")
+        raise UserError(f"model folder {str(folder)!r} does not exist")
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
+        raise UserError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
     return read_json(folder / CONFIG)
 
 
@@ -72,11 +73,11 @@ def model_type_of(folder: str | Path) -> str:
     """The `model_type` of a model folder; empty where config.json names none.
 
     Raises:
-        ValueError: no such folder, or no readable config.json in it.
+        UserError: no such folder, or no readable config.json in it.
     """
     kind = read_config(folder).get("model_type", "")
     if not isinstance(kind, str):
-        raise ValueError(f"{Path(folder) / CONFIG}: expected a name as model_type, got {kind!r}")
+        raise UserError(f"{Path(folder) / CONFIG}: expected a name as model_type, got {kind!r}")
     return kind
 
 
@@ -84,7 +85,7 @@ def open_config(config_class: Any, folder: str | Path, **options: Any) -> PreTra
     """The configuration in a folder or hub repository, read by `config_class` (or `AutoConfig`).
 
     Raises:
-        ValueError: it is missing or holds values that the class rejects.
+        UserError: it is missing or holds values that the class rejects.
     """
     if Path(folder).is_dir():
         read_config(folder)
@@ -115,7 +116,7 @@ def load_whole(
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: damaged files, or weights that are missing, unexpected, of another shape or not finite.
+        UserError: damaged files, or weights that are missing, unexpected, of another shape or not finite.
     """
     local = Path(folder).is_dir()
     what = f"{str(folder)!r}"
@@ -145,7 +146,7 @@ def load_strictly(
         remedy: for the error: what to do.
 
     Raises:
-        ValueError: weights that are missing, unexpected, of another shape or not finite.
+        UserError: weights that are missing, unexpected, of another shape or not finite.
     """
     expected = module.state_dict()
     _check_report(
@@ -187,7 +188,7 @@ def _check_report(
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found or report.get("error_msgs"):
         detail = "; ".join(found) or describe_error(str(report["error_msgs"]))
-        raise ValueError(f"{what} is not a whole checkpoint of this model: weights {detail}; {remedy}")
+        raise UserError(f"{what} is not a whole checkpoint of this model: weights {detail}; {remedy}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -205,7 +206,7 @@ def _check_files(folder: Path, pickles: bool) -> None:
         files = pickled
     for file in files:
         if cause := damage_of(file):
-            raise ValueError(f"{file} {cause}")
+            raise UserError(f"{file} {cause}")
 
 
 def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
@@ -221,7 +222,7 @@ def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
         if name in weights and weights[name].is_floating_point() and kind[0] in "IUB" and kind[:2] != "BF"
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds integers where weights belong ({_some(wrong)}) and names no quantization; "
             "download or save the folder again"
         )
@@ -235,7 +236,7 @@ def check_values(weights: dict[str, Tensor], what: str) -> None:
     not filled, as an interrupted download leaves it.
 
     Raises:
-        ValueError: values that are not finite, or too many matrices of zeros.
+        UserError: values that are not finite, or too many matrices of zeros.
     """
     matrices, zero = 0, []
     for name, value in weights.items():
@@ -243,12 +244,12 @@ def check_values(weights: dict[str, Tensor], what: str) -> None:
             continue
         least, most = torch.stack(torch.aminmax(value)).tolist()
         if not abs(least) < float("inf") or not abs(most) < float("inf"):
-            raise ValueError(f"{what}: {name} holds values that are NaN or infinite; train or download it again")
+            raise UserError(f"{what}: {name} holds values that are NaN or infinite; train or download it again")
         if value.ndim >= 2 and name.endswith("weight"):
             matrices += 1
             zero += [name] if least == most == 0 else []
     if len(zero) > _MOST_ZERO * matrices:
-        raise ValueError(
+        raise UserError(
             f"{what}: {len(zero)} of {matrices} weight matrices are zero ({_some(zero)}), so a download or copy was "
             "interrupted; get the folder again"
         )
@@ -268,7 +269,7 @@ def open_tokenizer_folder(folder: str | Path, what: str = "text tokenizer") -> A
         what: for the error: whose it is.
 
     Raises:
-        ValueError: its files are missing or damaged.
+        UserError: its files are missing or damaged.
     """
     vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return open_processor(
@@ -292,17 +293,17 @@ def open_processor(
         remedy: for the error: what to do about a missing file.
 
     Raises:
-        ValueError: files that are missing or damaged.
+        UserError: files that are missing or damaged.
     """
     folder = Path(folder) if Path(folder).is_dir() else folder
     if isinstance(folder, Path):
         for group in files:
             if not any((folder / name).is_file() for name in group):
-                raise ValueError(f"{what} in {str(folder)!r} is incomplete: {' or '.join(group)} is missing; {remedy}")
+                raise UserError(f"{what} in {str(folder)!r} is incomplete: {' or '.join(group)} is missing; {remedy}")
         for file in (folder / name for name in _OBJECTS if (folder / name).is_file()):
             read_json(file)
         for file in (folder / name for name in _TEXTS if (folder / name).is_file()):
             if cause := damage_of(file):
-                raise ValueError(f"{file} {cause}")
+                raise UserError(f"{file} {cause}")
     with reading(f"{what} in {str(folder)!r}", remedy):
         return processor_class.from_pretrained(folder, **options)

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.errors import UserError
 from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.quantizer import ResidualVectorQuantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
@@ -98,7 +99,7 @@ class EvoTokModel(PreTrainedModel):
         """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: height or width is no multiple of the patch size.
+            UserError: height or width is no multiple of the patch size.
         """
         grid = self.grid_of(pixel_values)
         quantized = self.quantizer(self.encoder(pixel_values))
@@ -119,11 +120,11 @@ class EvoTokModel(PreTrainedModel):
         """Rows and columns of positions of images (B, 3, H, W).
 
         Raises:
-            ValueError: another shape, no image, or height or width is no multiple of the patch size.
+            UserError: another shape, no image, or height or width is no multiple of the patch size.
         """
         channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
-            raise ValueError(
+            raise UserError(
                 f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
                 f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
             )
@@ -136,7 +137,7 @@ class EvoTokModel(PreTrainedModel):
                 side += 1
             grid = (side, side)
         if grid[0] * grid[1] != num_positions or not num_positions:
-            raise ValueError(
+            raise UserError(
                 f"{num_positions} positions do not fill {grid[0]} rows x {grid[1]} columns; "
                 "pass grid=(rows, columns) for images that are not square"
             )
@@ -147,7 +148,7 @@ class EvoTokModel(PreTrainedModel):
         searched.
 
         Raises:
-            ValueError: height or width is no multiple of the patch size, or no such depth.
+            UserError: height or width is no multiple of the patch size, or no such depth.
         """
         self.grid_of(pixel_values)
         latents = self.encoder(pixel_values)
@@ -155,7 +156,7 @@ class EvoTokModel(PreTrainedModel):
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.config.num_quantizers:
-            raise ValueError(
+            raise UserError(
                 f"expected codes (B, N, l) with 1 <= l <= {self.config.num_quantizers}, got {tuple(codes.shape)}"
             )
 
@@ -165,7 +166,7 @@ class EvoTokModel(PreTrainedModel):
             return
         least, most = torch.stack(torch.aminmax(codes)).tolist()
         if least < 0 or most >= self.config.codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"expected codes from 0 to {self.config.codebook_size - 1}, got {least} to {most}; are they another "
                 "tokenizer's, or ids of the language model?"
             )
@@ -187,7 +188,7 @@ class EvoTokModel(PreTrainedModel):
             grid: rows and columns of positions, as `grid_of` says; without it the image is square.
 
         Raises:
-            ValueError: no such levels or codes, or N positions do not fill the grid.
+            UserError: no such levels or codes, or N positions do not fill the grid.
         """
         self._check_codes(codes)
         self._check_range(codes)
@@ -201,7 +202,7 @@ class EvoTokModel(PreTrainedModel):
             grid: rows and columns of positions, as `grid_of` says; without it the image is square.
 
         Raises:
-            ValueError: no such levels or codes, N positions do not fill the grid, or the semantic decoder was not
+            UserError: no such levels or codes, N positions do not fill the grid, or the semantic decoder was not
                 trained.
         """
         self.config.require_semantics()

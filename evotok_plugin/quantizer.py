@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evotok_plugin.code_search import nearest_codes, residual_codes
+from evotok_plugin.errors import UserError
 
 
 def _far_off(vectors: Tensor, codebook: Tensor, count: int) -> Tensor:
@@ -50,10 +51,10 @@ class Quantized:
         """Sum of the first `depth` levels (..., C), with the gradient passed straight through to the latents.
 
         Raises:
-            ValueError: `depth` is not one of the levels that were searched.
+            UserError: `depth` is not one of the levels that were searched.
         """
         if not 1 <= depth <= len(self._sums):
-            raise ValueError(f"depth must lie in 1..{len(self._sums)}, the levels that were searched, got {depth}")
+            raise UserError(f"depth must lie in 1..{len(self._sums)}, the levels that were searched, got {depth}")
         total = self._sums[depth - 1]
         if self._kept is not None:
             total = self._sums[0]
@@ -77,7 +78,7 @@ class ResidualVectorQuantizer(nn.Module):
     depth, so that decoders learn to do with fewer levels; codes, commitment loss and learning keep all of them.
 
     Raises:
-        ValueError: `level_dropout` is no share.
+        UserError: `level_dropout` is no share.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class ResidualVectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= level_dropout <= 1:
-            raise ValueError(f"level_dropout is a share of the batch, expected 0..1, got {level_dropout}")
+            raise UserError(f"level_dropout is a share of the batch, expected 0..1, got {level_dropout}")
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.ema_decay, self.restart_threshold, self.warmup_steps = ema_decay, restart_threshold, warmup_steps
         self.restart_by_error, self.level_dropout = restart_by_error, level_dropout
@@ -118,13 +119,13 @@ class ResidualVectorQuantizer(nn.Module):
         """Quantize latents (..., C); with `depth` only the first levels are searched.
 
         Raises:
-            ValueError: `depth` is not one of 1..num_quantizers, or the latents are of another width than the codes.
+            UserError: `depth` is not one of 1..num_quantizers, or the latents are of another width than the codes.
         """
         levels = self.num_quantizers if depth is None else depth
         if not 1 <= levels <= self.num_quantizers:
-            raise ValueError(f"depth must lie in 1..{self.num_quantizers}, got {depth}")
+            raise UserError(f"depth must lie in 1..{self.num_quantizers}, got {depth}")
         if latents.shape[-1] != self.codebooks.shape[-1]:
-            raise ValueError(f"expected latents (..., {self.codebooks.shape[-1]}), got {tuple(latents.shape)}")
+            raise UserError(f"expected latents (..., {self.codebooks.shape[-1]}), got {tuple(latents.shape)}")
         # What chooses codes is fp32: under autocast 2.6 % of the codes would change.
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float()
@@ -212,10 +213,10 @@ class ResidualVectorQuantizer(nn.Module):
         """Restore what `learning_state` gave.
 
         Raises:
-            ValueError: the counts are those of other codebooks.
+            UserError: the counts are those of other codebooks.
         """
         if state["counts"].shape != self.codebooks.shape[:2]:
-            raise ValueError(
+            raise UserError(
                 f"the learning state is of codebooks {tuple(state['counts'].shape)} (levels, codes), "
                 f"these are {tuple(self.codebooks.shape[:2])}"
             )

@@ -15,6 +15,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 _FIRST_CANDIDATES = 1024  # of a top-p choice on a CPU, where sorting 32768 codes costs more than the step's products
 
 
@@ -39,7 +41,7 @@ class SamplingOptions:
             value = getattr(self, name)
             values = tuple(value) if isinstance(value, Sequence) else (value,)
             if not values or not all(isinstance(one, Real) and math.isfinite(one) and fits(one) for one in values):
-                raise ValueError(f"expected {wanted}, got {name}={value!r}")
+                raise UserError(f"expected {wanted}, got {name}={value!r}")
             if isinstance(value, Sequence):
                 object.__setattr__(self, name, values)
 
@@ -49,11 +51,11 @@ class SamplingOptions:
 
     def check_levels(self, num_levels: int) -> None:
         """Raises:
-        ValueError: an option with values for another number of levels.
+        UserError: an option with values for another number of levels.
         """
         for name, value in vars(self).items():
             if isinstance(value, tuple) and len(value) != num_levels:
-                raise ValueError(f"{name} has {len(value)} values, but {num_levels} levels are drawn")
+                raise UserError(f"{name} has {len(value)} values, but {num_levels} levels are drawn")
 
 
 _LIMITS = {

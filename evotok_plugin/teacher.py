@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, SiglipVisionModel
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_config
 
 # SigLIP2 of a fixed resolution has SigLIP's architecture and model_type.
@@ -31,7 +32,7 @@ class Teacher(nn.Module):
         """Compare it with a tokenizer, for images of `image_size` pixels (default: the configuration's).
 
         Raises:
-            ValueError: it has other positions, or features of another width.
+            UserError: it has other positions, or features of another width.
         """
         grid_size = (image_size or config.image_size) // config.patch_size
         for what, theirs, ours in (
@@ -40,7 +41,7 @@ class Teacher(nn.Module):
             ("width (semantic_dim)", self.config.hidden_size, config.semantic_dim),
         ):
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"the teacher does not fit the tokenizer: its {what} is {theirs}, {ours} is needed; give the "
                     "teacher that the tokenizer learns or has learnt from, or do without one"
                 )
@@ -53,13 +54,13 @@ def load_teacher(folder: str) -> Teacher:
     """The frozen vision tower of a SigLIP or SigLIP2 folder or hub id, of the tower alone or of the whole model.
 
     Raises:
-        ValueError: it is another kind of model, or cannot be loaded whole.
+        UserError: it is another kind of model, or cannot be loaded whole.
     """
     try:
         kind = model_type_of(folder) if Path(folder).is_dir() else open_config(AutoConfig, folder).model_type
         if kind not in _TEACHER_TYPES:
             variable = " of variable resolution (NaFlex)" if kind.startswith("siglip2") else ""
-            raise ValueError(f"it holds a {kind or 'nameless'} model{variable}, expected SigLIP of a fixed resolution")
+            raise UserError(f"it holds a {kind or 'nameless'} model{variable}, expected SigLIP of a fixed resolution")
         # The text half is not loaded; the pooling head, the last layer's norm and the head's probe are never used.
         tower = load_whole(
             SiglipVisionModel,
@@ -68,7 +69,7 @@ def load_teacher(folder: str) -> Teacher:
             not_needed=(r"^(vision_model\.)?(head|post_layernorm)\.",),
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"teacher {folder!r} cannot be loaded: {error}; "
             "give a SigLIP folder, for the paper's recipe a download of google/siglip2-large-patch16-256, "
             "or train without one: --semantic_weight 0, or the recipe photos"

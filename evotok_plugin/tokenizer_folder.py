@@ -5,6 +5,7 @@ from typing import Any
 
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -17,11 +18,11 @@ def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: no such folder, another kind of model, or weights that are missing, damaged or do not fit.
+        UserError: no such folder, another kind of model, or weights that are missing, damaged or do not fit.
     """
     kind = model_type_of(folder)
     if kind != EvoTokConfig.model_type:
-        raise ValueError(f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokConfig.model_type}")
+        raise UserError(f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokConfig.model_type}")
     return load_whole(EvoTokModel, folder, **options)
 
 
@@ -29,7 +30,7 @@ def open_image_processor(folder: str | Path) -> EvoTokImageProcessor:
     """The image processor of a tokenizer folder.
 
     Raises:
-        ValueError: its file is missing or damaged.
+        UserError: its file is missing or damaged.
     """
     return open_processor(
         EvoTokImageProcessor,
@@ -48,13 +49,13 @@ def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokMode
     """Load a tokenizer folder, strictly.
 
     Raises:
-        ValueError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
+        UserError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
     """
     place = resolve_device(device)
     if folder is None:
         found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
         if not found:
-            raise ValueError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
+            raise UserError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
         folder = found[0]
     model, processor = load_tokenizer(folder), open_image_processor(folder)
     return model.to(place).eval(), processor

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_tokenizer_folder, read_config
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
@@ -37,14 +38,14 @@ def assemble(
     the image head reads and writes them, the backbone's embedding and output layers end before them.
 
     Raises:
-        ValueError: a folder that does not hold what is needed.
+        UserError: a folder that does not hold what is needed.
     """
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"{str(vision_tower)!r} is not an EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})"
         )
     if not Path(language_model).is_dir() and Path(language_model).exists():
-        raise ValueError(f"text model {str(language_model)!r} is a file; give the folder of a causal LM or a hub id")
+        raise UserError(f"text model {str(language_model)!r} is a file; give the folder of a causal LM or a hub id")
     if Path(language_model).is_dir():
         read_config(language_model)
     tower = load_tokenizer(vision_tower, dtype=torch.float32)  # what chooses codes is fp32

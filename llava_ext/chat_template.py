@@ -8,6 +8,7 @@ from functools import cached_property
 
 from jinja2 import TemplateError
 
+from evotok_plugin.errors import UserError
 from llava_ext.prompts.text_encoder import TextEncoder
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template or text holds them
@@ -78,10 +79,10 @@ class ConversationTemplate:
             variables: what the template gets beside the messages, as `tools`, `documents` or `enable_thinking`.
 
         Raises:
-            ValueError: no template, a variable that the template does not use, or one that holds a control token.
+            UserError: no template, a variable that the template does not use, or one that holds a control token.
         """
         if not (chat_template or tokenizer.chat_template):
-            raise ValueError(
+            raise UserError(
                 "this tokenizer has no chat_template, so it is not known how a conversation looks; use an instruct "
                 "model's tokenizer or set tokenizer.chat_template"
             )
@@ -94,10 +95,10 @@ class ConversationTemplate:
     def _check_variables(self, template: str) -> None:
         for name, value in self._variables.items():
             if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise ValueError(f"the chat template does not use {name!r}; leave it out")
+                raise UserError(f"the chat template does not use {name!r}; leave it out")
             found = [token for token in self.encoder.control_tokens.values() if token in str(value)]
             if found:
-                raise ValueError(f"{name!r} holds the control token {found[0]!r}; only the chat template may write it")
+                raise UserError(f"{name!r} holds the control token {found[0]!r}; only the chat template may write it")
 
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = False, continue_final_message: bool = False
@@ -114,10 +115,10 @@ class ConversationTemplate:
         Where the template does not put white space around a content through, contents are trimmed.
 
         Raises:
-            ValueError: the template does not take these roles, or does not put the contents through unchanged.
+            UserError: the template does not take these roles, or does not put the contents through unchanged.
         """
         if not messages:
-            raise ValueError("the conversation has no messages")
+            raise UserError("the conversation has no messages")
         roles = tuple(message["role"] for message in messages)
         contents = [message["content"] for message in messages]
         if add_generation_prompt:
@@ -128,7 +129,7 @@ class ConversationTemplate:
         if continue_final_message:
             end = full.content_spans[-1][1]
             if end != max(span[1] for span in full.content_spans):
-                raise ValueError(
+                raise UserError(
                     "the chat template writes another message behind the last one, so it cannot be continued"
                 )
             learned = tuple((start, min(stop, end)) for start, stop in full.assistant_spans)
@@ -180,7 +181,7 @@ class ConversationTemplate:
             filled = self._put_in(roles, candidate)
             if filled.text == self._apply(roles, candidate):
                 return filled
-        raise ValueError(
+        raise UserError(
             "the chat template changes message contents (it rewrites or drops parts of them), so the learned parts "
             f"cannot be located: expected {filled.text[:200]!r}, the template gives {plain[:200]!r}"
         )
@@ -209,7 +210,7 @@ class ConversationTemplate:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._settings
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template does not take messages of roles {tuple(roles)}: {error}") from error
+            raise UserError(f"the chat template does not take messages of roles {tuple(roles)}: {error}") from error
 
     def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
         if roles not in self._skeletons:
@@ -217,7 +218,7 @@ class ConversationTemplate:
             skeleton = _Skeleton(tuple(pieces[::2]), tuple(map(int, pieces[1::2])))
             for message, role in enumerate(roles):
                 if skeleton.order.count(message) != 1:
-                    raise ValueError(
+                    raise UserError(
                         f"the chat template writes message {message} ({role}) of roles {roles} "
                         f"{skeleton.order.count(message)} times, expected once; it cannot be used for training"
                     )
@@ -250,7 +251,7 @@ class ConversationTemplate:
         shared = len(os.path.commonprefix([encoded["input_ids"], others]))
         end = last[: encoded["offset_mapping"][shared - 1][1]].rstrip() if shared else ""
         if not end:
-            raise ValueError(
+            raise UserError(
                 f"the chat template ends answers with {last!r} or {inner!r}, which have no end-of-turn token in "
                 "common: a model would never learn to stop; use a template that ends every turn"
             )

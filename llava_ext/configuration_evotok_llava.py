@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.configuration_evotok import check_types
+from evotok_plugin.errors import UserError
 from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_HEADS = ("depth", "flat")
@@ -17,10 +18,10 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is none of the choices.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     if value not in choices:
-        raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+        raise UserError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
 
 
 def max_positions_of(text_config: PreTrainedConfig) -> int | None:
@@ -33,7 +34,7 @@ def check_length(folder: str | Path, num_steps: int) -> None:
     """Compare a sequence length with the positions of a model in a local folder, before the model is loaded.
 
     Raises:
-        ValueError: the model has fewer positions.
+        UserError: the model has fewer positions.
     """
     if not (Path(folder) / "config.json").is_file():
         return  # a hub id, which is checked once it is loaded
@@ -46,7 +47,7 @@ def check_length(folder: str | Path, num_steps: int) -> None:
 
 def _check_steps(limit: int | None, num_steps: int) -> None:
     if limit is not None and num_steps > limit:
-        raise ValueError(
+        raise UserError(
             f"model_max_length {num_steps} is more than the {limit} positions (max_position_embeddings) of the "
             f"language model; set it to {limit} or less"
         )
@@ -97,19 +98,19 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         check_choice("image_head", self.image_head, IMAGE_HEADS)
         check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if self.head_hidden_size % self.head_num_heads:
-            raise ValueError(
+            raise UserError(
                 f"head_hidden_size {self.head_hidden_size} is not a multiple of head_num_heads {self.head_num_heads}"
             )
         delimiters = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         inside = [i for i in delimiters if 0 <= i - self.residual_token_offset < self.residual_vocabulary.size]
         if inside or len(set(delimiters)) < 3:
-            raise ValueError(
+            raise UserError(
                 f"image token ids {delimiters} must differ and lie outside the residual range that starts at "
                 f"{self.residual_token_offset} and holds {self.residual_vocabulary.size} ids"
             )
         steps = 2 + max(self.vision_config.num_positions, self.steps_per_drawn_image)
         if self.max_positions is not None and steps > self.max_positions:
-            raise ValueError(
+            raise UserError(
                 f"an image takes {steps} steps with its delimiters, but the language model has "
                 f"{self.max_positions} positions (max_position_embeddings)"
             )
@@ -134,7 +135,7 @@ class EvoTokLlavaConfig(PreTrainedConfig):
 
     def check_length(self, num_steps: int) -> None:
         """Raises:
-        ValueError: the language model has fewer positions than a sample may have steps.
+        UserError: the language model has fewer positions than a sample may have steps.
         """
         _check_steps(self.max_positions, num_steps)
 
@@ -142,7 +143,7 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         """Compare what the model and its processor must agree on.
 
         Raises:
-            ValueError: the processor belongs to another model, or its tokenizer has tokens that this model lacks.
+            UserError: the processor belongs to another model, or its tokenizer has tokens that this model lacks.
         """
         processor.check_tokenizer()
         vision = self.vision_config
@@ -163,17 +164,17 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                     if name == "residual_token_offset"
                     else "load both from one folder"
                 )
-                raise ValueError(
+                raise UserError(
                     f"model and processor differ: {name} is {value} in the model and {getattr(processor, name)} in the "
                     f"processor; {hint}"
                 )
         if processor.image_processor.size != vision.image_size:
-            raise ValueError(
+            raise UserError(
                 f"the model takes images of {vision.image_size} pixels, the processor makes images of "
                 f"{processor.image_processor.size}; load both from one folder"
             )
         if len(processor.tokenizer) > self.text_config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has {len(processor.tokenizer)} tokens, the language model rows for "
                 f"{self.text_config.vocab_size}; call model.resize_token_embeddings({len(processor.tokenizer)})"
             )

@@ -19,6 +19,7 @@ from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokCo
 from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.assembly import assemble
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
@@ -70,11 +71,11 @@ def convert_depth_transformer(weights: Mapping[str, Tensor], num_heads: int | No
         num_heads: attention heads, which no shape tells; heads of 64 dimensions where it is None.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape.
+        UserError: keys that are missing, unknown or of another shape.
     """
     prefix = _prefix(weights, "pos_emb_d")
     if prefix is None:
-        raise ValueError("1 missing: pos_emb_d; the depth transformer's levels cannot be counted without it")
+        raise UserError("1 missing: pos_emb_d; the depth transformer's levels cannot be counted without it")
     shapes = Shapes(weights)
     first_classifier = f"{prefix}classifiers.0.1.weight"
     shapes.require([f"{prefix}in_mlp_1.weight", f"{prefix}in_mlp_2.weight", first_classifier])
@@ -112,11 +113,11 @@ def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
     """Map the weights of a `mm_projector.bin`: two linear layers with a GELU between them.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape.
+        UserError: keys that are missing, unknown or of another shape.
     """
     prefix = _prefix(weights, "mm_projector.0.weight")
     if prefix is None:
-        raise ValueError("1 missing: model.mm_projector.0.weight")
+        raise UserError("1 missing: model.mm_projector.0.weight")
     prefix += "mm_projector."
     out_features, in_features = Shapes(weights).of(f"{prefix}0.weight", 2)
     with torch.device("meta"):
@@ -164,11 +165,11 @@ def convert_adapters(
         output: new folder that `EvoTokLlavaForConditionalGeneration.from_pretrained` loads.
 
     Raises:
-        ValueError: a file that cannot be read or fits neither model, two files for one part, or a non-empty output.
+        UserError: a file that cannot be read or fits neither model, two files for one part, or a non-empty output.
     """
     prepare_output(output)
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
-        raise ValueError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; `evotok convert` makes one")
+        raise UserError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; `evotok convert` makes one")
     tokenizer = open_config(EvoTokConfig, vision_tower)
     tokenizer.require_semantics(repr(str(vision_tower)))
     width = open_config(AutoConfig, language_model).get_text_config().hidden_size
@@ -180,7 +181,7 @@ def convert_adapters(
         weights = read_checkpoint(file)
         try:
             if not looks_like_adapters(weights):
-                raise ValueError(
+                raise UserError(
                     "expected the names of a depth transformer (rqtransformer.bin) or a projector (mm_projector.bin); "
                     "`evotok convert` takes tokenizers"
                 )
@@ -193,9 +194,9 @@ def convert_adapters(
                 projector = convert_projector(weights)
                 part, state = _projector_part(projector, tokenizer, width), projector.state
         except ValueError as error:
-            raise ValueError(f"{str(file)!r}: {error}") from error
+            raise UserError(f"{str(file)!r}: {error}") from error
         if part in parts:
-            raise ValueError(f"{str(parts[part])!r} and {str(file)!r} are both the {part}; give one of them")
+            raise UserError(f"{str(parts[part])!r} and {str(file)!r} are both the {part}; give one of them")
         parts[part], states[part] = file, state
     default = EvoTokLlavaConfig
     model, processor = assemble(
@@ -232,7 +233,7 @@ def _check_head(sizes: DepthTransformerConfig, options: HeadOptions, tokenizer: 
     }
     for name, (found, expected, source) in wanted.items():
         if expected is not None and found != expected:
-            raise ValueError(f"the depth transformer's {name} is {found}, but {source} is {expected}")
+            raise UserError(f"the depth transformer's {name} is {found}, but {source} is {expected}")
 
 
 def _resolved(sizes: DepthTransformerConfig) -> HeadOptions:
@@ -244,11 +245,11 @@ def _resolved(sizes: DepthTransformerConfig) -> HeadOptions:
 def _projector_part(projector: ConvertedProjector, tokenizer: EvoTokConfig, width: int) -> str:
     """Which of our two projectors it is: features are read, latents are written."""
     if projector.out_features != width:
-        raise ValueError(f"the projector ends {projector.out_features} wide, but the language model is {width} wide")
+        raise UserError(f"the projector ends {projector.out_features} wide, but the language model is {width} wide")
     found = {"read_projector": tokenizer.semantic_dim, "write_projector": tokenizer.codebook_dim}
     parts = [part for part, in_features in found.items() if in_features == projector.in_features]
     if len(parts) != 1:
-        raise ValueError(
+        raise UserError(
             f"the projector takes {projector.in_features} numbers a position, expected {tokenizer.semantic_dim} "
             f"(features that are read) or {tokenizer.codebook_dim} (latents that are drawn), and not both alike"
         )

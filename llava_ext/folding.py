@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
 from llava_ext.vocabulary import ResidualVocabulary
 
 
@@ -49,13 +50,13 @@ class FoldedSequence:
         """Of every written step its place in its image; where positions are folded (P,), their places row-major.
 
         Raises:
-            ValueError: an image with more or fewer than `steps_per_image`.
+            UserError: an image with more or fewer than `steps_per_image`.
         """
         before = torch.cat([torch.zeros_like(self.written[:, :1]), self.written[:, :-1]], dim=1)
         first = self.written & (~before | self.starts)
         places = _steps_since(first)[self.written]
         if bool((places >= steps_per_image).any()) or int(first.sum()) * steps_per_image != places.numel():
-            raise ValueError(
+            raise UserError(
                 f"{places.numel()} drawn steps in {int(first.sum())} images are no whole images of {steps_per_image} "
                 "steps each"
             )
@@ -104,7 +105,7 @@ def fold_residual_tokens(
             `attention_mask`.
 
     Raises:
-        ValueError: residual tokens that do not come as whole positions, level by level.
+        UserError: residual tokens that do not come as whole positions, level by level.
     """
     if segment_ids is None:
         segment_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
@@ -120,7 +121,7 @@ def fold_residual_tokens(
     if run.numel() % vocabulary.num_levels or bool(
         (levels.view(-1, vocabulary.num_levels) != torch.arange(vocabulary.num_levels, device=run.device)).any()
     ):
-        raise ValueError(
+        raise UserError(
             f"residual tokens must come position by position, {vocabulary.num_levels} levels each in order; "
             f"got {run.numel()} of them in another order (was an image cut in half?)"
         )
@@ -150,11 +151,11 @@ def merge_features(embeddings: Tensor, where: Tensor, features: Tensor, what: st
     """Put `features` (P, D) into `embeddings` (B, S, D) at the P places where `where` (B, S) is True.
 
     Raises:
-        ValueError: the number of places and of features differ.
+        UserError: the number of places and of features differ.
     """
     places = int(where.sum())
     if places != features.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"{places} {what} placeholders in the sequence but {features.shape[0]} image positions were given; "
             "every <image> needs its image and every image its <image>"
         )

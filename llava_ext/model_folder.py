@@ -13,6 +13,7 @@ from torch import Tensor
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
     load_strictly,
     load_whole,
@@ -44,22 +45,22 @@ def load_model(
         quantization_config: transformers', for a backbone that is quantized while it loads.
 
     Raises:
-        ValueError: not such a folder, or weights that are missing, left over or of another shape.
+        UserError: not such a folder, or weights that are missing, left over or of another shape.
     """
     if (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds an adapter, not a whole model; fold it into the model that it was trained on: "
             f"evotok-llava merge BASE {folder} -o OUT"
         )
     kind = model_type_of(folder)
     if kind != EvoTokLlavaConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; "
             "give the output folder of scripts/pretrain.sh or scripts/finetune.sh"
         )
     for part in ("text_config", "vision_config"):
         if not isinstance(read_config(folder).get(part), dict):  # a default would be a model of billions of weights
-            raise ValueError(f"{Path(folder) / 'config.json'}: expected the settings of a model as {part}; restore it")
+            raise UserError(f"{Path(folder) / 'config.json'}: expected the settings of a model as {part}; restore it")
     model = load_whole(
         EvoTokLlavaForConditionalGeneration,
         folder,
@@ -74,7 +75,7 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
     """The processor of a model folder.
 
     Raises:
-        ValueError: its files are missing or damaged, or it belongs to another model.
+        UserError: its files are missing or damaged, or it belongs to another model.
     """
     processor = open_processor(
         EvoTokLlavaProcessor,
@@ -85,19 +86,19 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
         "or write them with processor.save_pretrained",
     )
     if not isinstance(processor.image_processor, EvoTokImageProcessor):
-        raise ValueError(
+        raise UserError(
             f"{Path(folder) / 'processor_config.json'}: expected an EvoTokImageProcessor, got "
             f"{type(processor.image_processor).__name__}"
         )
     if processor.pad_id is None:
-        raise ValueError(
+        raise UserError(
             f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
             "folder that the model was trained or saved in"
         )
     try:
         config.check_processor(processor)
     except ValueError as error:
-        raise ValueError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
+        raise UserError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
     return processor
 
 
@@ -105,7 +106,7 @@ def read_tower(folder: str | Path) -> EvoTokModel:
     """The tokenizer alone of a model folder, in float32 on the CPU, whatever engine is about to take the rest.
 
     Raises:
-        ValueError: its weights are missing, damaged or do not fit.
+        UserError: its weights are missing, damaged or do not fit.
     """
     config = open_config(EvoTokLlavaConfig, folder).vision_config
     weights = {name.removeprefix(TOWER): read() for name, _, read in named_weights(folder) if name.startswith(TOWER)}
@@ -148,13 +149,13 @@ def default_model_folder() -> Path:
     """Where the newest trained model of this working folder lies; without one, the model that comes with the package.
 
     Raises:
-        ValueError: there is neither.
+        UserError: there is neither.
     """
     found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / "config.json").is_file()]
     if not found and (INCLUDED_MODEL / "config.json").is_file():
         return INCLUDED_MODEL
     if not found:
-        raise ValueError(
+        raise UserError(
             f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, "
             "or name one with --model"
         )
@@ -213,7 +214,7 @@ def open_model(arguments: argparse.Namespace) -> OpenModel:
     """Open what --model and --device name.
 
     Raises:
-        ValueError: no such model, or no such device.
+        UserError: no such model, or no such device.
     """
     folder = Path(arguments.model or default_model_folder())
     device = resolve_device(arguments.device)

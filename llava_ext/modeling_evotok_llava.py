@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, Transformers
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
 from evotok_plugin.common.files import apply_umask_to_weights
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
@@ -118,7 +119,7 @@ class EvoTokLlavaForConditionalGeneration(
         """transformers' `from_pretrained`; the model's settings of drawing are checked.
 
         Raises:
-            ValueError: settings in generation_config.json that no image can be drawn with.
+            UserError: settings in generation_config.json that no image can be drawn with.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -131,7 +132,7 @@ class EvoTokLlavaForConditionalGeneration(
         try:
             DrawingOptions().for_model(model)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise UserError(f"{file}: {error}") from None
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
@@ -165,12 +166,12 @@ class EvoTokLlavaForConditionalGeneration(
         model.config.residual_token_offset`.
 
         Raises:
-            ValueError: the image tokens would lose their rows.
+            UserError: the image tokens would lose their rows.
         """
         config, before = self.config, self.config.text_config.vocab_size
         needed = 1 + max(config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if new_num_tokens is not None and new_num_tokens < needed:
-            raise ValueError(f"the image tokens need {needed} rows, got new_num_tokens={new_num_tokens}")
+            raise UserError(f"the image tokens need {needed} rows, got new_num_tokens={new_num_tokens}")
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = config.text_config.vocab_size
         self.language_model.config.vocab_size = rows
@@ -185,7 +186,7 @@ class EvoTokLlavaForConditionalGeneration(
         """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L).
 
         Raises:
-            ValueError: images of another size than the configuration's. The tokenizer could encode them, but an image
+            UserError: images of another size than the configuration's. The tokenizer could encode them, but an image
                 stands in the sequence as a fixed number of tokens.
         """
         self._check_size(pixel_values, image_codes)
@@ -201,12 +202,12 @@ class EvoTokLlavaForConditionalGeneration(
         if image_codes is None:
             size = vision.image_size
             if pixel_values.shape[-2:] != (size, size):
-                raise ValueError(
+                raise UserError(
                     f"expected images of {size} x {size} pixels, {vision.num_positions} tokens each, got pixel_values "
                     f"{tuple(pixel_values.shape)}; the model's processor prepares images for it"
                 )
         elif image_codes.shape[1] != vision.num_positions:
-            raise ValueError(
+            raise UserError(
                 f"expected image_codes (I, {vision.num_positions}, L), got {tuple(image_codes.shape)}; "
                 f"encode images at {vision.image_size} x {vision.image_size} pixels"
             )
@@ -278,21 +279,21 @@ class EvoTokLlavaForConditionalGeneration(
             kwargs: further keywords of the backbone (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            ValueError: placeholders and images do not match, an image's residual tokens are not whole, or a keyword
+            UserError: placeholders and images do not match, an image's residual tokens are not whole, or a keyword
                 that the backbone does not know.
         """
         extra = self._backbone_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_codes is not None:
-            raise ValueError("give images either as pixel_values or as image_codes, and not both")
+            raise UserError("give images either as pixel_values or as image_codes, and not both")
         if inputs_embeds is not None and (pixel_values is not None or image_codes is not None):
-            raise ValueError("images need input_ids, whose placeholders say where they stand; got inputs_embeds")
+            raise UserError("images need input_ids, whose placeholders say where they stand; got inputs_embeds")
         if labels is not None and input_ids is None:
-            raise ValueError("labels need input_ids: what is learned at a step depends on its token")
+            raise UserError("labels need input_ids: what is learned at a step depends on its token")
         others = (attention_mask, position_ids, past_key_values, inputs_embeds)
         if segment_ids is not None and any(value is not None for value in others):
-            raise ValueError(
+            raise UserError(
                 "segment_ids say what belongs together; give them with input_ids, and without attention_mask, "
                 "position_ids or past_key_values"
             )
@@ -308,7 +309,7 @@ class EvoTokLlavaForConditionalGeneration(
             elif flat_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
             elif attention_mask is not None and folded.input_ids.shape != input_ids.shape:
-                raise ValueError("residual tokens are folded into fewer steps; give an attention_mask (B, T) with them")
+                raise UserError("residual tokens are folded into fewer steps; give an attention_mask (B, T) with them")
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
         self._check_positions(inputs_embeds.shape[1], past_key_values, **steps)
         outputs = self.language_model(
@@ -338,7 +339,7 @@ class EvoTokLlavaForConditionalGeneration(
         self, num_steps: int, past, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_
     ) -> None:
         """Raises:
-        ValueError: a step lies beyond the positions of the language model.
+        UserError: a step lies beyond the positions of the language model.
         """
         limit = self.config.max_positions
         taken = 0 if past is None else past.get_seq_length()
@@ -351,7 +352,7 @@ class EvoTokLlavaForConditionalGeneration(
         elif isinstance(attention_mask, Tensor) and attention_mask.shape == (attention_mask.shape[0], total):
             total = int(attention_mask.nonzero()[:, 1].max()) + 1  # padding on the right takes no positions
         if total > limit:
-            raise ValueError(
+            raise UserError(
                 f"the sequence takes {total} steps, but the language model has {limit} positions "
                 "(max_position_embeddings); shorten the text or leave images out"
             )
@@ -360,7 +361,7 @@ class EvoTokLlavaForConditionalGeneration(
         """The keywords that are not None, all of which the backbone must know.
 
         Raises:
-            ValueError: it does not know one.
+            UserError: it does not know one.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
         parameters = set(inspect.signature(type(self.language_model).forward).parameters) - {"self", "kwargs"}
@@ -369,7 +370,7 @@ class EvoTokLlavaForConditionalGeneration(
             if name not in known:
                 near = get_close_matches(name, [*known, *inspect.signature(self.forward).parameters], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"forward got an unknown keyword {name!r}{hint}")
+                raise UserError(f"forward got an unknown keyword {name!r}{hint}")
         return given
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:

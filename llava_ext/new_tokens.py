@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses.cross_entropy import ReplacedRows
 
 MODULE = "new_token_rows"  # name of the module in a model while it trains
@@ -94,12 +95,12 @@ def add_new_token_rows(model: nn.Module) -> None:
     """Let the image tokens' rows of a model train apart from its tables, starting where they are.
 
     Raises:
-        ValueError: the backbone's embedding layer is not a table, so that a row of it cannot be replaced.
+        UserError: the backbone's embedding layer is not a table, so that a row of it cannot be replaced.
     """
     embeddings, config = model.get_input_embeddings(), model.config
     scale = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", None))
     if not isinstance(embeddings, nn.Embedding) or (type(embeddings) is not nn.Embedding and scale is None):
-        raise ValueError(
+        raise UserError(
             f"the {config.text_config.model_type} backbone embeds tokens through {type(embeddings).__name__}; expected "
             "a table, of which the rows of the image tokens can be trained alone; pass --tune_language_model true"
         )
@@ -155,13 +156,11 @@ def load_rows(model: nn.Module, folder: Path) -> None:
     """Read what `save_rows` wrote into a model made in the same way.
 
     Raises:
-        ValueError: the file cannot be read or does not fit.
+        UserError: the file cannot be read or does not fit.
     """
     if model.new_token_rows is None:
         return
     try:
         model.new_token_rows.load_state_dict(load_file(folder / ROWS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder / ROWS_FILE} cannot be read: {error}; pass --overwrite true to start anew"
-        ) from error
+        raise UserError(f"{folder / ROWS_FILE} cannot be read: {error}; pass --overwrite true to start anew") from error

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from evotok_plugin.errors import UserError
 from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
 from llava_ext.prompts.batching import BatchOptions
 from llava_ext.prompts.call_arguments import assign_images, check_count, flat_images, text_and_images
@@ -53,7 +54,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         **kwargs,
     ) -> None:
         """Raises:
-        ValueError: the tokenizer lacks the image tokens, or has tokens in the residual range.
+        UserError: the tokenizer lacks the image tokens, or has tokens in the residual range.
         """
         self.num_positions = num_positions
         self.residual_token_offset = residual_token_offset
@@ -68,7 +69,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer lacks {', '.join(missing)}; build the processor with EvoTokLlavaProcessor.from_parts"
             )
         self.image_token_id, self.image_start_id, self.image_end_id = (vocabulary[token] for token in IMAGE_TOKENS)
@@ -98,7 +99,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
 
     def check_tokenizer(self) -> None:
         """Raises:
-        ValueError: the tokenizer has tokens in the residual range, or the image tokens have other ids than before.
+        UserError: the tokenizer has tokens in the residual range, or the image tokens have other ids than before.
         """
         state = (id(self.tokenizer), len(self.tokenizer), self.vocabulary)
         if state == self._checked:
@@ -107,7 +108,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         inside = [(number, token) for token, number in self.tokenizer.get_vocab().items() if first <= number < end]
         if inside:
             number, token = min(inside)
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has {len(inside)} tokens in the range {first}..{end - 1} of the image codes, the first "
                 f"is {token!r} with id {number}; after adding tokens call "
                 "model.resize_token_embeddings(len(processor.tokenizer)) and set processor.residual_token_offset = "
@@ -115,7 +116,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             )
         ids = tuple(self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
         if ids != (self.image_token_id, self.image_start_id, self.image_end_id):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer gives the image tokens the ids {ids}, the processor was built with "
                 f"{(self.image_token_id, self.image_start_id, self.image_end_id)}; build a new processor"
             )
@@ -159,7 +160,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         """Save as transformers does.
 
         Raises:
-            ValueError: tokens were added without room for them, so that the folder could not be loaded.
+            UserError: tokens were added without room for them, so that the folder could not be loaded.
         """
         self.check_tokenizer()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -183,7 +184,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
                 read.
 
         Raises:
-            ValueError: the number of `<image>` and of images differ, or codes have another number of positions.
+            UserError: the number of `<image>` and of images differ, or codes have another number of positions.
         """
         layout = self.lay_out(messages, add_generation_prompt, [codes is not None for codes in drawn_codes])
         return self.put_images(layout, drawn_codes)
@@ -197,7 +198,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             drawn: of every image whether it is drawn; by default those in assistant turns are.
 
         Raises:
-            ValueError: a chat template that cannot render them, or another number of images than `drawn` tells of.
+            UserError: a chat template that cannot render them, or another number of images than `drawn` tells of.
         """
         prompt = self._render(read_messages(messages)[0], self.template, add_generation_prompt)
         tokens, learned, is_image = self._encode(prompt, self.template)
@@ -250,7 +251,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             inside = [self.image_token_id] * self.num_positions
         else:
             if codes.shape[0] != self.num_positions:
-                raise ValueError(f"expected codes of {self.num_positions} positions, got {codes.shape[0]}")
+                raise UserError(f"expected codes of {self.num_positions} positions, got {codes.shape[0]}")
             inside = self.vocabulary.to_ids(codes[:, : self.num_levels].long()).flatten().tolist()
         return [self.image_start_id, *inside, self.image_end_id]
 
@@ -298,20 +299,18 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             images: the ids are then the same.
 
         Raises:
-            ValueError: an unknown keyword or content type, or an image without a picture.
+            UserError: an unknown keyword or content type, or an image without a picture.
         """
         if add_generation_prompt and continue_final_message:
-            raise ValueError(
+            raise UserError(
                 "add_generation_prompt begins an answer and continue_final_message goes on; give one of them"
             )
         if continue_final_message not in (True, False, "content"):
-            raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
+            raise UserError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
         if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+            raise UserError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
         if sanitize_control_tokens is False:
-            raise ValueError(
-                "sanitize_control_tokens=False is not supported: the text of contents is always plain text"
-            )
+            raise UserError("sanitize_control_tokens=False is not supported: the text of contents is always plain text")
         batched = (
             bool(conversation)
             and isinstance(conversation, (list, tuple))
@@ -319,7 +318,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         )
         template, keywords = self._split_keywords(chat_template, kwargs)
         if keywords and not tokenize:
-            raise ValueError(f"{', '.join(keywords)} have no effect without tokenize=True")
+            raise UserError(f"{', '.join(keywords)} have no effect without tokenize=True")
         pictures, prompts = [], []
         for messages in conversation if batched else [conversation]:
             read, found = read_messages(messages)
@@ -359,18 +358,18 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             kwargs: those of `BatchOptions`, also in `text_kwargs`.
 
         Raises:
-            ValueError: an unknown keyword, or another number of images than of `<image>`, in all or in a row.
+            UserError: an unknown keyword, or another number of images than of `<image>`, in all or in a row.
         """
         text, images = text_and_images(inputs, text, images)
         given = {name: value for name, value in kwargs.items() if name not in _NO_INPUTS or value is not None}
         options = BatchOptions.of(given)
         if text is None:
             if images is None:
-                raise ValueError("expected text, images or both, got neither")
+                raise UserError("expected text, images or both, got neither")
             return BatchFeature({"pixel_values": self._pixels(flat_images(images), options)})
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
-            raise ValueError("expected text as a string or a list of strings; messages go to apply_chat_template")
+            raise UserError("expected text as a string or a list of strings; messages go to apply_chat_template")
         return self._model_inputs([self._prompt_of(one) for one in texts], self.template, images, options)
 
     def _prompt_of(self, text: str) -> RenderedPrompt:
@@ -421,13 +420,13 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         `<image>` in them as well.
 
         Raises:
-            ValueError: a prompt that is not a string.
+            UserError: a prompt that is not a string.
         """
         prompts = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
         rows = []
         for prompt in prompts:
             if not (prompt is None or isinstance(prompt, str)):
-                raise ValueError(f"expected a prompt as a string, got {type(prompt).__name__}: {str(prompt)[:80]}")
+                raise UserError(f"expected a prompt as a string, got {type(prompt).__name__}: {str(prompt)[:80]}")
             message = Message("user", prompt or "")
             tokens, _, _ = self._encode(self._render([message], self.template, True), self.template)
             rows.append({"input_ids": torch.tensor([*tokens, self.image_start_id])})

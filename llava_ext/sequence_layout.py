@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 
 @dataclass
 class EncodedConversation:
@@ -17,7 +19,7 @@ class EncodedConversation:
     labels: Tensor
 
 
-class TooLong(ValueError):
+class TooLong(UserError):
     """A conversation that cannot be cut to the length that is wanted."""
 
 

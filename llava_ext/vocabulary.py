@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 _TEXT_FORM = re.compile(r"<\|evo:(\d+):(\d+)\|>")
 
 
@@ -23,7 +25,7 @@ class ResidualVocabulary:
     def __post_init__(self) -> None:
         for name in ("offset", "num_levels", "codebook_size"):
             if getattr(self, name) < (0 if name == "offset" else 1):
-                raise ValueError(f"residual vocabulary: {name} must be positive, got {getattr(self, name)}")
+                raise UserError(f"residual vocabulary: {name} must be positive, got {getattr(self, name)}")
 
     @property
     def size(self) -> int:
@@ -34,13 +36,13 @@ class ResidualVocabulary:
         """Codes (..., l), level l on the last axis, to token ids of the same shape.
 
         Raises:
-            ValueError: more levels than the vocabulary has, or a code outside the codebook.
+            UserError: more levels than the vocabulary has, or a code outside the codebook.
         """
         levels = codes.shape[-1]
         if levels > self.num_levels:
-            raise ValueError(f"codes have {levels} levels but the vocabulary has residual tokens for {self.num_levels}")
+            raise UserError(f"codes have {levels} levels but the vocabulary has residual tokens for {self.num_levels}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
-            raise ValueError(
+            raise UserError(
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
             )
         return codes + self.offset + torch.arange(levels, device=codes.device) * self.codebook_size
@@ -60,7 +62,7 @@ class ResidualVocabulary:
     def to_text(self, token_id: int) -> str:
         """The text form of one residual id, `<|evo:LEVEL:CODE|>`."""
         if not self.offset <= token_id < self.offset + self.size:
-            raise ValueError(
+            raise UserError(
                 f"{token_id} is not a residual token id; those are {self.offset}..{self.offset + self.size - 1}"
             )
         level, code = divmod(token_id - self.offset, self.codebook_size)
@@ -70,13 +72,13 @@ class ResidualVocabulary:
         """The ids of all residual tokens written in `text`, in order.
 
         Raises:
-            ValueError: a level or code that does not exist.
+            UserError: a level or code that does not exist.
         """
         ids = []
         for match in _TEXT_FORM.finditer(text):
             level, code = int(match[1]), int(match[2])
             if level >= self.num_levels or code >= self.codebook_size:
-                raise ValueError(
+                raise UserError(
                     f"{match[0]}: expected a level below {self.num_levels} and a code below {self.codebook_size}"
                 )
             ids.append(self.offset + level * self.codebook_size + code)

@@ -5,4 +5,4 @@
 # Without arguments: the scene tasks on the newest model. NPROC=8: eight processes. EVOTOK_DATA_ROOT: local data sets.
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"
-exec python "$repository/scripts/evaluate.py" "$@"
+exec python -m eval_tasks.cli run "$@"

@@ -129,7 +129,7 @@ def draw_skills() -> None:
 
 def evaluate(fast: bool) -> None:
     """Both tasks through lmms-eval; its exit code does not tell failure, so its results are read at once."""
-    from eval_tasks.results import read_results
+    from eval_tasks.reporting.results import read_results
 
     started = time.time()
     limit = ["--limit", str(EVAL_LIMIT_FAST)] if fast else []
@@ -144,7 +144,7 @@ def evaluate(fast: bool) -> None:
 
 def collect(seconds: dict[str, float]) -> dict:
     """All results as one dictionary, also written to results.json."""
-    from eval_tasks.results import read_results
+    from eval_tasks.reporting.results import read_results
 
     scores = read_results(WORKSPACE / "lmms_eval")
     reconstruction = json.loads((WORKSPACE / "reconstruction.json").read_text())

@@ -4,11 +4,12 @@ import argparse
 import re
 from pathlib import Path
 
-from eval_tasks.benchmarks import BENCHMARKS
-from eval_tasks.judging.benchmark import as_table, judge_run
-from eval_tasks.judging.kept import KeptRun, answers_of, keep, kept_folders, new_folder, open_kept, samples_file
+from eval_tasks.judging.drawn_run import KeptRun, answers_of, keep, kept_folders, new_folder, open_kept, samples_file
+from eval_tasks.judging.judge_run import as_table, judge_run
 from eval_tasks.judging.options import JudgeOptions
+from eval_tasks.tasks.benchmarks import BENCHMARKS
 from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.errors import UserError
 
 SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 
@@ -50,25 +51,25 @@ def find_run(folder: Path, task: str | None) -> KeptRun:
     """The newest images below a folder: kept ones, else those of lmms-eval's samples, which are kept now.
 
     Raises:
-        ValueError: there are none, or of several tasks.
+        UserError: there are none, or of several tasks.
     """
     if samples := SAMPLES_NAME.search(folder.name):
         return _keep_samples(folder, samples["task"])
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise UserError(f"{folder} is no folder")
     wanted = [task] if task else list(BENCHMARKS)
     kept = {name: path for name in wanted if (path := next(reversed(kept_folders(folder, name)), None))}
     samples = {name: path for name in wanted if name not in kept and (path := samples_file(folder, name))}
     found = sorted([*kept, *samples])
     if not found:
-        raise ValueError(f"{folder} holds neither kept images nor lmms-eval samples of {' or '.join(wanted)}")
+        raise UserError(f"{folder} holds neither kept images nor lmms-eval samples of {' or '.join(wanted)}")
     if len(found) > 1:
-        raise ValueError(f"{folder} holds images of {', '.join(found)}: choose one with --task")
+        raise UserError(f"{folder} holds images of {', '.join(found)}: choose one with --task")
     (name,) = found
     return open_kept(kept[name]) if name in kept else _keep_samples(samples[name], name)
 
 
 def _keep_samples(samples: Path, task: str) -> KeptRun:
     if task not in BENCHMARKS:
-        raise ValueError(f"{samples} is of the task {task!r}; known are {', '.join(BENCHMARKS)}")
+        raise UserError(f"{samples} is of the task {task!r}; known are {', '.join(BENCHMARKS)}")
     return keep(new_folder(samples.parent / "drawn", task), task, answers_of(samples))

@@ -37,7 +37,7 @@ def show(runs: Sequence[Run], output: Path | None = None, compare: Sequence[str]
     """What the command does, for runs that are read.
 
     Raises:
-        ValueError: an unknown published model, or matplotlib is not installed.
+        UserError: an unknown published model, or matplotlib is not installed.
     """
     card = make_card(runs, benchmarks(), published(compare))
     print(card.as_markdown())
@@ -56,7 +56,7 @@ def write_card(card: ReportCard, folder: Path) -> None:
     """Write `report.md`, `report.json` and `report.png`; the table is there even where no plot can be drawn.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(card.as_markdown())

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from evotok_plugin.data.images import open_picture
+from evotok_plugin.errors import UserError
 
 _EXPECTED = 'expected {"text": "", "images": ["/path/to/image.png", ...]} as JSON'
 
@@ -14,14 +15,14 @@ def image_paths(answer: str) -> list[Path]:
     """The image paths of a model's answer, existing or not.
 
     Raises:
-        ValueError: not the JSON that drawing tasks expect, or no image in it.
+        UserError: not the JSON that drawing tasks expect, or no image in it.
     """
     try:
         images = json.loads(answer)["images"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{_EXPECTED}, got {answer[:200]!r}; does this model draw?") from error
+        raise UserError(f"{_EXPECTED}, got {answer[:200]!r}; does this model draw?") from error
     if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
-        raise ValueError(f"{_EXPECTED}, got {answer[:200]!r}")
+        raise UserError(f"{_EXPECTED}, got {answer[:200]!r}")
     return [Path(path) for path in images]
 
 
@@ -29,7 +30,7 @@ def parse_images(answer: str) -> list[Path]:
     """The image paths of a model's answer.
 
     Raises:
-        ValueError: not the JSON that drawing tasks expect, or no image in it.
+        UserError: not the JSON that drawing tasks expect, or no image in it.
         FileNotFoundError: an image is missing; it is never counted as a failed drawing.
     """
     paths = image_paths(answer)
@@ -46,9 +47,9 @@ def open_image(path: Path) -> Image.Image:
     """Read a drawn image as every reader of images does: RGB, whole, upright.
 
     Raises:
-        ValueError: the file is missing, not an image, or truncated.
+        UserError: the file is missing, not an image, or truncated.
     """
     try:
         return open_picture(path)
     except ValueError as error:
-        raise ValueError(f"drawn image {path} cannot be read; draw it again: {error}") from error
+        raise UserError(f"drawn image {path} cannot be read; draw it again: {error}") from error

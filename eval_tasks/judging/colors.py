@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval_tasks.geneval_prompts import COLORS
 from eval_tasks.judging.rules import Instance
+from eval_tasks.judging.vocabulary import COLORS
 from eval_tasks.judging.weights import require_weights
 from evotok_plugin.common.weight_files import damage_of
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import check_values, reading
 
 _GROUND = "#999"
@@ -46,16 +47,16 @@ class ColorClassifier:
         """Load a folder in open_clip's format (open_clip_config.json beside safetensors).
 
         Raises:
-            ValueError: no such folder, or damaged files.
+            UserError: no such folder, or damaged files.
         """
         require_weights(folder, "the colour classifier's weights", "open_clip_config.json")
         try:
             import open_clip
         except ImportError as error:
-            raise ValueError("colours are judged with open_clip; pip install open_clip_torch") from error
+            raise UserError("colours are judged with open_clip; pip install open_clip_torch") from error
         for file in (folder / "open_clip_config.json", *sorted(folder.glob("*.safetensors"))):
             if cause := damage_of(file):
-                raise ValueError(f"{file} {cause}")
+                raise UserError(f"{file} {cause}")
         name = f"local-dir:{folder.resolve()}"
         with reading(f"the color classifier in {str(folder)!r}", "download the folder again"):
             model, transform = open_clip.create_model_from_pretrained(name, precision="fp32")

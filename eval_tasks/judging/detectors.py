@@ -13,9 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval_tasks.geneval_prompts import CLASSES
 from eval_tasks.judging.rules import GENEVAL_RULES, Box, Instance, Rules
+from eval_tasks.judging.vocabulary import CLASSES
 from eval_tasks.judging.weights import require_weights
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
 
 _WHAT = "the detector's weights"
@@ -63,7 +64,7 @@ class Mask2FormerDetector:
         """Load a folder of transformers' Mask2Former.
 
         Raises:
-            ValueError: no such folder, another kind of model, damaged files, weights that are missing or do not fit, or
+            UserError: no such folder, another kind of model, damaged files, weights that are missing or do not fit, or
                 other classes than COCO's 80.
         """
         require_weights(folder, _WHAT)
@@ -71,7 +72,7 @@ class Mask2FormerDetector:
 
         kind = model_type_of(folder)
         if kind != "mask2former":
-            raise ValueError(f"{_WHAT}: {folder} holds a model of type {kind!r}, expected 'mask2former'")
+            raise UserError(f"{_WHAT}: {folder} holds a model of type {kind!r}, expected 'mask2former'")
         model = load_whole(
             Mask2FormerForUniversalSegmentation,
             folder,
@@ -144,7 +145,7 @@ def _box(mask: np.ndarray) -> Box:
 def _check_labels(labels: dict[int, str]) -> None:
     """Labels must be COCO's 80 in COCO's order: classes are told apart by their number."""
     if len(labels) != len(CLASSES):
-        raise ValueError(
+        raise UserError(
             f"the detector knows {len(labels)} classes, expected COCO's {len(CLASSES)} things; take an instance "
             "segmentation checkpoint, not a panoptic or a semantic one"
         )
@@ -152,4 +153,4 @@ def _check_labels(labels: dict[int, str]) -> None:
         plain = str(name).lower().replace("_", " ")
         known = {plain, _COCO_NAMES.get(plain), _SPELLINGS.get(plain)}
         if CLASSES[number] not in known and not plain.startswith("label "):
-            raise ValueError(f"the detector's class {number} is {name!r}, expected COCO's {CLASSES[number]!r}")
+            raise UserError(f"the detector's class {number} is {name!r}, expected COCO's {CLASSES[number]!r}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.errors import UserError
 
 _PREFIX = "EVOTOK_JUDGE_"
 
@@ -36,7 +37,7 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"the judges' batch size must be at least 1, got {self.batch_size}")
+            raise UserError(f"the judges' batch size must be at least 1, got {self.batch_size}")
         resolve_device(self.device)
 
     @property
@@ -48,20 +49,18 @@ class JudgeOptions:
         """Options from variables named `EVOTOK_JUDGE_<NAME>`.
 
         Raises:
-            ValueError: a variable of that form that means nothing, or a batch size that is no number.
+            UserError: a variable of that form that means nothing, or a batch size that is no number.
         """
         known = {f"{_PREFIX}{item.name.upper()}": item.name for item in fields(cls)}
         given = {name: value for name, value in environment.items() if name.startswith(_PREFIX)}
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise ValueError(
-                    f"{name} is no option of the judges; did you mean {near[0]}? Known: {', '.join(known)}"
-                )
+                raise UserError(f"{name} is no option of the judges; did you mean {near[0]}? Known: {', '.join(known)}")
         values = {known[name]: value for name, value in given.items()}
         if "batch_size" in values:
             if not values["batch_size"].isdigit():
-                raise ValueError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}")
+                raise UserError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}")
             values["batch_size"] = int(values["batch_size"])
         return cls(**values)
 

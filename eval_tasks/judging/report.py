@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval_tasks.judging.answers import open_image
-from eval_tasks.judging.kept import KeptRun
+from eval_tasks.judging.drawn_run import KeptRun
 from eval_tasks.judging.scores import OVERALL, Judgement, Score
 
 _THUMBNAIL = 112  # pixels

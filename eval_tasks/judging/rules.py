@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evotok_plugin.errors import UserError
+
 Box = tuple[float, float, float, float]
 
 
@@ -130,14 +132,14 @@ def evaluate(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL
     `colors_wanted` must know their colour.
 
     Raises:
-        ValueError: a position refers to a clause that does not come before it.
+        UserError: a position refers to a clause that does not come before it.
     """
     by_class = confident(instances, record["tag"], rules)
     groups: list[Sequence[Instance] | None] = []
     faults = []
     for clause in record["include"]:
         if "position" in clause and not 0 <= clause["position"][1] < len(groups):
-            raise ValueError(
+            raise UserError(
                 f"record {record.get('prompt', record)!r}: position {clause['position']} refers to clause "
                 f"{clause['position'][1]}, but only {len(groups)} clauses come before it"
             )
@@ -165,8 +167,8 @@ def overall_score(scored: Sequence[tuple[str, float]]) -> float:
     """GenEval's overall score: the mean of the task scores, not of the images.
 
     Raises:
-        ValueError: nothing was scored.
+        UserError: nothing was scored.
     """
     if not scored:
-        raise ValueError("no image was judged, so there is no overall score; was the run limited to 0 documents?")
+        raise UserError("no image was judged, so there is no overall score; was the run limited to 0 documents?")
     return float(np.mean(list(task_scores(scored).values())))

@@ -3,11 +3,14 @@
 I judgements, P prompts, R resamples.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from evotok_plugin.errors import UserError
 
 OVERALL = "overall"
 _RESAMPLES, _SEED = 2000, 0
@@ -71,11 +74,11 @@ def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "image
             the mean of the images' scores.
 
     Raises:
-        ValueError: there are no judgements.
+        UserError: there are no judgements.
     """
     judgements = list(judgements)
     if not judgements:
-        raise ValueError("no image was judged, so there is no score; was the run limited to 0 documents?")
+        raise UserError("no image was judged, so there is no score; was the run limited to 0 documents?")
     prompts = list(dict.fromkeys(item.index for item in judgements))
     row = {index: number for number, index in enumerate(prompts)}
     skills = list(dict.fromkeys(skill for item in judgements for skill in item.marks))
@@ -104,3 +107,17 @@ def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "image
         )
         for name, column in sorted(columns.items(), key=lambda pair: pair[0] != OVERALL)
     }
+
+
+class Clock:
+    """Adds up the seconds spent in its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Clock":
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started

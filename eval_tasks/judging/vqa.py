@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from eval_tasks.judging.weights import require_weights
+from eval_tasks.judging.options import JudgeOptions, variable
+from eval_tasks.judging.weights import fetch, require_weights
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, open_config, open_processor
 
 _WHAT = "the VQA judge's weights"
@@ -40,7 +42,7 @@ class YesNoJudge:
         """Load a folder of a transformers model that answers questions about images.
 
         Raises:
-            ValueError: no such folder, another kind of model, damaged files, or weights that are missing or do not fit.
+            UserError: no such folder, another kind of model, damaged files, or weights that are missing or do not fit.
         """
         require_weights(folder, _WHAT)
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
@@ -50,14 +52,12 @@ class YesNoJudge:
         config = open_config(AutoConfig, folder)
         answering = (config.architectures or [""])[0].endswith("ForQuestionAnswering")
         if not answering and config.model_type not in GENERATIVE:
-            raise ValueError(
-                f"{_WHAT}: {folder} holds a {config.model_type!r}, which answers no questions about images"
-            )
+            raise UserError(f"{_WHAT}: {folder} holds a {config.model_type!r}, which answers no questions about images")
         kind = AutoModelForVisualQuestionAnswering if answering else AutoModelForImageTextToText
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         model = load_whole(kind, folder, use_safetensors=True, dtype=dtype, local_files_only=True)
         if not hasattr(model, "generate"):
-            raise ValueError(f"{_WHAT}: {folder} holds a {config.architectures[0]}, which does not write its answers")
+            raise UserError(f"{_WHAT}: {folder} holds a {config.architectures[0]}, which does not write its answers")
         processor = open_processor(
             Processor,
             folder,
@@ -75,7 +75,7 @@ class YesNoJudge:
         unknown = self._tokenizer.unk_token_id
         single = sorted({ids[0] for ids in spelled if len(ids) == 1 and ids[0] != unknown})
         if not single:
-            raise ValueError(
+            raise UserError(
                 f"{_WHAT}: its tokenizer has no single token for {answer!r}, so its probability is not told"
             )
         return single
@@ -115,3 +115,23 @@ class YesNoJudge:
             return_tensors="pt",
             add_special_tokens=not (begin and texts[0].startswith(begin)),
         )
+
+
+def find_judges(options: JudgeOptions) -> dict[str, str]:
+    """The judge's name, when it is there.
+
+    Raises:
+        UserError: it is not, and where it comes from.
+    """
+    _folder(options)
+    return {"vqa": options.vqa}
+
+
+def open_vqa(options: JudgeOptions) -> YesNoJudge:
+    """The VQA model on the options' device."""
+    return YesNoJudge.open(_folder(options), options.torch_device)
+
+
+def _folder(options: JudgeOptions) -> Path:
+    what = "the VQA judge's weights"
+    return require_weights(fetch(options.vqa, what, variable("vqa")), what)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from evotok_plugin.errors import UserError
+
 TRANSFORMERS_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -19,7 +21,7 @@ def fetch(
         dataset: the repository is a data set's.
 
     Raises:
-        ValueError: there is no such path, and the hub does not give it.
+        UserError: there is no such path, and the hub does not give it.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -27,7 +29,7 @@ def fetch(
     local = f"hf download {source}{' --repo-type dataset' if dataset else ''} --local-dir DIR"
     advice = f"get it where there is a network with `{local}`, then set {option}=DIR"
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        raise ValueError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
+        raise UserError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -37,7 +39,7 @@ def fetch(
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{what}: {source} is no path here and the hub does not give it ({reason}); {advice}"
         ) from error
     return Path(folder)
@@ -47,10 +49,10 @@ def require_weights(folder: Path, what: str, config: str = "config.json") -> Pat
     """The folder, if it holds a model's configuration and safetensors.
 
     Raises:
-        ValueError: one of them is missing.
+        UserError: one of them is missing.
     """
     if not folder.is_dir() or not (folder / config).is_file():
-        raise ValueError(f"{what}: {folder} must be a folder with {config}")
+        raise UserError(f"{what}: {folder} must be a folder with {config}")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{what}: {folder} has no *.safetensors; pickled weights are not read, convert them first")
+        raise UserError(f"{what}: {folder} has no *.safetensors; pickled weights are not read, convert them first")
     return folder

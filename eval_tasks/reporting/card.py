@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from eval_tasks.reporting.published import Benchmark, PublishedModel
 from eval_tasks.reporting.runs import Run, TaskResult
+from evotok_plugin.errors import UserError
 
 MARK = "*"
 
@@ -104,14 +105,14 @@ def make_card(runs: Sequence[Run], rows: Sequence[Benchmark], models: Sequence[P
         rows: benchmarks in order; tasks of the runs that have none are shown last, all their metrics.
 
     Raises:
-        ValueError: no run has a figure to show.
+        UserError: no run has a figure to show.
     """
     runs = _with_own_names(runs)
     known = [*rows, *_unknown_tasks(runs, rows)]
     shown = [row for benchmark in known if (row := _row(benchmark, runs, models)) is not None]
     if not any(row.ours for row in shown):
         tasks = ", ".join(task for run in runs for task in run.tasks)
-        raise ValueError(
+        raise UserError(
             f"no figures for {tasks}: nothing was scored, or the task only writes a submission file; "
             "evaluate a task with a figure, or score the submission"
         )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from eval_tasks.reporting.card import Cell, ReportCard, Row
+from evotok_plugin.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,12 +19,12 @@ def plot_card(card: ReportCard) -> "Figure":
     """A figure; bars that are not comparable are hatched, dashed lines say what no skill scores.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from error
     rows = [row for row in card.rows if row.ours]
     columns = min(_COLUMNS, len(rows))
     lines = -(-len(rows) // columns)

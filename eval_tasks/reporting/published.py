@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from evotok_plugin.errors import UserError
+
 _FILE = Path(__file__).with_name("published.yaml")
 _ABOUT_FIGURES = ("source", "setting", "differs")
 
@@ -64,13 +66,13 @@ def published(names: Sequence[str] | None = None) -> list[PublishedModel]:
     """Published models, all or those that are named.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     models = {row["name"]: _model(row) for row in yaml.safe_load(_FILE.read_text())["models"]}
     for name in names or ():
         if name not in models:
             near = get_close_matches(name, models, n=1, cutoff=0.0)
-            raise ValueError(f"no published figures of {name!r}; did you mean {near[0]}? Known: {', '.join(models)}")
+            raise UserError(f"no published figures of {name!r}; did you mean {near[0]}? Known: {', '.join(models)}")
     return list(models.values()) if names is None else [models[name] for name in names]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_tasks.results import figures_of
+from eval_tasks.reporting.results import figures_of
+from evotok_plugin.errors import UserError
 
 # `20260731_120000_results.json` today; results.json or 0731_1200_NAME_results.json in older versions.
 _RESULTS_NAMES = re.compile(r"(\d{8}_\d{6}_|\d{4}_\d{4}_(.+_)?)?results\.json")
@@ -52,11 +53,11 @@ def read_run(path: str | Path, name: str | None = None, not_before: float = 0.0)
         not_before: seconds since the epoch; older files belong to an earlier run.
 
     Raises:
-        ValueError: nothing there, no file that can be read, or results of several models.
+        UserError: nothing there, no file that can be read, or results of several models.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; expected the output folder of lmms-eval or scripts/evaluate.sh")
+        raise UserError(f"{path} does not exist; expected the output folder of lmms-eval or scripts/evaluate.sh")
     files = [path] if path.is_file() else _results_files(path, not_before)
     return make_run(name or (path.stem if path.is_file() else path.resolve().name), files)
 
@@ -65,7 +66,7 @@ def make_run(name: str, files: Sequence[Path]) -> Run:
     """The tasks of results files, later ones over earlier ones; files that cannot be read are named by the run.
 
     Raises:
-        ValueError: no file that can be read, or results of several models.
+        UserError: no file that can be read, or results of several models.
     """
     tasks: dict[str, TaskResult] = {}
     unreadable: dict[Path, str] = {}
@@ -75,11 +76,11 @@ def make_run(name: str, files: Sequence[Path]) -> Run:
         except ValueError as error:
             unreadable[file] = str(error)
     if not tasks:
-        raise ValueError(next(iter(unreadable.values()), f"{name} has no results of any task"))
+        raise UserError(next(iter(unreadable.values()), f"{name} has no results of any task"))
     by_model = {result.model: result for result in tasks.values()}
     if len(by_model) > 1:
         places = "; ".join(f"{model} in {result.file.parent}" for model, result in by_model.items())
-        raise ValueError(f"{name} would have results of several models ({places}); give their folders one by one")
+        raise UserError(f"{name} would have results of several models ({places}); give their folders one by one")
     return Run(name, next(iter(by_model)), tasks, tuple(unreadable.values()))
 
 
@@ -90,7 +91,7 @@ def _results_files(folder: Path, not_before: float) -> list[Path]:
     recent = [file for file in found if file.stat().st_mtime >= not_before]
     if not recent:
         older = f" ({len(found)} of earlier runs are there)" if found else ""
-        raise ValueError(
+        raise UserError(
             f"no lmms-eval results in {folder}{older}: nothing was evaluated, or the run failed. lmms-eval exits with "
             "0 even then; its error stands above 'Error during evaluation' in its output"
         )
@@ -110,7 +111,7 @@ def read_results_file(file: Path) -> list[TaskResult]:
     """The tasks of a results file of any version; groups, which have no figures of their own, are left out.
 
     Raises:
-        ValueError: it is not a results file, or holds no task.
+        UserError: it is not a results file, or holds no task.
     """
     try:
         content = json.loads(file.read_text())
@@ -127,9 +128,9 @@ def read_results_file(file: Path) -> list[TaskResult]:
             for task, values in by_task.items()
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
+        raise UserError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
     if not results:
-        raise ValueError(f"{file} has no results of any task; run lmms-eval again")
+        raise UserError(f"{file} has no results of any task; run lmms-eval again")
     return results
 
 
@@ -157,10 +158,10 @@ def require_figures(results: Sequence[TaskResult]) -> None:
     """Check that every task has been scored, which lmms-eval's exit code does not tell.
 
     Raises:
-        ValueError: a task without a figure.
+        UserError: a task without a figure.
     """
     if empty := [result for result in results if not result.figures]:
         names = ", ".join(result.task for result in empty)
-        raise ValueError(
+        raise UserError(
             f"{empty[0].file} has no figures for {names}: nothing was scored, or the task only writes a submission file"
         )

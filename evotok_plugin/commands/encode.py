@@ -10,6 +10,7 @@ from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.sources import ImageSource, open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
@@ -37,7 +38,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Encode what the cache lacks of the source; with --verify check the cache as well, or only the cache."""
     if not arguments.source and not arguments.verify:
-        raise ValueError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
+        raise UserError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
     check_output_folder(arguments.output)
     processes = Processes.join(arguments.device)
     logging.getLogger("evotok_plugin").setLevel(logging.INFO if processes.is_first else logging.ERROR)
@@ -70,13 +71,13 @@ def _report(cache: CodeCache, source: ImageSource | None, arguments: argparse.Na
     print(f"{arguments.output}: {len(cache)} images{broken}, {positions} x {levels} codes each")
     if arguments.verify:
         if damaged := cache.verify(show_progress=True):
-            raise ValueError(
+            raise UserError(
                 f"{len(damaged)} shards are not as they were written: {', '.join(damaged)}; delete the .npy and .json "
                 "of each and encode again: only their images are re-encoded"
             )
         print("all checksums are right")
         if source is not None and (changed := cache.verify_contents(source, show_progress=True)):
-            raise ValueError(
+            raise UserError(
                 f"{len(changed)} images are not the ones that were encoded, though their sizes and times are the same: "
                 f"{', '.join(map(shorten, changed[:3]))}; touch their files and encode again"
             )

@@ -8,6 +8,7 @@ from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_file, check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import METRICS, EvaluationOptions, evaluate
 from evotok_plugin.evaluation.report import Evaluation
 from evotok_plugin.teacher import load_teacher
@@ -84,7 +85,7 @@ def _check_output(output: Path | None) -> None:
     if _is_json(output):
         check_output_file(output, [".json"])
     elif output.suffix and not output.is_dir() and re.fullmatch(r"\.[a-zA-Z]\w{0,4}", output.suffix):
-        raise ValueError(f"-o {output}: expected a folder or NAME.json, got the suffix {output.suffix!r}")
+        raise UserError(f"-o {output}: expected a folder or NAME.json, got the suffix {output.suffix!r}")
     else:
         check_output_folder(output)
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 
@@ -38,13 +39,13 @@ def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | Non
     """The processor for images of `size` x `size` pixels; None leaves it as it is.
 
     Raises:
-        ValueError: the size is no multiple of the patch size.
+        UserError: the size is no multiple of the patch size.
     """
     if size is None:
         return processor
     patch = model.config.patch_size
     if size < patch or size % patch:
-        raise ValueError(f"--size must be a multiple of the patch size {patch}, got {size}")
+        raise UserError(f"--size must be a multiple of the patch size {patch}, got {size}")
     return EvoTokImageProcessor(size=size)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.recipes import add_arguments, recipe_values
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,9 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
     """The settings of a run: recipe, then flags; of a recipe's settings that a flag leaves without effect, none.
 
     Raises:
-        ValueError: no such recipe, or an unknown or wrong setting.
+        UserError: no such recipe, or an unknown or wrong setting.
     """
-    values = recipe_values(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+    values = recipe_values(recipe, TokenizerTrainingConfig, given)
     for flag, is_off, names in (
         ("val_data", bool(values.get("val_data")), ("val_fraction",)),
         ("semantic_weight", values.get("semantic_weight") == 0, ("teacher",)),
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         config = TokenizerTrainingConfig(**training_values(arguments.recipe, given))
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip(" s:")
-        raise ValueError(f"not set: {missing}; pass it as a flag or put it into the recipe") from None
+        raise UserError(f"not set: {missing}; pass it as a flag or put it into the recipe") from None
     trainer = TokenizerTrainer(config)
     folder = trainer.run()
     if first:

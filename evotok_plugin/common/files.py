@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker, write_json
+from evotok_plugin.errors import UserError
 
 _FILE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pdf .svg .json .jsonl .csv .tsv .md .txt .html .yaml .yml .npy .npz "
@@ -52,7 +53,7 @@ def writing(path: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         where = getattr(error, "filename", None) or path
         cause = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{where} cannot be written: {cause}; make room or change its permissions, or choose another output"
         ) from error
 
@@ -64,11 +65,11 @@ def check_output_folder(folder: str | Path, flag: str = "-o") -> None:
     """Check that files can be written into a folder, which is not created yet.
 
     Raises:
-        ValueError: it is a file, has the name of a file, or it cannot be created or written to.
+        UserError: it is a file, has the name of a file, or it cannot be created or written to.
     """
     folder = Path(folder)
     if folder.suffix.lower() in _FILE_SUFFIXES and not folder.is_dir():
-        raise ValueError(f"{flag} {folder}: expected a folder, got the name of a {folder.suffix} file; name a folder")
+        raise UserError(f"{flag} {folder}: expected a folder, got the name of a {folder.suffix} file; name a folder")
     _check_writable(folder, folder, flag)
 
 
@@ -79,31 +80,29 @@ def check_output_file(path: str | Path, suffixes: Iterable[str], flag: str = "-o
         suffixes: the ones that can be written, in lower case with their dots.
 
     Raises:
-        ValueError: another suffix, a folder of that name, or a folder that cannot be created or written to.
+        UserError: another suffix, a folder of that name, or a folder that cannot be created or written to.
     """
     path, known = Path(path), sorted(set(suffixes))
     if path.is_dir():
-        raise ValueError(
-            f"{flag} {path} is a folder, expected a file; name one in it, such as {path / 'out'}{known[0]}"
-        )
+        raise UserError(f"{flag} {path} is a folder, expected a file; name one in it, such as {path / 'out'}{known[0]}")
     if path.suffix.lower() not in known:
         got = repr(path.suffix) if path.suffix else "a name without a suffix"
-        raise ValueError(f"{flag} {path}: expected one of {', '.join(known)}, got {got}")
+        raise UserError(f"{flag} {path}: expected one of {', '.join(known)}, got {got}")
     if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written to; name another file")
+        raise UserError(f"{flag} {path} cannot be written to; name another file")
     _check_writable(path.parent, path, flag)
 
 
 def _check_writable(folder: Path, shown: Path, flag: str) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():
-        raise ValueError(f"{flag} {shown} cannot be written: {existing} is not a folder; choose another output")
+        raise UserError(f"{flag} {shown} cannot be written: {existing} is not a folder; choose another output")
     probe = existing / f".evotok-probe-{os.getpid()}"
     try:  # os.access says yes to root where a file system says no
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{flag} {shown} cannot be written: {existing}: {error.strerror}; choose another output"
         ) from error
 
@@ -116,7 +115,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder next to `folder` that takes its name when the block ends; on an error it is removed.
 
     Raises:
-        ValueError: `folder` is a file or not empty.
+        UserError: `folder` is a file or not empty.
     """
     folder = Path(folder)
     check_new_folder(folder)
@@ -151,7 +150,7 @@ def check_new_folder(folder: str | Path) -> None:
     """Check that a folder can be created: it does not exist, or is empty but for our marker.
 
     Raises:
-        ValueError: a file of that name, or a folder that holds something.
+        UserError: a file of that name, or a folder that holds something.
     """
     folder = Path(folder)
     if (
@@ -161,7 +160,7 @@ def check_new_folder(folder: str | Path) -> None:
         and (not folder.is_dir() or any(folder.iterdir()))
         and not (folder.is_dir() and _holds_only_marker(folder))
     ):
-        raise ValueError(f"{str(folder)!r} exists and is not empty; choose a new folder")
+        raise UserError(f"{str(folder)!r} exists and is not empty; choose a new folder")
 
 
 def _holds_only_marker(folder: Path) -> bool:
@@ -189,7 +188,7 @@ def prepare_output(folder: str | Path) -> Path:
     """A folder to write a model into.
 
     Raises:
-        ValueError: there is something in it, or a file of that name.
+        UserError: there is something in it, or a file of that name.
     """
     check_new_folder(folder)
     return Path(folder)
@@ -199,7 +198,7 @@ def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder that gets its name when it is whole.
 
     Raises:
-        ValueError: there is something in the folder, or a file of that name.
+        UserError: there is something in the folder, or a file of that name.
     """
     prepare_output(folder)
     with whole_folder(folder) as temporary:
@@ -210,10 +209,10 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     """Fill a new folder so that it is there whole or not at all.
 
     Raises:
-        ValueError: it is there already, or it cannot be written.
+        UserError: it is there already, or it cannot be written.
     """
     try:
         with whole_folder(folder) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be written: {error}") from error
+        raise UserError(f"{str(folder)!r} cannot be written: {error}") from error

@@ -8,6 +8,8 @@ from urllib.request import urlopen
 
 import torch
 
+from evotok_plugin.errors import UserError
+
 _PATIENCE = 10  # seconds for a server to answer
 
 
@@ -30,7 +32,7 @@ class HubFile:
             advice: what to do where there is no network; the end of the error.
 
         Raises:
-            ValueError: it is not there and cannot be fetched, or it is another file.
+            UserError: it is not there and cannot be fetched, or it is another file.
         """
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         for name in self.names:
@@ -42,22 +44,22 @@ class HubFile:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.digest)
         except (OSError, HTTPException, RuntimeError) as error:
-            raise ValueError(f"{path} does not exist and {self.url} cannot be fetched ({error}); {advice}") from error
+            raise UserError(f"{path} does not exist and {self.url} cannot be fetched ({error}); {advice}") from error
         return path
 
     def check(self, path: Path) -> Path:
         """The path, if it holds these weights.
 
         Raises:
-            ValueError: there is no such file, or it holds something else.
+            UserError: there is no such file, or it holds something else.
         """
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise ValueError(f"weights {str(path)!r} cannot be read: {error}") from error
+            raise UserError(f"weights {str(path)!r} cannot be read: {error}") from error
         if digest != self.digest:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the file that published figures are made with: its sha256 begins with {digest[:8]}, "
                 f"expected {self.digest[:8]}; the right one comes from {self.url}"
             )

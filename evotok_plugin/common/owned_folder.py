@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evotok_plugin.errors import UserError
+
 MARKER = ".evotok.json"
 PROGRAM = "evotok"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -76,7 +78,7 @@ class OwnedFolder:
         """Check that entries could be created.
 
         Raises:
-            ValueError: there is such a file, and the run has not created it.
+            UserError: there is such a file, and the run has not created it.
         """
         owned = set(self.files())
         for name in names:
@@ -84,7 +86,7 @@ class OwnedFolder:
             found = self.files([name]) or ([path] if "*" not in name and path.exists() else [])
             in_the_way = [] if self.owns(name) else [file for file in found if file not in owned]
             if in_the_way:
-                raise ValueError(
+                raise UserError(
                     f"{in_the_way[0]} was not written by this program and would be overwritten; move it away, or "
                     "choose another output folder"
                 )
@@ -93,7 +95,7 @@ class OwnedFolder:
         """Record entries that are about to be created.
 
         Raises:
-            ValueError: as `check`.
+            UserError: as `check`.
         """
         self.check(*names)
         if new := [name for name in names if not self.owns(name)]:
@@ -142,7 +144,7 @@ class OwnedFolder:
         if not moved:
             return None
         if self._aside.exists() and any(path.name != f"{MARKER}.tmp" for path in self._aside.iterdir()):
-            raise ValueError(f"{self._aside} is there already; move it away")
+            raise UserError(f"{self._aside} is there already; move it away")
         self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
         names = [str(path.relative_to(self.path)) for path in moved]
         record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
@@ -229,23 +231,23 @@ def check_replaceable(folder: str | Path, inputs: Mapping[str, Iterable[str]] | 
         inputs: paths that the run reads, by the names of their settings; patterns are looked at up to their first `*`.
 
     Raises:
-        ValueError: a symlink, the working folder, the home folder, the root or the checkout (or a folder above one of
+        UserError: a symlink, the working folder, the home folder, the root or the checkout (or a folder above one of
             them), or a folder that holds an input of the run.
     """
     folder = Path(folder)
     if folder.is_symlink():
-        raise ValueError(
+        raise UserError(
             f"--overwrite: {folder} is a symlink to {os.readlink(folder)}; name the folder itself with --output_dir"
         )
     real = folder.resolve()
     protected = {"the working folder": Path.cwd(), "the home folder": Path.home(), "the checkout": CHECKOUT}
     for what, path in {**protected, "the root folder": Path("/")}.items():
         if real == path.resolve() or real in path.resolve().parents:
-            raise ValueError(f"--overwrite: {folder} is or contains {what} ({path}); choose another --output_dir")
+            raise UserError(f"--overwrite: {folder} is or contains {what} ({path}); choose another --output_dir")
     for setting, paths in (inputs or {}).items():
         for given in paths:
             path = Path(re.split(r"[*?]", given)[0]).resolve()
             if real == path or real in path.parents:
-                raise ValueError(
+                raise UserError(
                     f"--overwrite: {folder} holds {setting} {given}, which the run reads; choose another --output_dir"
                 )

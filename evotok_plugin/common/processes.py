@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 
 def resolve_device(name: str = "auto") -> torch.device:
     """The device that `--device` names; `auto` is CUDA where it is available, else the CPU.
 
     Raises:
-        ValueError: an unknown device, or one that this machine or this build of PyTorch does not have.
+        UserError: an unknown device, or one that this machine or this build of PyTorch does not have.
     """
     if name in ("", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +33,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without the backend asserts
         reason = str(error).splitlines()[0]
     if reason:
-        raise ValueError(f"--device {name} cannot be used here: {reason}; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name} cannot be used here: {reason}; use auto, cpu, cuda or cuda:N")
     return device
 
 
@@ -51,7 +53,7 @@ class Processes:
             device: `auto` takes the process's own GPU where there is one, else the CPU.
 
         Raises:
-            ValueError: the device is not available, or more processes than GPUs were started.
+            UserError: the device is not available, or more processes than GPUs were started.
         """
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         chosen = resolve_device(device)
@@ -60,7 +62,7 @@ class Processes:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if use_cuda:
             if chosen.index >= torch.cuda.device_count():
-                raise ValueError(
+                raise UserError(
                     f"process {chosen.index} of this machine has no GPU: {torch.cuda.device_count()} GPUs are there; "
                     "start as many processes as GPUs (NPROC), or use --device cpu"
                 )

@@ -5,56 +5,56 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from evotok_plugin.errors import UserError
+
 T = TypeVar("T")
 
-RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "recipes"
+
+def recipes_folder(package: str) -> Path:
+    """The folder of the recipes that come with a package."""
+    return Path(str(files(package))) / "recipes"
 
 
 def _known_names(schema: type) -> list[str]:
     return [field.name for field in dataclasses.fields(schema) if field.init]
 
 
-def find_recipe(name_or_path: str | Path, kind: str = "") -> Path:
-    """A path as given, or a bare name looked up among the recipes that come with the project.
-
-    Args:
-        kind: the folder of recipes that is meant: `tokenizer`, or none for the stages of the multimodal model.
+def find_recipe(name_or_path: str | Path, package: str) -> Path:
+    """A path as given, or a bare name looked up among the recipes of a package.
 
     Raises:
-        ValueError: there is no such file; the message lists the names that exist.
+        UserError: there is no such file; the message lists the names that exist.
     """
-    path = Path(name_or_path)
+    path, folder = Path(name_or_path), recipes_folder(package)
+    names = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml"))) or "(none installed)"
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ValueError(f"recipe {str(path)!r} does not exist; give a YAML file or one of: {_recipe_names(kind)}")
-    named = RECIPES_FOLDER / kind / f"{name_or_path}.yaml"
+        raise UserError(f"recipe {str(path)!r} does not exist; give a YAML file or one of: {names}")
+    named = folder / f"{name_or_path}.yaml"
     if not named.is_file():
-        raise ValueError(f"unknown recipe {str(name_or_path)!r}; expected a YAML file or one of: {_recipe_names(kind)}")
+        raise UserError(f"unknown recipe {str(name_or_path)!r}; expected a YAML file or one of: {names}")
     return named
-
-
-def _recipe_names(kind: str) -> str:
-    return ", ".join(sorted(path.stem for path in (RECIPES_FOLDER / kind).glob("*.yaml"))) or "(none installed)"
 
 
 def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
     """Refuse unknown keys, suggesting the nearest known one.
 
     Raises:
-        ValueError: a key of `values` is not a field of `schema`.
+        UserError: a key of `values` is not a field of `schema`.
     """
     known = _known_names(schema)
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+            raise UserError(f"{source}: unknown key {key!r}{hint}")
 
 
 def reject_unknown_flags(rest: Sequence[str], known: Iterable[str]) -> None:
@@ -64,7 +64,7 @@ def reject_unknown_flags(rest: Sequence[str], known: Iterable[str]) -> None:
         known: the flags of the command with their dashes.
 
     Raises:
-        ValueError: something is left over.
+        UserError: something is left over.
     """
     if not rest:
         return
@@ -72,7 +72,7 @@ def reject_unknown_flags(rest: Sequence[str], known: Iterable[str]) -> None:
     name = unknown.split("=")[0]
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6) if name.startswith("--") else []
     hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
-    raise ValueError(f"unrecognized arguments: {unknown}{hint}")
+    raise UserError(f"unrecognized arguments: {unknown}{hint}")
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
@@ -80,32 +80,30 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def load_recipe(
-    path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None, kind: str = ""
-) -> T:
-    """Build `schema` from the YAML recipe and, above it, `overrides`; `kind` is that of `find_recipe`.
+def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None) -> T:
+    """Build `schema` from a YAML recipe (a file, or the name of one of the package); `overrides` take precedence.
 
     Raises:
-        ValueError: no such recipe, not a YAML mapping, an unknown key, or a value of the wrong type.
+        UserError: no such recipe, not a YAML mapping, an unknown key, or a value of the wrong type.
     """
-    return schema(**recipe_values(path_or_name, schema, overrides, kind))
+    return schema(**recipe_values(path_or_name, schema, overrides))
 
 
 def recipe_values(
-    path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None, kind: str = ""
+    path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The keyword arguments that `load_recipe` gives to `schema`."""
     values: dict[str, Any] = {}
     if path_or_name is not None:
-        path = find_recipe(path_or_name, kind)
+        path = find_recipe(path_or_name, schema.__module__.partition(".")[0])
         try:
             loaded = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"recipe {path}: not valid YAML: {error}") from error
+            raise UserError(f"recipe {path}: not valid YAML: {error}") from error
         except OSError as error:
-            raise ValueError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
+            raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
         if not isinstance(loaded, dict):
-            raise ValueError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
+            raise UserError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
         check_keys(loaded, schema, f"recipe {path}")
         values.update(loaded)
     values.update(overrides or {})
@@ -121,21 +119,21 @@ def _parse_bool(value: Any) -> bool:
     try:
         return words[str(value).lower()]
     except KeyError:
-        raise ValueError(f"expected true or false, got {value!r}") from None
+        raise UserError(f"expected true or false, got {value!r}") from None
 
 
 def parse_mapping(value: Any) -> dict:
     """On the command line a mapping is written as YAML: `--model '{image_size: 64}'`.
 
     Raises:
-        ValueError: it is no mapping.
+        UserError: it is no mapping.
     """
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         parsed = None
     if not isinstance(parsed, dict):
-        raise ValueError(f"expected a mapping such as '{{image_size: 64}}', got {value!r}")
+        raise UserError(f"expected a mapping such as '{{image_size: 64}}', got {value!r}")
     return parsed
 
 
@@ -153,14 +151,14 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     says_none = isinstance(value, str) and value.lower() == "none" and str not in typing.get_args(hint)
     if value is None or (says_none and type(None) in typing.get_args(hint)):
         if type(None) not in typing.get_args(hint):
-            raise ValueError(f"{key}: expected a {getattr(kind, '__name__', kind)}, got nothing")
+            raise UserError(f"{key}: expected a {getattr(kind, '__name__', kind)}, got nothing")
         return None
     try:
         if kind is bool:
             return _parse_bool(value)
         if kind is int and not isinstance(value, bool):
             if isinstance(value, float) and not value.is_integer():
-                raise ValueError(f"expected a whole number, got {value}")
+                raise UserError(f"expected a whole number, got {value}")
             return int(value)
         if kind is float and not isinstance(value, bool):
             return float(value)
@@ -172,7 +170,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             several = value if isinstance(value, (list, tuple)) else [value]
             return [_coerce(one, typing.get_args(kind)[0], key) for one in several]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise UserError(f"{key}: {error}") from None
     return value
 
 

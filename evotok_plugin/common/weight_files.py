@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
@@ -59,16 +61,16 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or holds something else.
     """
     if cause := damage_of(file):
-        raise ValueError(f"{file} {cause}")
+        raise UserError(f"{file} {cause}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {describe_error(error)}; restore or save it again") from error
+        raise UserError(f"{file} is not valid JSON: {describe_error(error)}; restore or save it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}; restore or save it again")
+        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}; restore or save it again")
     return content
 
 
@@ -76,7 +78,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that a model folder is loaded from: one file, or those that its index names.
 
     Raises:
-        ValueError: it has none, or not all of those that it names.
+        UserError: it has none, or not all of those that it names.
     """
     folder = Path(folder)
     if (folder / SINGLE).exists():
@@ -84,15 +86,15 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not (folder / INDEX).exists():
         shards = sorted(folder.glob("model-*.safetensors"))
         missing = f"{INDEX} is missing beside its {len(shards)} shards" if shards else f"no {SINGLE}"
-        raise ValueError(f"{str(folder)!r} holds no weights ({missing}); download or copy the folder again")
+        raise UserError(f"{str(folder)!r} holds no weights ({missing}); download or copy the folder again")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{folder / INDEX}: expected a weight_map of file names; download or copy it again")
+        raise UserError(f"{folder / INDEX}: expected a weight_map of file names; download or copy it again")
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{folder / INDEX} names {outside[0]!r}, expected a file of the folder")
+        raise UserError(f"{folder / INDEX} names {outside[0]!r}, expected a file of the folder")
     if absent := [name for name in files if not (folder / name).is_file()]:
-        raise ValueError(
+        raise UserError(
             f"{folder / absent[0]} does not exist, but {INDEX} names it ({len(absent)} of {len(files)} files are "
             "missing); download or copy the folder again"
         )
@@ -103,17 +105,17 @@ def named_weights(folder: str | Path) -> Iterator[tuple[str, Any, Callable[[], T
     """Name, slice and way to read of every weight; values are read only when they are asked for.
 
     Raises:
-        ValueError: files that are missing or damaged.
+        UserError: files that are missing or damaged.
     """
     for path in weight_files(folder):
         if cause := damage_of(path):
-            raise ValueError(f"{path} {cause}")
+            raise UserError(f"{path} {cause}")
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no mapping
                     yield name, file.get_slice(name), lambda file=file, name=name: file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {describe_error(error)}") from error
+            raise UserError(f"{path} cannot be read: {describe_error(error)}") from error
 
 
 def folder_fingerprint(folder: str | Path) -> str:
@@ -121,7 +123,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     tokenizer, templates. Another value in any weight gives another fingerprint.
 
     Raises:
-        ValueError: no weights, or a file that cannot be read.
+        UserError: no weights, or a file that cannot be read.
     """
     folder = Path(folder)
     files = sorted([*weight_files(folder), *(path for name in _DECIDING if (path := folder / name).is_file())])
@@ -129,7 +131,7 @@ def folder_fingerprint(folder: str | Path) -> str:
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             digests = list(pool.map(_digest, files))
     except OSError as error:
-        raise ValueError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
+        raise UserError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
     facts = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256(facts.encode()).hexdigest()
 

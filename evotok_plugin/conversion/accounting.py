@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 _SHOWN = 20  # names an error lists before it says how many more there are
 
 
@@ -42,7 +44,7 @@ def convert_weights(
         bookkeeping: regular expressions of whole research names that have no part in the forward pass -> the reason.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape, each of them listed.
+        UserError: keys that are missing, unknown or of another shape, each of them listed.
     """
     needed = {name: source.shape for source in sources.values() for name in source.names}
     spare, unknown = Counter(), []
@@ -64,7 +66,7 @@ def convert_weights(
         if names
     ]
     if problems:
-        raise ValueError(f"the checkpoint's keys do not fit the research layout; {'; '.join(problems)}")
+        raise UserError(f"the checkpoint's keys do not fit the research layout; {'; '.join(problems)}")
     # A copy each: pieces of one research tensor must not share memory when they are saved.
     build = {name: source.build([weights[part] for part in source.names]) for name, source in sources.items()}
     return Converted({name: tensor.float().contiguous().clone() for name, tensor in build.items()}, spare)
@@ -86,7 +88,7 @@ class Shapes:
     """Shapes of a checkpoint, from which sizes are inferred.
 
     Raises:
-        ValueError: a tensor that is not there, or has another number of dimensions.
+        UserError: a tensor that is not there, or has another number of dimensions.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -96,14 +98,14 @@ class Shapes:
         """Name all that are missing at once."""
         missing = [name for name in names if name not in self._weights]
         if missing:
-            raise ValueError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {_listed(missing)}")
+            raise UserError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {_listed(missing)}")
 
     def of(self, name: str, num_dims: int) -> tuple[int, ...]:
         """Shape of a tensor."""
         self.require([name])
         shape = tuple(self._weights[name].shape)
         if len(shape) != num_dims or 0 in shape:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's sizes cannot be read; {name} is {shape}, expected {num_dims} dimensions, none empty"
             )
         return shape
@@ -119,10 +121,10 @@ def conventional_heads(width: int, option: str) -> int:
     """Heads of 64 dimensions; SigLIP's so400m (1152) has 16 of 72.
 
     Raises:
-        ValueError: the width is no multiple of 64, so `option` must say it.
+        UserError: the width is no multiple of 64, so `option` must say it.
     """
     if width == 1152:
         return 16
     if width % 64:
-        raise ValueError(f"width {width} is no multiple of 64, so the number of heads is not known; pass {option}")
+        raise UserError(f"width {width} is no multiple of 64, so the number of heads is not known; pass {option}")
     return width // 64

@@ -20,6 +20,7 @@ from evotok_plugin.common.files import prepare_output, save_whole
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 
@@ -93,7 +94,7 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
     """The configuration of a research tokenizer, from the shapes of its weights and from options.
 
     Raises:
-        ValueError: a size that cannot be read, or sizes that do not go together.
+        UserError: a size that cannot be read, or sizes that do not go together.
     """
     options = options or TokenizerOptions()
     tower, shapes = _tower_prefix(weights), Shapes(weights)
@@ -116,12 +117,12 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
     positions = shape["places"][0]
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(
+        raise UserError(
             f"{telling['places'][0]} has {positions} rows, expected a square number: one a position of a square image"
         )
     enlarged = 2 ** (num_stages - 1)
     if patch != enlarged:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's patches are {patch} pixels wide, but the {num_stages} resolutions of its decoder "
             f"enlarge {enlarged} times; how the research code brings one to the other stands in no tensor, so only "
             "patches as wide as the decoder enlarges can be converted"
@@ -131,11 +132,11 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
     semantic_width, inner = shape["class_token"][2], shape["attention_proj"][1]
     semantic_heads = options.semantic_num_heads or _semantic_heads(semantic_width, inner)
     if inner % semantic_heads:
-        raise ValueError(f"semantic_num_heads {semantic_heads} does not divide the attention's inner width {inner}")
+        raise UserError(f"semantic_num_heads {semantic_heads} does not divide the attention's inner width {inner}")
     num_quantizers = shapes.count("quantize.codebooks.")
     num_layers = options.encoder_num_layers or shapes.count(f"{tower}encoder.layers.") - 1
     if num_layers < 1:
-        raise ValueError(
+        raise UserError(
             "the checkpoint's encoder has one layer; the last one is never run, so at least two are expected "
             "(--encoder_num_layers names how many to run)"
         )
@@ -175,7 +176,7 @@ def _join_codebooks(tensors: Sequence[Tensor]) -> Tensor:
     """Codebooks (K + 1, C) a level to (L, K, C), without the padding rows."""
     for level, codebook in enumerate(tensors):
         if codebook[-1].any():
-            raise ValueError(
+            raise UserError(
                 f"the last row of quantize.codebooks.{level}.weight is not zero; "
                 "expected one padding row behind the codes"
             )
@@ -240,10 +241,10 @@ def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions |
     """Map the weights of a research tokenizer.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape, an MLLM's file, or images scaled otherwise.
+        UserError: keys that are missing, unknown or of another shape, an MLLM's file, or images scaled otherwise.
     """
     if looks_like_adapters(weights):
-        raise ValueError(
+        raise UserError(
             "the file holds the depth transformer or a projector of the MLLM, not a tokenizer; "
             "`evotok-llava convert` takes it"
         )
@@ -253,9 +254,7 @@ def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions |
     )
     for name in ("scaling_layer.shift", "scaling_layer.scale"):
         if name in weights and not (weights[name] == 0.5).all():
-            raise ValueError(
-                f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere: images in [-1, 1]"
-            )
+            raise UserError(f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere: images in [-1, 1]")
     return ConvertedTokenizer(config, converted.state, converted.bookkeeping)
 
 
@@ -265,7 +264,7 @@ def convert_checkpoint(
     """Write a research checkpoint as a folder that `EvoTokModel.from_pretrained` loads, with its image processor.
 
     Raises:
-        ValueError: a checkpoint that cannot be read or does not fit, or an output folder that is not empty.
+        UserError: a checkpoint that cannot be read or does not fit, or an output folder that is not empty.
     """
     prepare_output(output)
     converted = convert_tokenizer(read_checkpoint(checkpoint), options)

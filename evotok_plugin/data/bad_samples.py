@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evotok_plugin.common.files import writing
+from evotok_plugin.errors import UserError
 
 _SHOWN = 100  # characters of a user's value in a message
 
@@ -32,7 +33,7 @@ class BadSamples:
         """Write one line of JSON a sample.
 
         Raises:
-            ValueError: the report cannot be written.
+            UserError: the report cannot be written.
         """
         lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
         with writing(report):
@@ -43,7 +44,7 @@ class BadSamples:
         """Write the report.
 
         Raises:
-            ValueError: more than `limit` (a fraction) of `total` samples are bad.
+            UserError: more than `limit` (a fraction) of `total` samples are bad.
         """
         if not self.reasons:
             return
@@ -52,7 +53,7 @@ class BadSamples:
         if len(self.reasons) > self.limit * total:
             name, why = next(iter(self.reasons.items()))
             where = f"; all are named in {self.report}" if self.report else ""
-            raise ValueError(
+            raise UserError(
                 f"{len(self.reasons)} of {total} samples are unusable, over the limit of {self.limit:.2%} "
                 f"(--max_bad_fraction). First: {name}: {why}{where}"
             )

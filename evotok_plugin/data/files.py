@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import IMAGE_SUFFIXES, local_file
+from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ def refuse_compressed(files: Sequence[Path]) -> None:
     """Reject compressed files, which cannot be read at any position.
 
     Raises:
-        ValueError: one of the files is compressed.
+        UserError: one of the files is compressed.
     """
     for file in files:
         if kind_of(file) == "compressed":
-            raise ValueError(
+            raise UserError(
                 f"{_quoted(str(file))} is compressed ({suffix_of(file)}), which is not supported; unpack it first"
             )
 
@@ -104,7 +105,7 @@ def list_folder(folder: Path, deep: Sequence[str] = (), flat: Sequence[str] = ()
     Links are followed; a folder that several links lead to is read once, under its own path where it has one.
 
     Raises:
-        ValueError: a folder that cannot be read.
+        UserError: a folder that cannot be read.
     """
     listing = Listing()
     for name, label in _walk(str(folder)):
@@ -131,7 +132,7 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise ValueError(f"folder {_quoted(folder)} cannot be read: {error.strerror}") from error
+            raise UserError(f"folder {_quoted(folder)} cannot be read: {error.strerror}") from error
         for entry in entries:
             if is_hidden(entry.name):
                 continue
@@ -176,14 +177,14 @@ def local_path(spec: str) -> str:
     """The path that a user means: `file:` URLs are decoded, `~` is the home folder unless a file has that name.
 
     Raises:
-        ValueError: the URL of something that is not on this machine.
+        UserError: the URL of something that is not on this machine.
     """
     if spec.startswith("pipe:"):
-        raise ValueError(f"{shorten(spec)}: commands are not run; only local files are read")
+        raise UserError(f"{shorten(spec)}: commands are not run; only local files are read")
     try:
         path = local_file(spec)
     except ValueError as error:
-        raise ValueError(f"{shorten(spec)}: {error}") from None
+        raise UserError(f"{shorten(spec)}: {error}") from None
     if path != spec:
         return path
     return os.path.expanduser(spec) if spec.startswith("~") and not os.path.lexists(spec) else spec
@@ -211,7 +212,7 @@ def matching_files(spec: str) -> list[Path]:
     if there are none. A part of the path that exists as it is written is not a pattern.
 
     Raises:
-        ValueError: some of the names that braces spell out do not exist, or one is a pipe or a device.
+        UserError: some of the names that braces spell out do not exist, or one is a pipe or a device.
     """
     found, missing, special = [""], [], Counter()
     for part in Path(local_path(spec)).parts or (".",):
@@ -234,10 +235,10 @@ def matching_files(spec: str) -> list[Path]:
         found = inside
     if found and missing:
         first = _quoted(missing[0])
-        raise ValueError(f"{_quoted(spec)}: {len(missing)} of its files do not exist; first: {first}")
+        raise UserError(f"{_quoted(spec)}: {len(missing)} of its files do not exist; first: {first}")
     for path in found:
         if os.path.exists(path) and not _is_readable(path):
-            raise ValueError(f"{_quoted(path)} is a pipe or a device; expected a file or a folder")
+            raise UserError(f"{_quoted(path)} is a pipe or a device; expected a file or a folder")
     report_skipped(spec, +special)
     return sorted(Path(path) for path in found if os.path.exists(path))
 
@@ -277,25 +278,25 @@ def read_file(path: str | Path, name: str | None = None) -> bytes:
     """The content of an image file; `name` stands for it in errors.
 
     Raises:
-        ValueError: it does not exist, is not a regular file, cannot be read, or has more than 2 GiB.
+        UserError: it does not exist, is not a regular file, cannot be read, or has more than 2 GiB.
     """
     name = shorten(name or str(path))
     try:  # without O_NONBLOCK the open of a pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"image {name} does not exist") from None
+        raise UserError(f"image {name} does not exist") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"image {name} cannot be read: {_cause(error)}") from error
+        raise UserError(f"image {name} cannot be read: {_cause(error)}") from error
     try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise ValueError(f"image {name} cannot be read: it is a folder, a pipe or a device, expected a file")
+            raise UserError(f"image {name} cannot be read: it is a folder, a pipe or a device, expected a file")
         if facts.st_size > _LARGEST_FILE:
-            raise ValueError(f"image {name} cannot be read: it has {facts.st_size} bytes, the limit is {_LARGEST_FILE}")
+            raise UserError(f"image {name} cannot be read: it has {facts.st_size} bytes, the limit is {_LARGEST_FILE}")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
-        raise ValueError(f"image {name} cannot be read: {_cause(error)}") from error
+        raise UserError(f"image {name} cannot be read: {_cause(error)}") from error
     finally:
         os.close(descriptor)
 

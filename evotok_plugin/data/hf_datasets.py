@@ -10,6 +10,7 @@ from PIL import Image
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import content_digest, file_state, local_path, read_file, stamp_of
 from evotok_plugin.data.images import embedded_content, is_embedded, open_picture
+from evotok_plugin.errors import UserError
 
 
 class DatasetSource:
@@ -19,7 +20,7 @@ class DatasetSource:
     or base64. The state of an embedded string is a digest of its content, the state of a path the one of its file.
 
     Raises:
-        ValueError: the data set has no column of images.
+        UserError: the data set has no column of images.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -31,7 +32,7 @@ class DatasetSource:
             next((c for c in ("image", "jpg", "png", "webp") if c in dataset.features), None),
         )
         if column is None:
-            raise ValueError(f"{name!r} has no column of images; its columns are {', '.join(dataset.features)}")
+            raise UserError(f"{name!r} has no column of images; its columns are {', '.join(dataset.features)}")
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self._images = dataset.select_columns([column])
@@ -58,7 +59,7 @@ class DatasetSource:
         if isinstance(content, str):
             return _content_of(content, f"{self.name} row {index}")
         if not isinstance(content, bytes):
-            raise ValueError(f"image {self.key(index)!r} of {self.name!r} is missing: a {type(content).__name__}")
+            raise UserError(f"image {self.key(index)!r} of {self.name!r} is missing: a {type(content).__name__}")
         return content
 
     def stamp(self, index: int) -> bytes:
@@ -89,7 +90,7 @@ def _content_of(text: str, name: str) -> bytes:
         content = embedded_content(text)
         path = local_path(text) if content is None else ""
     except ValueError as error:
-        raise ValueError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
+        raise UserError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
     return read_file(path, f"{name}: {text}") if content is None else content
 
 
@@ -115,11 +116,11 @@ def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets`' `save_to_disk` wrote the folder.
 
     Raises:
-        ValueError: it holds several splits.
+        UserError: it holds several splits.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        raise ValueError(f"{str(folder)!r} holds several splits of a data set ({', '.join(splits)}); name one of them")
+        raise UserError(f"{str(folder)!r} holds several splits of a data set ({', '.join(splits)}); name one of them")
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
@@ -127,35 +128,35 @@ def load_saved(folder: Path) -> Any:
     """The `datasets.Dataset` that `save_to_disk` wrote.
 
     Raises:
-        ValueError: it is broken.
+        UserError: it is broken.
     """
     import datasets
 
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever pyarrow says of a broken file
-        raise ValueError(f"{str(folder)!r} cannot be loaded as a saved data set: {error}") from error
+        raise UserError(f"{str(folder)!r} cannot be loaded as a saved data set: {error}") from error
 
 
 def load_parquet(files: Sequence[Path], name: str) -> Any:
     """Parquet files as one `datasets.Dataset`, memory-mapped.
 
     Raises:
-        ValueError: one of them is broken.
+        UserError: one of them is broken.
     """
     import datasets
 
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # whatever pyarrow says of a broken file
-        raise ValueError(f"{name!r} cannot be read as parquet: {error}") from error
+        raise UserError(f"{name!r} cannot be read as parquet: {error}") from error
 
 
 def load_hub(spec: str) -> Any:
     """The `datasets.Dataset` that `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT` means.
 
     Raises:
-        ValueError: it cannot be had.
+        UserError: it cannot be had.
     """
     import datasets
 
@@ -164,4 +165,4 @@ def load_hub(spec: str) -> Any:
     try:
         return datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # no network, no such data set, no such split
-        raise ValueError(f"data set {spec!r} cannot be loaded: {error}") from error
+        raise UserError(f"data set {spec!r} cannot be loaded: {error}") from error

@@ -20,6 +20,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from evotok_plugin.data.pixel_modes import rgb_of_array, upright_rgb
+from evotok_plugin.errors import UserError
 
 _SUFFIXES = {  # of each format that is read; of animations and files of several pages, the first image
     "PNG": (".png", ".apng"),
@@ -67,7 +68,7 @@ def open_picture(
         formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        ValueError: the file is missing, not a regular file, of another format, too large or broken.
+        UserError: the file is missing, not a regular file, of another format, too large or broken.
     """
     name = _shortened(name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)))
     try:
@@ -77,15 +78,15 @@ def open_picture(
         if isinstance(content, bytes):
             return _decode(io.BytesIO(content), name, max_pixels or MAX_PIXELS, formats)
         if not stat.S_ISREG(os.stat(content).st_mode):  # opening a FIFO would wait for a writer
-            raise ValueError("it is not a regular file")
+            raise UserError("it is not a regular file")
         with open(content, "rb") as file:
             return _decode(file, name, max_pixels or MAX_PIXELS, formats)
     except FileNotFoundError:
-        raise ValueError(f"image {name!r} does not exist") from None
+        raise UserError(f"image {name!r} does not exist") from None
     except _RejectedImage:
         raise
     except Exception as error:  # decoders raise all kinds, RuntimeError, struct.error and MemoryError among them
-        raise ValueError(f"image {name!r} cannot be read: {_cause(error)}") from error
+        raise UserError(f"image {name!r} cannot be read: {_cause(error)}") from error
 
 
 def as_picture(image: object, channels_first: bool | None = None) -> Image.Image:
@@ -96,19 +97,19 @@ def as_picture(image: object, channels_first: bool | None = None) -> Image.Image
         channels_first: the position of the channels of arrays and tensors; found from the shape by default.
 
     Raises:
-        ValueError: anything else, a broken image, or values outside the range of their type.
+        UserError: anything else, a broken image, or values outside the range of their type.
     """
     if isinstance(image, Image.Image):
         try:
             with _strict_decoding(0):
                 return upright_rgb(image)
         except Exception as error:  # images that were opened elsewhere are decoded only now
-            raise ValueError(f"the image cannot be read: {_cause(error)}") from error
+            raise UserError(f"the image cannot be read: {_cause(error)}") from error
     if isinstance(image, (str, os.PathLike, bytes, bytearray)):
         return open_picture(bytes(image) if isinstance(image, bytearray) else image)
     if isinstance(image, Tensor) or hasattr(image, "__array__"):
         return rgb_of_array(image if isinstance(image, Tensor) else np.asarray(image), channels_first)
-    raise ValueError(
+    raise UserError(
         f"expected a PIL image, a path, the bytes of a file, an array or a tensor, got {type(image).__name__}"
     )
 
@@ -129,7 +130,7 @@ def embedded_content(text: str, is_base64: bool = False) -> bytes | None:
         is_base64: the string is base64 or a data URI, whatever its first characters are.
 
     Raises:
-        ValueError: a data URI or base64 that cannot be decoded.
+        UserError: a data URI or base64 that cannot be decoded.
     """
     if not is_base64 and not is_embedded(text):
         return None
@@ -138,11 +139,11 @@ def embedded_content(text: str, is_base64: bool = False) -> bytes | None:
     else:
         head, comma, encoded = text.partition(",")
         if not comma:
-            raise ValueError("the data URI has no comma before its content")
+            raise UserError("the data URI has no comma before its content")
         is_base64 = head.rstrip().lower().endswith(";base64")
         content = _from_base64(unquote(encoded)) if is_base64 else unquote_to_bytes(encoded)
     if not content:
-        raise ValueError("the embedded image is empty")
+        raise UserError("the embedded image is empty")
     return content
 
 
@@ -150,7 +151,7 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:  # characters outside ASCII, or binascii.Error
-        raise ValueError(f"its base64 content is broken ({error})") from None
+        raise UserError(f"its base64 content is broken ({error})") from None
 
 
 def local_file(text: str) -> str:
@@ -159,28 +160,28 @@ def local_file(text: str) -> str:
     `#` and `?` in a `file:` URL are part of the path: image files have neither fragments nor queries.
 
     Raises:
-        ValueError: the URL of something that is not on this machine.
+        UserError: the URL of something that is not on this machine.
     """
     if not _FILE_URL.match(text):
         if _URL.match(text):
-            raise ValueError("URLs are not fetched, only local files are read; download it first and give its path")
+            raise UserError("URLs are not fetched, only local files are read; download it first and give its path")
         return text
     path = text[5:]
     if path.startswith("//"):
         host, slash, path = path[2:].partition("/")
         if host.lower() not in ("", "localhost"):
             where = f"a file of host {_shortened(host)!r}"
-            raise ValueError(f"it is {where}, and only local files are read; the URL of a local one is file:///PATH")
+            raise UserError(f"it is {where}, and only local files are read; the URL of a local one is file:///PATH")
         path = slash + path
     if not path:
-        raise ValueError("the file URL has no path")
+        raise UserError("the file URL has no path")
     return unquote(path, errors="surrogateescape")
 
 
 # Files ----------------------------------------------------------------------------------------------------------
 
 
-class _RejectedImage(ValueError):
+class _RejectedImage(UserError):
     """An image whose message already names it."""
 
 

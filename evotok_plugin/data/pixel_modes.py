@@ -16,6 +16,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,12 +40,12 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     """Return a PIL image of any mode as a new, upright RGB image without metadata; `picture` stays as it is.
 
     Raises:
-        ValueError: an unknown mode, values outside the mode's range, or no pixels.
+        UserError: an unknown mode, values outside the mode's range, or no pixels.
     """
     colorkey = _transparent_color(picture)
     picture.load()
     if not min(picture.size):
-        raise ValueError(f"the image has no pixels: {picture.width} x {picture.height}")
+        raise UserError(f"the image has no pixels: {picture.width} x {picture.height}")
     rgb = _rgb(picture, colorkey)
     method = _UPRIGHT.get(_orientation(picture))
     if method is not None:
@@ -73,7 +75,7 @@ def _transparent_color(picture: Image.Image) -> int | tuple[int, ...] | None:
         return None  # alpha channels and palettes: Pillow's conversion to RGBA is right
     is_rgb = picture.mode == "RGB"
     if not (isinstance(color, tuple) and len(color) == 3 if is_rgb else isinstance(color, int)):
-        raise ValueError(f"the transparent color {color!r} does not fit an image of mode {picture.mode}")
+        raise UserError(f"the transparent color {color!r} does not fit an image of mode {picture.mode}")
     raw_mode = _raw_mode(picture)
     if raw_mode == "RGB;16B":
         return tuple(value >> 8 for value in color)
@@ -99,7 +101,7 @@ def _rgb(picture: Image.Image, colorkey: int | tuple[int, ...] | None) -> Image.
             picture = picture.copy()  # conversion would write the transparency into the palette of the original
         return _on_white(picture.convert("RGBA"))
     if mode not in _OPAQUE:
-        raise ValueError(f"images of mode {mode!r} are not supported; convert the image to RGB")
+        raise UserError(f"images of mode {mode!r} are not supported; convert the image to RGB")
     rgb = picture if mode == "RGB" else picture.convert("RGB")
     return _with_white(rgb, _equal(picture, colorkey))
 
@@ -150,7 +152,7 @@ def rgb_of_array(image: np.ndarray | Tensor, channels_first: bool | None = None)
             or 4 entries, tensors are (C, H, W) and arrays (H, W, C).
 
     Raises:
-        ValueError: another shape or type, or values outside the type's range.
+        UserError: another shape or type, or values outside the type's range.
     """
     values, name = _as_array(image)
     if channels_first is None:
@@ -161,9 +163,9 @@ def rgb_of_array(image: np.ndarray | Tensor, channels_first: bool | None = None)
     elif values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or values.shape[2] not in _CHANNELS:
-        raise ValueError(f"expected an image of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {name}")
+        raise UserError(f"expected an image of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {name}")
     if not values.size:
-        raise ValueError(f"the image has no pixels: shape {tuple(shape)}")
+        raise UserError(f"the image has no pixels: shape {tuple(shape)}")
     levels = np.ascontiguousarray(_levels(values, name))
     if levels.shape[2] == 1:
         return Image.fromarray(levels[..., 0]).convert("RGB")
@@ -176,7 +178,7 @@ def _as_array(image: np.ndarray | Tensor) -> tuple[np.ndarray, str]:
     name = f"{kind} of shape {tuple(image.shape)} and type {image.dtype}"
     if isinstance(image, Tensor):
         if image.layout != torch.strided or image.is_quantized or image.is_meta:
-            raise ValueError(f"expected a dense tensor, got {name} ({image.layout}, device {image.device})")
+            raise UserError(f"expected a dense tensor, got {name} ({image.layout}, device {image.device})")
         image = image.detach().cpu()
         is_known = not image.is_floating_point() or image.dtype in (torch.float16, torch.float32, torch.float64)
         return (image if is_known else image.float()).numpy(), name  # NumPy has no bfloat16 or 8-bit floats
@@ -204,24 +206,24 @@ def _levels(values: np.ndarray, name: str) -> np.ndarray:
     if kind in "iu":
         low, high = values.min(), values.max()
         if low < 0 or high > 255:
-            raise ValueError(f"expected values of 0..255 in {name}, got {low}..{high}")
+            raise UserError(f"expected values of 0..255 in {name}, got {low}..{high}")
         return values.astype(np.uint8)
-    raise ValueError(f"expected a boolean, integer or float image, got {name}")
+    raise UserError(f"expected a boolean, integer or float image, got {name}")
 
 
 def _levels_of_floats(values: np.ndarray, name: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (low >= -_HALF_A_LEVEL and high <= 1 + _HALF_A_LEVEL):  # also true for NaN
-        raise ValueError(f"expected values of 0..1 in {name}, got {low:.6g}..{high:.6g}; rescale the image")
+        raise UserError(f"expected values of 0..1 in {name}, got {low:.6g}..{high:.6g}; rescale the image")
     return (values.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _levels_of_16_bits(values: np.ndarray, white: int, name: str) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > white:
-        raise ValueError(f"expected values of 0..{white} in {name}, got {low}..{high}; convert the image to 8 bits")
+        raise UserError(f"expected values of 0..{white} in {name}, got {low}..{high}; convert the image to 8 bits")
     if 0 < high <= 255 and white == 65535:
-        raise ValueError(
+        raise UserError(
             f"{name} has values of {low}..{high} only, where white is {white}: it would be read as black; "
             "save it as an 8-bit image"
         )

@@ -34,6 +34,7 @@ from evotok_plugin.data.hf_datasets import DatasetSource, is_saved_dataset, load
 from evotok_plugin.data.images import IMAGE_SUFFIXES, open_picture
 from evotok_plugin.data.keys import PackedStrings
 from evotok_plugin.data.tar_shards import TarSource
+from evotok_plugin.errors import UserError
 
 _HASH_SPACE = 10_000
 
@@ -74,14 +75,14 @@ class FileSource:
     in ImageNet's layout), or those that are listed.
 
     Raises:
-        ValueError: no images there.
+        UserError: no images there.
     """
 
     def __init__(self, root: Path, names: Iterable[str] | None = None) -> None:
         self.name, self._root = str(root), root
         self._names = PackedStrings(_images_below(root) if names is None else names)
         if not len(self._names):
-            raise ValueError(f"{str(root)!r}: no image files are named")
+            raise UserError(f"{str(root)!r}: no image files are named")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -110,7 +111,7 @@ def _images_below(root: Path) -> list[str]:
     """The images of a folder and its sub-folders; what else is there is reported."""
     listing = list_folder(root, deep=("image",))
     if not listing.files:
-        raise ValueError(
+        raise UserError(
             f"{str(root)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(listing.others)}"
         )
     report_skipped(str(root), listing.others)
@@ -197,14 +198,14 @@ def open_source(spec: str | Path) -> ImageSource:
             `train` if none is named).
 
     Raises:
-        ValueError: nothing there, or nothing that can be understood.
+        UserError: nothing there, or nothing that can be understood.
     """
     spec = str(spec)
     if spec.startswith("hf:"):
         return DatasetSource(load_hub(spec), spec)
     files = matching_files(spec)
     if not files:
-        raise ValueError(f"source {spec!r} does not exist; expected images, a folder, .tar shards, .parquet or hf:NAME")
+        raise UserError(f"source {spec!r} does not exist; expected images, a folder, .tar shards, .parquet or hf:NAME")
     if len(files) == 1 and files[0].is_dir():
         return _open_folder(files[0])
     refuse_compressed(files)
@@ -218,14 +219,14 @@ def open_source(spec: str | Path) -> ImageSource:
     if kinds == {"image"}:
         return FileSource(Path(), map(str, files))
     found = described(Counter("folder" if file.is_dir() else suffix_of(file) for file in files))
-    raise ValueError(f"source {spec!r}: expected images, or .tar, or .parquet files, or one folder; found {found}")
+    raise UserError(f"source {spec!r}: expected images, or .tar, or .parquet files, or one folder; found {found}")
 
 
 def open_sources(specs: Sequence[str | Path]) -> ImageSource:
     """All of them, one after another; image files that are named one by one keep their names as keys.
 
     Raises:
-        ValueError: as `open_source` says.
+        UserError: as `open_source` says.
     """
     names = [str(spec) for spec in specs]
     if all(kind_of(name) == "image" for name in names):
@@ -243,7 +244,7 @@ def _open_folder(folder: Path) -> ImageSource:
     skip_side_files(listing)
     kinds = sorted(listing.files)
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"folder {str(folder)!r} holds several kinds of data ({listing.found()}); keep one kind in a folder, or "
             f"name the files by a pattern such as '{folder}/*.{'tar' if 'tar' in kinds else 'parquet'}'"
         )

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from evotok_plugin.data.cropping import resized_crop
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 
 _WINDOW = 16_384  # images of shards that are shuffled together: reading stays within a few shards at a time
@@ -85,7 +86,7 @@ class TrainingStream(Dataset):
         length: number of positions of the run.
 
     Raises:
-        ValueError: no images, weights that do not fit the sources, or a share too small to be met.
+        UserError: no images, weights that do not fit the sources, or a share too small to be met.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class TrainingStream(Dataset):
         weights: Sequence[float] | None = None,
     ) -> None:
         if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
-            raise ValueError(f"expected {len(sources)} weights above 0, one a source, got {list(weights)}")
+            raise UserError(f"expected {len(sources)} weights above 0, one a source, got {list(weights)}")
         for source in sources:
             if not len(source):
-                raise ValueError(f"{source.name!r} has no images to train on")
+                raise UserError(f"{source.name!r} has no images to train on")
         self._shares = _whole_shares([len(source) for source in sources] if weights is None else weights)
         for source, share in zip(sources, self._shares, strict=True):
             if not share:
-                raise ValueError(f"source {source.name!r} would get less than 1 of {_BLOCK} images; raise its weight")
+                raise UserError(f"source {source.name!r} would get less than 1 of {_BLOCK} images; raise its weight")
         self._shuffled = [
             _Shuffled(source, [seed, number] if number else [seed]) for number, source in enumerate(sources)
         ]
@@ -128,7 +129,7 @@ class TrainingStream(Dataset):
                 return StreamItem(self._pixels(number, index, position), broken)
             except ValueError as error:
                 broken.append((f"{source.name}/{source.key(index)}", str(error)))
-        raise ValueError(f"{_TRIES} images in a row are broken. First: {broken[0][1]}")
+        raise UserError(f"{_TRIES} images in a row are broken. First: {broken[0][1]}")
 
     def _place(self, position: int) -> tuple[int, int]:
         """Which source a position belongs to, and which of its images stands there."""

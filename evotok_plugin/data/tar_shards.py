@@ -26,6 +26,7 @@ from evotok_plugin.data.files import (
 )
 from evotok_plugin.data.images import IMAGE_SUFFIXES, open_picture
 from evotok_plugin.data.keys import PackedStrings
+from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
@@ -44,12 +45,12 @@ class FilesInPlace:
         """`size` bytes of a file, which is named by its number.
 
         Raises:
-            ValueError: they cannot be read.
+            UserError: they cannot be read.
         """
         try:
             return os.pread(self._descriptor(file), size, offset)
         except OSError as error:
-            raise ValueError(f"{self._paths[file]!r} cannot be read: {error}") from error
+            raise UserError(f"{self._paths[file]!r} cannot be read: {error}") from error
 
     def _descriptor(self, file: int) -> int:
         """The open file; of many the ones used last stay open."""
@@ -74,7 +75,7 @@ class TarSource(FilesInPlace):
     longer names (`x.0001.jpg`, `x.0002.jpg`). The label is what `.cls` holds.
 
     Raises:
-        ValueError: a shard is missing, broken or compressed, holds two images of one name, or holds no images.
+        UserError: a shard is missing, broken or compressed, holds two images of one name, or holds no images.
     """
 
     def __init__(self, shards: Sequence[Path], name: str) -> None:
@@ -92,7 +93,7 @@ class TarSource(FilesInPlace):
         self._states = [(os.path.abspath(shard), file_state(shard)) for shard in shards]
         skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
         if not len(self._keys):
-            raise ValueError(f"{name!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
+            raise UserError(f"{name!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
         report_skipped(name, skipped, "member")
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ def shard_index(shard: str) -> dict[str, list]:
     `skipped` by suffix; kept in the user's cache folder until the shard changes.
 
     Raises:
-        ValueError: the shard is missing, broken or compressed, or holds two images of one name.
+        UserError: the shard is missing, broken or compressed, or holds two images of one name.
     """
     return _kept("2", shard, _scan_shard)
 
@@ -159,7 +160,7 @@ def shard_members(shard: str) -> dict[str, list]:
 def _kept(what: str, shard: str, scan: Callable[[str], dict[str, list]]) -> dict[str, list]:
     state = file_state(shard)
     if not state:
-        raise ValueError(f"shard {shard!r} does not exist")
+        raise UserError(f"shard {shard!r} does not exist")
     identity = f"{what} {os.path.realpath(shard)} {state}"
     kept = _index_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     try:
@@ -198,7 +199,7 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
                 yield (member.name, *places.get(target, (-1, 0)))
     except (tarfile.TarError, OSError, EOFError) as error:
         hint = "; compressed shards cannot be read in place, unpack them to .tar" if _is_compressed(shard) else ""
-        raise ValueError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
+        raise UserError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
 
 
 def _scan_shard(shard: str) -> dict[str, Any]:
@@ -212,9 +213,7 @@ def _scan_shard(shard: str) -> dict[str, Any]:
         elif kind_of(name) == "image":
             images = samples.setdefault(key, {})
             if name in images:
-                raise ValueError(
-                    f"shard {shard!r} holds two files named {shorten(name)}; give every image its own name"
-                )
+                raise UserError(f"shard {shard!r} holds two files named {shorten(name)}; give every image its own name")
             images[name] = (offset, size)
         elif suffix == "cls":
             classes[key] = (offset, size)

@@ -17,6 +17,7 @@ from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.meters import (
     ImageMean,
     Meter,
@@ -56,7 +57,7 @@ class EvaluationOptions:
         num_pictures: originals and reconstructions that are kept for the grid.
 
     Raises:
-        ValueError: batches of no images, or fewer than no worker.
+        UserError: batches of no images, or fewer than no worker.
     """
 
     metrics: Sequence[str] | None = None
@@ -72,7 +73,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @torch.inference_mode()
@@ -95,10 +96,10 @@ def evaluate(
         The figures, in the first process; None in the others.
 
     Raises:
-        ValueError: a metric that lacks what it needs, or too many broken images.
+        UserError: a metric that lacks what it needs, or too many broken images.
     """
     if model.training:
-        raise ValueError("the model is in training mode, in which it would learn from these images; call model.eval()")
+        raise UserError("the model is in training mode, in which it would learn from these images; call model.eval()")
     options = options or EvaluationOptions()
     processes = processes or Processes(0, 1, model.device)
     metrics = _without_untrained(chosen_metrics(options, source), options, model)
@@ -114,7 +115,7 @@ def evaluate(
     bad = _all_bad_samples(bad, processes)
     bad.check(len(source))
     if len(bad.reasons) == len(source):
-        raise ValueError(f"none of the {len(source)} images of {source.name!r} can be read")
+        raise UserError(f"none of the {len(source)} images of {source.name!r} can be read")
     if bad.reasons and processes.is_first:
         logger.warning("left out, of %d images: %s", len(source), _first_few(bad.reasons))
     for meter in (*meters, pictures):
@@ -129,16 +130,16 @@ def chosen_metrics(options: EvaluationOptions, source: ImageSource) -> list[str]
     that teacher, labels and number of images allow.
 
     Raises:
-        ValueError: an unknown metric, or one that is asked for and lacks something.
+        UserError: an unknown metric, or one that is asked for and lacks something.
     """
     asked = list(options.metrics or ())
     if unknown := [metric for metric in asked if metric not in (*METRICS, "all")]:
-        raise ValueError(f"unknown metric {unknown[0]!r}; expected all, or some of {', '.join(METRICS)}")
+        raise UserError(f"unknown metric {unknown[0]!r}; expected all, or some of {', '.join(METRICS)}")
     wanted = METRICS if "all" in asked else asked or [metric for metric in METRICS if metric not in _DOWNLOADED]
     lacking = _lacking(wanted, options, source)
     for metric in asked:
         if metric in lacking:
-            raise ValueError(f"{metric} cannot be measured: {lacking[metric]}")
+            raise UserError(f"{metric} cannot be measured: {lacking[metric]}")
     chosen = [metric for metric in METRICS if metric in wanted and metric not in lacking]
     if "probes" in chosen:
         probes.check_installed()
@@ -149,7 +150,7 @@ def _without_untrained(metrics: list[str], options: EvaluationOptions, model: Ev
     """The metrics without those of semantic features, where nothing has trained them.
 
     Raises:
-        ValueError: such a metric is asked for by name, or by giving a teacher.
+        UserError: such a metric is asked for by name, or by giving a teacher.
     """
     if model.config.semantic_decoder_trained:
         return metrics
@@ -320,7 +321,7 @@ def _tokenized(
     """This process's images, each decoded once, in the background; what is broken goes to `bad`.
 
     Raises:
-        ValueError: more images are broken than can be made up for.
+        UserError: more images are broken than can be made up for.
     """
     own = range(processes.rank, len(source), processes.world_size)
     num_batches = -(-len(own) // options.batch_size)

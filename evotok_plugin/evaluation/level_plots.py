@@ -10,6 +10,7 @@ from PIL import Image
 
 from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.levels import _GREY, _LEFT, _RIGHT, Curve, Evolution
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
@@ -41,12 +42,12 @@ def check_plotting() -> None:
     """Whether plots can be drawn.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install matplotlib") from error
+        raise UserError("plots need matplotlib: pip install matplotlib") from error
 
 
 def _figure(height: float) -> "Figure":

@@ -19,6 +19,7 @@ from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
@@ -139,14 +140,14 @@ def measure_evolution(
         max_images: of a larger source so many are taken, evenly spread.
 
     Raises:
-        ValueError: a model in training mode, a teacher that does not fit or that the model was not trained with, no
+        UserError: a model in training mode, a teacher that does not fit or that the model was not trained with, no
             readable image, or too many broken ones.
     """
     if model.training:
-        raise ValueError("the model is in training mode, in which it would learn from these images; call model.eval()")
+        raise UserError("the model is in training mode, in which it would learn from these images; call model.eval()")
     for name, value in (("max_images", max_images), ("num_strips", num_strips), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}")
     if teacher is not None:
         model.config.require_semantics()
         teacher.check_fits(model.config, processor.size)
@@ -231,7 +232,7 @@ def _batches(
             found = True
             yield names, processor(pictures).pixel_values
     if not found:
-        raise ValueError(f"none of the {len(chosen)} images of {source.name!r} can be read")
+        raise UserError(f"none of the {len(chosen)} images of {source.name!r} can be read")
 
 
 # Drawing -------------------------------------------------------------------------------------------------------

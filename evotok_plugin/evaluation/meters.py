@@ -120,7 +120,7 @@ class TeacherCosine:
     """Cosine between the semantic features of 1, 2, .. L levels and the teacher's, mean over positions and images.
 
     Raises:
-        ValueError: the teacher reads other images, or gives other features.
+        UserError: the teacher reads other images, or gives other features.
     """
 
     def __init__(self, model: EvoTokModel, teacher: Teacher, image_size: int) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from evotok_plugin.errors import UserError
+
 MAX_LOGITS = 2**26  # of a chunk: 256 MiB in float32
 
 
@@ -54,10 +56,10 @@ def chunked_cross_entropy(
         replaced: classes with weights of their own, which may be trained while the classifier is frozen.
 
     Raises:
-        ValueError: rows and targets do not match.
+        UserError: rows and targets do not match.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"expected hidden (R, D) and one target a row, got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
     rows = max(1, max_logits // num_classes)

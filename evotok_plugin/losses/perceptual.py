@@ -5,6 +5,7 @@ import warnings
 from torch import nn
 
 from evotok_plugin.common.hub_files import HubFile
+from evotok_plugin.errors import UserError
 
 VGG16 = HubFile(
     names=("vgg16-397923af.pth",),
@@ -19,12 +20,12 @@ def load_lpips() -> nn.Module:
     side; gives (B, 1, 1, 1).
 
     Raises:
-        ValueError: the package or its weights are not there, or the weights are others.
+        UserError: the package or its weights are not there, or the weights are others.
     """
     try:
         import lpips
     except ImportError:
-        raise ValueError(f"the package lpips is not installed: `pip install lpips`, {_WITHOUT}") from None
+        raise UserError(f"the package lpips is not installed: `pip install lpips`, {_WITHOUT}") from None
     VGG16.fetch(f"LPIPS needs VGG16's weights: put the file there, {_WITHOUT}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the way in which lpips calls torchvision

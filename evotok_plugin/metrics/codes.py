@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 
 class CodeUsage:
     """Counts codes level by level: 8 bytes a code of a codebook, however many images are seen.
@@ -18,14 +20,14 @@ class CodeUsage:
         """Add codes (..., l) of the first l levels; counts stay on the device of the first codes.
 
         Raises:
-            ValueError: more levels than are counted, or (looked at on the CPU, where it costs no waiting) a code that
+            UserError: more levels than are counted, or (looked at on the CPU, where it costs no waiting) a code that
                 no codebook has.
         """
         (num_levels, size), codes = self.counts.shape, codes.detach().flatten(0, -2).long()
         if codes.shape[1] > num_levels:
-            raise ValueError(f"codes have {codes.shape[1]} levels, {num_levels} are counted")
+            raise UserError(f"codes have {codes.shape[1]} levels, {num_levels} are counted")
         if not codes.is_cuda and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
+            raise UserError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
         self.counts = self.counts.to(codes.device)
         places = (codes + torch.arange(codes.shape[1], device=codes.device) * size).flatten()
         self.counts.view(-1).index_add_(0, places, torch.ones_like(places))

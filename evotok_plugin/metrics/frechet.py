@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evotok_plugin.common.files import apply_umask
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 
 
 class FeatureStatistics:
@@ -27,13 +28,13 @@ class FeatureStatistics:
         """Add vectors (B, D).
 
         Raises:
-            ValueError: vectors of another width, or values that are not finite.
+            UserError: vectors of another width, or values that are not finite.
         """
         if features.ndim != 2 or features.shape[1] != self.total.shape[0]:
-            raise ValueError(f"expected features (B, {self.total.shape[0]}), got {tuple(features.shape)}")
+            raise UserError(f"expected features (B, {self.total.shape[0]}), got {tuple(features.shape)}")
         values = features.detach().to("cpu", torch.float64)
         if not values.isfinite().all():
-            raise ValueError("features hold values that are not finite; the images they are of must be broken")
+            raise UserError("features hold values that are not finite; the images they are of must be broken")
         self.count += values.shape[0]
         self.total += values.sum(dim=0)
         self.outer += values.T @ values
@@ -51,10 +52,10 @@ class FeatureStatistics:
         """(D, D), the unbiased estimate.
 
         Raises:
-            ValueError: of fewer than two vectors.
+            UserError: of fewer than two vectors.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, got {int(self.count)}")
+            raise UserError(f"a covariance needs at least 2 feature vectors, got {int(self.count)}")
         return (self.outer - torch.outer(self.total, self.mean())) / (self.count - 1)
 
     def save(self, path: Path) -> None:
@@ -69,16 +70,16 @@ class FeatureStatistics:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: no such file, a broken one, or statistics of another width.
+            UserError: no such file, a broken one, or statistics of another width.
         """
         statistics = cls(dim)
         try:
             values = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"feature statistics {str(path)!r} cannot be read: {error}") from error
+            raise UserError(f"feature statistics {str(path)!r} cannot be read: {error}") from error
         for name, expected in vars(statistics).items():
             if name not in values or values[name].shape != expected.shape or values[name].dtype != expected.dtype:
-                raise ValueError(f"{str(path)!r} holds no feature statistics of width {dim}")
+                raise UserError(f"{str(path)!r} holds no feature statistics of width {dim}")
             setattr(statistics, name, values[name])
         return statistics
 
@@ -91,10 +92,10 @@ def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     turn rounding errors of 1e-16 into 1e-8; singular values keep them small.
 
     Raises:
-        ValueError: fewer than two vectors on a side, or other widths.
+        UserError: fewer than two vectors on a side, or other widths.
     """
     if one.total.shape != other.total.shape:
-        raise ValueError(f"features are {one.total.shape[0]} wide on one side, {other.total.shape[0]} on the other")
+        raise UserError(f"features are {one.total.shape[0]} wide on one side, {other.total.shape[0]} on the other")
     covariances = one.covariance(), other.covariance()
     factors = [_factor(covariance) for covariance in covariances]
     shared = torch.linalg.svdvals(factors[0].T @ factors[1]).sum()

@@ -13,6 +13,7 @@ from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.data import images
 from evotok_plugin.data.code_cache.ledger import stamps_of
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 from evotok_plugin.metrics.frechet import FeatureStatistics
 
@@ -35,12 +36,12 @@ def load_inception(weights: str | Path | None = None) -> nn.Module:
         weights: the weights file; without it torch's hub folder is looked into, and the file is downloaded to it.
 
     Raises:
-        ValueError: torch-fidelity is not installed, the weights are not there, or they are others.
+        UserError: torch-fidelity is not installed, the weights are not there, or they are others.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ValueError(f"torch-fidelity is not installed: `pip install torch-fidelity`, {_WITHOUT}") from None
+        raise UserError(f"torch-fidelity is not installed: `pip install torch-fidelity`, {_WITHOUT}") from None
     if weights is None:
         path = INCEPTION.fetch(f"put the file there, name it with --inception_weights FILE, {_WITHOUT}")
     else:

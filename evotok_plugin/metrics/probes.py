@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from evotok_plugin.errors import UserError
+
 MAX_IMAGES = 50_000
 NUM_NEIGHBORS = 20
 TEMPERATURE = 0.07
@@ -41,7 +43,7 @@ def knn_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
         features: (n, D).
 
     Raises:
-        ValueError: scikit-learn is not installed, or fewer than two images.
+        UserError: scikit-learn is not installed, or fewer than two images.
     """
     _check(features, labels)
     from sklearn.neighbors import NearestNeighbors
@@ -66,7 +68,7 @@ def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
         features: (n, D).
 
     Raises:
-        ValueError: scikit-learn is not installed, or fewer than two images.
+        UserError: scikit-learn is not installed, or fewer than two images.
     """
     _check(features, labels)
     from sklearn.exceptions import ConvergenceWarning
@@ -86,13 +88,13 @@ def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
 
 def check_installed() -> None:
     """Raises:
-    ValueError: scikit-learn, which does the work, is not installed.
+    UserError: scikit-learn, which does the work, is not installed.
     """
     if find_spec("sklearn") is None:
-        raise ValueError("probes need scikit-learn: `pip install scikit-learn`, or leave probes out of --metrics")
+        raise UserError("probes need scikit-learn: `pip install scikit-learn`, or leave probes out of --metrics")
 
 
 def _check(features: np.ndarray, labels: Sequence[str]) -> None:
     check_installed()
     if len(features) != len(labels) or len(labels) < 2:
-        raise ValueError(f"expected one label a feature vector, at least two, got {len(features)} and {len(labels)}")
+        raise UserError(f"expected one label a feature vector, at least two, got {len(features)} and {len(labels)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_config
 from evotok_plugin.plugins.vision_tower import (
     _MODEL_TYPES,
@@ -87,7 +88,7 @@ class EvoTokVisionTower(nn.Module):
         """Load the frozen weights, once.
 
         Raises:
-            ValueError: they are missing or do not fit.
+            UserError: they are missing or do not fit.
         """
         if not self.is_loaded:
             self.vision_tower = _open(self.vision_tower_name, device_map).requires_grad_(False)
@@ -97,7 +98,7 @@ class EvoTokVisionTower(nn.Module):
         """Features (B, N, D) of images (B, 3, H, W), or (1, N, D) of each image (3, H, W) of a list; in their dtype.
 
         Raises:
-            ValueError: the weights are not loaded.
+            UserError: the weights are not loaded.
         """
         if isinstance(images, list):
             return [self(image[None]) for image in images]
@@ -107,7 +108,7 @@ class EvoTokVisionTower(nn.Module):
     @property
     def _loaded(self) -> EvoTokVisionModel:
         if not self.is_loaded:
-            raise ValueError(f"the weights of {self.vision_tower_name!r} are not loaded yet; call load_model() first")
+            raise UserError(f"the weights of {self.vision_tower_name!r} are not loaded yet; call load_model() first")
         return self.vision_tower
 
     @property

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.quantizer import ResidualVectorQuantizer
@@ -39,12 +40,12 @@ class EvoTokVisionConfig(EvoTokConfig):
         """What `from_pretrained` reads of a tokenizer's folder, a saved tower's, or one of a model around them.
 
         Raises:
-            ValueError: there is no EvoTok in it.
+            UserError: there is no EvoTok in it.
         """
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         values = values.get(cls.base_config_key, values)
         if values.get("model_type") not in _MODEL_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"{str(pretrained_model_name_or_path)!r} holds a {values.get('model_type', 'nameless')} vision tower, "
                 f"expected {' or '.join(_MODEL_TYPES)}; give the folder of a tokenizer"
             )
@@ -105,13 +106,13 @@ class EvoTokVisionModel(PreTrainedModel):
             kwargs: what LLaVA passes on to every tower and this one has no use for.
 
         Raises:
-            ValueError: height or width is no multiple of the patch size, or there is no such layer.
+            UserError: height or width is no multiple of the patch size, or there is no such layer.
         """
         grid, depth = self.grid_of(pixel_values), self.config.semantic_depth
         hidden_wanted = output_hidden_states is not None and output_hidden_states is not False  # 0 is a layer
         layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
         if missing := [layer for layer in layers if not isinstance(layer, bool) and layer not in (None, -1, 0)]:
-            raise ValueError(
+            raise UserError(
                 f"vision_feature_layer {missing[0]}: EvoTok has one layer to read, its semantic features, and no class "
                 'token; set vision_feature_layer=-1 and vision_feature_select_strategy="full" in the configuration'
             )
@@ -144,7 +145,7 @@ class EvoTokVisionImageProcessor(BaseImageProcessor):
         """Prepare images, nested lists of them or frames as `EvoTokImageProcessor.preprocess` does.
 
         Raises:
-            ValueError: not an image, none at all, or a keyword that is not supported.
+            UserError: not an image, none at all, or a keyword that is not supported.
         """
         processor = EvoTokImageProcessor(size=self.size["shortest_edge"])
         return processor.preprocess(images, return_tensors=return_tensors, **kwargs)

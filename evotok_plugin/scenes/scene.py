@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from evotok_plugin.errors import UserError
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {
     "red": (220, 40, 40),
@@ -93,10 +95,10 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
     """A random scene that a prompt of this GenEval skill can describe.
 
     Raises:
-        ValueError: `skill` is not one of `SKILLS`.
+        UserError: `skill` is not one of `SKILLS`.
     """
     if skill not in SKILLS:
-        raise ValueError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
+        raise UserError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
     colors = list(COLORS)
     if skill in ("single_object", "colors"):
         kinds = [(str(rng.choice(SHAPES)), str(rng.choice(colors)))]
@@ -132,7 +134,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground:
         inset = 0.25 * (right - left)
         draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=ground)
     else:
-        raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
+        raise UserError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
 
 
 def render(scene: Scene, image_size: int = 48) -> Image.Image:

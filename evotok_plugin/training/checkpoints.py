@@ -12,6 +12,7 @@ from torch import Tensor, optim
 
 from evotok_plugin.common.files import apply_umask
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
     """Write the checkpoint of a step, then remove all but the newest `keep`.
 
     Raises:
-        ValueError: it cannot be written (a full disk); those before it stay.
+        UserError: it cannot be written (a full disk); those before it stay.
     """
     path = folder / f"checkpoint-{step:09d}.safetensors"
     temporary = path.with_suffix(".tmp")
@@ -100,7 +101,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise ValueError(
+        raise UserError(
             f"the checkpoint of step {step} cannot be written to {folder}: {error}; {newest_kept(folder)}. "
             "Make room and run the same command again"
         ) from error
@@ -118,7 +119,7 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
     """The newest checkpoint that can be read and its tensors, or None if there is none at all.
 
     Raises:
-        ValueError: there are some, and none of them can be read.
+        UserError: there are some, and none of them can be read.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -127,7 +128,7 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be read (%s); trying the one before", path, error)
     if found:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(found)} checkpoints in {folder} can be read; pass --overwrite true to start over"
         )
     return None

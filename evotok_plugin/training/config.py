@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from evotok_plugin.errors import UserError
+
 REPORTERS = ("tensorboard", "wandb")
 
 
@@ -63,39 +65,39 @@ class TokenizerTrainingConfig:
         if isinstance(self.data, str):
             self.data = [self.data]
         if self.pixel_loss not in ("l1", "l2"):
-            raise ValueError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
+            raise UserError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
         if self.report_to not in (*REPORTERS, "both", "none"):
-            raise ValueError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
+            raise UserError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
         if self.semantic_weight > 0 and not self.teacher:
-            raise ValueError(
+            raise UserError(
                 "semantic_weight is above 0 but there is no teacher; pass --teacher FOLDER (a SigLIP model), or train "
                 "pixels alone with --semantic_weight 0, as the recipe photos does"
             )
         self._check_without_effect()
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_loss_growth <= 1:
-            raise ValueError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
+            raise UserError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
         for name in ("val_fraction", "weights_ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def _check_without_effect(self) -> None:
         if self.teacher and self.semantic_weight <= 0:
-            raise ValueError(
+            raise UserError(
                 f"teacher {self.teacher} has no effect with semantic_weight {self.semantic_weight:g}; raise "
                 "--semantic_weight, or leave --teacher out"
             )
         defaults = type(self)
         for name in ("gan_start", "gan_adaptive"):
             if self.gan_weight <= 0 and getattr(self, name) != getattr(defaults, name):
-                raise ValueError(
+                raise UserError(
                     f"{name} {getattr(self, name)} has no effect with gan_weight {self.gan_weight:g}; raise "
                     f"--gan_weight, or leave --{name} out"
                 )
         if self.val_data and self.val_fraction != defaults.val_fraction:
-            raise ValueError(
+            raise UserError(
                 f"val_fraction {self.val_fraction:g} has no effect with val_data, which names the images to validate "
                 "on; leave one of --val_fraction and --val_data out"
             )

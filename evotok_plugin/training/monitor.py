@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from evotok_plugin.common.files import writing
+from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.codes import CodeUsage
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,11 @@ class LossWatch:
         """Take in the terms of a step.
 
         Raises:
-            ValueError: a term is NaN or infinite, or has exploded.
+            UserError: a term is NaN or infinite, or has exploded.
         """
         for name, value in terms.items():
             if not math.isfinite(value):
-                raise ValueError(f"the {name} loss is {value}")
+                raise UserError(f"the {name} loss is {value}")
         bounded = {name: value for name, value in terms.items() if name not in _UNBOUNDED}
         usual = sum(self._means.get(name, 0.0) for name in bounded)
         for name, value in bounded.items():
@@ -52,7 +53,7 @@ class LossWatch:
         if seen >= _SETTLING and value > self._max_growth * usual > 0:
             self._above[name] = self._above.get(name, 0) + 1
             if self._above[name] >= _IN_A_ROW:
-                raise ValueError(
+                raise UserError(
                     f"the {name} loss is {value:.4g}, more than {self._max_growth:g} times what the whole loss used to "
                     f"be, {usual:.4g}, for {_IN_A_ROW} steps (max_loss_growth)"
                 )
@@ -88,7 +89,7 @@ class Reporter:
     """Figures to `metrics.jsonl`, and with pictures to TensorBoard and Weights & Biases where they are wanted.
 
     Raises:
-        ValueError: a reporter is wanted whose package is not installed, or a file that cannot be written.
+        UserError: a reporter is wanted whose package is not installed, or a file that cannot be written.
     """
 
     def __init__(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
@@ -101,7 +102,7 @@ class Reporter:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ValueError(
+                raise UserError(
                     "tensorboard is not installed: `pip install tensorboard`, or --report_to none"
                 ) from None
             self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -109,7 +110,7 @@ class Reporter:
             try:
                 import wandb
             except ImportError:
-                raise ValueError("wandb is not installed: `pip install wandb`, or --report_to tensorboard") from None
+                raise UserError("wandb is not installed: `pip install wandb`, or --report_to tensorboard") from None
             self._run = wandb.init(
                 project="evotok", dir=str(folder), id=_run_id(folder), resume="allow", config=settings
             )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
@@ -21,7 +22,7 @@ class TokenizerObjective:
     """The frozen networks that judge reconstructions, and the discriminator that learns to.
 
     Raises:
-        ValueError: the teacher or LPIPS cannot be loaded, or the teacher does not fit the model.
+        UserError: the teacher or LPIPS cannot be loaded, or the teacher does not fit the model.
     """
 
     def __init__(self, config: TokenizerTrainingConfig, model: EvoTokModel) -> None:
@@ -40,7 +41,7 @@ class TokenizerObjective:
         encoder, tower = model.encoder, self.teacher
         needed, there = len(encoder.encoder.layers), len(tower.encoder.layers)
         if there < needed:
-            raise ValueError(f"the teacher has {there + 1} layers, the encoder needs {needed + 1}")
+            raise UserError(f"the teacher has {there + 1} layers, the encoder needs {needed + 1}")
         encoder.embeddings.load_state_dict(tower.embeddings.state_dict())
         for ours, theirs in zip(encoder.encoder.layers, tower.encoder.layers, strict=False):
             ours.load_state_dict(theirs.state_dict())

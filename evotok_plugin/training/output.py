@@ -61,7 +61,7 @@ class TokenizerOutput:
     """Plan for the output folder of a run; nothing in it changes before `begin`.
 
     Raises:
-        ValueError: the folder cannot be written to, holds files of others where the run would write, must not be
+        UserError: the folder cannot be written to, holds files of others where the run would write, must not be
             replaced, or holds a run with other settings.
     """
 
@@ -111,7 +111,7 @@ class TokenizerOutput:
             facts: what else identifies the run's inputs, by the names of their settings.
 
         Raises:
-            ValueError: the run that is resumed had other inputs, or the folder cannot be written to.
+            UserError: the run that is resumed had other inputs, or the folder cannot be written to.
         """
         found = [] if self._config.overwrite else checkpoints(self._folder)
         if found:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from evotok_plugin.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
@@ -61,10 +63,10 @@ def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
         what: the run that the folder holds: "a run that is at step 4".
 
     Raises:
-        ValueError: there are changes; the message lists all with both values.
+        UserError: there are changes; the message lists all with both values.
     """
     if listed := [str(change) for change in rejected]:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {what}, trained with other settings: {'; '.join(listed)}. Pass the same settings to "
             "resume it, choose another --output_dir, or pass --overwrite true to start over"
         )
@@ -116,7 +118,7 @@ def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> 
         is_first: whether this process warns.
 
     Raises:
-        ValueError: `recipe.yaml` is damaged.
+        UserError: `recipe.yaml` is damaged.
     """
     path = Path(folder) / RECIPE
     if not path.exists():
@@ -130,7 +132,7 @@ def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> 
         return None
     saved = read_recipe(folder)
     if saved is None:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as settings, so the settings cannot be compared with those of {state}; restore it, "
             "delete it to resume with the settings given now, or pass --overwrite true to start over"
         )

@@ -21,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder
 from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.common.progress import progress_interval
@@ -29,6 +30,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource, open_source
 from evotok_plugin.data.stream import Augmentation
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes, to_pixel_values
 from evotok_plugin.model_folder import open_tokenizer_folder
 
@@ -67,7 +69,7 @@ def captioned_images(data: Path) -> list[tuple[Path, str]]:
     else by their file names, `n01484850_great_white_shark.jpg` being a great white shark.
 
     Raises:
-        ValueError: there is neither.
+        UserError: there is neither.
     """
     file = data / "captions.jsonl"
     if file.is_file():
@@ -75,7 +77,7 @@ def captioned_images(data: Path) -> list[tuple[Path, str]]:
         return [(data / row["image"], row["captions"][0]) for row in rows]
     source = open_source(data)
     if not isinstance(source, FileSource):
-        raise ValueError(f"{data}: expected captions.jsonl or image files whose names say what they show")
+        raise UserError(f"{data}: expected captions.jsonl or image files whose names say what they show")
     names = [source.key(i) for i in range(len(source))]
     return [(data / name, re.sub(r"^n\d{8}_", "", Path(name).stem).replace("_", " ")) for name in names]
 
@@ -98,7 +100,7 @@ def train_teacher(
         augment: random scale, crop and flip.
 
     Raises:
-        ValueError: no captions, or a loss that is not finite.
+        UserError: no captions, or a loss that is not finite.
     """
     pairs = captioned_images(data)
     tokenizer = open_tokenizer_folder(tokenizer_folder)
@@ -128,7 +130,7 @@ def train_teacher(
             return_loss=True,
         )
         if not torch.isfinite(output.loss):
-            raise ValueError(f"the contrastive loss became {float(output.loss)}; lower --learning_rate")
+            raise UserError(f"the contrastive loss became {float(output.loss)}; lower --learning_rate")
         output.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -155,16 +157,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", default="{}", help="fields in which the tokenizer differs from the tiny preset, YAML"
     )
-    arguments = vars(parser.parse_args(argv))
-    try:
-        vision = EvoTokConfig.preset("tiny", **parse_mapping(arguments.pop("model")))
-        check_output_folder(arguments["output_dir"], "--output_dir")
-        OwnedFolder(arguments["output_dir"]).claim("config.json", "model.safetensors")
-        train_teacher(arguments.pop("data"), arguments.pop("tokenizer"), vision=vision, **arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line.run(parser, argv, _train)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    vision = EvoTokConfig.preset("tiny", **parse_mapping(arguments.model))
+    check_output_folder(arguments.output_dir, "--output_dir")
+    OwnedFolder(arguments.output_dir).claim("config.json", "model.safetensors")
+    names = ("output_dir", "max_steps", "batch_size", "learning_rate", "seed", "augment")
+    options = {name: getattr(arguments, name) for name in names}
+    train_teacher(arguments.data, arguments.tokenizer, vision=vision, **options)
 
 
 if __name__ == "__main__":

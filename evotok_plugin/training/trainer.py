@@ -25,6 +25,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel_values
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
@@ -59,7 +60,7 @@ class TokenizerTrainer:
     """One training run; `run()` starts or resumes it.
 
     Raises:
-        ValueError: data, teacher or settings that do not fit.
+        UserError: data, teacher or settings that do not fit.
     """
 
     def __init__(self, config: TokenizerTrainingConfig) -> None:
@@ -71,7 +72,7 @@ class TokenizerTrainer:
         )
         check_reporters(config.reporters)
         if config.batch_size % self.world_size:
-            raise ValueError(f"batch_size {config.batch_size} cannot be split over {self.world_size} processes")
+            raise UserError(f"batch_size {config.batch_size} cannot be split over {self.world_size} processes")
         if config.bf16 and self.device.type == "cpu":
             logger.warning("bf16 on a CPU is often far slower than float32; --bf16 false turns it off")
         self.folder = Path(config.output_dir)
@@ -205,7 +206,7 @@ class TokenizerTrainer:
         try:
             self._watch.check(figures)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"step {self.step}: {error}; training stops, {newest_kept(self.folder)}. "
                 "Lower --learning_rate, or check the data"
             ) from None
@@ -225,7 +226,7 @@ class TokenizerTrainer:
         Ctrl-C and SIGTERM save a checkpoint and end the process with 128 + the signal's number.
 
         Raises:
-            ValueError: a loss that is not finite or has exploded, too many broken images, a failed write.
+            UserError: a loss that is not finite or has exploded, too many broken images, a failed write.
         """
         teacher = fingerprint_of(self.objective.teacher)
         self._output.begin(contents_of(self._sources), data=identity_of(self._sources), teacher=teacher)
@@ -343,7 +344,7 @@ class TokenizerTrainer:
             self._show(*shown)
         total_psnr, total_cosine, count = sums.tolist()
         if not count:
-            raise ValueError(f"none of the {len(self._looked_at)} images to validate on can be read")
+            raise UserError(f"none of the {len(self._looked_at)} images to validate on can be read")
         result = {"val_psnr": total_psnr / count}
         if self.objective.teacher is not None:
             result["val_semantic_cosine"] = total_cosine / count
@@ -399,7 +400,7 @@ class TokenizerTrainer:
         """Save everything that an exact resumption needs.
 
         Raises:
-            ValueError: it cannot be written; the one before it stays.
+            UserError: it cannot be written; the one before it stays.
         """
         states = self.processes.gather(self._random_state())
         failure = None
@@ -421,7 +422,7 @@ class TokenizerTrainer:
             except ValueError as error:
                 failure = str(error)
         if failure := self.processes.gather(failure)[0]:
-            raise ValueError(failure)
+            raise UserError(failure)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -440,7 +441,7 @@ class TokenizerTrainer:
         if self.weights_ema is not None:
             averages = part("weights_ema", tensors)
             if not averages:
-                raise ValueError(
+                raise UserError(
                     f"{path} was written without weights_ema; leave it out, or pass --overwrite true to start over"
                 )
             self.weights_ema.load_state_dict(averages)

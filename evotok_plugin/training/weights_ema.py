@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from evotok_plugin.errors import UserError
+
 
 class WeightsEMA:
     """Averaged float32 copies of the parameters.
@@ -46,9 +48,9 @@ class WeightsEMA:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: the names are those of another model.
+            UserError: the names are those of another model.
         """
         if state.keys() != self._averages.keys():
-            raise ValueError("the averaged weights are those of another model")
+            raise UserError("the averaged weights are those of another model")
         for name, value in state.items():
             self._averages[name].copy_(value)

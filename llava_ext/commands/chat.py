@@ -13,6 +13,7 @@ from PIL import Image
 from evotok_plugin.common.files import write_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
+from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.generation import Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
@@ -89,14 +90,14 @@ class Pictures:
         """Read an image.
 
         Raises:
-            ValueError: it is missing, broken or too large, or a URL that must not or cannot be fetched.
+            UserError: it is missing, broken or too large, or a URL that must not or cannot be fetched.
         """
         if re.match("https?://", where, re.IGNORECASE):
             if not self.allow_urls:
-                raise ValueError(f"{where} is not fetched; save the image and give its path, or pass --allow_urls")
+                raise UserError(f"{where} is not fetched; save the image and give its path, or pass --allow_urls")
             return open_upload(fetch(where, self.limits.max_bytes), self.limits, name=where)
         if not _path(where).exists():
-            raise ValueError(f"image {where!r} does not exist")
+            raise UserError(f"image {where!r} does not exist")
         return open_upload(_path(where), self.limits, name=where, formats=FORMATS)
 
     def in_line(self, line: str) -> tuple[str, list[Image.Image]]:
@@ -105,7 +106,7 @@ class Pictures:
         A bare word that ends like an image's name is one only where there is such a file.
 
         Raises:
-            ValueError: as `open`.
+            UserError: as `open`.
         """
         images = []
 
@@ -123,7 +124,7 @@ def _path(where: str) -> Path:
     """Of a path or a file:// URL, as file managers paste them.
 
     Raises:
-        ValueError: a URL of something that is not on this machine.
+        UserError: a URL of something that is not on this machine.
     """
     return Path(local_path(where))
 
@@ -159,13 +160,13 @@ class Chat:
         """Do what a line says.
 
         Raises:
-            ValueError: it cannot be done; all is as before.
+            UserError: it cannot be done; all is as before.
         """
         command, _, rest = line.partition(" ")
         commands = {"/draw": self._draw, "/image": self._add_image, "/save": self._save}
         if command in commands:
             if not rest.strip():
-                raise ValueError(f"{command} what? /help says how it is typed")
+                raise UserError(f"{command} what? /help says how it is typed")
             commands[command](rest.strip())
         elif command == "/reset":
             self.conversation, self.pending = Conversation(), []
@@ -174,7 +175,7 @@ class Chat:
         elif command == "/quit":
             self.left = True
         elif re.fullmatch("/[a-z]+", command) and not _path(command).exists():
-            raise ValueError(f"unknown command {command}; /help says which there are")
+            raise UserError(f"unknown command {command}; /help says which there are")
         elif line:
             text, images = self.pictures.in_line(line)
             if text:
@@ -186,7 +187,7 @@ class Chat:
         """Put a question, and write out the answer as it comes.
 
         Raises:
-            ValueError: it cannot be asked; the conversation and the images for it are as before.
+            UserError: it cannot be asked; the conversation and the images for it are as before.
         """
         opened, seed = self.opened, self.seed + self.conversation.num_turns
         answer = self.conversation.ask(

@@ -2,6 +2,7 @@
 
 import argparse
 
+from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions
 from llava_ext.model_folder import open_model
 
@@ -25,12 +26,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        ValueError: gradio or matplotlib is not installed, no such model, or the address cannot be used.
+        UserError: gradio or matplotlib is not installed, no such model, or the address cannot be used.
     """
     try:
         from llava_ext.serving.page import DemoLimits, build_demo, launch_demo
     except ImportError as error:
-        raise ValueError(f"the page needs gradio and matplotlib ({error}): pip install 'evotok[demo]'") from error
+        raise UserError(f"the page needs gradio and matplotlib ({error}): pip install 'evotok[demo]'") from error
     from evotok_plugin.evaluation.level_plots import check_plotting
     from evotok_plugin.teacher import load_teacher
     from llava_ext.serving.uploads import UploadLimits

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.model_folder import OpenModel, open_model
 from llava_ext.serving.image_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
@@ -101,17 +102,17 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file, each once.
 
     Raises:
-        ValueError: there is none, one is empty, or the file cannot be read as text.
+        UserError: there is none, one is empty, or the file cannot be read as text.
     """
     prompts = list(arguments.prompt)
     if arguments.prompts:
         try:
             lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {arguments.prompts} cannot be read as text: {error}") from error
+            raise UserError(f"--prompts {arguments.prompts} cannot be read as text: {error}") from error
         prompts += [line for line in lines if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("expected at least one prompt and none empty; say what to draw")
+        raise UserError("expected at least one prompt and none empty; say what to draw")
     return list(dict.fromkeys(prompts))
 
 
@@ -119,12 +120,12 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse at once what a model is not needed for to know."""
     for name in ("num_images", "batch_size", "preview_every"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     preview = arguments.preview
     if preview:
         check_output_file(preview, [".png"], "--preview")
     if preview and preview.exists() and chunks_of(preview) != _PREVIEW:
-        raise ValueError(f"--preview {preview} is there already and is no preview; name another file")
+        raise UserError(f"--preview {preview} is there already and is no preview; name another file")
     check_folder(arguments.output)
 
 

@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     )
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
     parser.add_argument("--gpus", type=int, default=1, help="how many processes, one a GPU")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_rest=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

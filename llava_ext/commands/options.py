@@ -53,6 +53,6 @@ def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:
     """The flags of drawing; those that are not given are None, the model's own.
 
     Raises:
-        ValueError: a value out of its range.
+        UserError: a value out of its range.
     """
     return DrawingOptions(**{field.name: getattr(arguments, field.name, None) for field in fields(DrawingOptions)})

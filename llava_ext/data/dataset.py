@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.errors import UserError
 from llava_ext.data.mixture import Mixture
 from llava_ext.data.records import KINDS, Record
 from llava_ext.data.survey import RecordTable
@@ -60,7 +61,7 @@ class ConversationDataset(Dataset):
         mixture: Mixture | None = None,
     ) -> None:
         if not len(records):
-            raise ValueError("no usable records: the data is empty or every record was left out")
+            raise UserError("no usable records: the data is empty or every record was left out")
         self.records = records
         self._processor, self._cache = processor, cache
         self._max_length, self._prompt_dropout, self._seed = max_length, prompt_dropout, seed

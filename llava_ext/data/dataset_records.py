@@ -12,6 +12,7 @@ from PIL import Image
 
 from evotok_plugin.data.files import file_state, stamp_of
 from evotok_plugin.data.images import open_picture
+from evotok_plugin.errors import UserError
 from llava_ext.data.json_records import numbered
 from llava_ext.data.records import CAPTIONS, TURNS, UNSUPPORTED, Record, RowOptions, named_image, parse_row
 from llava_ext.prompts.image_parts import is_empty
@@ -37,14 +38,14 @@ class DatasetRecords:
             change when files are added.
 
     Raises:
-        ValueError: no column of conversations or captions.
+        UserError: no column of conversations or captions.
     """
 
     def __init__(self, dataset: Any, name: str, options: RowOptions, parts: Parts | None = None) -> None:
         self.name, self._options = name, options
         columns = dataset.column_names
         if not {*TURNS, *CAPTIONS} & set(columns):
-            raise ValueError(
+            raise UserError(
                 f"data {name}: no column 'conversations', 'messages', 'caption' or 'text'; its columns are "
                 f"{', '.join(columns)}"
             )
@@ -55,7 +56,7 @@ class DatasetRecords:
         self._rows = dataset.select_columns(wanted).with_format("arrow")
         self._parts = parts or Parts([f"{dataset._fingerprint}"], np.zeros(1, np.int64), [()])
         if not len(dataset):
-            raise ValueError(f"data {name} is empty")
+            raise UserError(f"data {name} is empty")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,7 +92,7 @@ class DatasetRecords:
         stored = self._stored_images(table)
         embedded = [image for image in stored if _bytes_of(image) is not None]
         if embedded and len(embedded) < len(stored):
-            raise ValueError(f"{len(stored) - len(embedded)} of {len(stored)} images are not in the row")
+            raise UserError(f"{len(stored) - len(embedded)} of {len(stored)} images are not in the row")
         row["images"] = [] if embedded else [_path_of(image) for image in stored]
         return row, embedded
 
@@ -99,7 +100,7 @@ class DatasetRecords:
         """The images of a row as Arrow has them; a column without any counts as absent."""
         found = {column: images for column in self._image_columns if (images := _images_in(table.column(column)[0]))}
         if len(found) == 2 and _contents_of(found["image"]) != _contents_of(found["images"]):
-            raise ValueError("'images' and 'image' hold different images; keep one of them")
+            raise UserError("'images' and 'image' hold different images; keep one of them")
         return next(iter(found.values()), [])
 
     def _part_of(self, index: int) -> int:
@@ -120,7 +121,7 @@ def _images_in(value: Any) -> list[Any]:
     """The images of a column's value, none if it is null or empty.
 
     Raises:
-        ValueError: some of several are null or empty.
+        UserError: some of several are null or empty.
     """
     import pyarrow
 
@@ -129,7 +130,7 @@ def _images_in(value: Any) -> list[Any]:
     several = list(value.values) if isinstance(value, pyarrow.ListScalar) else [value]
     given = [image for image in several if image.is_valid and (_bytes_of(image) or not is_empty(_path_of(image)))]
     if given and len(given) < len(several):
-        raise ValueError(f"{len(several) - len(given)} of {len(several)} images are empty")
+        raise UserError(f"{len(several) - len(given)} of {len(several)} images are empty")
     return given
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.tar_shards import FilesInPlace
+from evotok_plugin.errors import UserError
 from llava_ext.data.records import CAPTIONS, TURNS, Record, RowOptions, named_image, parse_row
 
 
@@ -34,7 +35,7 @@ class JsonRecords:
     content decides, not its suffix.
 
     Raises:
-        ValueError: a file that does not hold records.
+        UserError: a file that does not hold records.
     """
 
     def __init__(self, files: Sequence[Path], name: str, options: RowOptions) -> None:
@@ -75,7 +76,7 @@ class JsonRecords:
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
-            raise ValueError(f"not valid JSON: {error}") from error
+            raise UserError(f"not valid JSON: {error}") from error
 
 
 def _rows_of(file: Path) -> np.ndarray:
@@ -83,9 +84,9 @@ def _rows_of(file: Path) -> np.ndarray:
     with file.open("rb") as opened:
         head = opened.read(1 << 16)
     if not head:
-        raise ValueError(f"data file {file} is empty; expected a list of records")
+        raise UserError(f"data file {file} is empty; expected a list of records")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"data file {file} is UTF-16 text; save it as UTF-8")
+        raise UserError(f"data file {file} is UTF-16 text; save it as UTF-8")
     first = head.removeprefix(_BOM).lstrip()
     if first.startswith(b"["):
         return _objects_of(file)
@@ -118,7 +119,7 @@ def _only_record(file: Path) -> np.ndarray | None:
         return np.array([[0, len(content)]], np.int64)
     held = [value for value in row.values() if isinstance(value, dict) and any(name in value for name in TURNS)]
     if held:
-        raise ValueError(
+        raise UserError(
             f"data file {file}: expected a list of records, found an object of {len(held)} records; write its "
             "values as a list, with their keys as 'id'"
         )
@@ -156,7 +157,7 @@ def _objects_of(file: Path) -> np.ndarray:
                 elif depth == 0:
                     break
         if depth:
-            raise ValueError(f"data file {file} is not valid JSON: it ends within record {len(spans)}; was it cut off?")
+            raise UserError(f"data file {file} is not valid JSON: it ends within record {len(spans)}; was it cut off?")
         _check_between(content[start:], b"]" if spans else b"[]", start, file)
     return _as_spans(spans, file)
 
@@ -164,7 +165,7 @@ def _objects_of(file: Path) -> np.ndarray:
 def _check_between(found: bytes, expected: bytes, start: int, file: Path) -> None:
     found = b"".join(found.removeprefix(_BOM if not start else b"").split())
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"data file {file} is not valid JSON: expected a list of records, with {expected.decode()!r} at byte "
             f"{start}, found {found[:40].decode(errors='replace')!r}; one record a line is a .jsonl file"
         )
@@ -172,5 +173,5 @@ def _check_between(found: bytes, expected: bytes, start: int, file: Path) -> Non
 
 def _as_spans(spans: list[tuple[int, int]], file: Path) -> np.ndarray:
     if not spans:
-        raise ValueError(f"data file {file}: expected a non-empty list of records, it holds none")
+        raise UserError(f"data file {file}: expected a non-empty list of records, it holds none")
     return np.array(spans, np.int64)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evotok_plugin.errors import UserError
+
 _BLOCK = 1_024  # records over which the sources' shares are kept
 
 
@@ -11,10 +13,10 @@ def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
     """Refuse weights that are not one a source.
 
     Raises:
-        ValueError: another number of them, or one that is not above 0.
+        UserError: another number of them, or one that is not above 0.
     """
     if weights is not None and (len(weights) != num_sources or min(weights) <= 0):
-        raise ValueError(f"data_weights: expected {num_sources} above 0, one an entry of data_path, got {weights}")
+        raise UserError(f"data_weights: expected {num_sources} above 0, one an entry of data_path, got {weights}")
 
 
 class Mixture:
@@ -32,7 +34,7 @@ class Mixture:
             weights: one a source.
 
         Raises:
-            ValueError: weights that do not fit the sources, a share too small to be met, or a source without records.
+            UserError: weights that do not fit the sources, a share too small to be met, or a source without records.
         """
         check_weights(weights, len(sizes))
         self._sizes, self._seed = list(sizes), seed
@@ -41,7 +43,7 @@ class Mixture:
         if self._shares is not None:
             for number, (size, share) in enumerate(zip(sizes, self._shares, strict=True)):
                 if not size or not share:
-                    raise ValueError(
+                    raise UserError(
                         f"entry {number} of data_path "
                         + ("has no usable records" if not size else f"would get less than 1 of {_BLOCK} records")
                         + "; leave it out"

@@ -10,6 +10,7 @@ from pathlib import Path
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import content_digest, existing, read_file, stamp_of
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from evotok_plugin.errors import UserError
 from llava_ext.prompts.image_parts import is_empty, picture_in_part
 
 
@@ -33,7 +34,7 @@ class NamedImage:
         """The image's file.
 
         Raises:
-            ValueError: it cannot be read.
+            UserError: it cannot be read.
         """
         return read_file(self.path, self.key) if self.data is None else self.data
 
@@ -43,7 +44,7 @@ def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
     object that holds one (`picture_in_part`). Fields that are empty count as absent.
 
     Raises:
-        ValueError: names that contradict each other, or values that are not names.
+        UserError: names that contradict each other, or values that are not names.
     """
     fields = {field: row.get(field) for field in ("images", "image")}
     given = {field: _as_names(value, field) for field, value in fields.items() if not is_empty(value)}
@@ -52,7 +53,7 @@ def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
     named = list(given.items())
     for field, names in named[1:]:
         if names != named[0][1]:
-            raise ValueError(
+            raise UserError(
                 f"{named[0][0]!r} and {field!r} name different images ({shorten(named[0][1])} and {shorten(names)}); "
                 "keep one of them"
             )
@@ -66,15 +67,15 @@ def _as_names(value: object, field: str) -> list[str]:
         try:
             key, name = picture_in_part(one) if isinstance(one, dict) else ("", one)
         except ValueError as error:
-            raise ValueError(f"{field}: image {number} of {len(several)}: {error}") from None
+            raise UserError(f"{field}: image {number} of {len(several)}: {error}") from None
         if isinstance(name, bytes):
             key, name = "base64", base64.b64encode(name).decode()
         if key == "base64" and isinstance(name, str) and not is_embedded(name):
             name = f"data:;base64,{name}"  # base64 whose first characters do not tell that it is an image
         if is_empty(name):
-            raise ValueError(f"{field}: image {number} of {len(several)} is empty")
+            raise UserError(f"{field}: image {number} of {len(several)} is empty")
         if not isinstance(name, str):
-            raise ValueError(f"{field}: expected paths, got {type(name).__name__}")
+            raise UserError(f"{field}: expected paths, got {type(name).__name__}")
         names.append(name)
     return names
 
@@ -84,29 +85,29 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
     base64. One file has one key, however its path is written.
 
     Raises:
-        ValueError: no such image, no image folder, a path outside of it, or base64 that cannot be decoded.
+        UserError: no such image, no image folder, a path outside of it, or base64 that cannot be decoded.
     """
     try:
         content = embedded_content(name)
         local = local_file(name) if content is None else ""
     except ValueError as error:
-        raise ValueError(f"image {shorten(name)}: {error}") from None
+        raise UserError(f"image {shorten(name)}: {error}") from None
     if content is not None:
         key = f"base64-{content_digest(content).hex()}"
         return NamedImage(key, stamp_of(key), data=content)
     if image_folder is None:
-        raise ValueError(f"image {shorten(name)} but no image folder; pass --image_folder")
+        raise UserError(f"image {shorten(name)} but no image folder; pass --image_folder")
     if "\0" in local:
-        raise ValueError(f"image {shorten(name)} not found in {image_folder}: its name holds a NUL")
+        raise UserError(f"image {shorten(name)} not found in {image_folder}: its name holds a NUL")
     root = os.path.abspath(image_folder)
     path = _existing(root, local)
     if path is None:
         _check_inside(os.path.abspath(os.path.join(root, local)), root, name, image_folder)
-        raise ValueError(f"image {shorten(name)} not found in {image_folder}")
+        raise UserError(f"image {shorten(name)} not found in {image_folder}")
     root, path = _check_inside(path, root, name, image_folder)
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"image {shorten(name)} in {image_folder} is a folder, a pipe or a device; expected a file")
+        raise UserError(f"image {shorten(name)} in {image_folder} is a folder, a pipe or a device; expected a file")
     state = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
     return NamedImage(os.path.relpath(path, root), stamp_of(path, *state), path)
 
@@ -127,4 +128,4 @@ def _check_inside(path: str, root: str, name: str, image_folder: Path) -> tuple[
     for folder, file in ((root, path), (os.path.realpath(root), os.path.realpath(path))):
         if os.path.commonpath([folder, file]) == folder:
             return folder, file
-    raise ValueError(f"image path {shorten(name)} leaves the image folder {image_folder}")
+    raise UserError(f"image path {shorten(name)} leaves the image folder {image_folder}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import Sample
 
 
@@ -25,12 +26,12 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows of indices into `lengths`; every index once.
 
     Raises:
-        ValueError: a length that is not in 1..capacity.
+        UserError: a length that is not in 1..capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if wrong.size:
-        raise ValueError(
+        raise UserError(
             f"sample {wrong[0]} has {lengths[wrong[0]]} steps, but a row holds 1 to {capacity}; "
             "cut samples to the row's length first, or give longer rows"
         )

@@ -22,6 +22,7 @@ from evotok_plugin.data.files import (
 )
 from evotok_plugin.data.hf_datasets import is_saved_dataset, load_hub, load_parquet, load_saved
 from evotok_plugin.data.sources import skip_side_files
+from evotok_plugin.errors import UserError
 from llava_ext.data.dataset_records import DatasetRecords, parquet_parts
 from llava_ext.data.json_records import JsonRecords
 from llava_ext.data.records import Record, RowOptions
@@ -61,14 +62,14 @@ def open_records(spec: str | Path, options: RowOptions) -> RecordSource:
             files. Suffixes are compared without regard to case.
 
     Raises:
-        ValueError: nothing there, or nothing that can be understood.
+        UserError: nothing there, or nothing that can be understood.
     """
     spec = str(spec)
     if spec.startswith("hf:"):
         return DatasetRecords(load_hub(spec), spec, options)
     files = matching_files(spec)
     if not files:
-        raise ValueError(f"data file {spec} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME")
+        raise UserError(f"data file {spec} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME")
     if len(files) == 1 and files[0].is_dir():
         if is_saved_dataset(files[0]):
             return DatasetRecords(load_saved(files[0]), spec, options)
@@ -82,7 +83,7 @@ def open_records(spec: str | Path, options: RowOptions) -> RecordSource:
     if kinds == {"tar"}:
         return TarRecords(files, spec, options)
     found = Counter("folder" if file.is_dir() else suffix_of(file) for file in files)
-    raise ValueError(
+    raise UserError(
         f"data {spec}: expected .json, .jsonl, .parquet or .tar files, found "
         f"{', '.join(sorted(suffix or 'none' for suffix in found)) if len(found) == 1 else described(found)}"
     )
@@ -97,12 +98,12 @@ def _files_in(folder: Path) -> list[Path]:
         listing.others[".json"] += len(about)
     kinds = sorted(kind for kind, names in listing.files.items() if names)
     if not kinds:
-        raise ValueError(
+        raise UserError(
             f"data folder {folder} holds neither .tar shards nor .parquet files nor .json or .jsonl records nor a "
             f"saved data set; found {listing.found()}"
         )
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"data folder {folder} holds several kinds of data ({listing.found()}); keep one kind in a folder, or name "
             f"the files by a pattern such as '{folder}/*.{kinds[-1]}'"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
+from evotok_plugin.errors import UserError
 from llava_ext.data.named_images import NamedImage, find_image, image_names
 from llava_ext.prompts.image_parts import IMAGE_PARTS, is_empty, picture_in_part
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, count_images, escape_images
@@ -52,7 +53,7 @@ class RowOptions:
             two records of it.
 
     Raises:
-        ValueError: an unknown task.
+        UserError: an unknown task.
     """
 
     image_folder: Path | None = None
@@ -60,7 +61,7 @@ class RowOptions:
 
     def __post_init__(self) -> None:
         if self.caption_task not in CAPTION_TASKS:
-            raise ValueError(f"caption_task: expected one of {', '.join(CAPTION_TASKS)}, got {self.caption_task!r}")
+            raise UserError(f"caption_task: expected one of {', '.join(CAPTION_TASKS)}, got {self.caption_task!r}")
         if self.image_folder is not None:
             object.__setattr__(self, "image_folder", Path(local_path(str(self.image_folder))))
 
@@ -79,7 +80,7 @@ def parse_row(
         embedded: keys of the images that come with the row, and `stamps` their stamps.
 
     Raises:
-        ValueError: no conversation, an unknown speaker, `<image>` and images that do not match, an image path that
+        UserError: no conversation, an unknown speaker, `<image>` and images that do not match, an image path that
             leaves the image folder, a missing image file, or a video or sound.
     """
     row = _checked(row)
@@ -90,7 +91,7 @@ def parse_row(
     elif isinstance(caption, str):
         conversations = [_about_caption(caption.strip(), task) for task in CAPTION_TASKS[options.caption_task]]
     else:
-        raise ValueError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
+        raise UserError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
     names = [] if embedded else image_names(row, _images_in_parts(turns))
     for messages in conversations:
         _check_text(messages)
@@ -106,7 +107,7 @@ def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
     """Image `number` of those that a row names.
 
     Raises:
-        ValueError: as `parse_row` raises it.
+        UserError: as `parse_row` raises it.
     """
     row = _checked(row)
     return find_image(image_names(row, _images_in_parts(_turns_of(row)))[number], options.image_folder)
@@ -120,10 +121,10 @@ def parse_record(row: object, image_folder: Path | None) -> Record:
 
 def _checked(row: object) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object with 'conversations', got {type(row).__name__}")
+        raise UserError(f"expected an object with 'conversations', got {type(row).__name__}")
     for name in UNSUPPORTED:
         if not is_empty(row.get(name)):
-            raise ValueError(f"the row has {name!r}, which is not supported; only text and images are")
+            raise UserError(f"the row has {name!r}, which is not supported; only text and images are")
     return row
 
 
@@ -134,7 +135,7 @@ def _turns_of(row: dict) -> object:
         try:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"'conversations' is text that is not JSON: {error}") from error
+            raise UserError(f"'conversations' is text that is not JSON: {error}") from error
     if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
         if len({len(values) for values in turns.values()}) == 1:
             turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
@@ -143,19 +144,19 @@ def _turns_of(row: dict) -> object:
 
 def _messages(turns: object) -> tuple[dict, ...]:
     if not isinstance(turns, list) or not turns:
-        raise ValueError("no 'conversations': expected a list of {'from', 'value'} or {'role', 'content'} turns")
+        raise UserError("no 'conversations': expected a list of {'from', 'value'} or {'role', 'content'} turns")
     messages = []
     for turn in turns:
         speaker, content = _speaker_and_content(turn)
         if speaker not in ROLES or content is None:
-            raise ValueError(
+            raise UserError(
                 f"turn {len(messages)}: expected {{'from': 'human'|'gpt', 'value': text}}, got {shorten(turn)}"
             )
         if ROLES[speaker] == "assistant" and not content.strip():
-            raise ValueError(f"turn {len(messages)}: the answer of {speaker!r} is empty")
+            raise UserError(f"turn {len(messages)}: the answer of {speaker!r} is empty")
         messages.append({"role": ROLES[speaker], "content": content})
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no 'gpt' turn: there is nothing to learn")
+        raise UserError("no 'gpt' turn: there is nothing to learn")
     return tuple(messages)
 
 
@@ -186,7 +187,7 @@ def _images_in_parts(turns: object) -> list[object]:
     """The images that parts of messages name themselves, as `picture_in_part` finds them.
 
     Raises:
-        ValueError: a part with several of them.
+        UserError: a part with several of them.
     """
     contents = [_first_of(turn, "value", "content") for turn in turns if isinstance(turn, dict)] if turns else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
@@ -209,9 +210,9 @@ def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:
     if said is None:
         return may
     if not isinstance(said, list) or [type(value) for value in said] != [bool] * len(may):
-        raise ValueError(f"drawn: expected true or false for each of {len(may)} images, got {shorten(said)}")
+        raise UserError(f"drawn: expected true or false for each of {len(may)} images, got {shorten(said)}")
     if any(value and not allowed for value, allowed in zip(said, may, strict=True)):
-        raise ValueError(f"drawn: {said} says that an image outside the assistant's turns is drawn")
+        raise UserError(f"drawn: {said} says that an image outside the assistant's turns is drawn")
     return tuple(said)
 
 
@@ -220,10 +221,10 @@ def _check_text(messages: Sequence[dict]) -> None:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-            raise ValueError(f"turn {number} is not valid Unicode: {error}") from error
+            raise UserError(f"turn {number} is not valid Unicode: {error}") from error
         for tag in ("<video>", "<audio>"):
             if tag in message["content"]:
-                raise ValueError(f"turn {number} holds {tag}, which is not supported; only text and images are")
+                raise UserError(f"turn {number} holds {tag}, which is not supported; only text and images are")
 
 
 def _check_counts(messages: Sequence[dict], num_images: int) -> None:
@@ -234,6 +235,6 @@ def _check_counts(messages: Sequence[dict], num_images: int) -> None:
             if not num_images
             else f"write {LLAVA_IMAGE} where each image belongs"
         )
-        raise ValueError(
+        raise UserError(
             f"{found} {LLAVA_IMAGE} in the conversation but {num_images} images; they must match ({remedy})"
         )

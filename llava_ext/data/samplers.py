@@ -120,7 +120,7 @@ class PackingSampler(Sampler[list[int]]):
         order_of: the order of an epoch's samples; by default they are shuffled.
 
     Raises:
-        ValueError: a sample that no row holds.
+        UserError: a sample that no row holds.
     """
 
     def __init__(

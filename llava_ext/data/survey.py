@@ -62,7 +62,7 @@ class RecordTable(Sequence[Record]):
         """The file of a record's first image.
 
         Raises:
-            ValueError: it cannot be read.
+            UserError: it cannot be read.
         """
         source, row, _ = self._places[index].tolist()
         return self._sources[source].content(row, 0)

@@ -16,6 +16,7 @@ from evotok_plugin.data.files import described, file_state, kind_of, report_skip
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.keys import PackedStrings
 from evotok_plugin.data.tar_shards import FilesInPlace, scan_shards, shard_members, split_member_name
+from evotok_plugin.errors import UserError
 from llava_ext.data.records import Record, RowOptions, named_image, parse_row
 
 _TEXTS = ("json", "txt")
@@ -28,7 +29,7 @@ class TarRecords:
     numbers. A sample without images may name some of the image folder.
 
     Raises:
-        ValueError: a shard that is missing, broken or compressed.
+        UserError: a shard that is missing, broken or compressed.
     """
 
     def __init__(self, shards: Sequence[Path], name: str, options: RowOptions) -> None:
@@ -45,7 +46,7 @@ class TarRecords:
         self._places = np.concatenate([part.places for part in parts])  # (members, 2): offset and size
         skipped = sum((part.skipped for part in parts), Counter())
         if not len(self._keys):
-            raise ValueError(
+            raise UserError(
                 f"data {name}: no samples (.json or .txt, and images) in {len(shards)} shards; "
                 f"found {described(skipped)}"
             )
@@ -60,9 +61,9 @@ class TarRecords:
     def records(self, index: int) -> tuple[Record, ...]:
         members = self._members(index)
         if repeated := {suffix for suffix, _ in members if [s for s, _ in members].count(suffix) > 1}:
-            raise ValueError(f"the sample occurs twice in the shard ({', '.join(sorted(repeated))})")
+            raise UserError(f"the sample occurs twice in the shard ({', '.join(sorted(repeated))})")
         if unsupported := [suffix for suffix, _ in members if _last(suffix) in _UNSUPPORTED]:
-            raise ValueError(f"the sample has a .{unsupported[0]}, which is not supported; only text and images are")
+            raise UserError(f"the sample has a .{unsupported[0]}, which is not supported; only text and images are")
         row = self._row(index, dict(members))
         shard = self._shard[index]
         images = [
@@ -101,7 +102,7 @@ class TarRecords:
             if "txt" in members and isinstance(row, dict):  # the .json may hold notes on the image alone
                 row = {"caption": self._read(index, members["txt"]).decode(), **row}
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not valid JSON or text: {error}") from error
+            raise UserError(f"not valid JSON or text: {error}") from error
         return row
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import yaml
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder, whole_folder
 from evotok_plugin.common.recipes import find_recipe
+from evotok_plugin.errors import UserError
 
 DONE = "done.json"
 
@@ -40,7 +42,7 @@ def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
     """Say what stands in the place of a folder that this module makes: "nothing", "made" by it, or "usable" as it is.
 
     Raises:
-        ValueError: something else, which is never changed.
+        UserError: something else, which is never changed.
     """
     if (folder / DONE).is_file():
         return "made"
@@ -48,7 +50,7 @@ def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
         return "nothing"
     if folder.is_dir() and usable(folder):
         return "usable"
-    raise ValueError(
+    raise UserError(
         f"{folder} was not made by this program and does not hold what the embedded default needs there; move it away, "
         "or choose another --workspace"
     )
@@ -58,7 +60,7 @@ def make(folder: Path, what: str, build: Callable[[Path], None], usable: Callabl
     """Run `build` into a temporary folder and move it in place; a folder that is there already is left alone.
 
     Raises:
-        ValueError: as `check_place` raises it.
+        UserError: as `check_place` raises it.
     """
     found = check_place(folder, usable)
     if found != "nothing":
@@ -159,7 +161,7 @@ def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
     own = {"--model_name_or_path", "--vision_tower", "--data_path"}
     if own & {argument.split("=")[0] for argument in overrides}:
         return False
-    values = yaml.safe_load(find_recipe(recipe).read_text()) or {}
+    values = yaml.safe_load(find_recipe(recipe, "llava_ext").read_text()) or {}
     return "{workspace}/backbone" in str(values.get("model_name_or_path"))
 
 
@@ -167,7 +169,7 @@ def check_stage(argv: list[str]) -> None:
     """Check the settings of the stage that follows, before minutes of work for it.
 
     Raises:
-        ValueError: an unknown flag, or a setting that is wrong or has no effect.
+        UserError: an unknown flag, or a setting that is wrong or has no effect.
     """
     from llava_ext.training.config import StageConfig, check_reporting
     from llava_ext.training.settings import stage_values
@@ -187,21 +189,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
     parser.add_argument("--only", choices=STEPS, help="one step instead of all")
     parser.add_argument("--recipe", help="do nothing unless this training recipe uses the embedded default")
-    arguments, rest = parser.parse_known_args(argv)
+    parser.set_defaults(takes_rest=True)
+    return command_line.run(parser, argv, _prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.recipe and not uses_embedded_default(arguments.recipe, arguments.rest):
+        return 0
+    workspace = Path(arguments.workspace)
     try:
-        if arguments.recipe and not uses_embedded_default(arguments.recipe, rest):
-            return 0
-        workspace = Path(arguments.workspace)
         if arguments.recipe and not all((workspace / name / DONE).is_file() for name in STEPS):
-            check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *rest])
+            check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *arguments.rest])
         wanted = [name for name in STEPS if arguments.only in (None, name)]
         for name in wanted:
             check_place(workspace / name, USABLE[name])  # all of them, before minutes of work for the first
         for name in wanted:
             STEPS[name](workspace, FAST if arguments.fast else FULL)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from evotok_plugin.common.files import write_folder
+from evotok_plugin.errors import UserError
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -38,12 +39,12 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
         dtype: of the weights; "auto" leaves it.
 
     Raises:
-        ValueError: the folder is no whole model or has another head, its language model or tokenizer is of a kind that
+        UserError: the folder is no whole model or has another head, its language model or tokenizer is of a kind that
             residual tokens cannot be put into, or the output is there already or cannot be written.
     """
     model, processor = load_model(folder, dtype)
     if model.config.image_head != "flat":
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} draws with a depth transformer, which is no part of a plain causal LM; train a model "
             "with --image_head flat (recipes pretrain_flat and finetune_flat), or leave out --format causal-lm"
         )
@@ -69,7 +70,7 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
     """The language model with the rows of the residual tokens in its tables; it takes the backbone out of `model`.
 
     Raises:
-        ValueError: the backbone does not look embeddings up in a plain table.
+        UserError: the backbone does not look embeddings up in a plain table.
     """
     embeddings, vocabulary, codebooks = (
         model.get_input_embeddings(),
@@ -77,7 +78,7 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
         model.vision_tower.quantizer.codebooks,
     )
     if type(embeddings) is not nn.Embedding:
-        raise ValueError(
+        raise UserError(
             f"the {model.config.text_config.model_type} backbone embeds tokens through {type(embeddings).__name__}, "
             "and rows of residual tokens would go through it, too; expected a plain table"
         )
@@ -123,12 +124,12 @@ def with_residual_tokens(tokenizer, vocabulary: ResidualVocabulary) -> PreTraine
     as added tokens they take many seconds.
 
     Raises:
-        ValueError: no BPE, or one in which residual tokens would be torn or other text would be read differently.
+        UserError: no BPE, or one in which residual tokens would be torn or other text would be read differently.
     """
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = facts["model"]
     if bpe["type"] != "BPE":
-        raise ValueError(f"the tokenizer is a {bpe['type']} model; residual tokens can be put into a BPE alone")
+        raise UserError(f"the tokenizer is a {bpe['type']} model; residual tokens can be put into a BPE alone")
     for token_id in range(vocabulary.offset, vocabulary.offset + vocabulary.size):
         bpe["vocab"][vocabulary.to_text(token_id)] = token_id
     for token in facts["added_tokens"]:  # else they would be numbered anew, from the vocabulary's size on
@@ -178,12 +179,12 @@ def _check_tokenizer(before: Tokenizer, after: Tokenizer, vocabulary: ResidualVo
     for text in (forms, f"word{forms}word 7", f"two words {forms} <|{forms}", f"{forms}\n"):
         read = after.encode(text, add_special_tokens=False).ids
         if [token for token in read if token in ids] != ids * text.count(forms):
-            raise ValueError(f"the tokenizer's steps tear residual tokens: {text!r} is read as {read}")
+            raise UserError(f"the tokenizer's steps tear residual tokens: {text!r} is read as {read}")
     words = before.decode_batch([[token] for token in sorted(before.get_vocab().values())], skip_special_tokens=False)
     pairs = zip(*(one.encode_batch_fast(words, add_special_tokens=False) for one in (before, after)), strict=True)
     changed = [word for word, (old, new) in zip(words, pairs, strict=True) if old.ids != new.ids]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"with residual tokens in its vocabulary the tokenizer would read {len(changed)} words differently, e.g. "
             f"{changed[0]!r}: its merges do not lead to its own tokens"
         )
@@ -197,7 +198,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     code. That code is an empty subclass of the general tokenizer, which is taken where foreign code is not trusted.
 
     Raises:
-        ValueError: the installed transformers loads another tokenizer from the folder all the same.
+        UserError: the installed transformers loads another tokenizer from the folder all the same.
     """
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -207,7 +208,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     (folder / "residual_tokenizer.py").write_text(_TOKENIZER_CODE)
     loaded = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     if loaded.to_str() != tokenizer.backend_tokenizer.to_str():
-        raise ValueError(
+        raise UserError(
             f"transformers {transformers.__version__} does not load the tokenizer as it was written; export with "
             "another version, 5.23 does"
         )

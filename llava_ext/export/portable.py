@@ -26,7 +26,7 @@ def export_model(
             chooses codes is always written in float32.
 
     Raises:
-        ValueError: the folder is no whole model, or the output is there already or cannot be written.
+        UserError: the folder is no whole model, or the output is there already or cannot be written.
     """
     model, processor = load_model(folder, dtype)
     if isinstance(decoder_dtype, str):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.options import IMAGE_GENERATION
 
@@ -73,12 +74,12 @@ def text_settings(
         given: keywords of the call by the names of `GenerationConfig`; None is not given.
 
     Raises:
-        ValueError: a setting that answers with images do not honor.
+        UserError: a setting that answers with images do not honor.
     """
     given = {name: value for name, value in (given or {}).items() if value is not None}
     unknown = sorted(set(given) - _HONORED - _PROCESSORS)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"generate with images does not take {', '.join(unknown)}; how images are drawn goes into "
             "drawing=DrawingOptions(...)"
         )
@@ -105,7 +106,7 @@ def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
     """Collect the values that a generation config sets.
 
     Raises:
-        ValueError: a setting that is neither honored nor without effect.
+        UserError: a setting that is neither honored nor without effect.
     """
     if config is None:
         return {}
@@ -117,7 +118,7 @@ def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
     }
     for key, value in values.items():
         if key not in _HONORED | _PROCESSORS and value != defaults.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{name}.{key} = {value!r} has no effect on answers with images; unset it, or generate text alone "
                 '(modalities="text")'
             )

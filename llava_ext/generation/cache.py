@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from evotok_plugin.errors import UserError
+
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, (G, h, S, d)."""
@@ -86,12 +88,12 @@ class SlotCache(Cache):
         """Put behind the rows as many copies of another cache's one row, its last slot where the last one here is.
 
         Raises:
-            ValueError: the other one has more slots taken.
+            UserError: the other one has more slots taken.
         """
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             start = mine.taken - theirs.taken
             if start < 0:
-                raise ValueError(f"{theirs.taken} steps of another cache do not fit behind {mine.taken}")
+                raise UserError(f"{theirs.taken} steps of another cache do not fit behind {mine.taken}")
             for name in ("keys", "values"):
                 old, new = getattr(mine, name), getattr(theirs, name)
                 rows = old.new_zeros(num_rows, *old.shape[1:])

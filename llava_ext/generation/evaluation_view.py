@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from evotok_plugin.errors import UserError
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -17,7 +19,7 @@ def evaluation_view(model: M) -> M:
     mode that the first one found half-way.
 
     Raises:
-        ValueError: a part whose `forward` another library has replaced in training mode; it is bound to the original.
+        UserError: a part whose `forward` another library has replaced in training mode; it is bound to the original.
     """
     if not any(module.training for module in model.modules()):
         return model
@@ -26,7 +28,7 @@ def evaluation_view(model: M) -> M:
     def view(module: nn.Module) -> nn.Module:
         if id(module) not in views:
             if module is not model and "forward" in vars(module):
-                raise ValueError(
+                raise UserError(
                     f"a {type(module).__name__} of the model runs code that is bound to its training mode (hooks of "
                     "another library); call model.eval() before drawing"
                 )

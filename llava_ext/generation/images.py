@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import uniform_noise
 from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.graph_steps import RepeatedSteps, SingleSteps
@@ -65,18 +66,18 @@ class ImageGenerationMixin:
             `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
-            ValueError: no prompt or one that is too long, impossible settings, or seeds that do not match the number of
+            UserError: no prompt or one that is too long, impossible settings, or seeds that do not match the number of
                 images.
         """
         self.config.check_processor(processor)
         prompts = _checked_prompts(prompt)
         if num_images < 1 or batch_size < 1 or preview_every < 0:
-            raise ValueError(
+            raise UserError(
                 "num_images and batch_size must be at least 1 and preview_every at least 0, got "
                 f"{num_images}, {batch_size} and {preview_every}"
             )
         if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type: expected 'pil' or 'pt', got {output_type!r}")
+            raise UserError(f"output_type: expected 'pil' or 'pt', got {output_type!r}")
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, **sampling).for_model(self)
         rows = [p for p in prompts for _ in range(num_images)]
@@ -112,7 +113,7 @@ class ImageGenerationMixin:
             use_graphs: as `generate_images` takes it.
 
         Raises:
-            ValueError: settings for another number of levels, or a prompt that is too long.
+            UserError: settings for another number of levels, or a prompt that is too long.
         """
         options, model = (options or DrawingOptions()).for_model(self), evaluation_view(self)
         drawer, vision = drawer_for(model), self.config.vision_config
@@ -147,5 +148,5 @@ class ImageGenerationMixin:
 def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ValueError("expected at least one prompt and none empty; say what to draw")
+        raise UserError("expected at least one prompt and none empty; say what to draw")
     return prompts

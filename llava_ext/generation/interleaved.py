@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
 from llava_ext.generation.answer_settings import MAX_NEW_TOKENS, TextSettings, process_logits, text_settings
 from llava_ext.generation.evaluation_view import evaluation_view
@@ -42,7 +43,7 @@ class AnswerOptions:
         preview_every: positions between two previews of an image; 0 is none.
 
     Raises:
-        ValueError: a number below 0, or an answer that could hold nothing.
+        UserError: a number below 0, or an answer that could hold nothing.
     """
 
     max_new_tokens: int | None = None
@@ -55,11 +56,11 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_images", "preview_every"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.image_first and not self.max_images:
-            raise ValueError("an image is asked for but max_images is 0")
+            raise UserError("an image is asked for but max_images is 0")
         if self.max_new_tokens == 0 and not self.image_first:
-            raise ValueError("max_new_tokens must be at least 1: the model has no room to answer")
+            raise UserError("max_new_tokens must be at least 1: the model has no room to answer")
 
 
 @dataclass
@@ -319,7 +320,7 @@ class InterleavedGenerationMixin:
             seed: one a row, or an int: row b gets seed + b; image i of a row is drawn with the row's seed + i.
 
         Raises:
-            ValueError: as `generate` does.
+            UserError: as `generate` does.
         """
         yield from self._answer(inputs, processor, options or AnswerOptions(), text_settings(self), seed)
 
@@ -359,12 +360,12 @@ class InterleavedGenerationMixin:
             the right. `processor.decode(ids, images_from=model.vision_tower)` takes an answer apart.
 
         Raises:
-            ValueError: unknown modalities or settings, or a prompt that leaves no room for an answer.
+            UserError: unknown modalities or settings, or a prompt that leaves no room for an answer.
         """
         if modalities == "text":
             return super().generate(*args, **kwargs)
         if modalities not in ("auto", "image"):
-            raise ValueError(f"modalities: expected 'text', 'image' or 'auto', got {modalities!r}")
+            raise UserError(f"modalities: expected 'text', 'image' or 'auto', got {modalities!r}")
         return self._generate_documents(*args, image_first=modalities == "image", **kwargs)
 
     def _generate_documents(
@@ -382,7 +383,7 @@ class InterleavedGenerationMixin:
         **text: Any,
     ) -> Tensor:
         if processor is None:
-            raise ValueError("generate with images needs processor=, the model's own")
+            raise UserError("generate with images needs processor=, the model's own")
         settings = text_settings(self, generation_config, text)
         own = read_settings(getattr(generation_config, IMAGE_GENERATION, None) or {})
         options = AnswerOptions(

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 
 _LARGEST_SCALE = 1000  # far beyond what makes sense, and far from where numbers overflow
@@ -36,7 +37,7 @@ class DrawingOptions:
         temperature, top_k, top_p, min_p: values of `SamplingOptions`, each a number or one a level.
 
     Raises:
-        ValueError: a value out of its range, or `sampling` together with one of the four.
+        UserError: a value out of its range, or `sampling` together with one of the four.
     """
 
     guidance_scale: float | None = None
@@ -51,16 +52,16 @@ class DrawingOptions:
     def __post_init__(self) -> None:
         scale = self.guidance_scale
         if scale is not None and not (_is_number(scale) and 1 <= scale <= _LARGEST_SCALE):
-            raise ValueError(
+            raise UserError(
                 f"guidance_scale must be at least 1 and at most {_LARGEST_SCALE}, got {scale!r}; 1 draws from the "
                 "prompt alone"
             )
         if self.guidance_schedule not in (None, *SCHEDULES):
-            raise ValueError(f"guidance_schedule: expected {', '.join(SCHEDULES)}, got {self.guidance_schedule!r}")
+            raise UserError(f"guidance_schedule: expected {', '.join(SCHEDULES)}, got {self.guidance_schedule!r}")
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ValueError(f"negative_prompt: expected a text or None, got {self.negative_prompt!r}")
+            raise UserError(f"negative_prompt: expected a text or None, got {self.negative_prompt!r}")
         if self._given and self.sampling is not None:
-            raise ValueError(f"give either sampling or {', '.join(self._given)}, and not both")
+            raise UserError(f"give either sampling or {', '.join(self._given)}, and not both")
         SamplingOptions(**self._given)  # checks the ranges
         for name, value in self._given.items():
             if isinstance(value, Sequence):
@@ -92,7 +93,7 @@ class DrawingOptions:
         """These options with every setting that is None taken from a model's `generation_config`.
 
         Raises:
-            ValueError: a setting with values for another number of levels, or the model's own are broken.
+            UserError: a setting with values for another number of levels, or the model's own are broken.
         """
         options = self.completed(model_settings(getattr(model, "generation_config", None)))
         options.sampling.check_levels(model.config.vision_config.pixel_depth)
@@ -139,31 +140,31 @@ def read_settings(values: Any) -> DrawingOptions:
     """The entry `image_generation` of a generation_config.json as options; what it leaves out is None.
 
     Raises:
-        ValueError: not a mapping, an unknown key, or a value out of its range.
+        UserError: not a mapping, an unknown key, or a value out of its range.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{IMAGE_GENERATION}: expected a mapping of {', '.join(MODEL_SETTINGS)}, got {values!r}")
+        raise UserError(f"{IMAGE_GENERATION}: expected a mapping of {', '.join(MODEL_SETTINGS)}, got {values!r}")
     for name, value in values.items():
         if name not in MODEL_SETTINGS:
             near = get_close_matches(str(name), MODEL_SETTINGS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(MODEL_SETTINGS)}"
-            raise ValueError(f"{IMAGE_GENERATION}: unknown setting {name!r}; {hint}")
+            raise UserError(f"{IMAGE_GENERATION}: unknown setting {name!r}; {hint}")
         if value is None:
-            raise ValueError(f"{IMAGE_GENERATION}: {name} has no value; give one, or leave it out")
+            raise UserError(f"{IMAGE_GENERATION}: {name} has no value; give one, or leave it out")
         several = value if isinstance(value, (list, tuple)) else [value]
         if name in _SAMPLING and not all(map(_is_number, several)):
-            raise ValueError(f"{IMAGE_GENERATION}: expected a number or one a level, got {name}={value!r}")
+            raise UserError(f"{IMAGE_GENERATION}: expected a number or one a level, got {name}={value!r}")
     try:
         return DrawingOptions(**values)
     except ValueError as error:
-        raise ValueError(f"{IMAGE_GENERATION}: {error}") from None
+        raise UserError(f"{IMAGE_GENERATION}: {error}") from None
 
 
 def model_settings(config: GenerationConfig | None) -> DrawingOptions:
     """The complete settings of a model's generation config; the library's where it has none.
 
     Raises:
-        ValueError: as `read_settings`.
+        UserError: as `read_settings`.
     """
     values = getattr(config, IMAGE_GENERATION, None)
     return DEFAULTS if values is None else read_settings(values).completed()
@@ -173,7 +174,7 @@ def store_settings(config: GenerationConfig, options: DrawingOptions | None = No
     """Write complete settings into a generation config: `options` above those that it has.
 
     Raises:
-        ValueError: as `read_settings`.
+        UserError: as `read_settings`.
     """
     settings = (options or DrawingOptions()).completed(model_settings(config)).settings()
     # transformers saves a config with questionable values only while it is as it was loaded; this addition is not
@@ -190,11 +191,11 @@ def seeds_for(seed: int | Sequence[int], count: int, what: str) -> list[int]:
     """One seed for each of `count` draws, which `what` explains: those given, or as many from one on.
 
     Raises:
-        ValueError: another number of them, or one that no generator takes.
+        UserError: another number of them, or one that no generator takes.
     """
     seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else [int(s) for s in seed]
     if len(seeds) != count:
-        raise ValueError(f"got {len(seeds)} seeds for {count} ({what})")
+        raise UserError(f"got {len(seeds)} seeds for {count} ({what})")
     if wrong := [s for s in seeds if not -(2**63) <= s < 2**63]:
-        raise ValueError(f"a seed has at most 63 bits, got {wrong[0]}")
+        raise UserError(f"a seed has at most 63 bits, got {wrong[0]}")
     return seeds

@@ -6,6 +6,7 @@ G rows, T steps of a prompt, D width of the language model.
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
 from llava_ext.configuration_evotok_llava import max_positions_of
 from llava_ext.generation.cache import SlotCache
 
@@ -140,11 +141,11 @@ def can_be_fixed(language_model) -> bool:
 
 def check_room(config, num_steps: int) -> None:
     """Raises:
-    ValueError: the language model cannot look at so many steps.
+    UserError: the language model cannot look at so many steps.
     """
     limit = max_positions_of(config)
     if limit is not None and num_steps > limit:
-        raise ValueError(
+        raise UserError(
             f"prompt and answer take {num_steps} steps, but the language model sees {limit}; shorten the prompt or the "
             "conversation"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
 
+from evotok_plugin.errors import UserError
 from llava_ext.generation.steps import check_room
 
 _IMAGES = ("pixel_values", "image_codes")
@@ -32,7 +33,7 @@ class TextGenerationMixin:
         """Inputs of `forward` for one step, with the images whose placeholders are among its tokens: all of them in
         every step without a cache."""
         if is_first_iteration and bool(self.vocabulary.is_residual(input_ids).any()):
-            raise ValueError(
+            raise UserError(
                 'a drawn image stands in the prompt: generate(modalities="auto", processor=processor) goes on from it'
             )
         for name in _LEFT_OVER:
@@ -78,14 +79,14 @@ class TextGenerationMixin:
         """Rows (B, ...) to (B E, ...); each copy of a row gets all images of that row, in their order.
 
         Raises:
-            ValueError: the number of images is not that of the placeholders.
+            UserError: the number of images is not that of the placeholders.
         """
         images = {name: model_kwargs.pop(name) for name in _IMAGES if model_kwargs.get(name) is not None}
         if expand_size > 1 and input_ids is not None:
             counts = self._images_per_row(input_ids)
             for name, given in images.items():
                 if given.shape[0] != sum(counts):
-                    raise ValueError(
+                    raise UserError(
                         f"{sum(counts)} images have placeholders in the prompts but {name} holds {given.shape[0]}; "
                         "every <image> needs its image and every image its <image>"
                     )
@@ -115,7 +116,7 @@ class TextGenerationMixin:
         """transformers' cache, after the answer's length is fitted to the positions of the language model.
 
         Raises:
-            ValueError: the longest prompt leaves no room for an answer.
+            UserError: the longest prompt leaves no room for an answer.
         """
         if generation_config.use_cache is None:  # would keep a cache and compute all tokens anew on top of it
             generation_config.use_cache = True

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 _NESTED = ("text_kwargs", "common_kwargs", "processor_kwargs")
 _LARGEST_LENGTH = 10**9  # a tokenizer without a limit has one beyond this
 PADDING = {True: "longest", "longest": "longest", False: None, "do_not_pad": None, "max_length": "max_length"}
@@ -28,7 +30,7 @@ class BatchOptions:
         add_special_tokens: False or None; the chat template writes them.
 
     Raises:
-        ValueError: a value that is not supported, or a `max_length` that would have no effect.
+        UserError: a value that is not supported, or a `max_length` that would have no effect.
     """
 
     padding: bool | str = True
@@ -52,13 +54,13 @@ class BatchOptions:
             if getattr(self, name) not in allowed:
                 hint = "; the chat template writes special tokens" if name == "add_special_tokens" else ""
                 options = ", ".join(map(repr, allowed))
-                raise ValueError(f"{name}: expected one of {options}, got {getattr(self, name)!r}{hint}")
+                raise UserError(f"{name}: expected one of {options}, got {getattr(self, name)!r}{hint}")
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+                raise UserError(f"{name}: expected a positive number, got {value!r}")
         if self.max_length is not None and not self.truncates and PADDING[self.padding] != "max_length":
-            raise ValueError(
+            raise UserError(
                 f'max_length={self.max_length} has no effect without truncation=True or padding="max_length"'
             )
 
@@ -71,19 +73,19 @@ class BatchOptions:
         """Options from keywords, also from those nested in `text_kwargs`, `common_kwargs` and `processor_kwargs`.
 
         Raises:
-            ValueError: unknown keywords, or one that is given twice with different values.
+            UserError: unknown keywords, or one that is given twice with different values.
         """
         found: dict = {}
         known = {field.name for field in fields(cls)}
         for name, value in _flat(keywords):
             if name not in known:
-                raise ValueError(
+                raise UserError(
                     f"the processor does not take {name!r}; it takes {', '.join(sorted(known))}. Images are always "
                     "prepared at the model's own size"
                 )
             value = getattr(value, "value", value)  # transformers' enumerations
             if name in found and found[name] != value:
-                raise ValueError(f"{name} is given twice: {found[name]!r} and {value!r}")
+                raise UserError(f"{name} is given twice: {found[name]!r} and {value!r}")
             found[name] = value
         return cls(**found)
 
@@ -106,14 +108,14 @@ class BatchOptions:
             (B, T) for each name and `attention_mask`; lists where tensors are not wanted.
 
         Raises:
-            ValueError: an image that would be cut, or rows of different lengths without padding.
+            UserError: an image that would be cut, or rows of different lengths without padding.
         """
         rows = [self._cut(row, tokenizer, image_ids) for row in rows]
         rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         width = self._width(lengths, tokenizer)
         if width is None and self.return_tensors is not None and len(set(lengths)) > 1:
-            raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens make no tensor; pass padding=True")
+            raise UserError(f"rows of {min(lengths)} to {max(lengths)} tokens make no tensor; pass padding=True")
         batch = {}
         for name, fill in {**fills, "attention_mask": 0}.items():
             if name == "attention_mask" and self.return_attention_mask is False:
@@ -128,7 +130,7 @@ class BatchOptions:
     def _limit(self, tokenizer, what: str) -> int:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
         if limit > _LARGEST_LENGTH:
-            raise ValueError(f"{what} needs max_length; the tokenizer has no limit of its own")
+            raise UserError(f"{what} needs max_length; the tokenizer has no limit of its own")
         return limit
 
     def _cut(self, row: dict[str, Tensor], tokenizer, image_ids: Sequence[int]) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ class BatchOptions:
         left = tokenizer.truncation_side == "left"
         dropped = ids[: len(ids) - limit] if left else ids[limit:]
         if bool(torch.isin(dropped, torch.tensor(image_ids)).any()):
-            raise ValueError(
+            raise UserError(
                 f"truncation to {limit} of {len(ids)} tokens would cut an image; raise max_length or shorten the text"
             )
         return {name: values[-limit:] if left else values[:limit] for name, values in row.items()}

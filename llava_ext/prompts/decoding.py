@@ -5,6 +5,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
+
 
 class DecodingMixin:
     """`decode` and what rests on it, for a processor with a tokenizer, an image processor and a residual vocabulary."""
@@ -20,10 +22,10 @@ class DecodingMixin:
             kwargs: `clean_up_tokenization_spaces`, as the tokenizer takes it.
 
         Raises:
-            ValueError: another keyword; with `images_from`, an image that is not whole.
+            UserError: another keyword; with `images_from`, an image that is not whole.
         """
         if unknown := [name for name in kwargs if name != "clean_up_tokenization_spaces"]:
-            raise ValueError(f"decode does not take {', '.join(unknown)}")
+            raise UserError(f"decode does not take {', '.join(unknown)}")
         self.check_tokenizer()
         if _is_batch(token_ids):
             return [self.decode(row, skip_special_tokens, images_from, **kwargs) for row in token_ids]
@@ -52,7 +54,7 @@ class DecodingMixin:
     def _image_part(self, run: list[int], tokenizer) -> dict:
         ids, expected = torch.tensor(run), torch.arange(self.num_levels).repeat(self.num_positions)
         if len(ids) != len(expected) or not torch.equal(self.vocabulary.levels(ids), expected):
-            raise ValueError(
+            raise UserError(
                 f"expected an image of {self.num_positions} positions with levels 0 to {self.num_levels - 1} each, got "
                 f"{len(ids)} residual tokens; was it cut?"
             )

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from evotok_plugin.errors import UserError
+
 IMAGE_PARTS = ("image", "image_url")  # types of parts
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 
@@ -25,7 +27,7 @@ def picture_in_part(part: Mapping) -> tuple[str, object]:
     under "bytes" is base64 and returned as such. A path beside bytes is their name, as in columns of `datasets.Image`.
 
     Raises:
-        ValueError: several pictures.
+        UserError: several pictures.
     """
     found = {key: part[key] for key in PICTURE_KEYS if not is_empty(part.get(key))}
     if "bytes" in found:
@@ -34,7 +36,7 @@ def picture_in_part(part: Mapping) -> tuple[str, object]:
         return "", None
     (key, first), *others = found.items()
     if not all(isinstance(first, str) and isinstance(other, str) and first == other for _, other in others):
-        raise ValueError(f"an image has one picture, got {' and '.join(map(repr, found))}")
+        raise UserError(f"an image has one picture, got {' and '.join(map(repr, found))}")
     if isinstance(first, Mapping):
         return picture_in_part(first)
     return ("base64" if key == "bytes" and isinstance(first, str) else key), first

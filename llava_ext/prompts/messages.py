@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
+from evotok_plugin.errors import UserError
 from llava_ext.prompts.image_parts import IMAGE_PARTS, picture_in_part
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 
@@ -48,24 +49,24 @@ class Message:
 def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
     """Messages `{"role", "content"}` to `Message`s and the pictures of their images, in order.
 
-    A content is a string, in which `<image>` stands for an image (see `llava_ext.prompts.placeholders`), or a list of parts:
-    `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under "image",
-    "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}` (see
+    A content is a string, in which `<image>` stands for an image (see `llava_ext.prompts.placeholders`), or a list of
+    parts: `{"type": "text", "text"}`, whose text is taken literally, `{"type": "image"}` with the picture under
+    "image", "url", "path" or "base64", and OpenAI's `{"type": "image_url", "image_url": {"url"}}` (see
     `llava_ext.prompts.image_parts`). Parts are joined by line breaks. An image without a picture gives None.
 
     Raises:
-        ValueError: a message of another form, with content under other keys, or a picture that would have to be
+        UserError: a message of another form, with content under other keys, or a picture that would have to be
             downloaded.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"expected a list of messages with 'role' and 'content', got {type(messages).__name__}")
+        raise UserError(f"expected a list of messages with 'role' and 'content', got {type(messages).__name__}")
     read, pictures = [], []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {number}: expected {{'role': ..., 'content': ...}}, got {_kind(message)}")
+            raise UserError(f"message {number}: expected {{'role': ..., 'content': ...}}, got {_kind(message)}")
         name = f"message {number} ({message['role']})"
         if unknown := [key for key in OTHER_CONTENT if message.get(key)]:
-            raise ValueError(f"{name}: {unknown[0]!r} is not supported; put everything into 'content'")
+            raise UserError(f"{name}: {unknown[0]!r} is not supported; put everything into 'content'")
         pieces, found = _read_content(message.get("content"), name)
         read.append(Message.of_pieces(message["role"], pieces))
         pictures += found
@@ -77,7 +78,7 @@ def _read_content(content: object, name: str) -> tuple[list[str], list]:
         pieces = split_at_images(content)
         return pieces, [None] * (len(pieces) - 1)
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{name}: expected a string or a list of parts as 'content', got {_kind(content)}")
+        raise UserError(f"{name}: expected a string or a list of parts as 'content', got {_kind(content)}")
     pieces, pictures = [""], []
     for number, part in enumerate(content):
         text = _text_of(part, name)
@@ -98,9 +99,9 @@ def _text_of(part: object, name: str) -> str | None:
         return None
     if kind != "text":
         what = f"type {kind!r}" if isinstance(part, Mapping) else _kind(part)
-        raise ValueError(f"{name}: expected parts of type 'text', 'image' or 'image_url', got {what}")
+        raise UserError(f"{name}: expected parts of type 'text', 'image' or 'image_url', got {what}")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"{name}: a text part needs a string under 'text', got {_kind(part.get('text'))}")
+        raise UserError(f"{name}: a text part needs a string under 'text', got {_kind(part.get('text'))}")
     return part["text"]
 
 
@@ -109,20 +110,20 @@ def _picture_of(part: Mapping, name: str) -> object | None:
         key, picture = picture_in_part(part)
         return from_base64(picture) if key == "base64" else checked_picture(picture)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def checked_picture(picture: object) -> object:
     """Pass a picture on to the image processor.
 
     Raises:
-        ValueError: a URL of something that is not on this machine; nothing is downloaded.
+        UserError: a URL of something that is not on this machine; nothing is downloaded.
     """
     if isinstance(picture, str) and not is_embedded(picture):
         try:
             local_file(picture)
         except ValueError as error:
-            raise ValueError(f"image {shorten(picture)}: {error}") from None
+            raise UserError(f"image {shorten(picture)}: {error}") from None
     return picture
 
 
@@ -130,23 +131,23 @@ def from_base64(text: object) -> bytes:
     """Decode a picture that is given as base64 or as a data URI.
 
     Raises:
-        ValueError: neither of them.
+        UserError: neither of them.
     """
     if not isinstance(text, str):
-        raise ValueError(f"expected a string under 'base64', got {_kind(text)}")
+        raise UserError(f"expected a string under 'base64', got {_kind(text)}")
     try:
         return embedded_content(text, is_base64=True)
     except ValueError as error:
-        raise ValueError(f"expected the base64 of an image under 'base64': {error}") from None
+        raise UserError(f"expected the base64 of an image under 'base64': {error}") from None
 
 
 def check_pictures(pictures: Sequence) -> None:
     """Raises:
-    ValueError: an image without a picture.
+    UserError: an image without a picture.
     """
     missing = sum(picture is None for picture in pictures)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(pictures)} {LLAVA_IMAGE} in the text but {len(pictures) - missing} images were given; give each as "
             '{"type": "image", "image": picture}, and write a literal <image> as a {"type": "text"} part'
         )

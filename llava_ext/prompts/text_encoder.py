@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
+from evotok_plugin.errors import UserError
+
 _STAND_IN = "\ue002control\ue003"  # private-use characters, in place of the template's own control tokens
 
 
@@ -55,7 +57,7 @@ class TextEncoder:
             ids and the characters where they start, both (T,).
 
         Raises:
-            ValueError: a tokenizer whose model itself, without added tokens, makes a control token of user text.
+            UserError: a tokenizer whose model itself, without added tokens, makes a control token of user text.
         """
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -81,7 +83,7 @@ class TextEncoder:
         encoded = self._plain_tokenizer().encode("".join([*parts, text[end:]]), add_special_tokens=False)
         stand_in = self._plain_tokenizer().token_to_id(_STAND_IN)
         if encoded.ids.count(stand_in) != len(by_template):
-            raise ValueError(f"the text holds {_STAND_IN!r}, which is reserved; remove it")
+            raise UserError(f"the text holds {_STAND_IN!r}, which is reserved; remove it")
         written, ids, starts = iter(by_template), [], []
         for token, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
             part = bisect_right(starts_in, start) - 1
@@ -89,7 +91,7 @@ class TextEncoder:
             starts.append(starts_out[part] + start - starts_in[part])
             span = (starts[-1], starts[-1] + stop - start)
             if token in self.control_tokens and self._is_written_out(token, text, span):
-                raise ValueError(
+                raise UserError(
                     f"the tokenizer makes the control token {self.control_tokens[token]!r} of plain text; write the "
                     "text in another way"
                 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def write_drawn(image: Image.Image, folder: Path, name: str, origin: Origin) -> 
     other one the new file gets a number (`name_2.png`).
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     path = next(path for path in _names(folder, name) if not path.exists() or chunks_of(path) == origin.chunks())
     write_png(image, path, origin.chunks())
@@ -73,7 +74,7 @@ def write_png(image: Image.Image, path: Path, chunks: dict[str, str]) -> None:
     """Write a PNG file with text chunks; it is there whole or not at all.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     for key, text in chunks.items():
@@ -84,7 +85,7 @@ def write_png(image: Image.Image, path: Path, chunks: dict[str, str]) -> None:
         image.save(part, format="PNG", pnginfo=info)
         os.replace(part, path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # what cannot be written cannot always be looked for either
             part.unlink(missing_ok=True)
@@ -94,21 +95,21 @@ def make_folder(folder: Path) -> None:
     """Make a folder that files will go into.
 
     Raises:
-        ValueError: it cannot be made, or not be written to.
+        UserError: it cannot be made, or not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the folder {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"the folder {folder} cannot be written to")
+        raise UserError(f"the folder {folder} cannot be written to")
 
 
 def check_folder(folder: Path) -> None:
     """Find out whether files can go into a folder before there are any; it is not made yet.
 
     Raises:
-        ValueError: it cannot be made, or not be written to.
+        UserError: it cannot be made, or not be written to.
     """
     check_output_folder(folder)
 

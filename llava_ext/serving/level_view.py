@@ -61,7 +61,7 @@ def level_by_level(
         teacher: with it, features are compared with its own, else with the tokenizer's own at `semantic_depth`.
 
     Raises:
-        ValueError: the teacher does not fit the tokenizer.
+        UserError: the teacher does not fit the tokenizer.
     """
     evolution = measure_evolution(tokenizer, processor, _OnePicture(image), teacher, num_strips=1)
     file = io.BytesIO()

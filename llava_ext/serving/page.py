@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.teacher import Teacher
 from llava_ext.generation import DrawingOptions, Event, ImageDrawn, ImagePreview, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
@@ -96,10 +97,10 @@ def launch_demo(
         wait: until Ctrl-C; otherwise `demo.close()` ends it.
 
     Raises:
-        ValueError: the port is taken, or the host is no address of this machine, or one of IPv6.
+        UserError: the port is taken, or the host is no address of this machine, or one of IPv6.
     """
     if ":" in host:
-        raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
+        raise UserError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
     guards = [Middleware(Guard)]
     if host in _LOOPBACK:  # another name for this machine is a trick to read the page from a foreign one
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
@@ -123,7 +124,7 @@ def launch_demo(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the page cannot be served at {host}:{port}: the port is taken, or {host} is not this machine; "
             "choose another --port or --host"
         ) from error
@@ -293,7 +294,7 @@ class _Page:
             text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
             self._check_length("the message", text)
             if len(files) > self.limits.max_images:
-                raise ValueError(f"a message may have {self.limits.max_images} images, got {len(files)}")
+                raise UserError(f"a message may have {self.limits.max_images} images, got {len(files)}")
             pictures = self._open(files)
             seed += talk.conversation.num_turns
             events = talk.conversation.ask(self.model, self.processor, text, pictures, options, seed)
@@ -318,16 +319,16 @@ class _Page:
         """The settings of the page, in their order, and the seed.
 
         Raises:
-            ValueError: one is missing or impossible.
+            UserError: one is missing or impossible.
         """
         answer, tokens, guidance, schedule, negative, seed, *sampling = settings
         own = DrawingOptions().for_model(self.model).sampling
         given = dict(zip(vars(own), sampling, strict=True))
         needed = [value for name, value in given.items() if not isinstance(getattr(own, name), tuple)]
         if any(value is None for value in (answer, tokens, guidance, schedule, negative, seed, *needed)):
-            raise ValueError("a setting is empty; every one needs a value")
+            raise UserError("a setting is empty; every one needs a value")
         if not 0 <= seed < 2**32:
-            raise ValueError(f"the seed must lie in 0 .. 2**32 - 1, got {seed}")
+            raise UserError(f"the seed must lie in 0 .. 2**32 - 1, got {seed}")
         self._check_length("the negative prompt", negative)
         drawing = DrawingOptions(guidance, schedule, negative, **given).for_model(self.model)
         vision = self.model.config.vision_config
@@ -340,13 +341,13 @@ class _Page:
 
     def _check_length(self, what: str, text: str) -> None:
         if len(text) > self.limits.max_chars:
-            raise ValueError(f"{what} has {len(text)} characters, more than the {self.limits.max_chars} allowed")
+            raise UserError(f"{what} has {len(text)} characters, more than the {self.limits.max_chars} allowed")
 
     def evolve(self, upload: dict | None) -> tuple[Image.Image, list, Image.Image]:
         """Rebuild an uploaded image level by level; gives the clean image, the levels' pictures and the curves."""
         with _told_to_the_user():
             if not upload:
-                raise ValueError("no image; upload one first")
+                raise UserError("no image; upload one first")
             (picture,) = self._open([upload["path"]], upload.get("orig_name"))
             levels = level_by_level(self.model.vision_tower, self.processor.image_processor, picture, self.teacher)
         return _reduced(picture), levels.pictures, levels.curves
@@ -355,11 +356,11 @@ class _Page:
         """Uploaded pictures, clean. Their files go, with all that is in them; the page shows copies.
 
         Raises:
-            ValueError: a file that was not uploaded, too many bytes or pixels, or no picture.
+            UserError: a file that was not uploaded, too many bytes or pixels, or no picture.
         """
         uploads = Path(get_upload_folder()).resolve()
         if not all(Path(file).resolve().is_relative_to(uploads) for file in files):
-            raise ValueError("no image; upload one first")
+            raise UserError("no image; upload one first")
         try:
             return [open_upload(file, self.limits.upload, name) for file in files]
         finally:

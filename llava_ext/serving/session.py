@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from evotok_plugin.errors import UserError
 from llava_ext.generation import Event, ImageDrawn, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -36,13 +37,13 @@ class Conversation:
         as it came. After an error the conversation is what it was before.
 
         Raises:
-            ValueError: nothing is asked, or what was said leaves no room for an answer.
+            UserError: nothing is asked, or what was said leaves no room for an answer.
         """
         content = [{"type": "image", "image": processor.image_processor.crop(image)} for image in images]
         if text.strip():
             content.append({"type": "text", "text": text.strip()})
         if not content:
-            raise ValueError("the message is empty; ask something, or give an image")
+            raise UserError("the message is empty; ask something, or give an image")
         asked = [*self.messages, {"role": "user", "content": content}]
         inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
         parts: list[dict] = []

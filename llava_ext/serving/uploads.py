@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from evotok_plugin.data.images import open_picture
+from evotok_plugin.errors import UserError
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of uploads and URLs: the most widely tested decoders
 
@@ -20,7 +21,7 @@ class UploadLimits:
 
     def __post_init__(self) -> None:
         if self.max_mb <= 0 or self.max_pixels < 1:
-            raise ValueError(f"expected max_upload_mb above 0 and max_pixels of 1 or more, got {self}")
+            raise UserError(f"expected max_upload_mb above 0 and max_pixels of 1 or more, got {self}")
 
     @property
     def max_bytes(self) -> int:
@@ -39,14 +40,14 @@ def open_upload(
         formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        ValueError: too many bytes or pixels, another format, or a broken image.
+        UserError: too many bytes or pixels, another format, or a broken image.
     """
     file = Path(upload) if isinstance(upload, str) else upload
     name = name or (f"image of {len(file)} bytes" if isinstance(file, bytes) else file.name)
     try:
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
     except OSError as error:
-        raise ValueError(f"image {name!r} cannot be read: {error.strerror}; upload it again") from error
+        raise UserError(f"image {name!r} cannot be read: {error.strerror}; upload it again") from error
     if size > limits.max_bytes:
-        raise ValueError(f"image {name!r} has {size / 2**20:.1f} MB, more than the {limits.max_mb:g} MB allowed")
+        raise UserError(f"image {name!r} has {size / 2**20:.1f} MB, more than the {limits.max_mb:g} MB allowed")
     return open_picture(file, name, max_pixels=limits.max_pixels, formats=formats)

@@ -8,6 +8,8 @@ import threading
 import time
 from urllib.parse import quote, urljoin, urlsplit
 
+from evotok_plugin.errors import UserError
+
 _TIMEOUT_S, _DEADLINE_S, _MAX_REDIRECTS = 10.0, 30.0, 3  # of one operation, of a whole answer
 
 
@@ -22,17 +24,17 @@ def fetch(url: str, max_bytes: int) -> bytes:
     that were checked; so it is again after a redirect. Proxies are not used.
 
     Raises:
-        ValueError: another scheme than http or https, an address that is not public, no answer, more than `max_bytes`.
+        UserError: another scheme than http or https, an address that is not public, no answer, more than `max_bytes`.
     """
     for _ in range(_MAX_REDIRECTS + 1):
         try:
             answer = _get(url, max_bytes)
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"{url} cannot be fetched: {error or type(error).__name__}") from error
+            raise UserError(f"{url} cannot be fetched: {error or type(error).__name__}") from error
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
-    raise ValueError(f"{url} cannot be fetched: more than {_MAX_REDIRECTS} redirects")
+    raise UserError(f"{url} cannot be fetched: more than {_MAX_REDIRECTS} redirects")
 
 
 def _get(url: str, max_bytes: int) -> bytes | str:
@@ -41,9 +43,9 @@ def _get(url: str, max_bytes: int) -> bytes | str:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ValueError(f"{url!r} is no URL: {error}") from error
+        raise UserError(f"{url!r} is no URL: {error}") from error
     if parts.scheme not in ("http", "https") or not host:
-        raise ValueError(f"{url!r} cannot be fetched: expected http:// or https:// and a host")
+        raise UserError(f"{url!r} cannot be fetched: expected http:// or https:// and a host")
     kind = _PinnedHTTPS if parts.scheme == "https" else _PinnedHTTP
     connection = kind(host, port or kind.default_port, timeout=_TIMEOUT_S)
     connection.address = _public_address(host, connection.port)
@@ -63,7 +65,7 @@ def _get(url: str, max_bytes: int) -> bytes | str:
         if response.status in (301, 302, 303, 307, 308) and response.getheader("Location"):
             return response.getheader("Location")
         if response.status != 200:
-            raise ValueError(f"{url} cannot be fetched: the server answered {response.status} {response.reason}")
+            raise UserError(f"{url} cannot be fetched: the server answered {response.status} {response.reason}")
         return _read(response, url, max_bytes, started + _DEADLINE_S)
     finally:
         connection.close()
@@ -74,11 +76,11 @@ def _read(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline
     while chunk := response.read1(65536):
         body += chunk
         if len(body) > max_bytes:
-            raise ValueError(f"{url} has more than the {max_bytes / 2**20:g} MB allowed")
+            raise UserError(f"{url} has more than the {max_bytes / 2**20:g} MB allowed")
         if time.monotonic() > deadline:
-            raise ValueError(f"{url} took longer than {_DEADLINE_S:g} s")
+            raise UserError(f"{url} took longer than {_DEADLINE_S:g} s")
     if announced is not None and announced.isdigit() and len(body) < int(announced):
-        raise ValueError(f"{url} cannot be fetched: {len(body)} of {announced} bytes came")
+        raise UserError(f"{url} cannot be fetched: {len(body)} of {announced} bytes came")
     return bytes(body)
 
 
@@ -86,7 +88,7 @@ def _public_address(host: str, port: int) -> str:
     """An address of the host.
 
     Raises:
-        ValueError: one of its addresses is not public: of this machine, of a local network, or reserved.
+        UserError: one of its addresses is not public: of this machine, of a local network, or reserved.
     """
     addresses = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     for address in addresses:
@@ -94,7 +96,7 @@ def _public_address(host: str, port: int) -> str:
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
         carries = parsed.version == 6 and any(parsed in network for network in _CARRIERS_OF_IPV4)
         if not parsed.is_global or parsed.is_multicast or carries:
-            raise ValueError(f"{host} is at {address}, which is no public address; save the image and give its path")
+            raise UserError(f"{host} is at {address}, which is no public address; save the image and give its path")
     return min(addresses, key=lambda address: (":" in address, address))  # IPv4 first: it is there everywhere
 
 

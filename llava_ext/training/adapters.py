@@ -20,6 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from evotok_plugin.common.files import apply_umask, write_folder
 from evotok_plugin.common.weight_files import damage_of, read_json
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, reading
 from llava_ext.assembly import NEW_PARTS, assemble
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
@@ -40,14 +41,14 @@ def quantization_for(config: StageConfig, dtype: torch.dtype):
     """transformers' settings for a 4-bit backbone, or None for one as it is.
 
     Raises:
-        ValueError: bitsandbytes is not installed.
+        UserError: bitsandbytes is not installed.
     """
     if config.bits == 16:
         return None
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError("bits=4 needs bitsandbytes; pip install 'evotok[quant]'") from error
+        raise UserError("bits=4 needs bitsandbytes; pip install 'evotok[quant]'") from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -126,16 +127,16 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Put back what `save_adapter` wrote into a model made in the same way.
 
     Raises:
-        ValueError: it does not fit.
+        UserError: it does not fit.
     """
     tensors = _read_adapter(folder / WEIGHTS)
     parameters, trained = dict(model.named_parameters()), _trained(model)
     if set(tensors) != set(trained):
         odd = sorted(set(tensors) ^ set(trained))
-        raise ValueError(f"{folder} was saved by a run that trained something else, e.g. {odd[0]}")
+        raise UserError(f"{folder} was saved by a run that trained something else, e.g. {odd[0]}")
     for saved, name in trained.items():
         if tensors[saved].shape != parameters[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {saved} is {tuple(tensors[saved].shape)}, expected {tuple(parameters[name].shape)}; "
                 "was lora_r changed?"
             )
@@ -144,11 +145,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 def _read_adapter(file: Path) -> dict[str, Tensor]:
     if cause := damage_of(file):
-        raise ValueError(f"{file} {cause}")
+        raise UserError(f"{file} {cause}")
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_tower: str | Path | None = None) -> None:
@@ -161,27 +162,25 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         vision_tower: EvoTok tokenizer folder, with a causal LM.
 
     Raises:
-        ValueError: the folders are not what they should be, the base is another one, or the output cannot be written.
+        UserError: the folders are not what they should be, the base is another one, or the output cannot be written.
     """
     adapter = Path(adapter)
     if not all((adapter / name).is_file() for name in (SETTINGS, WEIGHTS, BASE)):
         inside = adapter / "adapter" / SETTINGS
         hint = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
-        raise ValueError(f"{str(adapter)!r} holds no adapter ({SETTINGS}, {WEIGHTS} and {BASE}){hint}")
+        raise UserError(f"{str(adapter)!r} holds no adapter ({SETTINGS}, {WEIGHTS} and {BASE}){hint}")
     facts = read_json(adapter / BASE)
     if "name" not in facts or not {"fingerprint", "sha256"} & set(facts):
-        raise ValueError(f"{adapter / BASE} does not say which model the adapter was trained on; copy it again")
+        raise UserError(f"{adapter / BASE} does not say which model the adapter was trained on; copy it again")
     if Path(base).is_dir() and not has_fingerprint(base, facts):
-        raise ValueError(
+        raise UserError(
             f"the adapter in {str(adapter)!r} was trained on {facts['name']!r} with other weights than those in "
             f"{str(base)!r}, or other configuration or tokenizer files; give that model"
         )
     if Path(base).is_dir() and model_type_of(base) == EvoTokLlavaConfig.model_type:
         model, processor = load_model(base, "auto")
     elif vision_tower is None:
-        raise ValueError(
-            f"{str(base)!r} is a text model; pass --vision_tower FOLDER, the tokenizer it was trained with"
-        )
+        raise UserError(f"{str(base)!r} is a text model; pass --vision_tower FOLDER, the tokenizer it was trained with")
     else:
         head = {name: facts[name] for name in HEAD_SETTINGS if name in facts}  # adapters were once all of depth heads
         model, processor = assemble(base, vision_tower, **head, dtype="auto")

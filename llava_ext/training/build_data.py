@@ -9,6 +9,7 @@ import numpy as np
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.mixture import Mixture, check_weights
 from llava_ext.data.record_sources import open_records
@@ -32,7 +33,7 @@ def build_dataset(
     `too_long_samples.jsonl` and only logged.
 
     Raises:
-        ValueError: no data, too much that is bad, nothing left, or nothing for a part of the model that is to train.
+        UserError: no data, too much that is bad, nothing left, or nothing for a part of the model that is to train.
     """
     check_weights(config.data_weights, len(config.data_path))
     logging.getLogger("evotok_plugin.data").setLevel(
@@ -92,7 +93,7 @@ def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlava
     """Say how many samples are cut and how many left out; long conversations are no reason to stop.
 
     Raises:
-        ValueError: nothing is left.
+        UserError: nothing is left.
     """
     StageReport(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
     if (found.num_cut or found.too_long) and config.process_index == 0:
@@ -106,7 +107,7 @@ def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlava
             len(found.too_long),
         )
     if not len(found.records):
-        raise ValueError(
+        raise UserError(
             f"none of {found.num_records} samples fits model_max_length {config.model_max_length}; raise it "
             f"(an image takes {processor.image_steps(False)} steps to read, {processor.image_steps(True)} to draw)"
         )
@@ -133,7 +134,7 @@ def without_broken(found: Survey, cache: CodeCache, bad: StageReport) -> RecordT
     """The records whose images could be read; the others go into `bad`.
 
     Raises:
-        ValueError: too many of them.
+        UserError: too many of them.
     """
     left_out = np.zeros(len(found.records), bool)
     for record, why in found.needing(cache.broken).items():

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from evotok_plugin.common.owned_folder import OwnedFolder, delete_files, files_of
+from evotok_plugin.errors import UserError
 from llava_ext.new_tokens import ROWS_FILE
 
 logger = logging.getLogger("llava_ext")
@@ -62,17 +63,17 @@ class RunShape:
         """Compare with what a checkpoint's marker says.
 
         Raises:
-            ValueError: it was written by a run of another shape.
+            UserError: it was written by a run of another shape.
         """
         if saved["world_size"] != self.world_size:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was written by {saved['world_size']} processes and cannot be resumed by {self.world_size}, "
                 "because each holds its own part of the optimizer; "
                 f"start with NPROC={saved['world_size']}, or pass --overwrite true to start over"
             )
         for name, wanted in (("zero_stage", self.zero_stage), ("method", self.method)):
             if saved.get(name, wanted) != wanted:
-                raise ValueError(
+                raise UserError(
                     f"{folder} was written with {name} {saved[name]} and cannot be resumed with {wanted}; "
                     "keep the settings of the run, choose another --output_dir, or pass --overwrite true to start over"
                 )
@@ -151,7 +152,7 @@ def check_outputs(output_dir: str | Path, lora: bool) -> None:
     """Check that the files of a run can be created in its output folder.
 
     Raises:
-        ValueError: one of them is there, and no run of this program has created it.
+        UserError: one of them is there, and no run of this program has created it.
     """
     names = [*_RUN_FILES, *_MODEL_FILES, *(f"adapter/{name}" for name in _ADAPTER_FILES if lora)]
     OwnedFolder.check(owned_folder(output_dir), *names)
@@ -161,7 +162,7 @@ def check_checkpoints(output_dir: str | Path, num_steps: int) -> None:
     """Check that no checkpoint of another program is in the way of a run of so many steps.
 
     Raises:
-        ValueError: there is one.
+        UserError: there is one.
     """
     owned = owned_folder(output_dir)
     for path in _numbered(output_dir):
@@ -178,7 +179,7 @@ def claim_checkpoint(folder: Path) -> set[Path]:
     """Record a checkpoint before it is written; the files of others that are in its folder.
 
     Raises:
-        ValueError: another program's checkpoint is in the way.
+        UserError: another program's checkpoint is in the way.
     """
     owned = owned_folder(folder.parent)
     foreign = set(files_of(folder, ["**/*"])) - set(owned.files(entries_of(owned, folder)))
@@ -248,7 +249,7 @@ def find_resumable(output_dir: str | Path, shape: RunShape) -> Path | None:
     """The newest complete checkpoint of a run, or None if it has none yet.
 
     Raises:
-        ValueError: it was written by a run of another shape, or all that there are have been damaged.
+        UserError: it was written by a run of another shape, or all that there are have been damaged.
     """
     damaged = []
     for folder in reversed(checkpoints(output_dir)):
@@ -259,7 +260,7 @@ def find_resumable(output_dir: str | Path, shape: RunShape) -> Path | None:
         shape.check(json.loads((folder / MARKER).read_text()), folder)
         return folder
     if damaged:
-        raise ValueError(
+        raise UserError(
             f"{damaged[0]} was complete once and has been changed since (its {MARKER} names other files), and there is "
             "no other checkpoint; restore it, or pass --overwrite true to start over"
         )
@@ -300,7 +301,7 @@ def publish(source: Path, folder: Path, owned: OwnedFolder | None = None) -> Non
         owned: the record of the output folder that `folder` is or lies in; by default that of `folder`.
 
     Raises:
-        ValueError: it cannot be written, or a file of another origin is in the way; the checkpoint stays.
+        UserError: it cannot be written, or a file of another origin is in the way; the checkpoint stays.
     """
     owned = owned_folder(folder) if owned is None else owned
     place = "" if owned.path == folder else f"{folder.relative_to(owned.path)}/"
@@ -315,7 +316,7 @@ def publish(source: Path, folder: Path, owned: OwnedFolder | None = None) -> Non
             _link_or_copy(path, temporary)
             os.replace(temporary, folder / path.name)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the model cannot be written to {folder}: {error}; it is in {source}. "
             "Make room and run the same command again"
         ) from error

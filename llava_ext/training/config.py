@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
-from evotok_plugin.common.recipes import RECIPES_FOLDER
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import (
     HEAD_SETTINGS,
@@ -23,7 +23,7 @@ from llava_ext.configuration_evotok_llava import (
 )
 from llava_ext.generation.options import read_settings
 
-DEEPSPEED_FOLDER = RECIPES_FOLDER.parent / "deepspeed"
+DEEPSPEED_FOLDER = Path(__file__).resolve().parents[1] / "deepspeed"
 
 
 def _help(text: str) -> dict[str, str]:
@@ -135,7 +135,7 @@ class StageConfig(TrainingArguments):
         os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(self.output_dir, "tensorboard")
         super().__post_init__()
         if self.n_gpu > 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process, which cannot split a batch over them; start a process "
                 "for each with NPROC=N or torchrun, or choose one with CUDA_VISIBLE_DEVICES=0"
             )
@@ -146,13 +146,13 @@ class StageConfig(TrainingArguments):
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         if self.deepspeed and self.hf_deepspeed_config.is_zero3() and not self.hf_deepspeed_config.is_true(gathers):
-            raise ValueError(
+            raise UserError(
                 f"{self.deepspeed}: without {gathers.split('.')[1]} no weights are saved that could be "
                 "opened; set it to true"
             )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != launched:
-            raise ValueError(
+            raise UserError(
                 f"the launcher started {launched} processes but training sees {self.world_size}; "
                 "start it with scripts/*.sh and NPROC, or with torchrun"
             )
@@ -160,14 +160,14 @@ class StageConfig(TrainingArguments):
     def _check(self) -> None:
         for name in ("model_name_or_path", "output_dir"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is not set; pass --{name} or put it into the recipe")
+                raise UserError(f"{name} is not set; pass --{name} or put it into the recipe")
         if not self.data_path:
-            raise ValueError("data_path is not set; pass --data_path FILE.json or put it into the recipe")
+            raise UserError("data_path is not set; pass --data_path FILE.json or put it into the recipe")
         for name in ("text_loss_weight", "image_loss_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be below 0, got {getattr(self, name)}")
         if not (self.text_loss_weight or self.image_loss_weight):
-            raise ValueError("text_loss_weight and image_loss_weight are both 0: there is no loss; raise one of them")
+            raise UserError("text_loss_weight and image_loss_weight are both 0: there is no loss; raise one of them")
         if self.image_generation is not None:
             read_settings(self.image_generation)
         if self.image_head is not None:
@@ -175,29 +175,29 @@ class StageConfig(TrainingArguments):
         if self.residual_embeddings is not None:
             check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
+            raise UserError(f"prompt_dropout must lie in [0, 1), got {self.prompt_dropout}")
         projectors = self.tune_projectors or self.tune_read_projector or self.tune_write_projector
         if not (projectors or self.tune_image_head or self.tune_language_model or self.lora_enable):
-            raise ValueError("nothing would train: enable one of tune_projectors, tune_image_head, tune_language_model")
+            raise UserError("nothing would train: enable one of tune_projectors, tune_image_head, tune_language_model")
         if self.bits not in (4, 16):
-            raise ValueError(f"bits must be 16, or 4 for QLoRA, got {self.bits}")
+            raise UserError(f"bits must be 16, or 4 for QLoRA, got {self.bits}")
         if self.quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"quant_type must be nf4 or fp4, got {self.quant_type!r}")
+            raise UserError(f"quant_type must be nf4 or fp4, got {self.quant_type!r}")
         if self.bits == 4 and not self.lora_enable:
-            raise ValueError("a 4-bit backbone is trained through adapters; pass --lora_enable true, or --bits 16")
+            raise UserError("a 4-bit backbone is trained through adapters; pass --lora_enable true, or --bits 16")
         if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
+            raise UserError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
 
 
 def new_head_settings(config: StageConfig) -> dict[str, Any]:
     """Settings of the run for a new model's image head, named as in `EvoTokLlavaConfig`.
 
     Raises:
-        ValueError: a setting of the other kind of head.
+        UserError: a setting of the other kind of head.
     """
     said = {name: getattr(config, name) for name in HEAD_SETTINGS}
     if said["residual_embeddings"] is not None and said["image_head"] != "flat":
-        raise ValueError(
+        raise UserError(
             "residual_embeddings has no effect on a depth transformer; pass --image_head flat, or "
             "--residual_embeddings none"
         )
@@ -208,12 +208,12 @@ def check_head(config: StageConfig, model: EvoTokLlavaConfig) -> None:
     """Refuse to go on from a model with another image head than the run asks for.
 
     Raises:
-        ValueError: it has another.
+        UserError: it has another.
     """
     for name in ("image_head", "residual_embeddings"):
         asked, has = getattr(config, name), getattr(model, name)
         if asked not in (None, has):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {has!r} in {config.model_name_or_path!r}, but {asked!r} is asked for; leave --{name} out, "
                 "or start from a causal LM"
             )
@@ -223,7 +223,7 @@ def check_reporting(values: Mapping[str, Any]) -> None:
     """Check the reporters that settings name, before any work.
 
     Raises:
-        ValueError: an unknown one, one whose package is missing, or wandb without a key.
+        UserError: an unknown one, one whose package is missing, or wandb without a key.
     """
     given = values.get("report_to", StageConfig.report_to)
     names = [given] if isinstance(given, str) else list(given or [])
@@ -232,31 +232,31 @@ def check_reporting(values: Mapping[str, Any]) -> None:
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
-            raise ValueError(f"report_to: unknown reporter {name!r}; expected none, all or some of {', '.join(known)}")
+            raise UserError(f"report_to: unknown reporter {name!r}; expected none, all or some of {', '.join(known)}")
     check_reporters(names)
     others = set(names) - {"tensorboard", "wandb"} - set(integration_utils.get_available_reporting_integrations())
     if others:
-        raise ValueError(f"report_to: {', '.join(sorted(others))} is not installed; or pass --report_to none")
+        raise UserError(f"report_to: {', '.join(sorted(others))} is not installed; or pass --report_to none")
 
 
 def find_deepspeed_config(name_or_path: str) -> Path:
     """A DeepSpeed JSON by path, or by bare name among those of the project (`zero2`).
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     for path in (Path(name_or_path), DEEPSPEED_FOLDER / f"{name_or_path}.json"):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
-    raise ValueError(f"DeepSpeed configuration {name_or_path!r} not found; expected a JSON file or one of: {known}")
+    raise UserError(f"DeepSpeed configuration {name_or_path!r} not found; expected a JSON file or one of: {known}")
 
 
 def read_deepspeed_config(config: str | dict | None) -> dict | None:
     """A DeepSpeed configuration, given as it is or as `find_deepspeed_config` takes it; None for no DeepSpeed.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        UserError: there is none, or it is not JSON.
     """
     if config in (None, "none") or isinstance(config, dict):
         return None if config == "none" else config
@@ -264,7 +264,7 @@ def read_deepspeed_config(config: str | dict | None) -> dict | None:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
+        raise UserError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from error
 
 
 def _free_port() -> int:

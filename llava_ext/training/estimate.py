@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evotok_plugin import EvoTokConfig
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses.cross_entropy import MAX_LOGITS
 from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
@@ -79,10 +80,10 @@ def estimate_run(recipe: str, overrides: dict, num_gpus: int) -> Estimate:
         num_gpus: processes, one a GPU.
 
     Raises:
-        ValueError: no such recipe, a wrong value, or a model whose configuration is not at hand.
+        UserError: no such recipe, a wrong value, or a model whose configuration is not at hand.
     """
     if num_gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {num_gpus}")
+        raise UserError(f"gpus must be at least 1, got {num_gpus}")
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(StageConfig)}
     run = SimpleNamespace(**defaults | stage_values(recipe, overrides))
     config, notes = model_config(run)
@@ -116,10 +117,10 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
     """The configuration that the run's model will have, and what had to be assumed.
 
     Raises:
-        ValueError: it is not at hand.
+        UserError: it is not at hand.
     """
     if not run.model_name_or_path:
-        raise ValueError("model_name_or_path is not set; pass --model_name_or_path or put it into the recipe")
+        raise UserError("model_name_or_path is not set; pass --model_name_or_path or put it into the recipe")
     name = run.model_name_or_path.replace("{workspace}", run.workspace)
     if Path(name).is_dir() and model_type_of(name) == EvoTokLlavaConfig.model_type:
         config = open_config(EvoTokLlavaConfig, name)
@@ -128,7 +129,7 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
     try:
         text = open_config(AutoConfig, name)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"the configuration of {name!r} cannot be read: {error}. Without a connection, pass "
             "--model_name_or_path FOLDER (or its config.json)"
         ) from error
@@ -136,7 +137,7 @@ def model_config(run: SimpleNamespace) -> tuple[EvoTokLlavaConfig, list[str]]:
     if run.vision_tower:
         folder = run.vision_tower.replace("{workspace}", run.workspace)
         if model_type_of(folder) != "evotok":
-            raise ValueError(f"{folder!r} is not an EvoTok tokenizer (model_type {model_type_of(folder)!r})")
+            raise UserError(f"{folder!r} is not an EvoTok tokenizer (model_type {model_type_of(folder)!r})")
         vision = open_config(EvoTokConfig, folder)
     else:
         vision = EvoTokConfig.preset("paper")

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from evotok_plugin.errors import UserError
+
 HONORED = frozenset(
     """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
@@ -103,16 +105,16 @@ def check_honored(values: dict[str, Any], defaults: type[TrainingArguments]) -> 
         defaults: the schema whose defaults may be given, too.
 
     Raises:
-        ValueError: one that is not honored and differs from its default, or a value that is not honored.
+        UserError: one that is not honored and differs from its default, or a value that is not honored.
     """
     known = {field.name: field for field in fields(defaults)}
     for name, value in values.items():
         if name in REJECTED and not _is_default(value, known[name]):
-            raise ValueError(f"{name}={value} has no effect in a stage: {REJECTED[name]}; leave it out")
+            raise UserError(f"{name}={value} has no effect in a stage: {REJECTED[name]}; leave it out")
     if str(values.get("save_strategy", "steps")).split(".")[-1].lower() == "best":
-        raise ValueError(f"save_strategy=best has no effect in a stage: {_NO_BEST}; use steps, epoch or no")
+        raise UserError(f"save_strategy=best has no effect in a stage: {_NO_BEST}; use steps, epoch or no")
     if values.get("remove_unused_columns"):
-        raise ValueError("remove_unused_columns=true would remove what the collator needs; leave it out")
+        raise UserError("remove_unused_columns=true would remove what the collator needs; leave it out")
 
 
 def _is_default(value: Any, field: Any) -> bool:

@@ -7,6 +7,8 @@ LLaVA's other flags (--mm_projector_lr, --lora_enable, --bits, --group_by_modali
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from evotok_plugin.errors import UserError
+
 _TRUE, _FALSE = ("true", "yes", "1", ""), ("false", "no", "0", "none")
 
 
@@ -92,7 +94,7 @@ def translate(argv: Sequence[str], say: Callable[[str], None]) -> list[str]:
         say: receives a line for every flag that is accepted.
 
     Raises:
-        ValueError: a flag with a value that would change the training; the message names what replaces it.
+        UserError: a flag with a value that would change the training; the message names what replaces it.
     """
     rest: list[str] = []
     position = 0
@@ -108,7 +110,7 @@ def translate(argv: Sequence[str], say: Callable[[str], None]) -> list[str]:
             value = f"{value} {argv[position]}".strip()
             position += 1
         if flag.accepted is not None and value.lower() not in flag.accepted:
-            raise ValueError(f"--{name} {value}".strip() + f" of LLaVA is not supported; instead: {flag.instead}")
+            raise UserError(f"--{name} {value}".strip() + f" of LLaVA is not supported; instead: {flag.instead}")
         if flag.flags and value.lower() in _FALSE:
             continue  # as if it were not given
         rest += flag.flags

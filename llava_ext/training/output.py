@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.owned_folder import check_replaceable
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import Change, recipe_to_compare, reject, write_recipe
 from llava_ext.training.checkpoints import (
     FINISHED,
@@ -53,7 +54,7 @@ def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape)
     """Decide what is resumed or replaced; nothing is created or changed.
 
     Raises:
-        ValueError: the folder cannot be written to, holds files of others where the run would write, must not be
+        UserError: the folder cannot be written to, holds files of others where the run would write, must not be
             replaced, or holds a run with other settings.
     """
     folder = Path(config.output_dir)
@@ -83,7 +84,7 @@ def _plan_resume(config: StageConfig, values: Mapping[str, Any], shape: RunShape
     if facts and not _asks_for_more(plan.applied, facts["steps"]):
         plan.finished_steps = facts["steps"]
     elif facts and plan.checkpoint is None:
-        raise ValueError(f"{folder} holds a finished run without a checkpoint to continue from; pass --overwrite true")
+        raise UserError(f"{folder} holds a finished run without a checkpoint to continue from; pass --overwrite true")
     _check_asked_checkpoint(config, plan.checkpoint)
     return plan
 
@@ -114,16 +115,16 @@ def _check_asked_checkpoint(config: StageConfig, found: Path | None) -> None:
     """`resume_from_checkpoint` may say what happens anyway.
 
     Raises:
-        ValueError: it names another checkpoint than the one that is resumed.
+        UserError: it names another checkpoint than the one that is resumed.
     """
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("true", "false", "none"):
         if str(asked).lower() == "false" and found:
-            raise ValueError(f"{found} would be resumed; pass --overwrite true to start over")
+            raise UserError(f"{found} would be resumed; pass --overwrite true to start over")
         return
     if found is None or Path(asked).resolve() != found.resolve():
         what = f"that is {found}" if found else "there is none"
-        raise ValueError(
+        raise UserError(
             f"resume_from_checkpoint={asked}: a stage resumes the newest complete checkpoint of its --output_dir by "
             f"itself ({what}); leave it out, and choose the run with --output_dir"
         )
@@ -179,7 +180,7 @@ def check_inputs(plan: Plan, config: StageConfig, facts: Mapping[str, Any]) -> N
     """Compare the inputs of a resumed run with those that it was started with, and report what differs.
 
     Raises:
-        ValueError: other data or weights.
+        UserError: other data or weights.
     """
     if plan.checkpoint is None:
         return

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
+from evotok_plugin.errors import UserError
 from llava_ext.data.records import KINDS
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parameter_groups import (
@@ -64,7 +65,7 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
     A part with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
 
     Raises:
-        ValueError: there is such a part.
+        UserError: there is such a part.
     """
     draws = samples.kinds == KINDS.index("draw")
     learned = np.full(len(draws), config.text_loss_weight > 0)
@@ -85,7 +86,7 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
     if not starved:
         return
     weights = [f"{name} is 0" for name in ("text_loss_weight", "image_loss_weight") if not getattr(config, name)]
-    raise ValueError(
+    raise UserError(
         f"{' and '.join(starved)} would train, but of {len(draws)} samples ({counts_in_words(samples)}) none trains "
         f"{'them' if len(starved) > 1 else 'it'}{''.join(f'; {weight}' for weight in weights)}. {_remedies(starved)}"
     )

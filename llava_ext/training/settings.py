@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evotok_plugin.common.recipes import recipe_values
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import Change, changed_contents, changes, sample_contents
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.data.records import KINDS
@@ -75,7 +76,7 @@ def stage_values(
         say: receives a line for every setting that gives way to another.
 
     Raises:
-        ValueError: no such recipe, an unknown or wrong setting, or one that would have no effect.
+        UserError: no such recipe, an unknown or wrong setting, or one that would have no effect.
     """
     values = recipe_values(recipe, StageConfig, overrides)
     for first, second, unset in (("max_steps", "num_train_epochs", -1), ("warmup_steps", "warmup_ratio", 0)):
@@ -91,7 +92,7 @@ def stage_values(
             say(f"max_steps {values[first]} takes precedence over num_train_epochs {values[second]}")
             del values[second]
         else:
-            raise ValueError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
+            raise UserError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
     check_honored(values, StageConfig)
     for flags, needed in _NEED:
         if any(values.get(name, getattr(StageConfig, name)) in fitting for name, fitting in needed.items()):
@@ -99,7 +100,7 @@ def stage_values(
         for flag in flags:
             if flag in overrides and values[flag] not in (None, False):  # off is what it is anyway
                 remedy = " or ".join(f"--{name} {str(fitting[-1]).lower()}" for name, fitting in needed.items())
-                raise ValueError(f"--{flag} has no effect without {remedy}")
+                raise UserError(f"--{flag} has no effect without {remedy}")
     return values
 
 
@@ -178,11 +179,11 @@ def check_new_parts(values: Mapping[str, Any], model: EvoTokLlavaConfig, folder:
     """Refuse settings of a new image head that a model which has one already contradicts.
 
     Raises:
-        ValueError: there is one.
+        UserError: there is one.
     """
     for name in HEAD_SETTINGS:
         if values.get(name) is not None and values[name] != getattr(model, name):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {getattr(model, name)} in {str(folder)!r}, but {values[name]} is asked for; leave "
                 f"--{name} out, or start from a causal LM"
             )

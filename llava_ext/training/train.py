@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from evotok_plugin.common.files import scratch_folder
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
 from evotok_plugin.data.files import local_path
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.tokenizer_folder import open_tokenizer
 from llava_ext.assembly import assemble
@@ -70,7 +71,7 @@ def parse(argv: list[str]) -> tuple[str, dict]:
     """Recipe and overrides of a command line, LLaVA's flags translated.
 
     Raises:
-        ValueError: an unknown flag, or one of LLaVA's that is not supported.
+        UserError: an unknown flag, or one of LLaVA's that is not supported.
     """
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
@@ -177,11 +178,11 @@ def check_data_paths(config: StageConfig) -> None:
     """Check that the entries of `data_path` exist, before a model is loaded.
 
     Raises:
-        ValueError: one does not.
+        UserError: one does not.
     """
     for path in config.data_path:
         if not path.startswith("hf:") and not set("*?[{") & set(path) and not os.path.exists(local_path(path)):
-            raise ValueError(
+            raise UserError(
                 f"data file {path} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME (--data_path)"
             )
 
@@ -190,14 +191,14 @@ def check_tower(config: StageConfig, model: EvoTokLlavaForConditionalGeneration)
     """Refuse another tokenizer than the one that a model has.
 
     Raises:
-        ValueError: `vision_tower` is set and has other weights.
+        UserError: `vision_tower` is set and has other weights.
     """
     if not config.vision_tower:
         return
     with whole_models(config):
         tower, _ = open_tokenizer(config.vision_tower, "cpu")
     if tower.fingerprint() != model.vision_tower.fingerprint():
-        raise ValueError(
+        raise UserError(
             f"{config.model_name_or_path!r} has a tokenizer of its own, and --vision_tower {config.vision_tower} has "
             "other weights; leave --vision_tower out, or start from a causal LM"
         )
@@ -312,13 +313,13 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
                     model.vision_tower = read_tower(source)
             return model, processor
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
-        raise ValueError(
+        raise UserError(
             f"model folder {source!r} does not exist; "
             f"`bash scripts/pretrain.sh --workspace {config.workspace}` makes one, "
             "or name a folder or hub id with --model_name_or_path"
         )
     if not config.vision_tower:
-        raise ValueError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
+        raise UserError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
     with whole_models(config):
         return assemble(
             source,
@@ -358,7 +359,7 @@ def check_engine(trainer: EvoTokTrainer, config: StageConfig) -> None:
     if config.deepspeed:
         kind = type(trainer.model_wrapped).__name__
         if kind != "DeepSpeedEngine":
-            raise ValueError(f"DeepSpeed was asked for but the engine is {kind}; check the launcher")
+            raise UserError(f"DeepSpeed was asked for but the engine is {kind}; check the launcher")
         logger.info("engine: %s, ZeRO stage %d", kind, trainer.model_wrapped.zero_optimization_stage())
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from evotok_plugin.errors import UserError
 from llava_ext.data.packing import PackedDataset
 from llava_ext.data.samplers import EpochSampler, FilledSampler, ModalityGroupedSampler, PackingSampler
 from llava_ext.folding import count_learned
@@ -69,7 +70,7 @@ class EvoTokTrainer(Trainer):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             optimizer.param_groups = group_by_part(optimizer.param_groups, names, rates)
         elif len(set(rates.values())) > 1:
-            raise ValueError(
+            raise UserError(
                 "the DeepSpeed configuration brings its own optimizer, which knows one learning rate; "
                 'remove its "optimizer" block, or leave out mm_projector_lr, image_head_lr and language_model_lr'
             )
@@ -186,7 +187,7 @@ class EvoTokTrainer(Trainer):
         """Write a checkpoint, mark it as whole, and only then drop the oldest.
 
         Raises:
-            ValueError: it cannot be written (a full disk); those before it stay.
+            UserError: it cannot be written (a full disk); those before it stay.
         """
         folder = checkpoint_folder(self.args.output_dir, self.state.global_step)
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would drop one before
@@ -199,7 +200,7 @@ class EvoTokTrainer(Trainer):
             if self.args.should_save:
                 delete_checkpoint(folder)
             kept = checkpoints(self.args.output_dir)
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint of step {self.state.global_step} cannot be written: {error}; "
                 f"{f'{kept[-1]} is kept' if kept else 'there is none before it'}. "
                 "Make room and run the same command again"

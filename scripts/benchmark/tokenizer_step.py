@@ -74,7 +74,7 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
         work = Path(place)
         write_corpus(work / "scenes", num_train=8, num_val=1, seed=0)
         given = {"data": str(work / "scenes" / "train"), "output_dir": str(work / "out"), **overrides}
-        values = recipe_values(recipe, TokenizerTrainingConfig, given, kind="tokenizer")
+        values = recipe_values(recipe, TokenizerTrainingConfig, given)
         values["teacher"] = "x" if values.get("semantic_weight", 1) > 0 else None
         config = TokenizerTrainingConfig(**values)
         model = EvoTokConfig.preset(config.preset, **config.model)

@@ -21,7 +21,7 @@ def write_detector(folder: Path) -> Path:
         SwinConfig,
     )
 
-    from eval_tasks.geneval_prompts import CLASSES
+    from eval_tasks.judging.vocabulary import CLASSES
 
     torch.manual_seed(0)
     backbone = SwinConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_tasks.results import read_results
+from eval_tasks.reporting.results import read_results
 
 pytestmark = pytest.mark.slow
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from eval_tasks import geneval
-from eval_tasks.geneval_prompts import CLASSES, COLORS, geneval_records
-from eval_tasks.judging.benchmark import judge_run
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Mask2FormerDetector
-from eval_tasks.judging.kept import Drawn, keep, open_kept
+from eval_tasks.judging.drawn_run import Drawn, keep, open_kept
+from eval_tasks.judging.judge_run import judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.rules import GENEVAL_RULES, Instance, evaluate
+from eval_tasks.judging.vocabulary import CLASSES, COLORS
+from eval_tasks.tasks.geneval import task as geneval
+from eval_tasks.tasks.geneval.prompts import geneval_records
 
 
 class Oracle:
@@ -253,7 +254,7 @@ def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp
     """--predict_only needs no judge; what lmms-eval's samples keep of a document is enough to judge it."""
     from lmms_eval.evaluator import simple_evaluate
 
-    from eval_tasks.judging.kept import answers_of
+    from eval_tasks.judging.drawn_run import answers_of
 
     lm = make_lm(drawer=lambda prompt, seed: numbered(official_number(prompt)), batch_size=8)
     manager = lmms_eval_tasks.TaskManager(include_defaults=False, model_name="evotok")

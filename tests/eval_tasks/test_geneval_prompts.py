@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 
-from eval_tasks import geneval, geneval_prompts
-from eval_tasks.geneval_prompts import COLORS, SKILLS, draw_records, geneval_records
+from eval_tasks.judging.vocabulary import COLORS, SKILLS
+from eval_tasks.tasks.geneval import prompts as geneval_prompts
+from eval_tasks.tasks.geneval import task as geneval
+from eval_tasks.tasks.geneval.prompts import draw_records, geneval_records
 
 # Of evaluation_metadata.jsonl in github.com/djghosh13/geneval.
 OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval_tasks import geneval_scenes
+from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.scenes.captions import prompt_record
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from eval_tasks import geneval_scenes
 from eval_tasks.cli import main
-from eval_tasks.judging.kept import keep
+from eval_tasks.judging.drawn_run import keep
+from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from eval_tasks.geneval_prompts import CLASSES, COLORS
 from eval_tasks.judging.colors import ColorClassifier, crop
 from eval_tasks.judging.detectors import Mask2FormerDetector
 from eval_tasks.judging.rules import Instance
+from eval_tasks.judging.vocabulary import CLASSES, COLORS
 from eval_tasks.judging.vqa import YesNoJudge
 
 

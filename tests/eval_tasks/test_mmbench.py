@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from eval_tasks import mmbench_scenes
 from eval_tasks.registration import DATA_ROOT_VARIABLE
+from eval_tasks.tasks.mmbench_scenes import task as mmbench_scenes
 from evotok_plugin.scenes.questions import MULTIPLE_CHOICE_PROMPT, mmbench_rows
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval_tasks.option_matching import match_option
+from eval_tasks.tasks.mmbench_scenes.option_matching import match_option
 
 FOUR = {"A": "top left", "B": "left", "C": "center", "D": "bottom"}
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from eval_tasks import reconstruction
-from eval_tasks.reconstruction import IMAGES_VARIABLE, LIMIT_VARIABLE
+from eval_tasks.tasks.evotok_reconstruction import task as reconstruction
+from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE, LIMIT_VARIABLE
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evaluation.evaluate import evaluate as evaluate_tokenizer

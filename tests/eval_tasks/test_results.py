@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from eval_tasks.results import read_results
+from eval_tasks.reporting.results import read_results
 
 RESULTS = {
     "results": {

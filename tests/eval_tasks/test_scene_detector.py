@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from eval_tasks.scene_detector import SceneDetector, degrading, lab, main, measure
+from eval_tasks.judging.scene_detector import SceneDetector, degrading, lab, main, measure
 from evotok_plugin.scenes.scene import COLORS, GROUND, SHAPES, Scene, SceneObject, render
 
 DETECTOR = SceneDetector()

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval_tasks.understanding import suite
+from eval_tasks.tasks.evotok_understanding.task import suite
 
 FOLDERS = ("pope", "mmbench", "mme", "seedbench", "gqa", "textvqa", "vqav2", "ai2d", "mmmu")
 HUB = "lmms-lab-encoder"

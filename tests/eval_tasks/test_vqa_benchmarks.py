@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval_tasks import dpg_bench, genai_bench
-from eval_tasks.judging.kept import Drawn, keep, kept_folders
+from eval_tasks.judging.drawn_run import Drawn, keep, kept_folders
 from eval_tasks.judging.vqa import Answer
-from eval_tasks.prompt_files import read_rows
+from eval_tasks.tasks.dpg_bench import task as dpg_bench
+from eval_tasks.tasks.genai_bench import task as genai_bench
+from eval_tasks.tasks.prompt_files import read_rows
 
 SKILLS = {"basic": [0, 2], "advanced": [1], "attribute": [0, 1, 2], "counting": [1], "scene": [2]}
 PROMPTS = {f"{n:05d}": {"id": f"{n:05d}", "prompt": f"a {word} cup", "models": {}} for n, word in enumerate("abc")}

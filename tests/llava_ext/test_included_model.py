@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval_tasks.scene_detector import SceneDetector
+from eval_tasks.judging.scene_detector import SceneDetector
 from evotok_plugin.scenes.questions import sample_question
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 from llava_ext.cli import main

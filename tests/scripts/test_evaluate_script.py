@@ -1,6 +1,5 @@
-"""scripts/evaluate.py: every task a run of its own; finished ones are kept, failed ones are told, whatever happens."""
+"""`evotok-eval run`: every task a run of its own; finished ones are kept, failed ones are told, whatever happens."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from eval_tasks import cli
+from eval_tasks.commands import run as command
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 
 # In lmms-eval's place: notes that it ran, then writes results, or fails as lmms-eval does (with exit code 0).
 STAND_IN = """
@@ -34,17 +35,13 @@ if what != "fail":
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The script as a module, in a folder with a model, with the stand-in for lmms-eval."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evaluate_script", module)
-    spec.loader.exec_module(module)
+    """The module of the command, in a folder with a model, with the stand-in for lmms-eval."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     before = signal.getsignal(signal.SIGTERM)
-    yield module
+    yield command
     signal.signal(signal.SIGTERM, before)
 
 
@@ -59,7 +56,7 @@ def run(module, monkeypatch, tmp_path):
         monkeypatch.setattr(module.Evaluation, "command", command)
         notes = tmp_path / "ran.txt"
         notes.unlink(missing_ok=True)
-        code = module.main(["--model", "model", "--output", "out", "--tasks", *tasks, *flags])
+        code = cli.main(["run", "--model", "model", "--output", "out", "--tasks", *tasks, *flags])
         return code, [line.split()[0] for line in notes.read_text().splitlines()] if notes.exists() else []
 
     return evaluate
@@ -109,14 +106,14 @@ def test_results_that_were_removed_are_made_again(run):
     [(["--model", "nowhere"], "is no model folder"), (["--model", "model", "--limit", "0"], "at least 1, got 0")],
 )
 def test_user_errors_are_one_line(module, flags, message, capsys):
-    assert module.main([*flags, "--output", "out"]) == 2
+    assert cli.main(["run", *flags, "--output", "out"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_what_lmms_eval_is_asked(module, tmp_path, monkeypatch):
     monkeypatch.delenv("EVOTOK_RECONSTRUCTION_IMAGES", raising=False)
     flags = ["--model", "model", "--output", "out", "--limit", "5", "--images", "photos", "--model_args", "seed=2"]
-    evaluation = module.open_evaluation(module.parse(flags))
+    evaluation = module.open_evaluation(cli.build_parser().parse_args(["run", *flags]))
     asked = " ".join(evaluation.command("geneval"))
     assert f"pretrained={tmp_path / 'model'},images_dir={tmp_path / 'out/geneval/images'},seed=2" in asked
     assert "--tasks geneval" in asked and "--limit 5" in asked
@@ -138,13 +135,12 @@ def test_the_understanding_suite_runs_benchmark_by_benchmark(module, monkeypatch
 def test_a_stopped_script_leaves_no_evaluation_behind(module, tmp_path, number, code):
     starter = tmp_path / "start.py"
     starter.write_text(
-        f"import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('evaluate_script', {str(SCRIPT)!r})\n"
-        "module = sys.modules['evaluate_script'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
+        "import sys\n"
+        "from eval_tasks import cli\n"
+        "from eval_tasks.commands import run as module\n"
         "command = lambda self, task: [sys.executable, 'stand_in.py', task, str(self.folder(task)), 'hang']\n"
         "module.Evaluation.command = command\n"
-        "sys.exit(module.main(['--model', 'model', '--output', 'out', '--tasks', 'a']))\n"
+        "sys.exit(cli.main(['run', '--model', 'model', '--output', 'out', '--tasks', 'a']))\n"
     )
     script = subprocess.Popen([sys.executable, str(starter)], cwd=tmp_path, stderr=subprocess.DEVNULL)
     notes = tmp_path / "ran.txt"

@@ -25,6 +25,7 @@ from evotok_plugin.data.code_cache.shards import CacheFacts, Shard, remedy, shar
 from evotok_plugin.data.files import content_digest
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class CodeCache:
             source: limits the cache to the images of this source, as they are now.
 
         Raises:
-            ValueError: no cache, one of another tokenizer (`EvoTokModel.fingerprint`) or image size (pixels), or one
+            UserError: no cache, one of another tokenizer (`EvoTokModel.fingerprint`) or image size (pixels), or one
                 whose files are not as they were written.
         """
         self._folder = Path(folder)
@@ -108,7 +109,7 @@ class CodeCache:
         """Codes (N, L) of one image, int64.
 
         Raises:
-            ValueError: the cache does not hold it.
+            UserError: the cache does not hold it.
         """
         shard, row = self._place(self._held_row(key))
         return torch.from_numpy(self._shard_codes(shard)[row].astype(np.int64))
@@ -117,7 +118,7 @@ class CodeCache:
         """Width and height in pixels that the image had before it was resized and cropped.
 
         Raises:
-            ValueError: the cache does not hold it.
+            UserError: the cache does not hold it.
         """
         width, height = self._sizes[self._held_row(key)].tolist()
         return width, height
@@ -166,9 +167,9 @@ class CodeCache:
         rows = self._index.all_rows(key_digests([key]))
         if not len(rows):
             why = f"it is broken: {self.broken[key]}" if key in self.broken else "`evotok encode` adds what is new"
-            raise ValueError(f"code cache {str(self._folder)!r} holds no image {shorten(key)}; {why}")
+            raise UserError(f"code cache {str(self._folder)!r} holds no image {shorten(key)}; {why}")
         if len(rows) > 1:
-            raise ValueError(
+            raise UserError(
                 f"code cache {str(self._folder)!r} holds {len(rows)} different images of the name {shorten(key)}, of "
                 "several folders; open it with `CodeCache(folder, source=...)` for those of one source"
             )
@@ -195,9 +196,9 @@ class CodeCache:
         try:
             codes = np.load(path, mmap_mode="r" if num_images else None, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read: {error}; {remedy(number)}") from error
+            raise UserError(f"{str(path)!r} cannot be read: {error}; {remedy(number)}") from error
         if codes.dtype != np.uint16 or codes.shape != expected:
-            raise ValueError(f"{str(path)!r} holds {codes.dtype} {codes.shape}, not codes {expected}; {remedy(number)}")
+            raise UserError(f"{str(path)!r} holds {codes.dtype} {codes.shape}, not codes {expected}; {remedy(number)}")
         return codes
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from evotok_plugin.data.code_cache.lock import only_run, together
 from evotok_plugin.data.code_cache.shards import CacheFacts
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 
@@ -37,7 +38,7 @@ class EncodingOptions:
         retry_broken: try images again that earlier runs could not read.
 
     Raises:
-        ValueError: a number out of its range.
+        UserError: a number out of its range.
     """
 
     shard_size: int = 4096
@@ -50,9 +51,9 @@ class EncodingOptions:
     def __post_init__(self) -> None:
         for name, least in (("shard_size", 1), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is a share of all images, expected 0..1, got {self.max_bad_fraction}")
+            raise UserError(f"max_bad_fraction is a share of all images, expected 0..1, got {self.max_bad_fraction}")
 
 
 def encode_images(
@@ -73,7 +74,7 @@ def encode_images(
         image_size: pixels a side that images are resized and cropped to.
 
     Raises:
-        ValueError: a key that occurs twice, a cache of another tokenizer or image size, one that is damaged, one that
+        UserError: a key that occurs twice, a cache of another tokenizer or image size, one that is damaged, one that
             another run writes at the moment, or too many broken images. What is encoded stays.
         SystemExit: a signal ended the run.
     """
@@ -109,7 +110,7 @@ class _Request:
         keys, stamps: of each image (images,) the digest of its key, and its stamp.
 
     Raises:
-        ValueError: a key occurs twice.
+        UserError: a key occurs twice.
     """
 
     def __init__(self, source: ImageSource, retry_broken: bool, processes: Processes) -> None:
@@ -117,7 +118,7 @@ class _Request:
         self.keys = key_digests(source.key(index) for index in range(len(source)))
         if twice := DigestIndex(self.keys, np.arange(len(source))).repeated():
             first, second = sorted(twice)
-            raise ValueError(
+            raise UserError(
                 f"images {first} and {second} of {source.name!r} have the same key {shorten(source.key(first))}; "
                 "keys must be unique, name every image once"
             )
@@ -172,7 +173,7 @@ def _check_broken(cache: CodeCache, num_images: int, limit: float, report: Path 
     try:
         BadSamples(report, limit, dict(cache.broken)).check(num_images)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{error}. The encoded images are kept; run again after mending the broken ones (--retry_broken tries them "
             "even if their files have not changed)"
         ) from None
@@ -204,7 +205,7 @@ class _Run:
         self._processes.barrier()
         ledger = together(self._processes, lambda: Ledger(self._folder))
         if len(set(self._processes.gather((tuple(ledger.numbers), len(ledger.rows))))) > 1:
-            raise ValueError(
+            raise UserError(
                 f"the processes do not see the same files in {str(self._folder)!r}; put it where all machines share it "
                 "(if it is there, run again: new files may have been slow to appear)"
             )

@@ -13,6 +13,7 @@ import numpy as np
 from evotok_plugin.data.code_cache.shards import Shard, remedy, shard_name, shard_numbers
 from evotok_plugin.data.keys import DigestIndex, digests_as_bytes, key_digests, with_rows
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.errors import UserError
 
 _BROKEN, _LOST = -1, -2  # rows of images that could not be read, and of known ones whose codes were deleted
 
@@ -42,7 +43,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            ValueError: a shard that is damaged, or two that hold the same images.
+            UserError: a shard that is damaged, or two that hold the same images.
         """
         self.numbers = shard_numbers(folder)
         keys, stamps, contents, rows, sizes = [], [], [], [], []  # an array of each shard
@@ -54,7 +55,7 @@ class Ledger:
                 stamps.append(_digests_of([*shard.stamps, *shard.known_stamps, *shard.broken_stamps]))
                 contents.append(_digests_of([*shard.contents, *shard.known_contents, *[""] * len(shard.broken)]))
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     f"{shard_name(number)}.json is not what was written ({error}); {remedy(number)}"
                 ) from error
             keys.append(key_digests(shard.all_keys()))
@@ -101,7 +102,7 @@ class Ledger:
         again = np.flatnonzero(identities[1:] == identities[:-1])
         if len(again):
             first, second = (self.numbers[self._shard_of(encoded[place])] for place in (again[0], again[0] + 1))
-            raise ValueError(
+            raise UserError(
                 f"{shard_name(first)} and {shard_name(second)} of {folder} hold the same images; {remedy(second)}"
             )
 

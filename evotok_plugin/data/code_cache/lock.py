@@ -9,6 +9,7 @@ from typing import IO, TypeVar
 
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.code_cache.shards import CacheFacts
+from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ def together(processes: Processes, action: Callable[[], T]) -> T | None:
         problem = str(error)
     problems = [text for text in processes.gather(problem) if text]
     if problems:
-        raise ValueError(problems[0])
+        raise UserError(problems[0])
     return result
 
 
@@ -35,7 +36,7 @@ def only_run(folder: Path, facts: CacheFacts, processes: Processes) -> Iterator[
     to data-loading processes, which may outlive a killed run.
 
     Raises:
-        ValueError: another run holds the folder, it is not a cache, or it holds codes of another tokenizer.
+        UserError: another run holds the folder, it is not a cache, or it holds codes of another tokenizer.
     """
     with contextlib.ExitStack() as held:
 
@@ -58,12 +59,12 @@ def _locked(folder: Path, start: int, length: int) -> IO:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
-        raise ValueError(f"{str(folder)!r} cannot be made a code cache: {error}; choose another folder") from error
+        raise UserError(f"{str(folder)!r} cannot be made a code cache: {error}; choose another folder") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
     except OSError as error:
         file.close()
-        raise ValueError(
+        raise UserError(
             f"another run is writing to {str(folder)!r} ({error.strerror}); wait until it has ended, or choose "
             "another folder"
         ) from error
@@ -75,7 +76,7 @@ def _make_ready(folder: Path, facts: CacheFacts) -> None:
     if (folder / "cache.json").is_file():
         CacheFacts.read(folder).check(folder, facts.fingerprint, facts.image_size)
     elif next(folder.glob("shard-*"), None) is not None:
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds shard files but no cache.json that says what they are; choose another folder"
         )
     else:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evotok_plugin.data import images
+from evotok_plugin.errors import UserError
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 _FORMAT = 2
@@ -61,21 +62,21 @@ class CacheFacts:
         """Read them from a cache.
 
         Raises:
-            ValueError: the folder is not a cache, or has another format.
+            UserError: the folder is not a cache, or has another format.
         """
         file = folder / "cache.json"
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{str(folder)!r} holds no code cache (cache.json is missing); "
                 f"`evotok encode SOURCE -o {folder}` writes one"
             )
         try:
             facts = cls(**json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{str(file)!r} does not describe a code cache: {error}") from error
+            raise UserError(f"{str(file)!r} does not describe a code cache: {error}") from error
         if facts.format != _FORMAT:
             why = ", which identifies images by their names alone" if facts.format == 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"code cache {str(folder)!r} has format {facts.format}{why}; this version reads format {_FORMAT}: "
                 "delete the folder to have the images encoded again, or choose another folder"
             )
@@ -90,18 +91,18 @@ class CacheFacts:
         """Reject codes of another tokenizer, image size or image reader; None accepts any tokenizer or size.
 
         Raises:
-            ValueError: the codes are of another tokenizer, of images of another size, or of images that another version
+            UserError: the codes are of another tokenizer, of images of another size, or of images that another version
                 of the image reader decoded.
         """
         if self.reader_version != images.READER_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"code cache {str(folder)!r} was written with version {self.reader_version} of the image reader, this "
                 f"is version {images.READER_VERSION}, which gives other pixels for some images; delete the folder and "
                 "run `evotok encode` again, or choose another folder"
             )
         wanted = (fingerprint or self.fingerprint, image_size or self.image_size)
         if wanted != (self.fingerprint, self.image_size):
-            raise ValueError(
+            raise UserError(
                 f"code cache {str(folder)!r} was made by tokenizer {self.fingerprint[:12]} from images of "
                 f"{self.image_size} pixels, wanted are codes of tokenizer {wanted[0][:12]} and {wanted[1]} pixels; "
                 "choose another folder, or delete this one to have it made anew"
@@ -149,7 +150,7 @@ class Shard:
         """Add the shard to the cache: codes (images, N, L) in uint16.
 
         Raises:
-            ValueError: the file system does not take it.
+            UserError: the file system does not take it.
         """
         self.codes_sha256 = hashlib.sha256(codes).hexdigest()
         try:
@@ -158,7 +159,7 @@ class Shard:
             record = {**vars(self), "sha256": self.checksum()}
             _write(stem.with_suffix(".json"), lambda file: file.write(json.dumps(record).encode()))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"shard {str(stem)!r} cannot be written: {error}; what is finished stays, run again to go on"
             ) from error
 
@@ -167,7 +168,7 @@ class Shard:
         """A shard and the checksum that it was written with.
 
         Raises:
-            ValueError: one of its files is not as it was written.
+            UserError: one of its files is not as it was written.
         """
         stem = folder / shard_name(number)
         try:
@@ -176,11 +177,11 @@ class Shard:
             shard = cls(**record)
             shard._check_lengths()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{str(stem)}.json is not what was written ({error}); {remedy(number)}") from error
+            raise UserError(f"{str(stem)}.json is not what was written ({error}); {remedy(number)}") from error
         codes = stem.with_suffix(".npy")
         size = codes.stat().st_size if codes.exists() else 0
         if size != shard.codes_bytes:
-            raise ValueError(f"{str(codes)!r} has {size} bytes, expected {shard.codes_bytes}; {remedy(number)}")
+            raise UserError(f"{str(codes)!r} has {size} bytes, expected {shard.codes_bytes}; {remedy(number)}")
         return shard, checksum
 
     def _check_lengths(self) -> None:
@@ -191,7 +192,7 @@ class Shard:
         ):
             for other in others:
                 if len(getattr(self, name)) != len(getattr(self, other)):
-                    raise ValueError(f"{other} and {name} have different lengths")
+                    raise UserError(f"{other} and {name} have different lengths")
 
 
 def shard_name(number: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import ImageSource, Subset, open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics.inception import load_inception
 
@@ -33,16 +34,16 @@ def images_source() -> ImageSource:
     """The images to rebuild: those of EVOTOK_RECONSTRUCTION_IMAGES, the first EVOTOK_RECONSTRUCTION_LIMIT of them.
 
     Raises:
-        ValueError: no folder is named, it holds no images, or the limit is no number.
+        UserError: no folder is named, it holds no images, or the limit is no number.
     """
     folder, limit = os.environ.get(IMAGES_VARIABLE), os.environ.get(LIMIT_VARIABLE, "")
     if not folder:
-        raise ValueError(f"evotok_reconstruction rebuilds the images of a folder: set {IMAGES_VARIABLE}=FOLDER")
+        raise UserError(f"evotok_reconstruction rebuilds the images of a folder: set {IMAGES_VARIABLE}=FOLDER")
     source = open_sources([folder])
     if not limit:
         return source
     if not limit.isdigit() or int(limit) < 1:
-        raise ValueError(f"{LIMIT_VARIABLE} must be a number of at least 1, got {limit!r}")
+        raise UserError(f"{LIMIT_VARIABLE} must be a number of at least 1, got {limit!r}")
     return Subset(source, np.arange(min(int(limit), len(source))))
 
 
@@ -66,7 +67,7 @@ def measure(
         nothing in other processes than the first.
 
     Raises:
-        ValueError: too many images cannot be read.
+        UserError: too many images cannot be read.
     """
     from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
 
@@ -108,7 +109,7 @@ def process_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
     """The figures that were measured, none for other processes than the first; code usage as the mean over levels.
 
     Raises:
-        ValueError: the answer is not that of a model with a tokenizer.
+        UserError: the answer is not that of a model with a tokenizer.
     """
     if doc["process"]:
         return {}
@@ -117,6 +118,6 @@ def process_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
         figures = {metric: values[metric] for metric in _METRICS if metric in values}
         return {**figures, "code_usage": float(np.mean(values["code_usage"])), **_about(values)}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"evotok_reconstruction needs `--model evotok`, whose tokenizer it measures; got {results[0][:80]!r}"
         ) from error

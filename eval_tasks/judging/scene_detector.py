@@ -3,10 +3,11 @@
 An image is unmixed into how much of each pixel an object covers and which colour it has; connected regions become
 instances, their shape is the template that overlaps best, their colour the nearest named one.
 
-H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.scene_detector` measures its accuracy.
+H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.judging.scene_detector` measures its accuracy.
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from eval_tasks.judging.rules import Box, Instance, Rules
+from evotok_plugin.common import command_line
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
 
@@ -322,7 +324,7 @@ def rebuilding(folder: str) -> Callable[[Image.Image], Image.Image]:
     return rebuild
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Accuracy of the exact scene detector on freshly drawn scenes.")
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -330,7 +332,10 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--degrade", type=float, nargs=2, metavar=("BLUR", "NOISE"), help="pixels and grey levels")
     how.add_argument("--tokenizer", metavar="FOLDER", help="an EvoTok model that rebuilds the scenes first")
-    args = parser.parse_args()
+    return command_line.run(parser, argv, _measure)
+
+
+def _measure(args: argparse.Namespace) -> None:
     transform = None
     if args.degrade:
         transform = degrading(*args.degrade)
@@ -343,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

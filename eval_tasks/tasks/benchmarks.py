@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
-from eval_tasks import dpg_bench, genai_bench, geneval
-from eval_tasks.judging.benchmark import Benchmark
+from eval_tasks.judging.judge_run import Benchmark
 from eval_tasks.judging.options import JudgeOptions
+from eval_tasks.tasks.dpg_bench import task as dpg_bench
+from eval_tasks.tasks.genai_bench import task as genai_bench
+from eval_tasks.tasks.geneval import task as geneval
 
 
 def _on_scenes(options: JudgeOptions) -> JudgeOptions:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.registration import local_cache, local_dataset
+from evotok_plugin.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -66,7 +67,7 @@ def gqa_process_docs(questions: "datasets.Dataset") -> "datasets.Dataset":
     """GQA's questions with their images, which are a data set of their own.
 
     Raises:
-        ValueError: EVOTOK_DATA_ROOT is set and has no GQA, or a question's image is not among the images.
+        UserError: EVOTOK_DATA_ROOT is set and has no GQA, or a question's image is not among the images.
     """
     import datasets
 
@@ -76,6 +77,6 @@ def gqa_process_docs(questions: "datasets.Dataset") -> "datasets.Dataset":
     rows = {name: row for row, name in enumerate(images["id"])}
     missing = [name for name in questions["imageId"] if name not in rows]
     if missing:
-        raise ValueError(f"GQA: {len(missing)} questions without image, the first about {missing[0]!r}; fetch it again")
+        raise UserError(f"GQA: {len(missing)} questions without image, the first about {missing[0]!r}; fetch it again")
     matching = images.select_columns("image").select([rows[name] for name in questions["imageId"]])
     return datasets.concatenate_datasets([questions, matching], axis=1)

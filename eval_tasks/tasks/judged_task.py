@@ -12,10 +12,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from eval_tasks.judging.benchmark import Benchmark, judge_run
-from eval_tasks.judging.kept import keep, new_folder
+from eval_tasks.judging.drawn_run import keep, new_folder
+from eval_tasks.judging.judge_run import Benchmark, judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.scores import OVERALL, Score
+from evotok_plugin.errors import UserError
 
 _INTERVAL = {f"{OVERALL}_low": "low", f"{OVERALL}_high": "high"}
 _NO_FOLDER = "outputs/lmms_eval"  # without --output_path
@@ -54,7 +55,7 @@ class JudgedTask:
         """Load the documents; returns the judges' options, for the results.
 
         Raises:
-            ValueError: no prompts, or an option that means nothing.
+            UserError: no prompts, or an option that means nothing.
         """
         options = JudgeOptions.from_environment()
         if self._documents is None:
@@ -65,12 +66,12 @@ class JudgedTask:
         """Find the judges.
 
         Raises:
-            ValueError: one is missing: better told now than when everything is drawn.
+            UserError: one is missing: better told now than when everything is drawn.
         """
         try:
             self.benchmark.find_judges(JudgeOptions.from_environment())
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.benchmark.name}: {error}. Nothing has been drawn: --predict_only draws without judging, and "
                 "`evotok-eval judge OUTPUT_PATH` judges what was drawn"
             ) from error
@@ -95,7 +96,7 @@ class JudgedTask:
         """Keep the images of all answers, judge them, report; the overall score.
 
         Raises:
-            ValueError: an answer is no drawing or an image is broken; the images stay where the error says.
+            UserError: an answer is no drawing or an image is broken; the images stay where the error says.
         """
         folder = new_folder(Path(getattr(args, "output_path", None) or _NO_FOLDER) / "drawn", self.benchmark.name)
         run = keep(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from evotok_plugin.errors import UserError
+
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
 DONE = "finished.json"
 SCENES, NUM_SCENES = "scenes", 300  # drawn for evotok_reconstruction where no images are named
@@ -91,7 +93,7 @@ class Evaluation:
         """One lmms-eval run, whose results are read at once: its exit code does not tell failure.
 
         Raises:
-            ValueError: it has left no whole results.
+            UserError: it has left no whole results.
         """
         from eval_tasks.reporting.runs import read_run, require_figures
 
@@ -101,7 +103,7 @@ class Evaluation:
         started = time.time()
         code = _run_to_its_end(self.command(task), self.environment(task))
         if code:
-            raise ValueError(f"lmms-eval ended with exit code {code}")
+            raise UserError(f"lmms-eval ended with exit code {code}")
         results = list(read_run(folder, not_before=started).tasks.values())
         require_figures(results)
         newest = max({result.file for result in results}, key=lambda file: file.stat().st_mtime)
@@ -139,8 +141,8 @@ def _end_with_parent() -> None:
 # What to evaluate ----------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.sh", description=__doc__)
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("run", help="run tasks one after another in lmms-eval and report all results")
     parser.add_argument("--model", type=Path, help="output folder of scripts/finetune.sh (default: the newest)")
     parser.add_argument(
         "--tasks",
@@ -153,24 +155,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="for evotok_reconstruction (default: scenes that are drawn)")
     parser.add_argument("--batch_size", default="32", help="questions and images at once")
     parser.add_argument("--model_args", default="", help="for the model in lmms-eval: guidance_scale=5,dtype=bfloat16")
-    return parser.parse_args(argv)
+    parser.set_defaults(run=run)
 
 
 def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
     """Check what can be checked before a model works.
 
     Raises:
-        ValueError: no model, no images, or a limit that means nothing.
+        UserError: no model, no images, or a limit that means nothing.
     """
-    from eval_tasks.reconstruction import IMAGES_VARIABLE
+    from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE
     from evotok_plugin.common.files import check_output_folder
     from llava_ext.model_folder import default_model_folder
 
     if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+        raise UserError(f"--limit must be at least 1, got {arguments.limit}")
     model = (arguments.model or default_model_folder()).expanduser().resolve()
     if not (model / "config.json").is_file():
-        raise ValueError(f"--model {model} is no model folder: it does not exist or holds no config.json")
+        raise UserError(f"--model {model} is no model folder: it does not exist or holds no config.json")
     output = arguments.output or Path("outputs/evaluation") / "__".join(model.parts[-2:])
     output = output.expanduser().resolve()
     check_output_folder(output, "--output")
@@ -212,7 +214,7 @@ def draw_scenes(folder: Path) -> None:
 
 def one_by_one(tasks: list[str]) -> list[str]:
     """The understanding suite as its benchmarks, which take hours each: what is stopped has lost no more than one."""
-    from eval_tasks.understanding import suite
+    from eval_tasks.tasks.evotok_understanding.task import suite
 
     members = [member for task in tasks for member in (suite() if task == "evotok_understanding" else [task])]
     return list(dict.fromkeys(members))
@@ -249,23 +251,12 @@ def report(evaluation: Evaluation) -> None:
         show([make_run(evaluation.output.name, files)], evaluation.output / "report")
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, report, and name the failed tasks; 1 if there are any."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        evaluation = open_evaluation(arguments)
-        failed = evaluate_all(evaluation, one_by_one(arguments.tasks))
-        report(evaluation)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+    evaluation = open_evaluation(arguments)
+    failed = evaluate_all(evaluation, one_by_one(arguments.tasks))
+    report(evaluation)
     for task, reason in failed.items():
         print(f"FAILED {task}: {reason}", file=sys.stderr)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

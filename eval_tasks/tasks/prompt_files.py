@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+from evotok_plugin.errors import UserError
+
 _FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -11,11 +13,11 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a file; of a JSON object of rows each row with its key as `id`, where it has none.
 
     Raises:
-        ValueError: no such file, another format, a damaged file, or no rows.
+        UserError: no such file, another format, a damaged file, or no rows.
     """
     kind = path.suffix.lower()
     if kind not in _FORMATS:
-        raise ValueError(f"prompts are read from {', '.join(_FORMATS)}, got {path}")
+        raise UserError(f"prompts are read from {', '.join(_FORMATS)}, got {path}")
     try:
         if kind == ".parquet":
             import pyarrow.parquet
@@ -25,9 +27,9 @@ def read_rows(path: Path) -> list[dict]:
             text = path.read_text(encoding="utf-8-sig")
             rows = {".csv": _csv_rows, ".jsonl": _json_lines, ".json": _json_rows}[kind](text)
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"prompts file {path} cannot be read: {error}") from error
+        raise UserError(f"prompts file {path} cannot be read: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"prompts file {path} must hold rows with named columns")
+        raise UserError(f"prompts file {path} must hold rows with named columns")
     return rows
 
 
@@ -50,10 +52,10 @@ def column(row: dict, names: tuple[str, ...], path: Path) -> object:
     """The first of several columns that a row has, whatever their case.
 
     Raises:
-        ValueError: it has none of them.
+        UserError: it has none of them.
     """
     plain = {str(name).strip().lower(): value for name, value in row.items()}
     for name in names:
         if plain.get(name) is not None:
             return plain[name]
-    raise ValueError(f"prompts file {path} needs a column {' or '.join(map(repr, names))}, it has {sorted(plain)}")
+    raise UserError(f"prompts file {path} needs a column {' or '.join(map(repr, names))}, it has {sorted(plain)}")

@@ -13,16 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval_tasks.genai_bench import find_judges, open_vqa
-from eval_tasks.judging.benchmark import Batch, Benchmark
-from eval_tasks.judging.clock import Clock
-from eval_tasks.judging.kept import Drawn
-from eval_tasks.judging.lmms_task import JudgedTask
+from eval_tasks.judging.drawn_run import Drawn
+from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions
-from eval_tasks.judging.scores import Judgement
-from eval_tasks.judging.vqa import Answer, YesNoJudge
+from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.vqa import Answer, YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
-from eval_tasks.prompt_files import column, read_rows
+from eval_tasks.tasks.judged_task import JudgedTask
+from eval_tasks.tasks.prompt_files import column, read_rows
+from evotok_plugin.errors import UserError
 
 PROMPTS_VARIABLE = "EVOTOK_DPG_BENCH_PROMPTS"
 PROMPTS = "dpg_bench.csv"
@@ -97,18 +96,18 @@ def read_prompts(source: str | Path) -> list[dict]:
     """Documents from DPG-Bench's table (item_id, text, proposition_id, dependency, tuple, question_natural_language).
 
     Raises:
-        ValueError: no such file, another format, or a question that depends on one that is not there.
+        UserError: no such file, another format, or a question that depends on one that is not there.
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source).count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"DPG-Bench's prompts: {str(source)!r} does not exist; get {_ORIGIN}, set {PROMPTS_VARIABLE} to it"
         )
     path = fetch(str(source), "DPG-Bench's prompts", PROMPTS_VARIABLE, ("*.csv", "*.parquet"), dataset=True)
     if path.is_dir():
         tables = sorted(file for file in path.rglob("*") if file.suffix in (".csv", ".parquet"))
         if len(tables) != 1:
-            raise ValueError(f"DPG-Bench's prompts: {path} must hold one .csv or .parquet, it has {len(tables)}")
+            raise UserError(f"DPG-Bench's prompts: {path} must hold one .csv or .parquet, it has {len(tables)}")
         path = tables[0]
     items: dict[str, dict] = {}
     for row in read_rows(path):
@@ -121,7 +120,7 @@ def read_prompts(source: str | Path) -> list[dict]:
         known = {question["id"] for question in item["questions"]}
         lost = [question for question in item["questions"] if not set(question["parents"]) <= known]
         if lost:
-            raise ValueError(
+            raise UserError(
                 f"{path}: item {name}, question {lost[0]['id']} depends on {lost[0]['parents']}, not all there"
             )
         documents.append({"index": index, "prompt": str(item["prompt"]), "questions": json.dumps(item["questions"])})
@@ -134,7 +133,7 @@ def _question(row: dict, path: Path) -> dict:
         part.strip() for part in str(column(row, ("tuple",), path)).lower().split("(")[0].partition("-")
     )
     if category not in CATEGORIES:
-        raise ValueError(f"{path}: category {category!r} is none of {', '.join(CATEGORIES)}")
+        raise UserError(f"{path}: category {category!r} is none of {', '.join(CATEGORIES)}")
     parents = [int(float(part)) for part in str(column(row, ("dependency",), path)).split(",") if part.strip()]
     return {
         "id": int(float(column(row, ("proposition_id",), path))),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from eval_tasks.option_matching import match_option
+from eval_tasks.tasks.mmbench_scenes.option_matching import match_option
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.scenes.questions import OPTION_LETTERS, mmbench_rows, multiple_choice
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from eval_tasks.judging.answers import open_image, parse_images
 from eval_tasks.judging.rules import evaluate, overall_score
-from eval_tasks.scene_detector import SceneDetector
+from eval_tasks.judging.scene_detector import SceneDetector
+from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import scene_prompts
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,14 @@ def derangement(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
     """For every prompt the index of another document with a different prompt, each index once.
 
     Raises:
-        ValueError: one prompt makes up more than half of them, so no such assignment exists.
+        UserError: one prompt makes up more than half of them, so no such assignment exists.
     """
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
     largest = max(map(len, groups.values()), default=0)
     if 2 * largest > len(prompts):
-        raise ValueError(f"one prompt occurs {largest} times among {len(prompts)}: the others cannot be its partners")
+        raise UserError(f"one prompt occurs {largest} times among {len(prompts)}: the others cannot be its partners")
     # Equal prompts stand together; moving on by the longest such run leaves no prompt with itself.
     names = list(groups)
     ring = [index for position in rng.permutation(len(names)) for index in groups[names[position]]]

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval_tasks.judging.clock import Clock
-from eval_tasks.judging.kept import Drawn, KeptRun
+from eval_tasks.judging.drawn_run import Drawn, KeptRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
-from eval_tasks.judging.scores import OVERALL, Judgement, Score, summarize
+from eval_tasks.judging.scores import OVERALL, Clock, Judgement, Score, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output:
         output: folder of the report, by default the run's own.
 
     Raises:
-        ValueError: an image cannot be read, or a judge is missing.
+        UserError: an image cannot be read, or a judge is missing.
     """
     started, output = time.perf_counter(), output or run.folder
     output.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from evotok_plugin.errors import UserError
+
 # `20260731_120000_results.json`; tasks leave other *_results.json beside it.
 RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
 _NOT_METRICS = ("alias", "name", "samples", "sample_len", "sample_count")
@@ -17,13 +19,13 @@ def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path
         not_before: seconds since the epoch; older files belong to an earlier run.
 
     Raises:
-        ValueError: there is none, which is how a failed lmms-eval run shows.
+        UserError: there is none, which is how a failed lmms-eval run shows.
     """
     found = [path for path in Path(output_dir).rglob("*_results.json") if RESULTS_NAME.fullmatch(path.name)]
     recent = [path for path in found if path.stat().st_mtime >= not_before]
     if not recent:
         older = f" ({len(found)} of earlier runs are there)" if found else ""
-        raise ValueError(
+        raise UserError(
             f"no lmms-eval results in {output_dir}{older}: the run failed. lmms-eval exits with 0 even then; its "
             "error stands above 'Error during evaluation' in its output"
         )
@@ -40,7 +42,7 @@ def read_results(
         not_before: start of the run (`time.time()`), so that an earlier run's file is not taken for this one's.
 
     Raises:
-        ValueError: no results, an unreadable file, or a task without any figure.
+        UserError: no results, an unreadable file, or a task without any figure.
     """
     path = newest_results_file(output_dir, not_before)
     try:
@@ -48,12 +50,12 @@ def read_results(
         by_task = content["results"]
         groups = {name for name, members in content.get("group_subtasks", {}).items() if members}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
+        raise UserError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
     results = {task: figures_of(values) for task, values in by_task.items()}
     results = {task: figures for task, figures in results.items() if figures or task not in groups}
     empty = [task for task in {**dict.fromkeys(tasks), **results} if not results.get(task)]
     if empty or not results:
-        raise ValueError(f"{path} has no figures for {', '.join(empty) or 'any task'}; it has {sorted(results)}")
+        raise UserError(f"{path} has no figures for {', '.join(empty) or 'any task'}; it has {sorted(results)}")
     return results
 
 

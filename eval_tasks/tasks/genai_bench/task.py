@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval_tasks.judging.benchmark import Batch, Benchmark
-from eval_tasks.judging.clock import Clock
-from eval_tasks.judging.lmms_task import JudgedTask
-from eval_tasks.judging.options import JudgeOptions, variable
-from eval_tasks.judging.scores import Judgement
-from eval_tasks.judging.vqa import YesNoJudge
-from eval_tasks.judging.weights import fetch, require_weights
-from eval_tasks.prompt_files import column, read_rows
+from eval_tasks.judging.judge_run import Batch, Benchmark
+from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.vqa import YesNoJudge, find_judges, open_vqa
+from eval_tasks.judging.weights import fetch
+from eval_tasks.tasks.judged_task import JudgedTask
+from eval_tasks.tasks.prompt_files import column, read_rows
+from evotok_plugin.errors import UserError
 
 PROMPTS_VARIABLE = "EVOTOK_GENAI_BENCH_PROMPTS"
 PROMPTS = "BaiqiL/GenAI-Bench-1600"
@@ -64,7 +63,7 @@ def read_prompts(source: str | Path) -> list[dict]:
             basic_skills and advanced_skills), or a data set of the hub that holds the pair.
 
     Raises:
-        ValueError: nothing there, another format, or a skill that GenAI-Bench does not have.
+        UserError: nothing there, another format, or a skill that GenAI-Bench does not have.
     """
     files = (_PROMPTS_FILE, _SKILLS_FILE)
     path = fetch(str(source), "GenAI-Bench's prompts", PROMPTS_VARIABLE, files, dataset=True)
@@ -83,14 +82,14 @@ def _from_pair(folder: Path) -> list[dict]:
     """The benchmark's own files: prompts by number, numbers by skill."""
     missing = [name for name in (_PROMPTS_FILE, _SKILLS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"GenAI-Bench's prompts: {folder} has no {' and no '.join(missing)}; both come from {PROMPTS}")
+        raise UserError(f"GenAI-Bench's prompts: {folder} has no {' and no '.join(missing)}; both come from {PROMPTS}")
     rows = read_rows(folder / _PROMPTS_FILE)
     try:
         members = {
             skill: set(map(int, numbers)) for skill, numbers in json.loads((folder / _SKILLS_FILE).read_text()).items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / _SKILLS_FILE} must hold lists of prompt numbers by skill ({error})") from error
+        raise UserError(f"{folder / _SKILLS_FILE} must hold lists of prompt numbers by skill ({error})") from error
     documents = []
     for row in rows:
         number = int(row["id"])
@@ -106,7 +105,7 @@ def _literal(text: str, path: Path) -> object:
             return read(text)
         except (ValueError, SyntaxError):
             continue
-    raise ValueError(f"prompts file {path}: {text[:80]!r} is neither JSON nor a Python literal")
+    raise UserError(f"prompts file {path}: {text[:80]!r} is neither JSON nor a Python literal")
 
 
 def _tags(row: dict, path: Path) -> list:
@@ -120,9 +119,7 @@ def _tags(row: dict, path: Path) -> list:
         nested = [plain.get(name) for name in ("basic_skills", "advanced_skills", "basic", "advanced")]
     tags = [tag for part in ([nested] if isinstance(nested, str) else nested) if part for tag in _listed(part)]
     if not tags:
-        raise ValueError(
-            f"prompts file {path}: a row has no skills; it needs Tags, or basic_skills and advanced_skills"
-        )
+        raise UserError(f"prompts file {path}: a row has no skills; it needs Tags, or basic_skills and advanced_skills")
     return tags
 
 
@@ -135,7 +132,7 @@ def _listed(value: object) -> list[str]:
 def _document(index: int, prompt: object, skills: list[str], path: Path) -> dict:
     unknown = [skill for skill in skills if skill not in _KNOWN]
     if unknown or not skills:
-        raise ValueError(
+        raise UserError(
             f"prompts file {path}: prompt {index} has the skills {skills or 'none'}, known are {', '.join(_KNOWN)}"
         )
     ordered = [skill for skill in _KNOWN if skill in skills]
@@ -148,26 +145,6 @@ def documents() -> list[dict]:
 
 
 # The benchmark -------------------------------------------------------------------------------------------------
-
-
-def find_judges(options: JudgeOptions) -> dict[str, str]:
-    """The judge's name, when it is there.
-
-    Raises:
-        ValueError: it is not, and where it comes from.
-    """
-    _folder(options)
-    return {"vqa": options.vqa}
-
-
-def open_vqa(options: JudgeOptions) -> YesNoJudge:
-    """The VQA model on the options' device."""
-    return YesNoJudge.open(_folder(options), options.torch_device)
-
-
-def _folder(options: JudgeOptions) -> Path:
-    what = "the VQA judge's weights"
-    return require_weights(fetch(options.vqa, what, variable("vqa")), what)
 
 
 BENCHMARK = Benchmark(

@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from eval_tasks.geneval_prompts import COLORS, SKILLS, geneval_records
-from eval_tasks.judging.benchmark import Batch, Benchmark
-from eval_tasks.judging.clock import Clock
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Detector, Mask2FormerDetector
-from eval_tasks.judging.kept import Drawn
-from eval_tasks.judging.lmms_task import JudgedTask
+from eval_tasks.judging.drawn_run import Drawn
+from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.rules import Instance, colors_wanted, evaluate
-from eval_tasks.judging.scores import Judgement
+from eval_tasks.judging.scene_detector import SceneDetector
+from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.vocabulary import COLORS, SKILLS
 from eval_tasks.judging.weights import fetch, require_weights
-from eval_tasks.scene_detector import SceneDetector
+from eval_tasks.tasks.geneval.prompts import geneval_records
+from eval_tasks.tasks.judged_task import JudgedTask
+from evotok_plugin.errors import UserError
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SCENES = "scenes"
@@ -49,7 +50,7 @@ class GenEvalJudge:
         """Judge images of documents with a GenEval `record`.
 
         Raises:
-            ValueError: a record asks for a class or colour that the judge does not know.
+            UserError: a record asks for a class or colour that the judge does not know.
         """
         waiting: deque[_Seen] = deque()
         for batch in batches:
@@ -71,10 +72,10 @@ class GenEvalJudge:
         clauses = [*record["include"], *record.get("exclude", ())]
         unknown = [clause["class"] for clause in clauses if clause["class"] not in self.detector.classes]
         if unknown:
-            raise ValueError(f"{record['prompt']!r}: the detector knows no class {unknown[0]!r}; is this its task?")
+            raise UserError(f"{record['prompt']!r}: the detector knows no class {unknown[0]!r}; is this its task?")
         colors = [clause["color"] for clause in clauses if "color" in clause]
         if self.colors and not set(colors) <= set(COLORS):
-            raise ValueError(f"{record['prompt']!r}: colours must be among {', '.join(COLORS)}, got {colors}")
+            raise UserError(f"{record['prompt']!r}: colours must be among {', '.join(COLORS)}, got {colors}")
 
     def _finished(self, waiting: deque[_Seen], least: int) -> Iterator[Judgement]:
         """Classify crops while there are `least` of them, then judge what waits for none, in order."""
@@ -125,7 +126,7 @@ def find_judges(options: JudgeOptions) -> dict[str, str]:
     """The judges' names, when they are all there.
 
     Raises:
-        ValueError: what is missing, and where it comes from.
+        UserError: what is missing, and where it comes from.
     """
     names = _names(options)
     if names["detector"] != SCENES:

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from eval_tasks.judging.answers import image_paths, open_image
+from evotok_plugin.errors import UserError
 
 _ABOUT, _LINES = "drawn.json", "drawn.jsonl"
 _THREADS = 2
@@ -46,7 +47,7 @@ class KeptRun:
         """All images in batches, the next batch read while the present one is judged.
 
         Raises:
-            ValueError: an image is missing or broken.
+            UserError: an image is missing or broken.
         """
         batches = [self.drawn[start : start + batch_size] for start in range(0, len(self.drawn), batch_size)]
         with ThreadPoolExecutor(_THREADS) as readers:
@@ -78,7 +79,7 @@ def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRu
             over its images.
 
     Raises:
-        ValueError: an answer is no drawing, or an image is missing; everything else has been kept by then.
+        UserError: an answer is no drawing, or an image is missing; everything else has been kept by then.
     """
     (folder / "images").mkdir(parents=True, exist_ok=False)
     drawn, faults = [], []
@@ -104,7 +105,7 @@ def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRu
                 lines.write(json.dumps(vars(item)) + "\n")
     (folder / _ABOUT).write_text(json.dumps({"task": task, "images": len(drawn), "faults": faults}, indent=1) + "\n")
     if faults:
-        raise ValueError(
+        raise UserError(
             f"{len(faults)} of the model's answers cannot be judged, first {faults[0]}; the other {len(drawn)} images "
             f"are kept in {folder}. Draw again (if answers come from lmms-eval's --use_cache, delete that cache first)"
         )
@@ -115,20 +116,20 @@ def open_kept(folder: Path) -> KeptRun:
     """Read a folder that `keep` has written.
 
     Raises:
-        ValueError: it is none, or was drawn incompletely, or holds no image.
+        UserError: it is none, or was drawn incompletely, or holds no image.
     """
     try:
         about = json.loads((folder / _ABOUT).read_text())
         drawn = tuple(Drawn(**json.loads(line)) for line in _lines(folder / _LINES))
         task, faults = about["task"], about["faults"]
     except OSError as error:
-        raise ValueError(f"{folder} holds no drawn images to judge ({error})") from error
+        raise UserError(f"{folder} holds no drawn images to judge ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/{_LINES} is damaged ({error}); draw again") from error
+        raise UserError(f"{folder}/{_LINES} is damaged ({error}); draw again") from error
     if faults:
-        raise ValueError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
+        raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
     if not drawn:
-        raise ValueError(f"{folder} holds no image: the run was empty")
+        raise UserError(f"{folder} holds no image: the run was empty")
     return KeptRun(folder, task, drawn)
 
 
@@ -136,7 +137,7 @@ def kept_folders(folder: Path, task: str) -> list[Path]:
     """The folders of a task's kept images at or below a folder, the newest last.
 
     Raises:
-        ValueError: what stands in one of them is damaged.
+        UserError: what stands in one of them is damaged.
     """
     found = [path.parent for path in folder.rglob(_ABOUT) if _task_of(path) == task]
     return sorted(found, key=lambda path: path.name)
@@ -146,7 +147,7 @@ def _task_of(about: Path) -> str | None:
     try:
         return json.loads(about.read_text(encoding="utf-8")).get("task")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
+        raise UserError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -167,7 +168,7 @@ def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
     """The documents and answers of an lmms-eval samples file.
 
     Raises:
-        ValueError: the file has another format.
+        UserError: the file has another format.
     """
     for number, line in enumerate(_lines(samples), start=1):
         try:
@@ -175,5 +176,5 @@ def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
             document, answer = json.loads(row["target"]), row["filtered_resps"]
             document["index"]
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{samples}, line {number}: no answer of a drawing task ({error!r})") from error
+            raise UserError(f"{samples}, line {number}: no answer of a drawing task ({error!r})") from error
         yield document, answer

@@ -10,17 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# COCO's classes in COCO's order; three have names of GenEval's own (computer mouse, tv remote, computer keyboard).
-CLASSES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
-    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+from eval_tasks.judging.vocabulary import CLASSES, COLORS
+from evotok_plugin.errors import UserError
+
 _POSITIONS = ("left of", "right of", "above", "below")
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PERSON = CLASSES.index("person")  # is never given a colour
@@ -106,12 +98,12 @@ def geneval_records() -> list[dict]:
     """GenEval's 553 records (`tag`, `include`, `exclude` where counted, `prompt`) in its order.
 
     Raises:
-        ValueError: this numpy draws other numbers than the one that the list was made with.
+        UserError: this numpy draws other numbers than the one that the list was made with.
     """
     records = draw_records(SEED, DRAWS)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if hashlib.sha256(lines.encode()).hexdigest() != _SHA256:
-        raise ValueError(
+        raise UserError(
             f"numpy {np.__version__} draws other prompts than GenEval's from seed {SEED}; install numpy 2.0 to 2.4"
         )
     return records
