@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokConfig
-from evotok_plugin.common.files import prepare_output, save_whole
+from evotok_plugin.common.files import check_new_folder, write_whole_folder
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
 from evotok_plugin.errors import UserError
@@ -167,7 +167,7 @@ def convert_adapters(
     Raises:
         UserError: a file that cannot be read or fits neither model, two files for one part, or a non-empty output.
     """
-    prepare_output(output)
+    check_new_folder(output)
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
         raise UserError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; `evotok convert` makes one")
     tokenizer = open_config(EvoTokConfig, vision_tower)
@@ -217,7 +217,7 @@ def convert_adapters(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    save_whole(output, write)
+    write_whole_folder(output, write)
     missing = [part for part in ("read_projector", "write_projector", "image_head") if part not in parts]
     return ConvertedModel(parts, missing, bookkeeping)
 

@@ -1,15 +1,17 @@
 """Files and folders on disk: file modes, outputs that are checked before any work, folders written as a whole."""
 
 import contextlib
+import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker, write_json
+from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker, write_marker
 from evotok_plugin.errors import UserError
 
 _FILE_SUFFIXES = frozenset(
@@ -47,7 +49,7 @@ def apply_umask_to_weights(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an error of the file system, while a block writes to `path` or below it, into a ValueError that names it."""
+    """Turn an error of the file system, while a block writes to `path` or below it, into a UserError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -124,7 +126,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         yield temporary
         marker = read_marker(temporary) or {}
         if marker.pop("temporary", False) and marker.get("entries"):
-            write_json(temporary / MARKER, marker)  # a run wrote into it: its record stays
+            write_marker(temporary / MARKER, marker)  # a run wrote into it: its record stays
         else:
             (temporary / MARKER).unlink(missing_ok=True)
         apply_umask(*temporary.rglob("*.safetensors"))
@@ -180,39 +182,67 @@ def _temporary_folder(folder: Path) -> Path:
         except FileExistsError:
             number += 1
             continue
-        write_json(temporary / MARKER, {"program": PROGRAM, "temporary": True, "entries": []})
+        write_marker(temporary / MARKER, {"program": PROGRAM, "temporary": True, "entries": []})
         return temporary
 
 
-def prepare_output(folder: str | Path) -> Path:
-    """A folder to write a model into.
+def write_whole_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that takes its name once it is complete; on an error nothing is left of it.
 
     Raises:
-        UserError: there is something in it, or a file of that name.
+        UserError: there is something in the folder, a file has that name, or the file system refuses.
     """
-    check_new_folder(folder)
-    return Path(folder)
-
-
-def save_whole(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder that gets its name when it is whole.
-
-    Raises:
-        UserError: there is something in the folder, or a file of that name.
-    """
-    prepare_output(folder)
-    with whole_folder(folder) as temporary:
+    with writing(folder), whole_folder(folder) as temporary:
         write(temporary)
 
 
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder so that it is there whole or not at all.
+# Files written as a whole ------------------------------------------------------------------------------------
+
+
+def write_whole(path: str | Path, write: Callable[[Path], None], sync: bool = False) -> None:
+    """Have `write` write a temporary file next to `path`, which then takes its name: a reader, or a run after a kill,
+    finds the previous file or the new one, never a part.
+
+    Args:
+        sync: flush the file to the disk before it takes its name, and the folder afterwards, so that it survives a
+            loss of power.
 
     Raises:
-        UserError: it is there already, or it cannot be written.
+        UserError: the file system refuses; the message names the file.
     """
-    try:
-        with whole_folder(folder) as temporary:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
             write(temporary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
+            if sync:
+                _flush(temporary)
+            os.replace(temporary, path)
+            if sync:
+                _flush(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_whole` for text in UTF-8."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_whole` for a JSON file of one value, indented by a space."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_folder(name: str) -> Path:
+    """The user's folder for things that can be computed again: `$XDG_CACHE_HOME/evotok/NAME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evotok" / name

@@ -15,8 +15,8 @@ PROGRAM = "evotok"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Replace a JSON file as a whole."""
+def write_marker(path: Path, value: dict) -> None:
+    """Replace the marker of a folder as a whole."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
@@ -125,7 +125,7 @@ class OwnedFolder:
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / MARKER, self._marker)
+        write_marker(self.path / MARKER, self._marker)
         self.has_marker = True
 
     # Replacing -----------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class OwnedFolder:
         self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
         names = [str(path.relative_to(self.path)) for path in moved]
         record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
-        write_json(self._aside / MARKER, record)
+        write_marker(self._aside / MARKER, record)
         _move(self.path, self._aside, names)
         self._marker = {**self._marker, "entries": [entry for entry in self.entries if entry in kept], "facts": {}}
         self._write()
@@ -182,7 +182,7 @@ class OwnedFolder:
         record = read_marker(self._aside)
         if record is None or "moved" not in record:
             return
-        write_json(self._aside / MARKER, {**record, "obsolete": True})
+        write_marker(self._aside / MARKER, {**record, "obsolete": True})
         delete_files(self._aside, [self._aside / name for name in record["moved"]])
         (self._aside / MARKER).unlink()
         _remove_if_empty(self._aside)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evotok_plugin.common.files import prepare_output, save_whole
+from evotok_plugin.common.files import check_new_folder, write_whole_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
@@ -266,7 +266,7 @@ def convert_checkpoint(
     Raises:
         UserError: a checkpoint that cannot be read or does not fit, or an output folder that is not empty.
     """
-    prepare_output(output)
+    check_new_folder(output)
     converted = convert_tokenizer(read_checkpoint(checkpoint), options)
 
     def write(folder: Path) -> None:
@@ -275,5 +275,5 @@ def convert_checkpoint(
         model.save_pretrained(folder, state_dict=dict(converted.state))  # it empties what it is given
         EvoTokImageProcessor(size=converted.config.image_size).save_pretrained(folder)
 
-    save_whole(output, write)
+    write_whole_folder(output, write)
     return converted

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evotok_plugin.common.files import write_folder
+from evotok_plugin.common.files import write_whole_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError
@@ -253,5 +253,5 @@ class Chat:
                 messages.append({"role": message["role"], "content": content})
             (out / "conversation.json").write_text(json.dumps(messages, ensure_ascii=False, indent=2), encoding="utf-8")
 
-        write_folder(_path(_unquoted(folder)), write)
+        write_whole_folder(_path(_unquoted(folder)), write)
         print(_unquoted(folder))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from evotok_plugin.common.files import write_folder
+from evotok_plugin.common.files import write_whole_folder
 from evotok_plugin.errors import UserError
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model
@@ -59,7 +59,7 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
         processor.image_processor.save_pretrained(out / EVOTOK_FOLDER)
         (out / "README.md").write_text(card)
 
-    write_folder(output, write)
+    write_whole_folder(output, write)
 
 
 # The model ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from evotok_plugin.common.files import write_folder
+from evotok_plugin.common.files import write_whole_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model
@@ -39,7 +39,7 @@ def export_model(
         processor.save_pretrained(out)
         (out / "README.md").write_text(_model_card(model))
 
-    write_folder(output, write)
+    write_whole_folder(output, write)
 
 
 def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:

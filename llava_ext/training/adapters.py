@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from evotok_plugin.common.files import apply_umask, write_folder
+from evotok_plugin.common.files import apply_umask, write_whole_folder
 from evotok_plugin.common.weight_files import damage_of, read_json
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, reading
@@ -193,7 +193,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         save_model(model, folder)
         processor.save_pretrained(folder)
 
-    write_folder(output, write)
+    write_whole_folder(output, write)
 
 
 def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> PeftModel:

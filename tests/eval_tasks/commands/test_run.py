@@ -13,7 +13,7 @@ import pytest
 from eval_tasks import cli
 from eval_tasks.commands import run as command
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # In lmms-eval's place: notes that it ran, then writes results, or fails as lmms-eval does (with exit code 0).
 STAND_IN = """

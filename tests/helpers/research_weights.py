@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 _ONCE_LEARNED = ("pos_emb", "position_embedding", "cls_token", "probe")  # embeddings that belong to no layer
 
 

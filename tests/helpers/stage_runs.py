@@ -15,6 +15,9 @@ import torch.distributed as dist
 import yaml
 
 from llava_ext.training import train
+from llava_ext.training.config import StageConfig
+from llava_ext.training.parameter_groups import part_of
+from llava_ext.training.trainer import EvoTokTrainer
 
 LIMIT_S = 900  # no speed is expected: this only ends a test that hangs
 
@@ -156,3 +159,30 @@ def write_recipe(folder: Path, backbone: Path, evotok: Path, scenes: Path) -> Pa
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def trained_once(recipe, output, overrides):
+    """Counts by part, bytes of trained weights and of the optimizer's averages, after a step without an engine."""
+    overrides = {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides}
+    config = StageConfig(**train.stage_values(str(recipe), overrides))
+    model, processor = train.build_model(config)
+    dataset = train.build_dataset(config, model, processor)
+    model = train.ready_to_train(model, config)
+    counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
+    for name, parameter in model.named_parameters():
+        every, trained = counts.get(part_of(name), (0, 0))
+        counts[part_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+    trainer = EvoTokTrainer(
+        model,
+        config,
+        train_dataset=dataset,
+        data_collator=train.Collator(processor),
+        processing_class=processor,
+        shape=train.RunShape(1),
+        base={"name": "", "fingerprint": None},
+    )
+    trainer.train()
+    averages = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    whole = [*model.parameters(), *model.vision_tower.parameters()]
+    return counts, size(whole), size(p for p in model.parameters() if p.requires_grad), size(averages)

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from stage_runs import run_forked, write_recipe
+from stage_runs import run_forked, trained_once, write_recipe
 from torch import nn
 
 from llava_ext.cli import main
-from llava_ext.training import train
-from llava_ext.training.config import StageConfig
 from llava_ext.training.estimate import estimate_run, kept_bytes
-from llava_ext.training.parameter_groups import part_of
-from llava_ext.training.trainer import EvoTokTrainer
 
 LORA = {"lora_enable": "true", "lora_r": 4}
 
@@ -29,39 +25,12 @@ def model_folder(tiny_mllm, tmp_path_factory):
     return folder
 
 
-def _trained_once(recipe, output, overrides):
-    """Counts by part, bytes of trained weights and of the optimizer's averages, after a step without an engine."""
-    overrides = {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides}
-    config = StageConfig(**train.stage_values(str(recipe), overrides))
-    model, processor = train.build_model(config)
-    dataset = train.build_dataset(config, model, processor)
-    model = train.ready_to_train(model, config)
-    counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
-    for name, parameter in model.named_parameters():
-        every, trained = counts.get(part_of(name), (0, 0))
-        counts[part_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
-    trainer = EvoTokTrainer(
-        model,
-        config,
-        train_dataset=dataset,
-        data_collator=train.Collator(processor),
-        processing_class=processor,
-        shape=train.RunShape(1),
-        base={"name": "", "fingerprint": None},
-    )
-    trainer.train()
-    averages = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    whole = [*model.parameters(), *model.vision_tower.parameters()]
-    return counts, size(whole), size(p for p in model.parameters() if p.requires_grad), size(averages)
-
-
 @pytest.mark.parametrize(
     "overrides", [{}, {"tune_language_model": "false"}, LORA], ids=["finetune", "pretrain", "lora"]
 )
 def test_parameters_and_model_states_are_those_of_a_real_run(recipe, model_folder, tmp_path, overrides):
     overrides = {"model_name_or_path": str(model_folder), **overrides}
-    counts, weights, gradients, averages = run_forked(_trained_once, recipe, tmp_path, overrides)
+    counts, weights, gradients, averages = run_forked(trained_once, recipe, tmp_path, overrides)
     estimate = estimate_run(str(recipe), {**overrides, "deepspeed": "none"}, num_gpus=1)
     assert estimate.parameters == counts
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, gradients, averages)

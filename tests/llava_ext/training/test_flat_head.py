@@ -4,8 +4,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stage_runs import losses, run, run_forked, stage_exit, write_recipe
-from test_estimate import _trained_once
+from stage_runs import losses, run, run_forked, stage_exit, trained_once, write_recipe
 
 from llava_ext.model_folder import load_model
 from llava_ext.training.adapters import merge
@@ -121,7 +120,7 @@ def test_packed_rows_and_bf16_train(recipe, tmp_path, overrides, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_run_needs_is_what_a_real_run_takes(recipe, tmp_path, kind):
     overrides = {"residual_embeddings": kind, "tune_language_model": "false"}
-    counts, weights, gradients, averages = run_forked(_trained_once, recipe, tmp_path, overrides)
+    counts, weights, gradients, averages = run_forked(trained_once, recipe, tmp_path, overrides)
     estimate = estimate_run(str(recipe), {**overrides, "deepspeed": "none"}, num_gpus=1)
     added = counts["language_model"][0] - estimate.parameters["language_model"][0]  # rows that a tokenizer needs
     assert estimate.parameters | {"language_model": None} == counts | {"language_model": None}

@@ -700,7 +700,7 @@ def test_the_image_processor_has_what_llava_s_data_code_reads(pictures):
 
 
 def test_photographs_are_read_through_both_routes(tiny_evotok_folder, tower):
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos_256"
+    folder = Path(__file__).resolve().parents[4] / "shared" / "data" / "photos_256"
     if not folder.is_dir():
         pytest.skip("the photographs (../shared/data/photos_256) are not here")
     photographs = [Image.open(path) for path in sorted(folder.glob("*.jpg"))[:4]]

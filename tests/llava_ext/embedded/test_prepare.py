@@ -13,7 +13,7 @@ from llava_ext.embedded import prepare
 from llava_ext.embedded.prepare import DONE, holds_model, make, uses_embedded_default
 from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(recipes_folder("llava_ext").glob("*.yaml"))
 TOKENIZER_RECIPES = sorted(recipes_folder("evotok_plugin").glob("*.yaml"))
 
