@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from evotok_plugin.scenes import captions as scene_text
+from evotok_plugin.scenes import captions, corpus, questions
 from evotok_plugin.scenes import scene as scenes
 
 
@@ -23,7 +23,7 @@ def test_objects_stay_inside_cells_of_their_own(skill, rng):
 def test_prompts_are_true_of_their_scenes(skill, rng):
     for _ in range(100):
         scene = scenes.sample_scene(rng, skill)
-        record = scene_text.prompt_record(scene, skill)
+        record = captions.prompt_record(scene, skill)
         assert record["tag"] == skill and record["prompt"].startswith("a photo of ")
         for clause in record["include"]:
             fitting = [
@@ -43,11 +43,11 @@ def test_prompts_are_true_of_their_scenes(skill, rng):
 
 
 def test_questions_have_their_answer_among_distinct_options(rng):
-    rows = scene_text.mmbench_rows(300, rng)
+    rows = questions.mmbench_rows(300, rng)
     for row in rows:
         choices = [row[letter] for letter in "ABCD" if row[letter] != "nan"]
         assert len(set(choices)) == len(choices) >= 2 and row["answer"] in "ABCD"[: len(choices)]
-    assert {row["category"] for row in rows} == set(scene_text.L2_CATEGORY)
+    assert {row["category"] for row in rows} == set(questions.L2_CATEGORY)
     letters = [row["answer"] for row in rows if row["C"] != "nan"]
     assert all(letters.count(letter) > len(letters) * 0.15 for letter in "ABCD")
 
@@ -55,17 +55,17 @@ def test_questions_have_their_answer_among_distinct_options(rng):
 def test_counting_questions_count(rng):
     for _ in range(200):
         scene = scenes.sample_scene(rng, "counting")
-        question = scene_text.sample_question(scene, rng)
+        question = questions.sample_question(scene, rng)
         if question.category == "counting":
-            shape = next((s for s in scenes.SHAPES if scene_text.plural(s) in question.text), None)
+            shape = next((s for s in scenes.SHAPES if captions.plural(s) in question.text), None)
             count = sum(item.shape == shape or shape is None for item in scene.objects)
-            assert question.answer == scene_text.NUMBERS[count]
+            assert question.answer == captions.NUMBERS[count]
 
 
 def test_the_corpus_is_a_function_of_its_seed(tmp_path):
     for name in ("a", "b"):
-        scenes.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
-    scenes.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
+        corpus.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
+    corpus.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
     read = lambda name, file: (tmp_path / name / "train" / file).read_bytes()  # noqa: E731
     for file in ("finetune.json", "pretrain.json", "interleaved.json", "images/000003.png"):
         assert read("a", file) == read("b", file) != read("c", file)
@@ -74,8 +74,8 @@ def test_the_corpus_is_a_function_of_its_seed(tmp_path):
 
 
 def test_scene_prompts_are_distinct_and_no_more_than_there_are(rng):
-    assert len(scene_text.scene_prompts("single_object", 20, rng)) == len(scenes.SHAPES)
-    prompts = [record["prompt"] for record in scene_text.scene_prompts("position", 20, rng)]
+    assert len(captions.scene_prompts("single_object", 20, rng)) == len(scenes.SHAPES)
+    prompts = [record["prompt"] for record in captions.scene_prompts("position", 20, rng)]
     assert len(set(prompts)) == 20
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.data import images
-from evotok_plugin.data.code_cache import cache as code_cache
+from evotok_plugin.data.code_cache import encode as encoding
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.code_cache.ledger import Ledger
@@ -75,9 +75,9 @@ def assert_codes(cache: CodeCache, model, seeds) -> None:
 @pytest.fixture
 def counted(monkeypatch):
     """How many images have been encoded for a cache."""
-    seen, encode = [], code_cache.codes_of
+    seen, encode = [], encoding.codes_of
     monkeypatch.setattr(
-        code_cache, "codes_of", lambda batch, model: seen.append(len(batch.whole)) or encode(batch, model)
+        encoding, "codes_of", lambda batch, model: seen.append(len(batch.whole)) or encode(batch, model)
     )
     return lambda: sum(seen)
 
