@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from evotok_plugin.common.interruption import StopSignals, serve_the_parent
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
 from evotok_plugin.data.batches import Batches, Pictures, ShardWriter, codes_of, collate
 from evotok_plugin.data.code_cache.cache import CodeCache, logger
@@ -262,11 +262,10 @@ class _Run:
         )
 
     def _bar(self) -> tqdm:
-        return tqdm(
+        return progress_bar(
             desc="encoding",
             total=len(self._source),
             initial=len(self._source) - len(self._todo),
             unit="img",
             disable=not (self._options.show_progress and self._processes.is_first),
-            mininterval=progress_interval(),
         )
