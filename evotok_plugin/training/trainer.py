@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from evotok_plugin.common.files import writing
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent
 from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
@@ -293,7 +293,7 @@ class TokenizerTrainer:
             num_workers=self.config.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=serve_the_parent,
+            worker_init_fn=exit_with_parent,
             # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
             generator=torch.Generator(),
         )

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
@@ -257,7 +257,7 @@ class _Run:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=min(self._options.num_workers, len(batches)),
-            worker_init_fn=serve_the_parent,
+            worker_init_fn=exit_with_parent,
             generator=torch.Generator(),  # else it would draw from the random numbers of whoever trains next
         )
 
