@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
