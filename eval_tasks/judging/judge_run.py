@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from eval_tasks.judging.drawn_run import Drawn, KeptRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
 from eval_tasks.judging.scores import OVERALL, Clock, Judgement, Score, summarize
+from evotok_plugin.common.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output:
     loaded = time.perf_counter()
     judgements = []
     unfinished = output / "judgements.jsonl.part"
-    with unfinished.open("w") as lines, tqdm(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
+    bar = progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image")
+    with unfinished.open("w") as lines, bar:
         for judgement in judge.judge(run.images(options.batch_size)):
             judgements.append(judgement)
             lines.write(json.dumps(asdict(judgement)) + "\n")

@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
@@ -51,7 +49,5 @@ def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | Non
 
 def batches(source: ImageSource, indices: Sequence[int], processor: EvoTokImageProcessor, size: int = 32) -> Iterator:
     """`pixel_values` (B, 3, H, W) of the images that are asked for, in order; a broken one raises."""
-    for start in tqdm(
-        range(0, len(indices), size), unit="batch", disable=len(indices) <= size, mininterval=progress_interval()
-    ):
+    for start in progress_bar(range(0, len(indices), size), unit="batch", disable=len(indices) <= size):
         yield processor([source.picture(index) for index in indices[start : start + size]]).pixel_values

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
@@ -333,7 +332,7 @@ def _tokenized(
         num_workers=min(options.num_workers, max(0, num_batches - 1)),
     )
     silent = not processes.is_first or num_batches <= 1
-    with tqdm(total=len(own), unit="image", disable=silent, mininterval=progress_interval()) as bar:
+    with progress_bar(total=len(own), unit="image", disable=silent) as bar:
         for loaded in loader:
             for index, reason in loaded.broken.items():
                 bad.add(source.key(index), reason)

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import ImageSource
@@ -219,7 +218,7 @@ def _batches(
     chosen = np.linspace(0, len(source) - 1, min(len(source), max_images)).round().astype(int)
     starts = range(0, len(chosen), batch_size)
     found = False
-    for start in tqdm(starts, unit="batch", disable=len(starts) == 1, mininterval=progress_interval()):
+    for start in progress_bar(starts, unit="batch", disable=len(starts) == 1):
         names, pictures = [], []
         for index in map(int, chosen[start : start + batch_size]):
             try:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from evotok_plugin.common.files import writing
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent
 from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
@@ -250,10 +249,9 @@ class TokenizerTrainer:
 
     def _train(self) -> None:
         config = self.config
-        bar = tqdm(
-            total=config.max_steps, initial=self.step, desc="tokenizer", unit="step", disable=self.rank > 0,
-            mininterval=progress_interval(),
-        )  # fmt: skip
+        bar = progress_bar(
+            total=config.max_steps, initial=self.step, desc="tokenizer", unit="step", disable=self.rank > 0
+        )
         started, seen = time.monotonic(), 0
         for pixels, broken in self._batches():
             terms = self.train_step(to_pixel_values(pixels, self.device))
@@ -295,7 +293,7 @@ class TokenizerTrainer:
             num_workers=self.config.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=serve_the_parent,
+            worker_init_fn=exit_with_parent,
             # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
             generator=torch.Generator(),
         )

@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.keys import PackedStrings, key_digests
 from llava_ext.data.record_sources import RecordSource
 from llava_ext.data.records import KINDS, Record
@@ -173,7 +172,7 @@ def survey(
         generator=Generator(),  # else it would draw from the random numbers of whoever trains next
     )
     hidden = not (show_progress and processes.is_first)
-    bar = tqdm(loader, desc="checking records", unit="chunk", disable=hidden, mininterval=progress_interval())
+    bar = progress_bar(loader, desc="checking records", unit="chunk", disable=hidden)
     parts = processes.gather(list(bar))
     return _join(sources, [parts[n % len(parts)][n // len(parts)] for n in range(len(chunks))])
 

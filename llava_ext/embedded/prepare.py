@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from evotok_plugin.common import command_line
-from evotok_plugin.common.files import check_output_folder, whole_folder
+from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.folders import whole_folder
 from evotok_plugin.common.recipes import find_recipe
 from evotok_plugin.errors import UserError
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from evotok_plugin.common.files import write_whole_folder
+from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.errors import UserError
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model

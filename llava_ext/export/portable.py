@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from evotok_plugin.common.files import write_whole_folder
+from evotok_plugin.common.folders import write_whole_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model

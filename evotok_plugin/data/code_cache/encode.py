@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
 from evotok_plugin.data.batches import Batches, Pictures, ShardWriter, codes_of, collate
 from evotok_plugin.data.code_cache.cache import CodeCache, logger
@@ -257,16 +257,15 @@ class _Run:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=min(self._options.num_workers, len(batches)),
-            worker_init_fn=serve_the_parent,
+            worker_init_fn=exit_with_parent,
             generator=torch.Generator(),  # else it would draw from the random numbers of whoever trains next
         )
 
     def _bar(self) -> tqdm:
-        return tqdm(
+        return progress_bar(
             desc="encoding",
             total=len(self._source),
             initial=len(self._source) - len(self._todo),
             unit="img",
             disable=not (self._options.show_progress and self._processes.is_first),
-            mininterval=progress_interval(),
         )
