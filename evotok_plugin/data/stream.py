@@ -127,7 +127,7 @@ class TrainingStream(Dataset):
             source = self._shuffled[number].source
             try:
                 return StreamItem(self._pixels(number, index, position), broken)
-            except ValueError as error:
+            except UserError as error:
                 broken.append((f"{source.name}/{source.key(index)}", str(error)))
         raise UserError(f"{_TRIES} images in a row are broken. First: {broken[0][1]}")
 
