@@ -22,6 +22,7 @@ from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.errors import UserError
@@ -352,15 +353,10 @@ class TokenizerTrainer:
     def _validation_batches(self, broken: list[tuple[str, str]]) -> Iterator[Tensor]:
         """This process's share of the held-out images as pixel values; the names of broken ones are put down."""
         own = self._looked_at[self.rank :: self.world_size]
-        for start in range(0, len(own), _VALIDATION_BATCH):
-            pictures = []
-            for index in map(int, own[start : start + _VALIDATION_BATCH]):
-                try:
-                    pictures.append(self._held_out.picture(index))
-                except ValueError as error:
-                    broken.append((self._held_out.key(index), str(error)))
-            if pictures:
-                yield self.processor(pictures).pixel_values.to(self.device)
+        for batch in decoded(self._held_out, own, self.processor, _VALIDATION_BATCH):
+            broken += [(self._held_out.key(index), reason) for index, reason in batch.broken.items()]
+            if batch.indices:
+                yield batch.pixel_values.to(self.device)
 
     def _cosine(self, features: Tensor, pixel_values: Tensor) -> float:
         """Mean cosine to the teacher; 0 where there is none."""

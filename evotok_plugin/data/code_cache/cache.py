@@ -146,7 +146,7 @@ class CodeCache:
                 continue
             try:
                 digest = content_digest(source.content(index))
-            except ValueError:
+            except UserError:
                 digest = b""
             if row not in ledger.contents.all_rows(np.array([digest], "S16")):
                 changed.append(source.key(index))
@@ -156,7 +156,7 @@ class CodeCache:
         try:
             shard, checksum = Shard.read(self._folder, number)
             codes = self._load(number, len(shard.keys))
-        except ValueError:
+        except UserError:
             return False
         return checksum == shard.checksum() and hashlib.sha256(codes).hexdigest() == shard.codes_sha256
 
