@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.errors import UserError
 from llava_ext.data.mixture import Mixture
+from llava_ext.data.record_scan import RecordTable
 from llava_ext.data.records import KINDS, Record
-from llava_ext.data.survey import RecordTable
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.prompts.placeholders import count_images
 

@@ -113,7 +113,7 @@ class RecordImages:
 
 
 @dataclass
-class Survey:
+class RecordScan:
     """What was found.
 
     Attributes:
@@ -147,14 +147,14 @@ class Survey:
         }
 
 
-def survey(
+def scan_records(
     sources: Sequence[RecordSource],
     processor: EvoTokLlavaProcessor,
     max_length: int,
     processes: Processes,
     num_workers: int = 2,
     show_progress: bool = False,
-) -> Survey:
+) -> RecordScan:
     """Look at every record of several sources; all processes take part, and all get the result.
 
     Args:
@@ -255,7 +255,7 @@ class _Chunks(Dataset):
 # Put together ------------------------------------------------------------------------------------------------
 
 
-def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
+def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> RecordScan:
     places, kinds, reads, lengths, num_images, digests, stamps = (
         np.concatenate([getattr(one, what) for one in facts])
         for what in ("places", "kinds", "reads", "lengths", "num_images", "digests", "stamps")
@@ -268,7 +268,7 @@ def _join(sources: Sequence[RecordSource], facts: list[_Facts]) -> Survey:
     is_first[first_use] = True
     uses = (key for one in facts for key in one.images)
     keys = PackedStrings(key for key, needed in zip(uses, is_first, strict=True) if needed)
-    return Survey(
+    return RecordScan(
         records=RecordTable(sources, places, kinds, reads, lengths),
         images=RecordImages(sources, image_places, keys, stamps[first_use]),
         bad={name: why for one in facts for name, why in one.bad.items()},
