@@ -32,9 +32,7 @@ EVOTOK_FOLDER = "evotok"  # subfolder of the image tokenizer, which decodes resi
 # Our logits are plain products with the output rows; these settings would make the backbone's class scale them.
 _SCALES_OF_LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 _TEXT_FORM = r"<\|evo:[0-9]+:[0-9]+\|>"
-_GPT2_WORDS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
-)
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
 
 
 def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype | str = "auto") -> None:
