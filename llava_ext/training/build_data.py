@@ -12,8 +12,9 @@ from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.mixture import Mixture, check_weights
-from llava_ext.data.record_scan import RecordImages, RecordScan, RecordTable, scan_records
+from llava_ext.data.record_scan import RecordScan, scan_records
 from llava_ext.data.record_sources import open_records
+from llava_ext.data.record_table import RecordImages, RecordTable
 from llava_ext.data.records import RowOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
