@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from tqdm import tqdm
 
 from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid, picture_suffixes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.errors import UserError
@@ -42,9 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     batches = decoded(source, range(len(source)), processor, _BATCH_SIZE)
     originals: list[Image] = []
     rebuilt: list[Image] = []
-    for batch in tqdm(
-        batches, total=num_batches, unit="batch", disable=num_batches <= 1, mininterval=progress_interval()
-    ):
+    for batch in progress_bar(batches, total=num_batches, unit="batch", disable=num_batches <= 1):
         for reason in batch.broken.values():
             raise UserError(reason)
         pixel_values = batch.pixel_values
