@@ -1,6 +1,7 @@
 """Configuration of the multimodal LLM that reads and draws images through one EvoTok tokenizer."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -72,8 +73,9 @@ class EvoTokLlavaConfig(PreTrainedConfig):
     model_type = "evotok_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": EvoTokConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    # `__post_init__` replaces dictionaries and None by configurations, so readers always find these types.
+    text_config: PreTrainedConfig = None  # type: ignore[assignment]
+    vision_config: EvoTokConfig = None  # type: ignore[assignment]
     image_token_id: int = 0
     image_start_token_id: int = 1
     image_end_token_id: int = 2
@@ -85,6 +87,16 @@ class EvoTokLlavaConfig(PreTrainedConfig):
     head_num_heads: int = 40
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            text_config: dict | PreTrainedConfig | None = None,
+            vision_config: dict | EvoTokConfig | None = None,
+            **settings: Any,
+        ) -> None: ...
 
     def __post_init__(self, **kwargs):
         check_types(self, EvoTokLlavaConfig.__annotations__)

@@ -28,6 +28,7 @@ from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store
 from llava_ext.new_tokens import NewTokenRows
 from llava_ext.packed_attention import tell_samples_apart
 from llava_ext.projector import Projector
+from llava_ext.vocabulary import ResidualVocabulary
 
 
 @dataclass
@@ -83,6 +84,15 @@ class EvoTokLlavaForConditionalGeneration(
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    vision_tower: EvoTokModel
+    language_model: PreTrainedModel
+    lm_head: nn.Linear
+    read_projector: Projector
+    write_projector: Projector  # only with the depth transformer
+    image_head: DepthTransformerHead | FlatHead
+    new_token_rows: NewTokenRows | None  # present while they are trained separately from frozen tables
+    vocabulary: ResidualVocabulary
+
     def __init__(self, config: EvoTokLlavaConfig) -> None:
         super().__init__(config)
         width, vision = config.text_config.hidden_size, config.vision_config
@@ -95,7 +105,7 @@ class EvoTokLlavaForConditionalGeneration(
         else:
             self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
             self.image_head = _depth_head(config)
-        self.new_token_rows: NewTokenRows | None = None  # there while they train apart from frozen tables
+        self.new_token_rows = None
         self.vocabulary = config.residual_vocabulary
         self.vision_tower.requires_grad_(False)
         self.post_init()
