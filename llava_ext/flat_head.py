@@ -171,7 +171,7 @@ def _at_unit_length(codebook: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def start_rows(head: FlatHead, codebooks: Tensor, input_size: float, output_size: float) -> None:
+def initialize_rows(head: FlatHead, codebooks: Tensor, input_size: float, output_size: float) -> None:
     """Give a new head rows of the wanted sizes (root mean squares), as large at every level.
 
     Free rows start as those of a tied head with random projections: codes that are alike start alike.
@@ -179,7 +179,7 @@ def start_rows(head: FlatHead, codebooks: Tensor, input_size: float, output_size
     if isinstance(head, FreeFlatHead):
         start = TiedFlatHead(head.num_levels, head.codebook_size, codebooks.shape[-1], head.llm_hidden_size)
         start.to(codebooks.device)
-        start_rows(start, codebooks, input_size, output_size)
+        initialize_rows(start, codebooks, input_size, output_size)
         rows = (start.input_rows(codebooks), start.output_rows(codebooks))
         for layers, of_levels in zip((head.inputs, head.classifiers), rows, strict=True):
             for layer, values in zip(layers, of_levels, strict=True):

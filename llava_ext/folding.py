@@ -46,7 +46,7 @@ class FoldedSequence:
         """(B, S), each step's number within its sample; by its restarts transformers tells packed samples apart."""
         return _steps_since(self.starts)
 
-    def written_places(self, steps_per_image: int) -> Tensor:
+    def written_positions(self, steps_per_image: int) -> Tensor:
         """Of every written step its place in its image; where positions are folded (P,), their places row-major.
 
         Raises:

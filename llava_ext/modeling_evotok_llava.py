@@ -26,7 +26,7 @@ from llava_ext.folding import FoldedSequence, count_learned, fold_residual_token
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
 from llava_ext.new_tokens import NewTokenRows
-from llava_ext.packed_attention import tell_samples_apart
+from llava_ext.packed_attention import separate_samples
 from llava_ext.projector import Projector
 from llava_ext.vocabulary import ResidualVocabulary
 
@@ -248,7 +248,7 @@ class EvoTokLlavaForConditionalGeneration(
         elif self.training:
             embeddings = embeddings + 0.0 * self.get_image_features(image_codes=nothing).sum()
         if folded.codes.shape[0]:
-            written = self.embed_written(folded.codes, folded.written_places(self.config.steps_per_drawn_image))
+            written = self.embed_written(folded.codes, folded.written_positions(self.config.steps_per_drawn_image))
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")
         elif self.training:
             place = folded.codes.new_zeros(1)
@@ -315,7 +315,7 @@ class EvoTokLlavaForConditionalGeneration(
             flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
             folded = fold_residual_tokens(self.vocabulary, input_ids, flat_mask, labels, segment_ids, fold)
             if segment_ids is not None:
-                folded, steps = tell_samples_apart(self.language_model, folded)
+                folded, steps = separate_samples(self.language_model, folded)
             elif flat_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
             elif attention_mask is not None and folded.input_ids.shape != input_ids.shape:

@@ -26,7 +26,7 @@ _START_SPREAD = 0.1  # of the other rows' spread; enough to tell the new tokens 
 
 
 @torch.no_grad()
-def start_new_rows(table: Tensor, new: Sequence[int], seed: int = 0) -> None:
+def initialize_new_rows(table: Tensor, new: Sequence[int], seed: int = 0) -> None:
     """Give new rows of a table (V, D) the mean of all others plus a random part, another one for each.
 
     Rows of one value would share one logit for ever: each delimiter could have at most its share of the probability.
@@ -135,7 +135,7 @@ def put_rows_into_tables(model: nn.Module, weights: dict[str, Tensor]) -> dict[s
     return whole
 
 
-def take_rows_back(model: nn.Module) -> None:
+def merge_new_token_rows(model: nn.Module) -> None:
     """Write the trained rows into the model's own tables; it is then a model like any other."""
     if model.new_token_rows is None:
         return

@@ -22,7 +22,7 @@ SDPA_BY_SEGMENT = "sdpa_by_segment"
 Segment = tuple[int, int, int]  # row, first step, end
 
 
-def tell_samples_apart(backbone: PreTrainedModel, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
+def separate_samples(backbone: PreTrainedModel, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
     """The sequence as the backbone's attention wants it, and what to give the backbone beside the embeddings.
 
     SDPA is replaced by `SDPA_BY_SEGMENT` at the first packed batch, and stays so.
