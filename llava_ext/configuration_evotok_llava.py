@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.configuration_evotok import check_types
 from evotok_plugin.errors import UserError
+from evotok_plugin.model_folder import open_config
 from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_HEADS = ("depth", "flat")
@@ -37,11 +38,11 @@ def check_length(folder: str | Path, num_steps: int) -> None:
     Raises:
         UserError: the model has fewer positions.
     """
-    if not (Path(folder) / "config.json").is_file():
+    if not Path(folder).is_dir():
         return  # a hub id, which is checked after loading
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError):
+        config = open_config(AutoConfig, folder)
+    except UserError:
         return  # loading the model reports the cause
     _check_steps(max_positions_of(config.get_text_config()), num_steps)
 

@@ -43,9 +43,7 @@ class ResidualVocabulary:
         if levels > self.num_levels:
             raise UserError(f"codes have {levels} levels but the vocabulary has residual tokens for {self.num_levels}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
-            raise UserError(
-                f"codes must be in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
-            )
+            raise UserError(f"codes must be in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}")
         return codes + self.offset + torch.arange(levels, device=codes.device) * self.codebook_size
 
     def is_residual(self, ids: Tensor) -> Tensor:

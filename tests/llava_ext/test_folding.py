@@ -81,7 +81,7 @@ def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
 )
 def test_images_of_another_size_are_refused(rows):
     folded = fold_residual_tokens(VOCABULARY, torch.tensor(rows), None, None)
-    with pytest.raises(ValueError, match="no whole images of 2 steps"):
+    with pytest.raises(ValueError, match="expected 2 in each image"):
         folded.written_positions(2)
 
 
@@ -105,7 +105,7 @@ def test_without_folding_each_residual_token_is_a_step_and_all_is_checked_alike(
     assert torch.equal(folded.input_ids, ids) and torch.equal(folded.attention_mask, mask)
     assert torch.equal(folded.written, VOCABULARY.is_residual(ids))
     assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and folded.written_positions(6).tolist() == [*range(6)]
-    with pytest.raises(ValueError, match="no whole images of 9 steps"):
+    with pytest.raises(ValueError, match="expected 9 in each image"):
         folded.written_positions(9)
     with pytest.raises(ValueError, match="in another order"):
         fold_residual_tokens(VOCABULARY, ids[:1, :5], None, None, fold=False)
