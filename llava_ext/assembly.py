@@ -11,10 +11,10 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_tokenizer_folder, read_config
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.flat_head import FlatHead, start_rows
+from llava_ext.flat_head import FlatHead, initialize_rows
 from llava_ext.generation.options import store_settings
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
-from llava_ext.new_tokens import start_new_rows
+from llava_ext.new_tokens import initialize_new_rows
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS, EvoTokLlavaProcessor
 
 NEW_PARTS = ("read_projector", "write_projector", "image_head")  # a flat model has no write_projector
@@ -74,7 +74,7 @@ def assemble(
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     layers = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
     for table in {_table(layer) for layer in layers}:  # one table where embeddings are tied
-        start_new_rows(table, sorted(new))
+        initialize_new_rows(table, sorted(new))
     backbone.config.use_cache = True
     backbone.config._name_or_path = tower.config._name_or_path = ""  # no paths of this machine
     config = EvoTokLlavaConfig(
@@ -130,7 +130,7 @@ def _match_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
     size, of_output = (float(_root_mean_square(_table(layer))) for layer in layers)
     inputs = [(model.read_projector, tower.decode_semantics(codes))]
     if isinstance(model.image_head, FlatHead):
-        start_rows(model.image_head, tower.quantizer.codebooks, size, of_output)
+        initialize_rows(model.image_head, tower.quantizer.codebooks, size, of_output)
     else:
         inputs.append((model.write_projector, tower.codes_to_latents(codes[..., : vision.pixel_depth])))
     for projector, features in inputs:

@@ -1,17 +1,18 @@
-"""Conversations through the tokenizer's own chat template, with the spans of contents and of what is learned."""
+"""Rendering of conversations with the tokenizer's chat template, with the spans of contents and of learned text."""
 
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
 
 from evotok_plugin.errors import UserError
 from llava_ext.prompts.text_encoder import TextEncoder
 
-_MARK = "\ue000{}\ue001"  # private-use characters: no template or text holds them
+_MARK = "\ue000{}\ue001"  # private-use characters, which neither templates nor texts use
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _PAIR = ("user", "assistant")
 
@@ -24,9 +25,9 @@ class RenderedConversation:
     """A conversation as one string.
 
     Attributes:
-        text: contents and what the template writes around them.
-        assistant_spans: the characters that are learned.
-        content_spans: for each message the characters of its content, which is trimmed where `text` demands it.
+        text: contents and the text that the template writes around them.
+        assistant_spans: spans of the learned characters.
+        content_spans: span of each message's content, which may be trimmed.
     """
 
     text: str
@@ -35,10 +36,10 @@ class RenderedConversation:
 
 
 class RenderedPrompt(str):
-    """The text of a rendered conversation that knows which of its characters users wrote.
+    """Text of a rendered conversation with the spans that users wrote.
 
-    Given to the processor, it is encoded to the same ids as the conversation itself. As a plain string it is still
-    recognized as rendered, but then a control token counts as one wherever it stands.
+    The processor encodes it to the same ids as the conversation itself. A plain string is still recognized as rendered,
+    but then the text of a control token always becomes that token.
     """
 
     user_spans: tuple[Span, ...]
@@ -54,7 +55,7 @@ class RenderedPrompt(str):
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """What a template writes around contents: literal 0, content `order[0]`, literal 1, content `order[1]`, ..."""
+    """Text of a template around contents: literal 0, content `order[0]`, literal 1, content `order[1]`, ..."""
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
@@ -67,23 +68,31 @@ class _Skeleton:
 
 
 class ConversationTemplate:
-    """Renders role/content messages and knows where each content went.
+    """Renderer of role/content messages that tracks the span of each content.
 
-    The template is rendered once a sequence of roles, with marks for contents; every further conversation with the
-    same roles only fills them in. Each conversation is checked against a plain rendering by the template.
+    The template is rendered once per sequence of roles, with marks for contents; further conversations with the same
+    roles only fill in their contents. Each conversation is checked against a plain rendering by the template.
     """
 
-    def __init__(self, tokenizer, chat_template: str | None = None, variables: dict | None = None) -> None:
-        """Args:
-            chat_template: used instead of the tokenizer's.
-            variables: what the template gets beside the messages, as `tools`, `documents` or `enable_thinking`.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: str | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> None:
+        """Prepare a template.
+
+        Args:
+            chat_template: replaces the tokenizer's.
+            variables: variables of the template in addition to the messages, such as `tools`, `documents` or
+                `enable_thinking`.
 
         Raises:
-            UserError: no template, a variable that the template does not use, or one that holds a control token.
+            UserError: no template, a variable that the template does not use, or one that contains a control token.
         """
         if not (chat_template or tokenizer.chat_template):
             raise UserError(
-                "this tokenizer has no chat_template, so it is not known how a conversation looks; use an instruct "
+                "this tokenizer has no chat_template, so the format of conversations is unknown; use an instruct "
                 "model's tokenizer or set tokenizer.chat_template"
             )
         self._tokenizer, self._variables = tokenizer, dict(variables or {})
@@ -98,24 +107,26 @@ class ConversationTemplate:
                 raise UserError(f"the chat template does not use {name!r}; leave it out")
             found = [token for token in self.encoder.control_tokens.values() if token in str(value)]
             if found:
-                raise UserError(f"{name!r} holds the control token {found[0]!r}; only the chat template may write it")
+                raise UserError(
+                    f"{name!r} contains the control token {found[0]!r}; only the chat template may write it"
+                )
 
     def render(
         self, messages: Sequence[dict], add_generation_prompt: bool = False, continue_final_message: bool = False
     ) -> RenderedConversation:
         """Render messages `{"role", "content": str}`.
 
-        An assistant's span is its content, any space before it that generation begins with, and the end-of-turn token
-        that the template puts behind it. With `add_generation_prompt` the text ends where the span of the next answer
-        would begin: a model is asked exactly as it was trained, also where a template's own generation prompt and its
-        finished turns differ (as around an empty block of thoughts).
+        An assistant's span consists of its content, any leading space that the model generates, and the end-of-turn
+        token that the template writes after it. With `add_generation_prompt` the text ends where the span of the next
+        answer would begin: prompts match training exactly, even if the template's own generation prompt differs from
+        its finished turns (as with an empty block of thoughts).
 
         With `continue_final_message` the text ends with the last content, for the model to continue it.
 
-        Where the template does not put white space around a content through, contents are trimmed.
+        If the template drops white space around contents, all contents are trimmed.
 
         Raises:
-            UserError: the template does not take these roles, or does not put the contents through unchanged.
+            UserError: the template does not accept these roles, or does not reproduce the contents unchanged.
         """
         if not messages:
             raise UserError("the conversation has no messages")
@@ -130,7 +141,7 @@ class ConversationTemplate:
             end = full.content_spans[-1][1]
             if end != max(span[1] for span in full.content_spans):
                 raise UserError(
-                    "the chat template writes another message behind the last one, so it cannot be continued"
+                    "the chat template writes another message after the last one, so it cannot be continued"
                 )
             learned = tuple((start, min(stop, end)) for start, stop in full.assistant_spans)
             return RenderedConversation(full.text[:end], learned, full.content_spans)
@@ -138,34 +149,34 @@ class ConversationTemplate:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """Encodes what `render` gives."""
+        """Encoder of the texts that `render` returns."""
         literals = [literal for skeleton in self._usual_skeletons for literal in skeleton.literals]
         return TextEncoder(self._tokenizer, "".join(literals))
 
     @cached_property
     def _usual_skeletons(self) -> list[_Skeleton]:
-        """Two questions with answers, and one behind a system message where the template takes one."""
+        """Two questions with answers, and one after a system message if the template accepts system messages."""
         try:
             return [self._skeleton(_PAIR * 2), self._skeleton(("system", *_PAIR))]
-        except ValueError:
+        except UserError:
             return [self._skeleton(_PAIR * 2)]
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a plain string is a conversation that this template rendered, or one written in its format.
+        """Whether a plain string is a conversation in this template's format, rendered by it or not.
 
-        It begins like one (with a control token with which the template begins, or with the whole opening where that
-        has none), and holds what the template writes between a question and its answer.
+        Such a string starts with a control token that begins a conversation (or with the full opening text if that has
+        no control token), and contains the text between a question and its answer.
         """
         around = self._before_answer
         return bool(around) and around in text and text.lstrip().startswith(self._openings)
 
     @cached_property
     def _openings(self) -> tuple[str, ...]:
-        """With which a rendered conversation may begin."""
-        found = []
+        """Texts with which a rendered conversation may begin."""
+        found: list[str] = []
         for skeleton in self._usual_skeletons:
             opening = rest = skeleton.literals[0].strip()
-            leading = []
+            leading: list[str] = []
             while first := [token for token in self.encoder.control_tokens.values() if rest.startswith(token)]:
                 leading.append(max(first, key=len))
                 rest = rest.removeprefix(leading[-1]).lstrip()
@@ -176,41 +187,45 @@ class ConversationTemplate:
         filled, plain = self._put_in(roles, contents), self._apply(roles, contents)
         if filled.text == plain:
             return filled
-        del self._skeletons[roles]  # a template may write today's date, and it was yesterday
+        del self._skeletons[roles]  # the template may write the date, which has changed
         for candidate in (contents, [content.strip() for content in contents]):
             filled = self._put_in(roles, candidate)
             if filled.text == self._apply(roles, candidate):
                 return filled
         raise UserError(
             "the chat template changes message contents (it rewrites or drops parts of them), so the learned parts "
-            f"cannot be located: expected {filled.text[:200]!r}, the template gives {plain[:200]!r}"
+            f"cannot be located: expected {filled.text[:200]!r}, the template writes {plain[:200]!r}"
         )
 
     def _put_in(self, roles: tuple[str, ...], contents: Sequence[str]) -> RenderedConversation:
         skeleton = self._skeleton(roles)
-        text, spans, places = skeleton.literals[0], [], {}
+        text = skeleton.literals[0]
+        spans: list[Span] = []
+        content_spans: dict[int, Span] = {}
         for message, following in zip(skeleton.order, skeleton.literals[1:], strict=True):
             start = len(text)
             text += contents[message]
-            places[message] = (start, len(text))
+            content_spans[message] = (start, len(text))
             if roles[message] == "assistant":
                 if skeleton.before(message).endswith(self._lead):
                     start -= len(self._lead)
                 learned_end = len(self._end_of_turn) if following.startswith(self._end_of_turn) else 0
                 spans.append((start, len(text) + learned_end))
             text += following
-        return RenderedConversation(text, tuple(spans), tuple(places[n] for n in range(len(roles))))
+        return RenderedConversation(text, tuple(spans), tuple(content_spans[n] for n in range(len(roles))))
 
-    # What the template writes ----------------------------------------------------------------------------------
+    # Text of the template ----------------------------------------------------------------------------------------
 
     def _apply(self, roles: Sequence[str], contents: Sequence[str], add_generation_prompt: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._settings
             )
-        except TemplateError as error:
-            raise UserError(f"the chat template does not take messages of roles {tuple(roles)}: {error}") from error
+        except Exception as error:  # templates come with models, and may raise anything
+            raise UserError(f"the chat template does not accept messages of roles {tuple(roles)}: {error}") from error
+        assert isinstance(text, str)
+        return text
 
     def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
         if roles not in self._skeletons:
@@ -227,24 +242,24 @@ class ConversationTemplate:
 
     @cached_property
     def _asked(self) -> str:
-        """The text between a question and its answer, as the template writes it for generation."""
+        """Text between a question and its answer in the template's generation prompt."""
         return _MARKS.split(self._apply(["user"], [_MARK.format(0)], add_generation_prompt=True))[-1]
 
     @cached_property
     def _before_answer(self) -> str:
-        """The text between a question and its answer, in prompts and in finished conversations alike."""
+        """Text between a question and its answer that prompts and finished conversations have in common."""
         return os.path.commonprefix([self._skeleton(_PAIR).before(1), self._asked]).strip()
 
     @cached_property
     def _lead(self) -> str:
-        """White space that stands between the generation prompt and an answer: the model writes it."""
+        """White space between the generation prompt and an answer, which the model generates."""
         before, asked = self._skeleton(_PAIR).before(1), self._asked
         extra = before.removeprefix(asked)
         return extra if extra != before and extra.isspace() else ""
 
     @cached_property
     def _end_of_turn(self) -> str:
-        """What the template puts behind every answer, be it the last one or not."""
+        """Text that the template writes after every answer, whether or not it is the last one."""
         last, inner = self._skeleton(_PAIR).after(1), self._skeleton(_PAIR * 2).after(1)
         encoded = self._tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)
         others = self._tokenizer(inner, add_special_tokens=False)["input_ids"]

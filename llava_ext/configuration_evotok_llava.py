@@ -1,12 +1,14 @@
-"""Configuration of the multimodal LLM that reads and draws images through one EvoTok tokenizer."""
+"""Configuration of the multimodal LLM that reads and draws images with one EvoTok tokenizer."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.configuration_evotok import check_types
 from evotok_plugin.errors import UserError
+from evotok_plugin.model_folder import open_config
 from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_HEADS = ("depth", "flat")
@@ -15,33 +17,33 @@ HEAD_SETTINGS = ("image_head", "residual_embeddings", "head_hidden_size", "head_
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices.
+    """Reject a value that is not one of the choices.
 
     Raises:
-        UserError: it is none.
+        UserError: the value is not one of them.
     """
     if value not in choices:
         raise UserError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
 
 
 def max_positions_of(text_config: PreTrainedConfig) -> int | None:
-    """Steps that a language model can look at; None where its configuration sets no limit."""
+    """Largest sequence length of a language model; None if its configuration sets no limit."""
     limit = getattr(text_config, "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
 
 
 def check_length(folder: str | Path, num_steps: int) -> None:
-    """Compare a sequence length with the positions of a model in a local folder, before the model is loaded.
+    """Compare a sequence length with the positions of a model in a local folder, before loading the model.
 
     Raises:
         UserError: the model has fewer positions.
     """
-    if not (Path(folder) / "config.json").is_file():
-        return  # a hub id, which is checked once it is loaded
+    if not Path(folder).is_dir():
+        return  # a hub id, which is checked after loading
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError):
-        return  # loading the model explains it
+        config = open_config(AutoConfig, folder)
+    except UserError:
+        return  # loading the model reports the cause
     _check_steps(max_positions_of(config.get_text_config()), num_steps)
 
 
@@ -49,31 +51,32 @@ def _check_steps(limit: int | None, num_steps: int) -> None:
     if limit is not None and num_steps > limit:
         raise UserError(
             f"model_max_length {num_steps} is more than the {limit} positions (max_position_embeddings) of the "
-            f"language model; set it to {limit} or less"
+            f"language model; set it to at most {limit}"
         )
 
 
 class EvoTokLlavaConfig(PreTrainedConfig):
-    """A text backbone, an image tokenizer, and the ids by which images stand in a sequence.
+    """A text backbone, an image tokenizer, and the token ids that represent images in a sequence.
 
     Attributes:
-        text_config: configuration of any causal LM that transformers knows.
+        text_config: configuration of any causal LM in transformers.
         vision_config: configuration of the EvoTok tokenizer.
-        image_token_id: placeholder of one position of an image that is read.
+        image_token_id: placeholder for one position of an image that is read.
         image_start_token_id, image_end_token_id: delimiters around every image, read or drawn.
         residual_token_offset: first id of the reserved range of residual tokens.
-        image_head: what predicts residual tokens. "depth": a depth transformer, behind one LLM step a position;
-            "flat": the LLM itself, one step a residual token.
-        residual_embeddings: of the flat head. "tied": a token's rows follow from its codebook vector; "free": they are
-            learned one by one.
+        image_head: predictor of residual tokens. "depth": a depth transformer after one LLM step per position; "flat":
+            the LLM itself, with one step per residual token.
+        residual_embeddings: rows of the flat head. "tied": computed from the codebook vectors; "free": learned
+            independently.
         head_hidden_size, head_num_layers, head_num_heads: sizes of the depth transformer.
     """
 
     model_type = "evotok_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": EvoTokConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    # `__post_init__` replaces dictionaries and None by configurations, so readers always find these types.
+    text_config: PreTrainedConfig = None  # type: ignore[assignment]
+    vision_config: EvoTokConfig = None  # type: ignore[assignment]
     image_token_id: int = 0
     image_start_token_id: int = 1
     image_end_token_id: int = 2
@@ -86,15 +89,23 @@ class EvoTokLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            text_config: dict | PreTrainedConfig | None = None,
+            vision_config: dict | EvoTokConfig | None = None,
+            **settings: Any,
+        ) -> None: ...
+
     def __post_init__(self, **kwargs):
         check_types(self, EvoTokLlavaConfig.__annotations__)
         text = self.text_config if self.text_config is not None else {"model_type": "qwen2"}
-        if isinstance(text, dict):
-            text = AutoConfig.for_model(**text)
-        self.text_config = text
+        self.text_config = AutoConfig.for_model(**text) if isinstance(text, dict) else text
         vision = self.vision_config if self.vision_config is not None else {}
         self.vision_config = EvoTokConfig(**vision) if isinstance(vision, dict) else vision
-        self.tie_word_embeddings = bool(self.tie_word_embeddings or text.tie_word_embeddings)
+        self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
         check_choice("image_head", self.image_head, IMAGE_HEADS)
         check_choice("residual_embeddings", self.residual_embeddings, RESIDUAL_EMBEDDINGS)
         if self.head_hidden_size % self.head_num_heads:
@@ -106,7 +117,7 @@ class EvoTokLlavaConfig(PreTrainedConfig):
         if inside or len(set(delimiters)) < 3:
             raise UserError(
                 f"image token ids {delimiters} must differ and lie outside the residual range that starts at "
-                f"{self.residual_token_offset} and holds {self.residual_vocabulary.size} ids"
+                f"{self.residual_token_offset} and contains {self.residual_vocabulary.size} ids"
             )
         steps = 2 + max(self.vision_config.num_positions, self.steps_per_drawn_image)
         if self.max_positions is not None and steps > self.max_positions:
@@ -118,29 +129,31 @@ class EvoTokLlavaConfig(PreTrainedConfig):
 
     @property
     def residual_vocabulary(self) -> ResidualVocabulary:
-        """The residual tokens: as many levels as the pixel decoder reads."""
+        """Residual tokens for the levels that the pixel decoder reads."""
         vision = self.vision_config
         return ResidualVocabulary(self.residual_token_offset, vision.pixel_depth, vision.codebook_size)
 
     @property
     def steps_per_drawn_image(self) -> int:
-        """LLM steps of an image that is drawn, without its delimiters."""
+        """Number of LLM steps of a drawn image, without its delimiters."""
         vision = self.vision_config
         return vision.num_positions * (vision.pixel_depth if self.image_head == "flat" else 1)
 
     @property
     def max_positions(self) -> int | None:
-        """Steps that the language model can look at; None without a limit."""
+        """Largest sequence length of the language model; None if it has no limit."""
         return max_positions_of(self.text_config)
 
     def check_length(self, num_steps: int) -> None:
-        """Raises:
-        UserError: the language model has fewer positions than a sample may have steps.
+        """Check that samples of `num_steps` steps fit into the language model.
+
+        Raises:
+            UserError: the language model has fewer positions.
         """
         _check_steps(self.max_positions, num_steps)
 
-    def check_processor(self, processor) -> None:
-        """Compare what the model and its processor must agree on.
+    def check_processor(self, processor: Any) -> None:
+        """Check that an `EvoTokLlavaProcessor` belongs to this model.
 
         Raises:
             UserError: the processor belongs to another model, or its tokenizer has tokens that this model lacks.
@@ -170,12 +183,12 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                 )
         if processor.image_processor.size != vision.image_size:
             raise UserError(
-                f"the model takes images of {vision.image_size} pixels, the processor makes images of "
+                f"the model expects images of {vision.image_size} pixels, the processor makes images of "
                 f"{processor.image_processor.size}; load both from one folder"
             )
         if len(processor.tokenizer) > self.text_config.vocab_size:
             raise UserError(
-                f"the tokenizer has {len(processor.tokenizer)} tokens, the language model rows for "
+                f"the tokenizer has {len(processor.tokenizer)} tokens, but the language model has rows for "
                 f"{self.text_config.vocab_size}; call model.resize_token_embeddings({len(processor.tokenizer)})"
             )
 

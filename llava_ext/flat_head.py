@@ -1,12 +1,16 @@
-"""The flat image head: every residual token is a token of the LLM, with an input row and an output row of its own.
+"""The flat image head: every residual token is a token of the LLM with its own input row and output row.
 
-The LLM takes one step a residual token; the logits of a step are those of the level whose turn it is. A token's rows
-follow from its codebook vector (`TiedFlatHead`) or stand in tables (`FreeFlatHead`). Either way they are rows and
-nothing else, no bias and no embedding of the place in the image, so that a plain causal LM can hold them.
+The LLM takes one step per residual token; the logits of a step cover the codes of one level, the levels taking turns.
+A token's rows are computed from its codebook vector (`TiedFlatHead`) or stored in tables (`FreeFlatHead`). In both
+cases there is neither a bias nor an embedding of the position in the image, so a plain causal LM can store the rows.
 
-P written positions, R rows, L levels, C codebook_dim, K codebook_size, D LLM width. `codebooks` are the tokenizer's,
-(L or more, K, C); they are frozen and the tokenizer's own, so a head is given them and keeps no copy.
+P written positions, R rows, L levels, C codebook_dim, K codebook_size, D LLM width, F number of features (F = D).
+`codebooks` are the frozen codebooks of the tokenizer, (L or more, K, C); heads receive them as arguments and do not
+keep a copy.
 """
+
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,40 +20,49 @@ from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 
 
 class FlatHead(nn.Module):
-    """What both kinds have in common: `embed` before the LLM, `logits` and `loss` behind it."""
+    """Base class of flat heads: `embed` makes the LLM's inputs, `logits` and `loss` read its hidden states.
+
+    Attributes:
+        inputs: one layer per level that makes the LLM's inputs.
+        classifiers: one layer per level that makes the logits.
+    """
+
+    inputs: nn.ModuleList
+    classifiers: nn.ModuleList
 
     def __init__(self, num_levels: int, codebook_size: int, llm_hidden_size: int) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.llm_hidden_size = num_levels, codebook_size, llm_hidden_size
 
     def embed_level(self, codes: Tensor, level: int, codebooks: Tensor) -> Tensor:
-        """Codes (R,) of one level to the LLM's inputs (R, D)."""
+        """Convert codes (R,) of one level to the LLM's inputs (R, D)."""
         raise NotImplementedError
 
     def classifier(self, level: int, codebooks: Tensor) -> nn.Module:
-        """What gives the logits (R, K) of a level from what `states` gives."""
+        """Module that maps the output of `states` to the logits (R, K) of a level."""
         raise NotImplementedError
 
     def states(self, hidden: Tensor, level: int) -> Tensor:
-        """Hidden states (R, D) as the level's classifier takes them."""
+        """Convert hidden states (R, D) to inputs (R, F) of the level's classifier."""
         return hidden
 
     def embed(self, codes: Tensor, codebooks: Tensor) -> Tensor:
-        """Codes (P, L) of whole positions to the LLM's inputs (P, L, D)."""
+        """Convert the codes (P, L) of positions to the LLM's inputs (P, L, D)."""
         return torch.stack([self.embed_level(codes[:, i], i, codebooks) for i in range(self.num_levels)], dim=1)
 
     def logits(self, hidden: Tensor, level: int, codebooks: Tensor) -> Tensor:
-        """Hidden states (R, D) before a token of `level` to the logits (R, K) of its codes."""
+        """Logits (R, K) of the codes of `level`, from the hidden states (R, D) before a token of that level."""
         return self.classifier(level, codebooks)(self.states(hidden, level))
 
     def loss(self, hidden: Tensor, codes: Tensor, levels: Tensor, codebooks: Tensor) -> Tensor:
-        """Mean cross-entropy over residual tokens, 0 without any; logits are never there for all of them at once.
+        """Mean cross-entropy over residual tokens, 0 without any; never materializes all logits at once.
 
-        Every level is classified whatever the batch holds, so that all processes gather the same weights in one order.
+        Every level is classified whatever the batch contains, so that all processes gather the same weights in the
+        same order.
 
         Args:
-            hidden: the LLM's states before each token, (R, D).
-            codes, levels: the tokens, (R,) both.
+            hidden: the LLM's hidden states before each token, (R, D).
+            codes, levels: code and level of each token, both (R,).
         """
         total = hidden.new_zeros((), dtype=torch.float32)
         for level in range(self.num_levels):
@@ -59,30 +72,33 @@ class FlatHead(nn.Module):
         return total / max(1, codes.numel())
 
     def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
-        """(K, F), products with which are the logits of a level from what `states` gives: for many steps to share."""
+        """Matrix (K, F) whose products with the output of `states` are the logits of a level; reusable across steps."""
         raise NotImplementedError
 
     @torch.no_grad()
     def input_rows(self, codebooks: Tensor) -> Tensor:
-        """(L, K, D), what an embedding table holds for the residual tokens."""
+        """Rows (L, K, D) of the residual tokens for an embedding table."""
         codes = torch.arange(self.codebook_size, device=codebooks.device)
         return torch.stack([self.embed_level(codes, level, codebooks) for level in range(self.num_levels)])
 
     @torch.no_grad()
     def output_rows(self, codebooks: Tensor) -> Tensor:
-        """(L, K, D), what an output layer's weight holds for the residual tokens: the logits of unit vectors."""
+        """Rows (L, K, D) of the residual tokens for an output layer's weight: the logits of unit vectors."""
         weight = next(self.parameters())
         units = torch.eye(self.llm_hidden_size, dtype=weight.dtype, device=weight.device)
         return torch.stack([self.logits(units, level, codebooks).T for level in range(self.num_levels)])
 
 
 class TiedFlatHead(FlatHead):
-    """Rows that follow from the codebooks: as many numbers to learn however large the codebooks are.
+    """Rows computed from the codebooks: the number of parameters does not depend on the codebook size.
 
-    Every level has its own two-layer projections, as residuals become smaller from level to level and mean something
-    else. One layer is not enough for writing: products with the bare vectors can only say how near a code is to one
-    point, and never that two codes far apart are likely and those between them are not.
+    Every level has its own two-layer projections, because residuals shrink from level to level and change their
+    meaning. One layer is not enough for the output: products with the raw vectors only measure how close a code is to
+    one point; they cannot make two distant codes likely and those between them unlikely.
     """
+
+    features: nn.ModuleList
+    outputs: nn.ModuleList
 
     def __init__(self, num_levels: int, codebook_size: int, codebook_dim: int, llm_hidden_size: int) -> None:
         super().__init__(num_levels, codebook_size, llm_hidden_size)
@@ -96,17 +112,20 @@ class TiedFlatHead(FlatHead):
         return self.inputs[level](self.features[level](F.embedding(codes, _at_unit_length(codebooks[level]))))
 
     def classifier(self, level: int, codebooks: Tensor) -> nn.Module:
-        return self.classifiers[level].of(_at_unit_length(codebooks[level]))
+        return self._classifier(level).of(_at_unit_length(codebooks[level]))
 
     def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
-        return self.classifiers[level].features(_at_unit_length(codebooks[level]))
+        return self._classifier(level).features(_at_unit_length(codebooks[level]))
+
+    def _classifier(self, level: int) -> "FeatureClassifier":
+        return cast(FeatureClassifier, self.classifiers[level])
 
     def states(self, hidden: Tensor, level: int) -> Tensor:
         return self.outputs[level](hidden)
 
 
 class CodeFeatures(nn.Module):
-    """Codebook vectors (..., C) of about unit length to nonlinear features (..., F), again of about unit length."""
+    """Nonlinear features (..., F) of codebook vectors (..., C); both have about unit length."""
 
     def __init__(self, codebook_dim: int, num_features: int) -> None:
         super().__init__()
@@ -116,34 +135,35 @@ class CodeFeatures(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Random features: each bends along its own direction, at its own place."""
+        """Draw random features: each has its own direction and its own offset."""
         nn.init.normal_(self.weight)
         nn.init.uniform_(self.bias, -1, 1)
 
     def features(self, vectors: Tensor) -> Tensor:
-        """(..., C) to (..., F)."""
-        bent = F.gelu(F.linear(vectors.to(self.weight.dtype), self.weight, self.bias))
-        return bent * (1.5 / self.bias.shape[0] ** 0.5)
+        """Map vectors (..., C) to features (..., F)."""
+        activated = F.gelu(F.linear(vectors.to(self.weight.dtype), self.weight, self.bias))
+        return activated * (1.5 / self.bias.shape[0] ** 0.5)
 
     def forward(self, vectors: Tensor) -> Tensor:
         return self.features(vectors)
 
 
 class FeatureClassifier(CodeFeatures):
-    """Products with the features of a codebook; its weights are all its own, so that it is gathered in one call."""
+    """Classifier by products with the features of a codebook; it owns all its weights, so ZeRO-3 gathers them in one
+    call."""
 
     def of(self, vectors: Tensor) -> "FeatureClassifier":
-        """Itself, for these vectors (K, C)."""
+        """Set the codebook vectors (K, C) that the next call uses, and return this module."""
         self._vectors = vectors
         return self
 
     def forward(self, states: Tensor) -> Tensor:
-        """States (R, F) to logits (R, K)."""
+        """Map states (R, F) to logits (R, K)."""
         return states @ self.features(self._vectors).T
 
 
 class FreeFlatHead(FlatHead):
-    """Rows that are learned one by one: two tables of L x K x D numbers."""
+    """Rows that are learned independently: two tables of L x K x D parameters."""
 
     def __init__(self, num_levels: int, codebook_size: int, llm_hidden_size: int) -> None:
         super().__init__(num_levels, codebook_size, llm_hidden_size)
@@ -159,41 +179,49 @@ class FreeFlatHead(FlatHead):
         return self.classifiers[level]
 
     def classifier_rows(self, level: int, codebooks: Tensor) -> Tensor:
-        return self.classifiers[level].weight
+        return cast(nn.Linear, self.classifiers[level]).weight
 
 
 def _at_unit_length(codebook: Tensor) -> Tensor:
-    """A codebook (K, C) with vectors of length 1 on average (of squares); one of zeros stays as it is.
+    """Scale a codebook (K, C) so that its vectors have length 1 (root mean square); a codebook of zeros is unchanged.
 
-    A projection's weights are then about as large as the rows that it makes, and learn at the pace of such rows.
+    The weights of a projection are then about as large as the rows that it makes, and learn as fast as such rows.
     """
     return codebook / codebook.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
 
 
 @torch.no_grad()
-def start_rows(head: FlatHead, codebooks: Tensor, input_size: float, output_size: float) -> None:
-    """Give a new head rows of the wanted sizes (root mean squares), as large at every level.
+def initialize_rows(head: FlatHead, codebooks: Tensor, input_size: float | Tensor, output_size: float | Tensor) -> None:
+    """Initialize a head so that its input and output rows have the given root mean squares at every level.
 
-    Free rows start as those of a tied head with random projections: codes that are alike start alike.
+    Free rows start as the rows of a tied head with random projections: similar codes get similar rows.
     """
     if isinstance(head, FreeFlatHead):
-        start = TiedFlatHead(head.num_levels, head.codebook_size, codebooks.shape[-1], head.llm_hidden_size)
-        start.to(codebooks.device)
-        start_rows(start, codebooks, input_size, output_size)
-        rows = (start.input_rows(codebooks), start.output_rows(codebooks))
-        for layers, of_levels in zip((head.inputs, head.classifiers), rows, strict=True):
-            for layer, values in zip(layers, of_levels, strict=True):
-                layer.weight.copy_(values)
+        tied = TiedFlatHead(head.num_levels, head.codebook_size, codebooks.shape[-1], head.llm_hidden_size)
+        tied.to(codebooks.device)
+        initialize_rows(tied, codebooks, input_size, output_size)
+        for layer, rows in zip(_linear(head.inputs), tied.input_rows(codebooks), strict=True):
+            layer.weight.copy_(rows)
+        for layer, rows in zip(_linear(head.classifiers), tied.output_rows(codebooks), strict=True):
+            layer.weight.copy_(rows)
         return
-    for layer in (*head.features, *head.classifiers):
-        layer.reset()
-    for layer in (*head.inputs, *head.outputs):
+    assert isinstance(head, TiedFlatHead)
+    for features in (*head.features, *head.classifiers):
+        cast(CodeFeatures, features).reset()
+    for layer in (*_linear(head.inputs), *_linear(head.outputs)):
         nn.init.normal_(layer.weight)
-    for layer in head.inputs:
+    for layer in _linear(head.inputs):
         nn.init.zeros_(layer.bias)
-    for layers, rows, size in (
-        (head.inputs, head.input_rows(codebooks), input_size),
-        (head.outputs, head.output_rows(codebooks), output_size),
-    ):
-        for layer, values in zip(layers, rows, strict=True):
-            layer.weight.mul_(size / values.float().square().mean().sqrt().clamp(min=1e-12))
+    for layer, rows in zip(_linear(head.inputs), head.input_rows(codebooks), strict=True):
+        layer.weight.mul_(input_size / _root_mean_square(rows))
+    for layer, rows in zip(_linear(head.outputs), head.output_rows(codebooks), strict=True):
+        layer.weight.mul_(output_size / _root_mean_square(rows))
+
+
+def _linear(layers: nn.ModuleList) -> Iterable[nn.Linear]:
+    """The layers (linear ones or tables) of the levels."""
+    return cast(Iterable[nn.Linear], layers)
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.float().square().mean().sqrt().clamp(min=1e-12)

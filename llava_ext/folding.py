@@ -1,7 +1,9 @@
-"""From flat token ids to what the LLM steps over: residual tokens are folded, one step per image position, unless the
-flat head takes them one by one.
+"""Folding of flat token sequences into LLM steps: the L residual tokens of a position become one step.
 
-B batch, T tokens of the flat sequence, S steps after folding, L levels.
+With the flat head, sequences pass through without folding, one step per residual token. The module also merges image
+features into the embeddings of a folded sequence and counts what is learned from its labels.
+
+B batch, T tokens of the flat sequence, S steps after folding, P written positions (of drawn images), L levels.
 """
 
 from dataclasses import dataclass
@@ -19,10 +21,11 @@ class FoldedSequence:
 
     Attributes:
         input_ids: (B, S); at a written position the id of its level-0 token.
-        segment_ids: (B, S), 0 on padding; where samples are packed, another number for each of a row's samples.
-        labels: (B, S) or None; -100 where nothing is learned, as at the first step of a sample: nothing stands before.
+        segment_ids: (B, S), 0 on padding; in packed rows each sample has its own number.
+        labels: (B, S) or None; -100 where nothing is learned, such as at the first step of a sample, which has no
+            predecessor.
         written: (B, S), True at written steps.
-        codes: (P, L), the codes of the P written positions in row-major order of `written`.
+        codes: (P, L), codes of the written positions in row-major order of `written`.
     """
 
     input_ids: Tensor
@@ -38,32 +41,32 @@ class FoldedSequence:
 
     @property
     def starts(self) -> Tensor:
-        """(B, S), True at the first step of every sample and of every run of padding."""
+        """(B, S), True at the first step of each sample and of each run of padding."""
         return segment_starts(self.segment_ids)
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, S), each step's number within its sample; by its restarts transformers tells packed samples apart."""
+        """(B, S), index of each step within its sample; transformers detects packed samples by its restarts."""
         return _steps_since(self.starts)
 
-    def written_places(self, steps_per_image: int) -> Tensor:
-        """Of every written step its place in its image; where positions are folded (P,), their places row-major.
+    def written_positions(self, steps_per_image: int) -> Tensor:
+        """Index of each written step within its image; after folding (P,), the row-major positions in the image.
 
         Raises:
-            UserError: an image with more or fewer than `steps_per_image`.
+            UserError: an image with more or fewer steps than `steps_per_image`.
         """
         before = torch.cat([torch.zeros_like(self.written[:, :1]), self.written[:, :-1]], dim=1)
         first = self.written & (~before | self.starts)
-        places = _steps_since(first)[self.written]
-        if bool((places >= steps_per_image).any()) or int(first.sum()) * steps_per_image != places.numel():
+        positions = _steps_since(first)[self.written]
+        if bool((positions >= steps_per_image).any()) or int(first.sum()) * steps_per_image != positions.numel():
             raise UserError(
-                f"{places.numel()} drawn steps in {int(first.sum())} images are no whole images of {steps_per_image} "
-                "steps each"
+                f"{positions.numel()} drawn steps in {int(first.sum())} images, expected {steps_per_image} in each "
+                "image"
             )
-        return places
+        return positions
 
     def as_one_row(self) -> "FoldedSequence":
-        """The same samples one after another in a batch of one, without padding."""
+        """Concatenate all samples in a batch of one row, without padding."""
         real = self.segment_ids > 0
         row = torch.arange(real.shape[0], device=real.device)[:, None] * (self.segment_ids.max() + 1)
         return FoldedSequence(
@@ -76,13 +79,14 @@ class FoldedSequence:
 
 
 def segment_starts(segment_ids: Tensor) -> Tensor:
-    """Where a number differs from the one before it in the row, and each row's first place; (B, S) both."""
+    """Mask (B, S) of the steps whose segment id (B, S) differs from the previous one, and of the first step of each
+    row."""
     first = torch.ones_like(segment_ids[:, :1], dtype=torch.bool)
     return torch.cat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], dim=1)
 
 
 def _steps_since(marks: Tensor) -> Tensor:
-    """(B, S), how many steps ago the last mark was."""
+    """(B, S), number of steps since the last mark in the row."""
     steps = torch.arange(marks.shape[1], device=marks.device).expand(marks.shape)
     return steps - steps.masked_fill(~marks, 0).cummax(dim=1).values
 
@@ -96,16 +100,20 @@ def fold_residual_tokens(
     fold: bool = True,
     pad_left: bool = False,
 ) -> FoldedSequence:
-    """Fold runs of L residual tokens into one step each; padding stays on the side where it was.
+    """Fold every L residual tokens into one step; padding stays on its side.
 
     Args:
-        pad_left: where padding goes that only folding makes; by default where padding is already, else on the right.
-        fold: False where each residual token stays a step of its own: nothing moves, all is checked and marked alike.
-        segment_ids: (B, T), which of its row's samples a token belongs to, numbered from 1; 0 is padding. Instead of
+        input_ids: (B, T).
+        attention_mask: (B, T); None without padding.
+        labels: (B, T), -100 where nothing is learned.
+        segment_ids: (B, T), sample of each token within its row, numbered from 1; 0 is padding. Replaces
             `attention_mask`.
+        fold: False keeps one step per residual token: only checks and marks them.
+        pad_left: put padding that results from folding on the left; by default it goes to the side of the existing
+            padding, or to the right.
 
     Raises:
-        UserError: residual tokens that do not come as whole positions, level by level.
+        UserError: residual tokens that do not form complete positions, level by level.
     """
     if segment_ids is None:
         segment_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
@@ -133,11 +141,14 @@ def fold_residual_tokens(
     real = keep & (segment_ids > 0)
     steps = int(real.sum(dim=1).max())
     left_padded = pad_left or bool((segment_ids[:, 0] == 0).any())
-    # A stable sort on "is it dropped" brings the kept steps together without changing their order.
+    # A stable sort by "is dropped" brings the kept steps together without changing their order.
     order = torch.argsort(real.long() if left_padded else (~real).long(), dim=1, stable=True)
     order = order[:, -steps:] if left_padded else order[:, :steps]
     mask = real.gather(1, order)
-    pick = lambda values, fill: values.gather(1, order).masked_fill(~mask, fill)  # noqa: E731
+
+    def pick(values: Tensor, fill: int) -> Tensor:
+        return values.gather(1, order).masked_fill(~mask, fill)
+
     return FoldedSequence(
         input_ids=pick(input_ids, 0),
         segment_ids=pick(segment_ids, 0),
@@ -148,15 +159,18 @@ def fold_residual_tokens(
 
 
 def merge_features(embeddings: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
-    """Put `features` (P, D) into `embeddings` (B, S, D) at the P places where `where` (B, S) is True.
+    """Replace `embeddings` (B, S, D) by `features` (P, D) at the P steps where `where` (B, S) is True.
+
+    Args:
+        what: kind of the features, for the error message.
 
     Raises:
-        UserError: the number of places and of features differ.
+        UserError: the numbers of steps and of features differ.
     """
-    places = int(where.sum())
-    if places != features.shape[0]:
+    count = int(where.sum())
+    if count != features.shape[0]:
         raise UserError(
-            f"{places} {what} placeholders in the sequence but {features.shape[0]} image positions were given; "
+            f"{count} {what} placeholders in the sequence but {features.shape[0]} image positions were given; "
             "every <image> needs its image and every image its <image>"
         )
     return embeddings.masked_scatter(where[..., None], features.to(embeddings.dtype))
@@ -164,18 +178,20 @@ def merge_features(embeddings: Tensor, where: Tensor, features: Tensor, what: st
 
 @dataclass(frozen=True)
 class LearnedCounts:
-    """How many text tokens and how many image positions are learned in a batch: scalar tensors."""
+    """Numbers of learned text tokens and image positions in a batch, as scalar tensors."""
 
     text_tokens: Tensor
     image_positions: Tensor
 
 
 def count_learned(labels: Tensor, vocabulary: ResidualVocabulary, segment_ids: Tensor | None = None) -> LearnedCounts:
-    """What the model learns from labels (B, T), flat or folded.
+    """Count the text tokens and image positions that are learned from labels (B, T), flat or folded.
+
+    The first token of a sample is not counted: it has no predecessor that could predict it.
 
     Args:
-        segment_ids: (B, T) of packed rows, or the attention mask; without it, each row is one sample from its first
-            place on. The first token of a sample is not learned: nothing stands before it.
+        segment_ids: (B, T) of packed rows, or the attention mask; without it, each row is one sample without padding
+            on the left.
     """
     starts = segment_starts(torch.zeros_like(labels) if segment_ids is None else segment_ids)
     learned, residual = (labels != -100) & ~starts, vocabulary.is_residual(labels)

@@ -1,47 +1,52 @@
-"""One multimodal LLM that reads images (semantic features in) and draws them (residual codes out).
+"""The multimodal LLM: it reads images as semantic features and draws them as residual codes.
 
-B batch, T flat tokens, S steps after folding, P written positions, N positions an image, L levels, D LLM width. With
-the flat head nothing is folded: S is T, and a written position takes L steps.
+B batch, T flat tokens, S steps after folding, P written positions, I images, N positions per image, L levels, D LLM
+width. A written position is a position of a drawn image. With the flat head nothing is folded: S is T, and a written
+position takes L steps.
 """
 
 import inspect
-import json
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, TransformersKwargs, can_return_tuple
 
-from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
+from evotok_plugin import DepthTransformerHead, EvoTokModel
 from evotok_plugin.common.files import apply_umask_to_weights
+from evotok_plugin.common.weight_files import read_json
 from evotok_plugin.errors import UserError
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.flat_head import FlatHead, FreeFlatHead, TiedFlatHead
+from llava_ext.flat_head import FlatHead
 from llava_ext.folding import FoldedSequence, count_learned, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
-from llava_ext.new_tokens import NewTokenRows
-from llava_ext.packed_attention import tell_samples_apart
+from llava_ext.image_heads import build_image_head
+from llava_ext.new_token_rows import NewTokenRows
+from llava_ext.packed_attention import separate_samples
 from llava_ext.projector import Projector
+from llava_ext.vocabulary import ResidualVocabulary
 
 
 @dataclass
 class EvoTokLlavaOutput(ModelOutput):
-    """Result of a forward pass.
+    """Output of a forward pass.
 
     Attributes:
         loss: sum of both losses, present with `labels`.
         logits: (B, S', vocabulary) over text tokens; None with `labels`, where only learned steps are classified.
-        text_loss, image_loss: mean cross-entropy over learned text tokens, and over learned positions and levels.
-        num_text_tokens, num_image_positions: how many were learned; a loss over none is 0.
+        text_loss, image_loss: mean cross-entropy over learned text tokens, and over learned positions and levels; 0
+            if there are none.
+        num_text_tokens, num_image_positions: numbers of learned text tokens and positions.
         past_key_values: the backbone's cache.
-        last_hidden_state: (B, S, D); of packed samples under flash-attention (1, all steps, D).
-        hidden_states, attentions: of the backbone's layers, where they are asked for.
+        last_hidden_state: (B, S, D); for packed samples with flash-attention (1, all steps, D).
+        hidden_states, attentions: of the backbone's layers, if requested.
     """
 
     loss: Tensor | None = None
@@ -56,23 +61,23 @@ class EvoTokLlavaOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
     def to_tuple(self) -> tuple:
-        """Return the fields that are set, in order: transformers reads losses and logits by position."""
+        """Return the fields that are set, in order: transformers accesses losses and logits by position."""
         return tuple(self[field.name] for field in fields(self) if self.get(field.name) is not None)
 
 
-# Keywords of transformers' models that have no effect here: the losses are counted over the batch that is given.
+# Keywords of transformers' models without effect here: losses are always averaged over the batch itself.
 _NOT_FOR_THE_BACKBONE = {"num_items_in_batch"}
 
 
 class EvoTokLlavaForConditionalGeneration(
     PreTrainedModel, ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin, GenerationMixin
 ):
-    """A causal LM with an EvoTok tokenizer before it, and a depth transformer or the flat head behind it."""
+    """A causal LM that reads images through an EvoTok tokenizer and draws them through an image head."""
 
     config_class = EvoTokLlavaConfig
     config: EvoTokLlavaConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # transformers' models assign tuples, too
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
@@ -83,6 +88,15 @@ class EvoTokLlavaForConditionalGeneration(
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    vision_tower: EvoTokModel
+    language_model: PreTrainedModel
+    lm_head: nn.Linear
+    read_projector: Projector
+    write_projector: Projector  # only with the depth transformer
+    image_head: DepthTransformerHead | FlatHead
+    new_token_rows: NewTokenRows | None  # present while they are trained separately from frozen tables
+    vocabulary: ResidualVocabulary
+
     def __init__(self, config: EvoTokLlavaConfig) -> None:
         super().__init__(config)
         width, vision = config.text_config.hidden_size, config.vision_config
@@ -90,12 +104,10 @@ class EvoTokLlavaForConditionalGeneration(
         self.language_model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         self.read_projector = Projector(vision.semantic_dim, width, vision.num_positions)
-        if config.image_head == "flat":
-            self.image_head = _flat_head(config)
-        else:
+        if config.image_head == "depth":
             self.write_projector = Projector(vision.codebook_dim, width, vision.num_positions)
-            self.image_head = _depth_head(config)
-        self.new_token_rows: NewTokenRows | None = None  # there while they train apart from frozen tables
+        self.image_head = build_image_head(config)
+        self.new_token_rows = None
         self.vocabulary = config.residual_vocabulary
         self.vision_tower.requires_grad_(False)
         self.post_init()
@@ -109,41 +121,41 @@ class EvoTokLlavaForConditionalGeneration(
             nn.init.normal_(module.position_embedding, std=self.config.initializer_range)
 
     def train(self, mode: bool = True) -> "EvoTokLlavaForConditionalGeneration":
-        """The tokenizer stays in evaluation mode: its codebooks never move here."""
+        """Set the mode of all parts but the tokenizer, which stays in evaluation mode: its codebooks are fixed."""
         super().train(mode)
         self.vision_tower.eval()
         return self
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' `from_pretrained`; the model's settings of drawing are checked.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and check the model's drawing settings.
 
         Raises:
-            UserError: settings in generation_config.json that no image can be drawn with.
+            UserError: invalid drawing settings in generation_config.json.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         file = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME)
         if model.generation_config._from_model_config and file.is_file():
-            # transformers leaves out the entries that it does not know of a file that says so of itself.
-            values = json.loads(file.read_text(encoding="utf-8")).get(IMAGE_GENERATION)
+            # With `_from_model_config` in the file, transformers drops the entries that it does not know.
+            values = read_json(file).get(IMAGE_GENERATION)
             if values is not None:
                 setattr(model.generation_config, IMAGE_GENERATION, values)
         try:
             DrawingOptions().for_model(model)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{file}: {error}") from None
         return loaded
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """transformers' `save_pretrained`; generation_config.json always holds the settings of drawing, and the weights
-        get the mode that the umask asks for."""
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does; generation_config.json always contains the drawing settings, and the file
+        permissions of the weights follow the umask."""
         store_settings(self.generation_config)
         for config in (self.config, self.config.text_config):
-            if getattr(config, "use_cache", None) is False:  # Trainer's, for the time of training
+            if getattr(config, "use_cache", None) is False:  # Trainer disables it during training
                 config.use_cache = True
         super().save_pretrained(save_directory, *args, **kwargs)
-        apply_umask_to_weights(save_directory)
+        apply_umask_to_weights(Path(save_directory))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -155,12 +167,12 @@ class EvoTokLlavaForConditionalGeneration(
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
+        self.lm_head = cast(nn.Linear, value)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """Resize the text rows, as transformers does; residual tokens, which have no rows here, move behind them.
+    ) -> nn.Embedding:
+        """Resize the text rows as transformers does; residual tokens, which have no rows here, are moved after them.
 
         A processor of this model then needs the new offset: `processor.residual_token_offset =
         model.config.residual_token_offset`.
@@ -183,16 +195,18 @@ class EvoTokLlavaForConditionalGeneration(
     # From images to embeddings -------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: Tensor | None = None, image_codes: Tensor | None = None) -> Tensor:
-        """What the LLM reads of images, (I, N, D), from pixels (I, 3, H, W) or from cached codes (I, N, L).
+        """LLM inputs (I, N, D) of images that are read, from pixels (I, 3, H, W) or cached codes (I, N, L).
 
         Raises:
-            UserError: images of another size than the configuration's. The tokenizer could encode them, but an image
-                stands in the sequence as a fixed number of tokens.
+            UserError: images of another size than the configuration's. The tokenizer could encode them, but every image
+                has a fixed number of tokens in the sequence.
         """
         self._check_size(pixel_values, image_codes)
         with torch.no_grad():
             if image_codes is None:
+                assert pixel_values is not None, "give pixel_values or image_codes"
                 image_codes = self.vision_tower.encode(pixel_values.to(self.vision_tower.dtype)).codes
+                assert image_codes is not None
             features = self.vision_tower.decode_semantics(image_codes)
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
         return self.read_projector(features.to(self.read_projector.linear_1.weight.dtype), positions)
@@ -200,6 +214,7 @@ class EvoTokLlavaForConditionalGeneration(
     def _check_size(self, pixel_values: Tensor | None, image_codes: Tensor | None) -> None:
         vision = self.config.vision_config
         if image_codes is None:
+            assert pixel_values is not None, "give pixel_values or image_codes"
             size = vision.image_size
             if pixel_values.shape[-2:] != (size, size):
                 raise UserError(
@@ -213,12 +228,13 @@ class EvoTokLlavaForConditionalGeneration(
             )
 
     def embed_written(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """LLM inputs of written positions from their codes (P, L) and places in the image: (P, D) from places (P,).
+        """LLM inputs (P, D) of written positions, from their codes (P, L) and their positions in the image (P,).
 
-        With the flat head (P x L, D), one a residual token; it looks at no places.
+        With the flat head (P x L, D), one per residual token; it ignores `positions`.
         """
         if self.config.image_head == "flat":
-            return self.image_head.embed(codes, self.vision_tower.quantizer.codebooks).flatten(0, 1)
+            head = cast(FlatHead, self.image_head)
+            return head.embed(codes, self.vision_tower.quantizer.codebooks).flatten(0, 1)
         latents = self.vision_tower.codes_to_latents(codes[None])[0]
         return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
@@ -228,8 +244,8 @@ class EvoTokLlavaForConditionalGeneration(
         if self.new_token_rows is not None:
             embeddings = self.new_token_rows.put_into(embeddings, ids)
         vision = self.config.vision_config
-        # While training, what a batch does not use still runs, times zero and in its usual place: every rank then
-        # gathers the same weights and reduces the same gradients in the same order, whatever its batch holds.
+        # In training, parts that a batch does not use still run, times zero, in their usual order: every rank then
+        # gathers the same weights and reduces the same gradients in the same order, whatever its batch contains.
         nothing = folded.codes.new_zeros(1, vision.num_positions, vision.num_quantizers)
         if pixel_values is not None or image_codes is not None:
             features = self.get_image_features(pixel_values, image_codes)
@@ -238,11 +254,11 @@ class EvoTokLlavaForConditionalGeneration(
         elif self.training:
             embeddings = embeddings + 0.0 * self.get_image_features(image_codes=nothing).sum()
         if folded.codes.shape[0]:
-            written = self.embed_written(folded.codes, folded.written_places(self.config.steps_per_drawn_image))
+            written = self.embed_written(folded.codes, folded.written_positions(self.config.steps_per_drawn_image))
             embeddings = merge_features(embeddings, folded.written, written, "drawn image")
         elif self.training:
-            place = folded.codes.new_zeros(1)
-            embeddings = embeddings + 0.0 * self.embed_written(nothing[0, :1, : vision.pixel_depth], place).sum()
+            first = folded.codes.new_zeros(1)
+            embeddings = embeddings + 0.0 * self.embed_written(nothing[0, :1, : vision.pixel_depth], first).sum()
         return embeddings
 
     # Forward -------------------------------------------------------------------------------------------------
@@ -257,59 +273,60 @@ class EvoTokLlavaForConditionalGeneration(
         image_codes: Tensor | None = None,
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> EvoTokLlavaOutput:
-        """One pass over a batch that may mix reading, drawing and text, one sample a row or several.
+        """Run a batch that may mix reading, drawing and text, with one or several samples per row.
 
         Args:
             input_ids: (B, T) flat sequence: text, delimiters, image placeholders and residual tokens.
             attention_mask: (B, T); padding on the right or on the left. Masks of other shapes, as transformers makes
-                them for a static cache, go to the backbone as they are.
+                them for a static cache, are passed to the backbone unchanged.
             labels: (B, T), -100 where nothing is learned.
             pixel_values: images that are read, (I, 3, H, W) in [-1, 1], in the order of their placeholders.
             image_codes: the same images as cached codes (I, N, L), instead of `pixel_values`.
-            segment_ids: (B, T), for rows of several samples: which of them a token belongs to, numbered from 1, 0 on
-                padding; in place of `attention_mask` and `position_ids`. No sample sees another.
-            logits_to_keep: compute logits for so many last steps (0: all), or for the steps of these indices.
-            return_dict: False gives a tuple.
+            segment_ids: (B, T), for rows of several samples: the sample of each token, numbered from 1, 0 on padding;
+                replaces `attention_mask` and `position_ids`. Samples do not attend to each other.
+            logits_to_keep: compute logits for this many last steps (0: all), or for the steps with these indices.
+            return_dict: False returns a tuple.
             kwargs: further keywords of the backbone (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            UserError: placeholders and images do not match, an image's residual tokens are not whole, or a keyword
-                that the backbone does not know.
+            UserError: placeholders and images do not match, the residual tokens of an image are incomplete, or a
+                keyword is unknown to the backbone.
+            ValueError: arguments that exclude or need each other.
         """
         extra = self._backbone_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give either input_ids or inputs_embeds, and not both")
+            raise ValueError("give either input_ids or inputs_embeds, not both")
         if pixel_values is not None and image_codes is not None:
-            raise UserError("give images either as pixel_values or as image_codes, and not both")
+            raise ValueError("give images either as pixel_values or as image_codes, not both")
         if inputs_embeds is not None and (pixel_values is not None or image_codes is not None):
-            raise UserError("images need input_ids, whose placeholders say where they stand; got inputs_embeds")
+            raise ValueError("images need input_ids, whose placeholders mark their positions; got inputs_embeds")
         if labels is not None and input_ids is None:
-            raise UserError("labels need input_ids: what is learned at a step depends on its token")
+            raise ValueError("labels need input_ids: the loss of a step depends on its token")
         others = (attention_mask, position_ids, past_key_values, inputs_embeds)
         if segment_ids is not None and any(value is not None for value in others):
-            raise UserError(
-                "segment_ids say what belongs together; give them with input_ids, and without attention_mask, "
-                "position_ids or past_key_values"
+            raise ValueError(
+                "segment_ids replace attention_mask, position_ids and past_key_values; give them with input_ids alone"
             )
         folded, steps = None, {"attention_mask": attention_mask, "position_ids": position_ids}
         if labels is not None or segment_ids is not None:
-            use_cache = False  # with a cache, transformers does not look for packed samples
+            use_cache = False  # with a cache, transformers does not detect packed samples
         if inputs_embeds is None:
+            assert input_ids is not None
             fold = self.config.image_head == "depth"
             flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
             folded = fold_residual_tokens(self.vocabulary, input_ids, flat_mask, labels, segment_ids, fold)
             if segment_ids is not None:
-                folded, steps = tell_samples_apart(self.language_model, folded)
+                folded, steps = separate_samples(self.language_model, folded)
             elif flat_mask is not None:
                 steps["attention_mask"] = folded.attention_mask
             elif attention_mask is not None and folded.input_ids.shape != input_ids.shape:
-                raise UserError("residual tokens are folded into fewer steps; give an attention_mask (B, T) with them")
+                raise ValueError("residual tokens are folded into fewer steps; give an attention_mask (B, T) with them")
             inputs_embeds = self._embed(folded, pixel_values, image_codes)
         self._check_positions(inputs_embeds.shape[1], past_key_values, **steps)
         outputs = self.language_model(
@@ -328,6 +345,7 @@ class EvoTokLlavaForConditionalGeneration(
             if self.new_token_rows is not None:
                 result.logits = self.new_token_rows.replaced_rows().put_into(result.logits, kept)
             return result
+        assert folded is not None and folded.labels is not None
         counts = count_learned(folded.labels, self.vocabulary, folded.segment_ids)
         result.num_text_tokens, result.num_image_positions = counts.text_tokens, counts.image_positions
         result.text_loss = self._text_loss(hidden, folded)
@@ -336,14 +354,21 @@ class EvoTokLlavaForConditionalGeneration(
         return result
 
     def _check_positions(
-        self, num_steps: int, past, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_
+        self,
+        num_steps: int,
+        past: Cache | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
     ) -> None:
-        """Raises:
-        UserError: a step lies beyond the positions of the language model.
+        """Check that all steps fit into the positions of the language model.
+
+        Raises:
+            UserError: the sequence is too long.
         """
         limit = self.config.max_positions
         taken = 0 if past is None else past.get_seq_length()
-        # A static cache counts in a tensor, which must not be waited for in every step.
+        # A static cache counts in a tensor; reading it would synchronize with the device in every step.
         total = num_steps + (taken if isinstance(taken, int) else 0)
         if limit is None or total <= limit:
             return
@@ -354,14 +379,14 @@ class EvoTokLlavaForConditionalGeneration(
         if total > limit:
             raise UserError(
                 f"the sequence takes {total} steps, but the language model has {limit} positions "
-                "(max_position_embeddings); shorten the text or leave images out"
+                "(max_position_embeddings); shorten the text or use fewer images"
             )
 
     def _backbone_keywords(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords that are not None, all of which the backbone must know.
+        """Keywords that are not None, all of which the backbone must accept.
 
         Raises:
-            UserError: it does not know one.
+            UserError: the backbone does not accept one of them.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
         parameters = set(inspect.signature(type(self.language_model).forward).parameters) - {"self", "kwargs"}
@@ -374,6 +399,7 @@ class EvoTokLlavaForConditionalGeneration(
         return given
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
+        assert folded.labels is not None
         learned = (folded.labels != -100) & ~folded.written
         targets, states = folded.labels[learned], hidden[:, :-1][learned[:, 1:]]  # the step before predicts
         replaced = None if self.new_token_rows is None else self.new_token_rows.replaced_rows()
@@ -382,24 +408,25 @@ class EvoTokLlavaForConditionalGeneration(
         return total / max(1, targets.shape[0])
 
     def _image_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:
+        assert folded.labels is not None
         learned = (folded.labels != -100) & folded.written
         states = hidden[:, :-1][learned[:, 1:]]
         if self.config.image_head == "flat":
             tokens, codebooks = folded.labels[learned], self.vision_tower.quantizer.codebooks
-            levels = self.vocabulary.levels(tokens)
-            return self.image_head.loss(states, self.vocabulary.codes(tokens), levels, codebooks)
+            levels, head = self.vocabulary.levels(tokens), cast(FlatHead, self.image_head)
+            return head.loss(states, self.vocabulary.codes(tokens), levels, codebooks)
         codes = folded.codes[learned[folded.written]]
         if not codes.shape[0]:
             zero = hidden.new_zeros((), dtype=torch.float32)
             if not self.training:
                 return zero
             nothing = folded.codes.new_zeros(1, self.config.vision_config.pixel_depth)
-            return zero + 0.0 * self._head_loss(hidden[:1, 0], nothing)
-        return self._head_loss(states, codes)
+            return zero + 0.0 * self._depth_loss(hidden[:1, 0], nothing)
+        return self._depth_loss(states, codes)
 
-    def _head_loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
+    def _depth_loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         latents = self.vision_tower.level_latents(codes[None])[0]  # (P, L, C)
-        return self.image_head.loss(hidden, latents.to(hidden.dtype), codes)
+        return cast(DepthTransformerHead, self.image_head).loss(hidden, latents.to(hidden.dtype), codes)
 
     # Generation ----------------------------------------------------------------------------------------------
 
@@ -410,33 +437,11 @@ class EvoTokLlavaForConditionalGeneration(
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the language model reads of a batch (B, T), with images as `forward` takes them: embeddings (B, S, D)
-        and their mask (B, S), padded on the left."""
+        """Inputs of the language model for a batch (B, T), with images as in `forward`: embeddings (B, S, D) and their
+        mask (B, S), padded on the left."""
         fold = self.config.image_head == "depth"
         folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold, pad_left=True)
         return self._embed(folded, pixel_values, image_codes), folded.attention_mask
-
-
-def _depth_head(config: EvoTokLlavaConfig) -> DepthTransformerHead:
-    vision = config.vision_config
-    return DepthTransformerHead(
-        DepthTransformerConfig(
-            llm_hidden_size=config.text_config.hidden_size,
-            codebook_dim=vision.codebook_dim,
-            codebook_size=vision.codebook_size,
-            num_levels=vision.pixel_depth,
-            hidden_size=config.head_hidden_size,
-            num_layers=config.head_num_layers,
-            num_heads=config.head_num_heads,
-        )
-    )
-
-
-def _flat_head(config: EvoTokLlavaConfig) -> FlatHead:
-    vision, width = config.vision_config, config.text_config.hidden_size
-    if config.residual_embeddings == "free":
-        return FreeFlatHead(vision.pixel_depth, vision.codebook_size, width)
-    return TiedFlatHead(vision.pixel_depth, vision.codebook_size, vision.codebook_dim, width)
 
 
 AutoModelForImageTextToText.register(EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, exist_ok=True)

@@ -1,13 +1,15 @@
-"""How each kind of attention is told which steps of a packed row belong together.
+"""Attention within each sample of a packed row, for every attention implementation.
 
-* flash-attention takes all samples one after another in one row, and their bounds.
-* SDPA runs on every sample alone: with a block-diagonal mask it would cost as much as if all of a row's samples saw
-  each other. It is registered with transformers under a name of its own, and is SDPA in every other respect.
-* Any other implementation (eager, flex) gets the block-diagonal mask, which transformers makes where positions restart
-  and there is no other mask.
+* flash-attention receives all samples concatenated in one row, and their boundaries.
+* SDPA runs on each sample separately: with a block-diagonal mask it would cost as much as attention over the full row.
+  It is registered with transformers under its own name, and otherwise behaves like SDPA.
+* Other implementations (eager, flex) use the block-diagonal mask that transformers makes when positions restart and no
+  other mask is given.
 
 B rows, H heads, S steps.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,35 +24,37 @@ SDPA_BY_SEGMENT = "sdpa_by_segment"
 Segment = tuple[int, int, int]  # row, first step, end
 
 
-def tell_samples_apart(backbone: PreTrainedModel, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
-    """The sequence as the backbone's attention wants it, and what to give the backbone beside the embeddings.
+def separate_samples(backbone: PreTrainedModel, folded: FoldedSequence) -> tuple[FoldedSequence, dict]:
+    """Arrange a packed batch for the backbone's attention.
 
-    SDPA is replaced by `SDPA_BY_SEGMENT` at the first packed batch, and stays so.
+    The first packed batch permanently replaces SDPA by `SDPA_BY_SEGMENT`.
+
+    Returns:
+        the sequence in the layout that the attention needs, and keywords for the backbone besides the embeddings.
     """
-    implementation = backbone.config._attn_implementation
+    implementation = backbone.config._attn_implementation or ""
+    keywords: dict[str, Any] = {}
     if "flash" in implementation:
         folded = folded.as_one_row()
         bounds = folded.starts[0].nonzero().flatten()
         bounds = torch.cat([bounds, bounds.new_tensor([folded.starts.shape[1]])]).to(torch.int32)
         both = {"cu_seq_lens": bounds, "max_length": int(bounds.diff().max())}
-        apart = {f"{name}_{side}": value for name, value in both.items() for side in ("q", "k")}
+        keywords = {f"{name}_{side}": value for name, value in both.items() for side in ("q", "k")}
     elif implementation in ("sdpa", SDPA_BY_SEGMENT) and _is_causal_throughout(backbone.config):
         if implementation != SDPA_BY_SEGMENT:
             backbone.set_attn_implementation(SDPA_BY_SEGMENT)
-        apart = {"segments": find_segments(folded.starts)}
-    else:
-        apart = {}
-    return folded, {"position_ids": folded.position_ids, **apart}
+        keywords = {"segments": find_segments(folded.starts)}
+    return folded, {"position_ids": folded.position_ids, **keywords}
 
 
 def _is_causal_throughout(config: PreTrainedConfig) -> bool:
-    """Whether each step of every layer sees all before it, or all within a window."""
+    """Whether every layer uses full or sliding-window causal attention."""
     kinds = getattr(config, "layer_types", None) or ()
     return {"full_attention", "sliding_attention"}.issuperset(kinds)
 
 
 def find_segments(starts: Tensor) -> list[Segment]:
-    """All samples (and runs of padding) of a batch, row by row, from marks (B, S) at their first steps."""
+    """List all samples (and runs of padding) of a batch row by row, from a mask (B, S) of their first steps."""
     rows, firsts = (indices.tolist() for indices in starts.nonzero(as_tuple=True))
     ends = [*firsts[1:], 0]
     return [(row, first, end or starts.shape[1]) for row, first, end in zip(rows, firsts, ends, strict=True)]
@@ -64,15 +68,16 @@ def sdpa_by_segment(
     attention_mask: Tensor | None,
     segments: list[Segment] | None = None,
     sliding_window: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention (B, H, S, ...) -> (B, S, H, ...) within each segment; without `segments`, by the mask."""
+    """Compute causal attention (B, H, S, ...) -> (B, S, H, ...) within each segment; without `segments`, by the
+    mask."""
     if segments is None or (sliding_window and sliding_window < max(end - first for _, first, end in segments)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
     for row, first, end in segments:
-        one = (states[row : row + 1, :, first:end] for states in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *one, None, **kwargs)[0])
+        part = (slice(row, row + 1), slice(None), slice(first, end))
+        outputs.append(sdpa_attention_forward(module, query[part], key[part], value[part], None, **kwargs)[0])
     joined = torch.cat(outputs, dim=1)  # (1, B x S, H, ...)
     return joined.view(query.shape[0], query.shape[2], *joined.shape[2:]), None
 

@@ -1,22 +1,24 @@
-"""Conversations and images to the model's flat token sequence, and ids back to text."""
+"""The processor: conversations and images to the model's flat token sequence, and ids back to text."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.errors import UserError
+from evotok_plugin.image_processing_evotok import flat_images
 from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.prompts.batching import BatchOptions
-from llava_ext.prompts.call_arguments import assign_images, check_count, flat_images, text_and_images
+from llava_ext.prompts.call_arguments import assign_images, check_count, text_and_images
 from llava_ext.prompts.decoding import DecodingMixin
 from llava_ext.prompts.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 from llava_ext.sequence_layout import ConversationLayout, EncodedConversation, TooLong
-from llava_ext.vocabulary import ResidualVocabulary
 
 __all__ = [
     "IMAGE_END_TOKEN",
@@ -32,30 +34,32 @@ __all__ = [
 
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
 IMAGE_TOKENS = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
-_NO_INPUTS = {"videos", "audio"}  # of transformers' processors, which this one does not have
+_OTHER_INPUTS = {"videos", "audio"}  # inputs of other processors; transformers passes them as None
 
 
 class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     """Image processor, tokenizer and the layout of images in a sequence.
 
-    An image that is read becomes `<|image_start|>`, one `<|image_pad|>` a position, `<|image_end|>`; an image that
-    is drawn has its residual tokens instead of the placeholders.
+    An image that is read becomes `<|image_start|>`, one `<|image_pad|>` per position, `<|image_end|>`; a drawn image
+    has its residual tokens instead of the placeholders.
     """
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: EvoTokImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         num_positions: int = 256,
         residual_token_offset: int = 0,
         num_levels: int = 4,
         codebook_size: int = 32768,
         image_head: str = "depth",
-        chat_template=None,
-        **kwargs,
+        chat_template: str | dict | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Raises:
-        UserError: the tokenizer lacks the image tokens, or has tokens in the residual range.
+        """Check that the tokenizer matches the ids of the image tokens and of the residual range.
+
+        Raises:
+            UserError: the tokenizer lacks the image tokens, or has tokens in the residual range.
         """
         self.num_positions = num_positions
         self.residual_token_offset = residual_token_offset
@@ -67,7 +71,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         if chat_template is not None:
             self.chat_template = chat_template
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = self.tokenizer.get_vocab()
         missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
         if missing:
             raise UserError(
@@ -78,9 +82,14 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
 
     @classmethod
     def from_parts(
-        cls, image_processor, tokenizer, vision_config, text_vocab_size: int, image_head: str = "depth"
+        cls,
+        image_processor: EvoTokImageProcessor,
+        tokenizer: PreTrainedTokenizerFast,
+        vision_config: EvoTokConfig,
+        text_vocab_size: int,
+        image_head: str = "depth",
     ) -> "EvoTokLlavaProcessor":
-        """Build the processor for a text backbone: adds the image tokens, reserves the residual range behind both
+        """Build the processor for a text backbone: add the image tokens, and reserve the residual range after both
         the tokenizer's ids and the backbone's embedding rows (`text_vocab_size`)."""
         tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
         return cls(
@@ -93,14 +102,11 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             image_head=image_head,
         )
 
-    @property
-    def vocabulary(self) -> ResidualVocabulary:
-        """The residual tokens' ids."""
-        return ResidualVocabulary(self.residual_token_offset, self.num_levels, self.codebook_size)
-
     def check_tokenizer(self) -> None:
-        """Raises:
-        UserError: the tokenizer has tokens in the residual range, or the image tokens have other ids than before.
+        """Check that the ids of the tokenizer have not changed since the processor was built.
+
+        Raises:
+            UserError: the tokenizer has tokens in the residual range, or the image tokens have different ids.
         """
         state = (id(self.tokenizer), len(self.tokenizer), self.vocabulary)
         if state == self._checked:
@@ -111,31 +117,32 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             number, token = min(inside)
             raise UserError(
                 f"the tokenizer has {len(inside)} tokens in the range {first}..{end - 1} of the image codes, the first "
-                f"is {token!r} with id {number}; after adding tokens call "
+                f"is {token!r} with id {number}; after adding tokens, call "
                 "model.resize_token_embeddings(len(processor.tokenizer)) and set processor.residual_token_offset = "
                 "model.config.residual_token_offset"
             )
-        ids = tuple(self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
+        ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in IMAGE_TOKENS)
         if ids != (self.image_token_id, self.image_start_id, self.image_end_id):
             raise UserError(
-                f"the tokenizer gives the image tokens the ids {ids}, the processor was built with "
+                f"the tokenizer assigns the ids {ids} to the image tokens, the processor was built with "
                 f"{(self.image_token_id, self.image_start_id, self.image_end_id)}; build a new processor"
             )
         self._checked = state
 
     @property
     def chat_template(self) -> str | dict | None:
-        """The tokenizer's chat template: there is one, whether it is set here or there."""
+        """Chat template of the tokenizer, which processor and tokenizer share."""
         tokenizer = self.__dict__.get("tokenizer")
         return None if tokenizer is None else tokenizer.chat_template
 
     @chat_template.setter
     def chat_template(self, value: str | dict | None) -> None:
-        if "tokenizer" in self.__dict__:  # ProcessorMixin sets it before there is a tokenizer
+        if "tokenizer" in self.__dict__:  # ProcessorMixin sets it before the tokenizer exists
             self.tokenizer.chat_template = value
 
     @property
     def template(self) -> ConversationTemplate:
+        """Renderer of conversations with the current chat template."""
         return self._template_of(None, {})
 
     def _template_of(self, chat_template: str | None, variables: dict) -> ConversationTemplate:
@@ -146,9 +153,9 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             self._templates = {key: ConversationTemplate(self.tokenizer, chat_template)}
         return self._templates[key]
 
-    def to_dict(self, *args, **kwargs) -> dict:
-        """What is saved: the constructor's arguments alone."""
-        templates, self._templates = self._templates, {}  # they need not be copied
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict:
+        """Return the constructor's arguments, for saving."""
+        templates, self._templates = self._templates, {}  # not worth copying
         try:
             values = super().to_dict(*args, **kwargs)
         finally:
@@ -157,11 +164,11 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             values.pop(derived, None)
         return values
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save as transformers does.
 
         Raises:
-            UserError: tokens were added without room for them, so that the folder could not be loaded.
+            UserError: added tokens overlap the residual range, so the saved folder could not be loaded.
         """
         self.check_tokenizer()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -169,23 +176,23 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     # Sequences -----------------------------------------------------------------------------------------------
 
     def image_steps(self, drawn: bool) -> int:
-        """LLM steps of an image, its delimiters included: one a position, but one a residual token where the flat head
-        draws it."""
+        """Number of LLM steps of an image including its delimiters: one per position, or one per residual token if the
+        flat head draws it."""
         return 2 + self.num_positions * (self.num_levels if drawn and self.image_head == "flat" else 1)
 
     def encode_conversation(
         self, messages: Sequence[dict], drawn_codes: Sequence[Tensor | None], add_generation_prompt: bool = False
     ) -> EncodedConversation:
-        """Messages `{"role", "content"}` whose contents hold one image per entry of `drawn_codes`, to ids and labels.
+        """Encode messages `{"role", "content"}` and their images to ids and labels.
 
-        Contents are what `apply_chat_template` takes, without pictures.
+        Contents have the form that `apply_chat_template` accepts, without pictures, and refer to one image per entry of
+        `drawn_codes`.
 
         Args:
-            drawn_codes: for every image in order its codes (N, l >= num_levels) when it is drawn, None when it is
-                read.
+            drawn_codes: for each image in order its codes (N, l >= num_levels) if it is drawn, None if it is read.
 
         Raises:
-            UserError: the number of `<image>` and of images differ, or codes have another number of positions.
+            UserError: the numbers of `<image>` and of images differ, or codes have another number of positions.
         """
         layout = self.lay_out(messages, add_generation_prompt, [codes is not None for codes in drawn_codes])
         return self.put_images(layout, drawn_codes)
@@ -193,13 +200,13 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     def lay_out(
         self, messages: Sequence[dict], add_generation_prompt: bool = False, drawn: Sequence[bool] | None = None
     ) -> ConversationLayout:
-        """Messages as `encode_conversation` takes them, without the images: how long they are and what is learned.
+        """Encode messages as `encode_conversation` does, but leave the images out: their length and learned parts.
 
         Args:
-            drawn: of every image whether it is drawn; by default those in assistant turns are.
+            drawn: for each image, whether it is drawn; by default the images in assistant turns.
 
         Raises:
-            UserError: a chat template that cannot render them, or another number of images than `drawn` tells of.
+            UserError: the chat template cannot render the messages, or their number of images is not that of `drawn`.
         """
         prompt = self._render(read_messages(messages)[0], self.template, add_generation_prompt)
         tokens, learned, is_image = self._encode(prompt, self.template)
@@ -227,7 +234,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
     def _encode(
         self, prompt: RenderedPrompt, template: ConversationTemplate
     ) -> tuple[list[int], list[bool], list[bool]]:
-        """Tokens with one placeholder per image; which are learned; which are placeholders."""
+        """Return tokens with one placeholder per image, a mask of the learned ones, and a mask of the placeholders."""
         self.check_tokenizer()
         tokens, starts = template.encoder.encode(prompt, prompt.user_spans)
         learned = [False] * len(tokens)
@@ -237,14 +244,17 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         return tokens, learned, [token == self.image_token_id for token in tokens]
 
     def put_images(self, layout: ConversationLayout, drawn_codes: Sequence[Tensor | None]) -> EncodedConversation:
-        """A layout with its images, for which `encode_conversation` says what is given."""
+        """Insert the images into a layout; `drawn_codes` is that of `encode_conversation`."""
         check_count(sum(layout.is_image), len(drawn_codes), "the conversation")
-        ids, labels, images = [], [], iter(drawn_codes)
+        ids: list[int] = []
+        labels: list[int] = []
+        images = iter(drawn_codes)
         for token, learned, is_image in zip(layout.tokens, layout.learned, layout.is_image, strict=True):
             piece = self._image_ids(next(images)) if is_image else [token]
             ids += piece
             labels += piece if learned else [-100] * len(piece)
-        labels = [-100 if label == self.image_token_id else label for label in labels]  # read, so not to be written
+        # Images that are read are not learned.
+        labels = [-100 if label == self.image_token_id else label for label in labels]
         return EncodedConversation(torch.tensor(ids), torch.tensor(labels))
 
     def _image_ids(self, codes: Tensor | None) -> list[int]:
@@ -262,13 +272,13 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
 
     @property
     def pad_id(self) -> int:
-        """What stands where nothing does."""
+        """Id of padding: the pad token, or the end-of-sequence token of a tokenizer without one."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
     # Inference -----------------------------------------------------------------------------------------------
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the template's own variables are keywords only
         self,
         conversation: Sequence,
         chat_template: str | None = None,
@@ -279,39 +289,41 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         return_dict: bool = True,
         return_tensors: str | None = "pt",
         sanitize_control_tokens: bool | None = None,
-        **kwargs,
-    ):
-        """Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
+        **kwargs: Any,
+    ) -> Any:
+        """Convert Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
 
-        Contents are what `llava_ext.prompts.messages.read_messages` takes. Text never becomes a control token, so
-        `sanitize_control_tokens` need not be given.
+        Contents have the form that `llava_ext.prompts.messages.read_messages` accepts. Text never becomes a control
+        token, so `sanitize_control_tokens` is not needed.
 
         Args:
-            chat_template: used instead of the tokenizer's.
+            chat_template: replaces the tokenizer's.
             continue_final_message: end with the last message's content, for the model to continue it.
-            return_assistant_tokens_mask: add `assistant_masks` (B, T), 1 on what the assistant says.
-            return_dict: False gives `input_ids` alone.
-            kwargs: those of `BatchOptions`, also in `processor_kwargs`, and what the chat template uses (`tools`,
-                `documents`, `enable_thinking`, ...).
+            return_assistant_tokens_mask: add `assistant_masks` (B, T), 1 on the assistant's answers.
+            return_dict: False returns `input_ids` alone.
+            kwargs: those of `BatchOptions`, also nested in `processor_kwargs`, and variables of the chat template
+                (`tools`, `documents`, `enable_thinking`, ...).
 
         Returns:
-            a `BatchFeature` with `input_ids`, `attention_mask` (B, T) and, with images, `pixel_values`
-            (I, 3, H, W); with `tokenize=False` the rendered text(s), which may be given to the processor with the
-            images: the ids are then the same.
+            a `BatchFeature` with `input_ids`, `attention_mask` (B, T) and, with images, `pixel_values` (I, 3, H, W);
+            with `tokenize=False` the rendered text(s). The processor converts these, called with the same images, to
+            the same ids.
 
         Raises:
-            UserError: an unknown keyword or content type, or an image without a picture.
+            UserError: an unknown content type, an image without a picture, or a variable that the template does not
+                use.
+            ValueError: an unknown or conflicting keyword.
         """
         if add_generation_prompt and continue_final_message:
-            raise UserError(
-                "add_generation_prompt begins an answer and continue_final_message goes on; give one of them"
+            raise ValueError(
+                "add_generation_prompt starts a new answer and continue_final_message continues one; give one of them"
             )
         if continue_final_message not in (True, False, "content"):
-            raise UserError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
+            raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
         if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise UserError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
         if sanitize_control_tokens is False:
-            raise UserError("sanitize_control_tokens=False is not supported: the text of contents is always plain text")
+            raise ValueError("sanitize_control_tokens=False is not supported: contents are always plain text")
         batched = (
             bool(conversation)
             and isinstance(conversation, (list, tuple))
@@ -319,8 +331,9 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         )
         template, keywords = self._split_keywords(chat_template, kwargs)
         if keywords and not tokenize:
-            raise UserError(f"{', '.join(keywords)} have no effect without tokenize=True")
-        pictures, prompts = [], []
+            raise ValueError(f"{', '.join(keywords)} have no effect without tokenize=True")
+        pictures: list = []
+        prompts = []
         for messages in conversation if batched else [conversation]:
             read, found = read_messages(messages)
             pictures += found
@@ -333,9 +346,9 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         return batch if return_dict else batch["input_ids"]
 
     def _split_keywords(self, chat_template: str | None, keywords: Mapping) -> tuple[ConversationTemplate, dict]:
-        """The template with its variables among `keywords`, and those that are the processor's own.
+        """Split keywords into variables of the template, returned as part of it, and keywords of the processor.
 
-        `tools` and `documents` are always the template's, which refuses variables that it does not use.
+        `tools` and `documents` always belong to the template, which rejects variables that it does not use.
         """
         given = {name: value for name, value in keywords.items() if value is not None}
         own = BatchOptions.names()
@@ -344,37 +357,38 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         template = self._template_of(chat_template, variables)
         return template, {name: value for name, value in given.items() if name not in variables}
 
-    def __call__(self, *inputs, text=None, images=None, **kwargs) -> BatchFeature:
-        """Text with images to left-padded model inputs that wait for the answer.
+    def __call__(self, *inputs: Any, text: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """Convert text with images to left-padded model inputs that end where the answer begins.
 
-        A text is a user's turn with one `<image>` per image, which is put into the chat template; it may contain a
-        literal `\\<image>`. Text that `apply_chat_template(tokenize=False)` rendered, or that is written in the chat
-        template's own format, is encoded as it is.
+        A text is a user's turn with one `<image>` per image, which is rendered with the chat template; it may contain a
+        literal `\\<image>`. Text from `apply_chat_template(tokenize=False)`, or written in the format of the chat
+        template, is encoded unchanged.
 
         Args:
             inputs: images and text, in transformers' order or text first; or text alone.
             text: a string or a list of them.
             images: one image, a list in the order of the `<image>`, or one list per text. An image is a PIL image, an
-                array, a tensor, a local path or anything else that the image processor takes.
-            kwargs: those of `BatchOptions`, also in `text_kwargs`.
+                array, a tensor, a local path or anything else that the image processor accepts.
+            kwargs: those of `BatchOptions`, also nested in `text_kwargs`.
 
         Raises:
-            UserError: an unknown keyword, or another number of images than of `<image>`, in all or in a row.
+            UserError: the numbers of images and of `<image>` differ, in total or in a row.
+            ValueError: an unknown keyword, or neither text nor images.
         """
         text, images = text_and_images(inputs, text, images)
-        given = {name: value for name, value in kwargs.items() if name not in _NO_INPUTS or value is not None}
+        given = {name: value for name, value in kwargs.items() if name not in _OTHER_INPUTS or value is not None}
         options = BatchOptions.of(given)
         if text is None:
             if images is None:
-                raise UserError("expected text, images or both, got neither")
+                raise ValueError("expected text, images or both, got neither")
             return BatchFeature({"pixel_values": self._pixels(flat_images(images), options)})
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
-            raise UserError("expected text as a string or a list of strings; messages go to apply_chat_template")
+            raise ValueError("expected text as a string or a list of strings; pass messages to apply_chat_template")
         return self._model_inputs([self._prompt_of(one) for one in texts], self.template, images, options)
 
     def _prompt_of(self, text: str) -> RenderedPrompt:
-        """A user's turn in the chat template, or a rendered conversation as it is."""
+        """Render a user's turn with the chat template; return a rendered conversation unchanged."""
         if isinstance(text, RenderedPrompt):
             return text
         if self.template.is_rendered(text):
@@ -390,7 +404,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         self,
         prompts: Sequence[RenderedPrompt],
         template: ConversationTemplate,
-        images,
+        images: Any,
         options: BatchOptions,
         with_mask: bool = False,
     ) -> BatchFeature:
@@ -410,15 +424,15 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             batch["pixel_values"] = self._pixels(pictures, options)
         return batch
 
-    def _pixels(self, pictures: Sequence, options: BatchOptions):
+    def _pixels(self, pictures: Sequence, options: BatchOptions) -> Any:
         pictures = [checked_picture(picture) for picture in pictures]
         return self.image_processor(pictures, return_tensors=options.return_tensors or "pt").pixel_values
 
     def drawing_prompts(self, prompts: Sequence[str | None]) -> BatchFeature:
-        """Prompts to left-padded ids that end with `<|image_start|>`: the next step is the image's first position.
+        """Convert prompts to left-padded ids that end with `<|image_start|>`; the next step draws the first position.
 
-        An empty prompt or None gives the unconditional row of classifier-free guidance. Prompts are plain text, a
-        `<image>` in them as well.
+        An empty prompt or None makes the unconditional row of classifier-free guidance. Prompts are plain text,
+        including any `<image>` in them.
 
         Raises:
             UserError: a prompt that is not a string.

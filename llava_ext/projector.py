@@ -1,13 +1,13 @@
-"""The bridge from image features to the LLM's embedding space."""
+"""Projection of image features into the LLM's embedding space."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """LLaVA-1.5's two-layer GELU MLP and a learned embedding of the place in the image.
+    """LLaVA-1.5's two-layer GELU MLP plus a learned embedding of the position in the image.
 
-    A sequence model knows how far apart two tokens are, not where in a grid they stand; the embedding tells it.
+    The LLM only sees distances between tokens in the sequence; the embedding adds their position in the grid.
     """
 
     def __init__(self, in_features: int, out_features: int, num_positions: int) -> None:
@@ -18,9 +18,9 @@ class Projector(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(num_positions, out_features))
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Features (..., in_features) at image positions (...) in 0..N-1, row-major, to (..., out_features)."""
+        """Project features (..., in_features) at image positions (...), 0..N-1 row-major, to (..., out_features)."""
         return self.project(features) + self.position_embedding[positions]
 
     def project(self, features: Tensor) -> Tensor:
-        """The MLP alone: (..., in_features) to (..., out_features)."""
+        """Apply the MLP alone: (..., in_features) to (..., out_features)."""
         return self.linear_2(self.activation(self.linear_1(features)))

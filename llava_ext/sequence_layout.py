@@ -1,4 +1,4 @@
-"""A conversation as tokens before and after its images are put in.
+"""Token sequence of a conversation before its images are inserted (layout) and after (encoded).
 
 T tokens of the flat sequence.
 """
@@ -13,25 +13,25 @@ from evotok_plugin.errors import UserError
 
 @dataclass
 class EncodedConversation:
-    """One conversation as ids and labels, both (T,); -100 marks what is not learned."""
+    """Ids and labels of one conversation, both (T,); labels are -100 where nothing is learned."""
 
     input_ids: Tensor
     labels: Tensor
 
 
 class TooLong(UserError):
-    """A conversation that cannot be cut to the length that is wanted."""
+    """A conversation that cannot be truncated to the requested length."""
 
 
 @dataclass(frozen=True)
 class ConversationLayout:
-    """A conversation before its images are put in: one token per text token and one per image.
+    """A conversation before its images are inserted: text tokens and one placeholder per image.
 
     Attributes:
         tokens: ids.
-        learned: which of them are learned.
-        is_image: which of them stand for an image.
-        image_steps: LLM steps that each image takes, its delimiters included.
+        learned: for each token, whether it is learned.
+        is_image: for each token, whether it is the placeholder of an image.
+        image_steps: number of LLM steps of each image, including its delimiters.
     """
 
     tokens: list[int]
@@ -41,14 +41,14 @@ class ConversationLayout:
 
     @property
     def num_steps(self) -> int:
-        """LLM steps: one per text token, and those of the images."""
+        """Number of LLM steps: one per text token, plus those of the images."""
         return len(self.tokens) - len(self.image_steps) + sum(self.image_steps)
 
     def cut_to(self, num_steps: int) -> "ConversationLayout":
-        """Leave out from the end what exceeds `num_steps` LLM steps; images are kept, and whole.
+        """Truncate text at the end to `num_steps` LLM steps; images are never cut or dropped.
 
         Raises:
-            TooLong: an image, or all that would be learned, lies beyond.
+            TooLong: truncation would cut an image, or leave nothing to learn.
         """
         if self.num_steps <= num_steps:
             return self
@@ -56,7 +56,7 @@ class ConversationLayout:
         steps[self.is_image] = self.image_steps
         kept = int(np.searchsorted(steps.cumsum(), num_steps, side="right"))
         if any(self.is_image[kept:]):
-            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} do not hold all images whole")
+            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} do not include all images completely")
         if not any(self.learned[:kept]):
-            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} hold nothing to learn")
+            raise TooLong(f"{self.num_steps} steps, and the first {num_steps} contain nothing to learn")
         return ConversationLayout(self.tokens[:kept], self.learned[:kept], self.is_image[:kept], self.image_steps)

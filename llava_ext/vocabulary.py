@@ -1,4 +1,4 @@
-"""Residual tokens in the LLM's vocabulary: the only place with arithmetic on residual token ids."""
+"""Residual tokens in the LLM's vocabulary: all arithmetic on residual token ids."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _TEXT_FORM = re.compile(r"<\|evo:(\d+):(\d+)\|>")
 class ResidualVocabulary:
     """The bijection (level, code) <-> token id: `id = offset + level * codebook_size + code`.
 
-    The ids occupy a reserved range that may lie anywhere in the id space, not only at its end.
+    The ids form a contiguous range, which may be anywhere in the id space, not only at its end.
     """
 
     offset: int
@@ -24,16 +24,17 @@ class ResidualVocabulary:
 
     def __post_init__(self) -> None:
         for name in ("offset", "num_levels", "codebook_size"):
-            if getattr(self, name) < (0 if name == "offset" else 1):
-                raise UserError(f"residual vocabulary: {name} must be positive, got {getattr(self, name)}")
+            least = 0 if name == "offset" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"residual vocabulary: {name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def size(self) -> int:
-        """How many residual tokens there are."""
+        """Number of residual tokens."""
         return self.num_levels * self.codebook_size
 
     def to_ids(self, codes: Tensor) -> Tensor:
-        """Codes (..., l), level l on the last axis, to token ids of the same shape.
+        """Convert codes (..., l), with levels on the last axis, to token ids of the same shape.
 
         Raises:
             UserError: more levels than the vocabulary has, or a code outside the codebook.
@@ -42,34 +43,36 @@ class ResidualVocabulary:
         if levels > self.num_levels:
             raise UserError(f"codes have {levels} levels but the vocabulary has residual tokens for {self.num_levels}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
-            raise UserError(
-                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
-            )
+            raise UserError(f"codes must be in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}")
         return codes + self.offset + torch.arange(levels, device=codes.device) * self.codebook_size
 
     def is_residual(self, ids: Tensor) -> Tensor:
-        """Which ids are residual tokens: a mask of the ids' shape."""
+        """Mask of the residual tokens among `ids`, of the same shape."""
         return (ids >= self.offset) & (ids < self.offset + self.size)
 
     def levels(self, ids: Tensor) -> Tensor:
-        """The level of each residual id; undefined for other ids."""
+        """Level of each residual id; undefined for other ids."""
         return (ids - self.offset) // self.codebook_size
 
     def codes(self, ids: Tensor) -> Tensor:
-        """The code of each residual id within its level; undefined for other ids."""
+        """Code of each residual id within its level; undefined for other ids."""
         return (ids - self.offset) % self.codebook_size
 
     def to_text(self, token_id: int) -> str:
-        """The text form of one residual id, `<|evo:LEVEL:CODE|>`."""
+        """Text form of one residual id, `<|evo:LEVEL:CODE|>`.
+
+        Raises:
+            ValueError: not a residual id.
+        """
         if not self.offset <= token_id < self.offset + self.size:
-            raise UserError(
-                f"{token_id} is not a residual token id; those are {self.offset}..{self.offset + self.size - 1}"
+            raise ValueError(
+                f"{token_id} is not a residual token id; expected {self.offset}..{self.offset + self.size - 1}"
             )
         level, code = divmod(token_id - self.offset, self.codebook_size)
         return f"<|evo:{level}:{code}|>"
 
     def from_text(self, text: str) -> list[int]:
-        """The ids of all residual tokens written in `text`, in order.
+        """Ids of all residual tokens written in `text`, in order.
 
         Raises:
             UserError: a level or code that does not exist.

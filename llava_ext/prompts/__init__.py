@@ -1,1 +1,1 @@
-"""Prompts: messages of users and libraries to text with image placeholders, to ids, to batches, and back."""
+"""Prompts: from messages to text with image placeholders, to ids, to batches, and back."""

@@ -1,36 +1,41 @@
-"""Rows of ids to a batch, by the keywords that transformers' processors take."""
+"""Padding, truncation and stacking of rows into a batch, with the keywords of transformers' processors.
 
-from collections.abc import Mapping, Sequence
+B rows, T tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from evotok_plugin.errors import UserError
 
 _NESTED = ("text_kwargs", "common_kwargs", "processor_kwargs")
-_LARGEST_LENGTH = 10**9  # a tokenizer without a limit has one beyond this
+_LARGEST_LENGTH = 10**9  # tokenizers without a limit report a larger one
 PADDING = {True: "longest", "longest": "longest", False: None, "do_not_pad": None, "max_length": "max_length"}
 TENSORS = ("pt", "np", None)
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Options for making a batch of rows, named as in transformers.
+    """Options for batching rows, named as in transformers.
 
     Attributes:
         padding: True or "longest", False or "do_not_pad", or "max_length".
-        padding_side: "left", where generation needs it, or "right".
-        max_length: tokens of a row, for `truncation` and `padding="max_length"`.
-        truncation: cut rows to `max_length` on the tokenizer's truncation side; no image may be cut.
-        pad_to_multiple_of: of the padded length.
+        padding_side: "left", as generation needs it, or "right".
+        max_length: number of tokens for `truncation` and `padding="max_length"`.
+        truncation: truncate rows to `max_length` on the tokenizer's truncation side; images must not be cut.
+        pad_to_multiple_of: pad to a multiple of this length.
         return_tensors: "pt", "np", or None for lists.
-        return_attention_mask: False leaves `attention_mask` out.
+        return_attention_mask: False omits `attention_mask`.
         add_special_tokens: False or None; the chat template writes them.
 
     Raises:
-        UserError: a value that is not supported, or a `max_length` that would have no effect.
+        ValueError: an unsupported value, or a `max_length` without effect.
     """
 
     padding: bool | str = True
@@ -54,69 +59,79 @@ class BatchOptions:
             if getattr(self, name) not in allowed:
                 hint = "; the chat template writes special tokens" if name == "add_special_tokens" else ""
                 options = ", ".join(map(repr, allowed))
-                raise UserError(f"{name}: expected one of {options}, got {getattr(self, name)!r}{hint}")
+                raise ValueError(f"{name}: expected one of {options}, got {getattr(self, name)!r}{hint}")
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UserError(f"{name}: expected a positive number, got {value!r}")
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
         if self.max_length is not None and not self.truncates and PADDING[self.padding] != "max_length":
-            raise UserError(
+            raise ValueError(
                 f'max_length={self.max_length} has no effect without truncation=True or padding="max_length"'
             )
 
     @property
     def truncates(self) -> bool:
+        """Whether rows longer than `max_length` are truncated."""
         return self.truncation not in (None, False, "do_not_truncate")
 
     @classmethod
     def of(cls, keywords: Mapping) -> "BatchOptions":
-        """Options from keywords, also from those nested in `text_kwargs`, `common_kwargs` and `processor_kwargs`.
+        """Collect options from keywords, including those nested in `text_kwargs`, `common_kwargs`, `processor_kwargs`.
 
         Raises:
-            UserError: unknown keywords, or one that is given twice with different values.
+            ValueError: an unknown keyword, or one that is given twice with different values.
         """
         found: dict = {}
         known = {field.name for field in fields(cls)}
         for name, value in _flat(keywords):
             if name not in known:
-                raise UserError(
+                raise ValueError(
                     f"the processor does not take {name!r}; it takes {', '.join(sorted(known))}. Images are always "
                     "prepared at the model's own size"
                 )
             value = getattr(value, "value", value)  # transformers' enumerations
             if name in found and found[name] != value:
-                raise UserError(f"{name} is given twice: {found[name]!r} and {value!r}")
+                raise ValueError(f"{name} is given twice: {found[name]!r} and {value!r}")
             found[name] = value
         return cls(**found)
 
     @classmethod
     def names(cls) -> set[str]:
-        """All keywords that `of` takes."""
+        """Return all keywords that `of` accepts."""
         return {field.name for field in fields(cls)} | {*_NESTED, "images_kwargs"}
 
     # Batches -------------------------------------------------------------------------------------------------
 
-    def batch(self, rows: Sequence[Tensor], fills: Mapping[str, int], tokenizer, image_ids: Sequence[int]) -> dict:
-        """Put rows of equal-length sequences together.
+    def batch(
+        self,
+        rows: Sequence[dict[str, Tensor]],
+        fills: Mapping[str, int],
+        tokenizer: PreTrainedTokenizerBase,
+        image_ids: Sequence[int],
+    ) -> dict[str, Any]:
+        """Truncate, pad and stack rows.
 
         Args:
-            rows: for each row its sequences (T_i,) by name; `input_ids` among them.
-            fills: for each name what pads it.
-            image_ids: tokens that belong to images.
+            rows: for each row its sequences (T_i,) by name, including `input_ids`.
+            fills: padding value for each name.
+            image_ids: ids of image tokens, which must not be cut.
 
         Returns:
-            (B, T) for each name and `attention_mask`; lists where tensors are not wanted.
+            (B, T) for each name and `attention_mask`; lists if `return_tensors` is None.
 
         Raises:
-            UserError: an image that would be cut, or rows of different lengths without padding.
+            UserError: truncation would cut an image.
+            ValueError: rows of different lengths without padding, or a missing `max_length`.
         """
-        rows = [self._cut(row, tokenizer, image_ids) for row in rows]
+        rows = [self._truncated(row, tokenizer, image_ids) for row in rows]
         rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         width = self._width(lengths, tokenizer)
         if width is None and self.return_tensors is not None and len(set(lengths)) > 1:
-            raise UserError(f"rows of {min(lengths)} to {max(lengths)} tokens make no tensor; pass padding=True")
-        batch = {}
+            raise ValueError(
+                f"rows of {min(lengths)} to {max(lengths)} tokens cannot be stacked to a tensor; pass padding=True"
+            )
+        batch: dict[str, Any] = {}
         for name, fill in {**fills, "attention_mask": 0}.items():
             if name == "attention_mask" and self.return_attention_mask is False:
                 continue
@@ -127,13 +142,15 @@ class BatchOptions:
                 batch[name] = torch.stack(padded) if self.return_tensors == "pt" else np.stack(padded)
         return batch
 
-    def _limit(self, tokenizer, what: str) -> int:
+    def _limit(self, tokenizer: PreTrainedTokenizerBase, what: str) -> int:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
         if limit > _LARGEST_LENGTH:
-            raise UserError(f"{what} needs max_length; the tokenizer has no limit of its own")
+            raise ValueError(f"{what} needs max_length; the tokenizer has no limit")
         return limit
 
-    def _cut(self, row: dict[str, Tensor], tokenizer, image_ids: Sequence[int]) -> dict[str, Tensor]:
+    def _truncated(
+        self, row: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, image_ids: Sequence[int]
+    ) -> dict[str, Tensor]:
         ids = row["input_ids"]
         limit = self._limit(tokenizer, "truncation=True") if self.truncates else len(ids)
         if len(ids) <= limit:
@@ -146,8 +163,8 @@ class BatchOptions:
             )
         return {name: values[-limit:] if left else values[:limit] for name, values in row.items()}
 
-    def _width(self, lengths: Sequence[int], tokenizer) -> int | None:
-        """Tokens of the padded rows; None without padding."""
+    def _width(self, lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Length of padded rows; None without padding."""
         how = PADDING[self.padding]
         if how is None:
             return None
@@ -163,8 +180,8 @@ class BatchOptions:
         return torch.nn.functional.pad(values, padding, value=fill)
 
 
-def _flat(keywords: Mapping):
-    """Keywords with their values, nested ones included; None means that a keyword is not given, except for tensors."""
+def _flat(keywords: Mapping) -> Iterator[tuple[str, Any]]:
+    """Yield keywords with their values, including nested ones; None means "not given", except for `return_tensors`."""
     for name, value in keywords.items():
         if name in (*_NESTED, "images_kwargs") and isinstance(value, Mapping):
             yield from _flat(value)

@@ -1,4 +1,4 @@
-"""Image parts of messages, as processors, OpenAI's API and data sets write them."""
+"""Image parts of messages, in the forms of Hugging Face processors, OpenAI's API and datasets."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 
 
 def is_empty(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN (as pandas writes it), "", [], {} or a list or object of such values."""
+    """Whether a field is empty: null, NaN (as written by pandas), "", [], {} or a list or object of such values."""
     if isinstance(value, (list, tuple)):
         return all(map(is_empty, value))
     if isinstance(value, Mapping):
@@ -21,10 +21,11 @@ def is_empty(value: object) -> bool:
 
 
 def picture_in_part(part: Mapping) -> tuple[str, object]:
-    """The picture of an image part and the key that it stands under, one of `PICTURE_KEYS`; ("", None) without one.
+    """Return the key, one of `PICTURE_KEYS`, and the picture of an image part; ("", None) without a picture.
 
-    The value of a key may be an object that holds the picture in turn, as in `{"image_url": {"url": ...}}`. A string
-    under "bytes" is base64 and returned as such. A path beside bytes is their name, as in columns of `datasets.Image`.
+    The value of a key may be an object that contains the picture, as in `{"image_url": {"url": ...}}`. A string under
+    "bytes" is base64, and its key is returned as "base64". A path next to bytes is only their name, as in columns of
+    `datasets.Image`.
 
     Raises:
         UserError: several pictures.
@@ -36,7 +37,7 @@ def picture_in_part(part: Mapping) -> tuple[str, object]:
         return "", None
     (key, first), *others = found.items()
     if not all(isinstance(first, str) and isinstance(other, str) and first == other for _, other in others):
-        raise UserError(f"an image has one picture, got {' and '.join(map(repr, found))}")
+        raise UserError(f"expected one picture, got {' and '.join(map(repr, found))}")
     if isinstance(first, Mapping):
         return picture_in_part(first)
     return ("base64" if key == "bytes" and isinstance(first, str) else key), first

@@ -1,8 +1,8 @@
-"""`<image>` in text: where images stand, and how a literal `<image>` is written.
+"""`<image>` placeholders in text, and the escaping of a literal `<image>`.
 
-In a string, `<image>` stands for an image and `\\<image>` for the text `<image>`. Backslashes matter before `<image>`
-only: `\\\\<image>` is one backslash and an image. In a list of message parts nothing is escaped: the text of a
-`{"type": "text"}` part is text, whatever it holds.
+In a string, `<image>` represents an image and `\\<image>` the text `<image>`. Backslashes have a meaning only before
+`<image>`: `\\\\<image>` is one backslash and an image. In a list of message parts nothing is escaped: the text of a
+`{"type": "text"}` part is always literal.
 """
 
 import re
@@ -12,12 +12,13 @@ _WITH_BACKSLASHES = re.compile(r"(\\*)" + re.escape(LLAVA_IMAGE))
 
 
 def split_at_images(text: str) -> list[str]:
-    """Split at every `<image>` that stands for an image, and remove the escapes from the pieces.
+    """Split at every `<image>` that represents an image, and remove the escapes from the pieces.
 
     Returns:
         one piece more than there are images.
     """
-    pieces, current, end = [], "", 0
+    pieces: list[str] = []
+    current, end = "", 0
     for match in _WITH_BACKSLASHES.finditer(text):
         pairs, escaped = divmod(len(match[1]), 2)
         current += text[end : match.start()] + "\\" * pairs
@@ -31,10 +32,10 @@ def split_at_images(text: str) -> list[str]:
 
 
 def count_images(text: str) -> int:
-    """Count the `<image>` in `text` that stand for images."""
+    """Count the `<image>` in `text` that represent images."""
     return sum(len(match[1]) % 2 == 0 for match in _WITH_BACKSLASHES.finditer(text))
 
 
 def escape_images(text: str) -> str:
-    """Escape every `<image>`, so that `split_at_images` gives `text` back as one piece."""
+    """Escape every `<image>`, so that `split_at_images` returns `text` as one piece."""
     return _WITH_BACKSLASHES.sub(lambda match: match[1] * 2 + "\\" + LLAVA_IMAGE, text)

@@ -1,7 +1,7 @@
-"""Text to ids in which the text that users write never becomes a control token.
+"""Encoding of text to ids in which text written by users never becomes a control token.
 
-A tokenizer replaces the text of an added token by that token wherever it stands, also where a user wrote it. Here only
-the chat template may write control tokens; in contents their text is encoded like any other text.
+A tokenizer replaces the text of an added token by that token everywhere, even if a user wrote it. Here only the chat
+template may write control tokens; in message contents their text is encoded like any other text.
 
 T tokens.
 """
@@ -10,23 +10,24 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from evotok_plugin.errors import UserError
 
-_STAND_IN = "\ue002control\ue003"  # private-use characters, in place of the template's own control tokens
+_STAND_IN = "\ue002control\ue003"  # private-use characters: replaces the template's control tokens
 
 
 class TextEncoder:
-    """Encodes rendered conversations of one chat template.
+    """Encoder of rendered conversations of one chat template.
 
-    Control tokens are the special tokens of the tokenizer, and those of its other added tokens that the template writes
-    around turns. Further added tokens (`<think>`, `<loc1>`) are words of the text and stay tokens everywhere.
+    Control tokens are the special tokens of the tokenizer, and other added tokens that the template writes around
+    turns. Further added tokens (`<think>`, `<loc1>`) are words of the text and remain tokens everywhere.
 
     Text without control tokens is encoded exactly as by the tokenizer itself.
     """
 
-    def __init__(self, tokenizer, template_text: str) -> None:
-        """`template_text` is what the template writes around turns."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template_text: str) -> None:
+        """`template_text` is the text that the template writes around turns."""
         self._tokenizer, self._template_text = tokenizer, template_text
         self._state: object = None
         self._control: dict[int, str] = {}
@@ -34,7 +35,7 @@ class TextEncoder:
 
     @property
     def control_tokens(self) -> dict[int, str]:
-        """Text of the control tokens by id."""
+        """Texts of the control tokens by id."""
         specials = tuple(self._tokenizer.all_special_tokens)
         state = (len(self._tokenizer), specials)
         if state != self._state:  # tokens may be added at any time
@@ -51,30 +52,35 @@ class TextEncoder:
         return token in self._template_text and not is_word
 
     def encode(self, text: str, user_spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Encode `text`, in whose `user_spans` (start, end; sorted) nothing becomes a control token.
+        """Encode `text`; nothing within `user_spans` (start, end; sorted) becomes a control token.
 
         Returns:
-            ids and the characters where they start, both (T,).
+            ids and the indices of their first characters, both (T,).
 
         Raises:
-            UserError: a tokenizer whose model itself, without added tokens, makes a control token of user text.
+            UserError: the tokenizer's model itself, without added tokens, turns user text into a control token.
         """
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        found = [(n, token) for n, token in enumerate(ids) if token in self.control_tokens]
-        found = [(*offsets[n], token) for n, token in found if self._is_written_out(token, text, offsets[n])]
+        ids: list[int] = encoded["input_ids"]
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        found = [
+            (start, end, token)
+            for token, (start, end) in zip(ids, offsets, strict=True)
+            if token in self.control_tokens and self._is_written_out(token, text, (start, end))
+        ]
         by_template = [(start, end, token) for start, end, token in found if not _overlap(text, start, end, user_spans)]
         if len(by_template) == len(found):
             return ids, [start for start, _ in offsets]
         return self._encode_apart(text, by_template)
 
     def _is_written_out(self, token: int, text: str, span: tuple[int, int]) -> bool:
-        """Whether the token stands for its own text; the unknown token stands for any word."""
+        """Whether the token represents its own text; the unknown token represents any word."""
         return token != self._tokenizer.unk_token_id or text[slice(*span)].strip() == self.control_tokens[token]
 
     def _encode_apart(self, text: str, by_template: list[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
-        """Encode with control tokens at the given (start, end, id) alone."""
-        parts, starts_in, starts_out, end = [], [0], [0], 0
+        """Encode with control tokens only at the given (start, end, id)."""
+        parts: list[str] = []
+        starts_in, starts_out, end = [0], [0], 0
         for start, stop, _ in by_template:
             parts += [text[end:start], _STAND_IN]
             starts_in += [starts_in[-1] + len(parts[-2]), starts_in[-1] + len(parts[-2]) + len(_STAND_IN)]
@@ -82,9 +88,12 @@ class TextEncoder:
             end = stop
         encoded = self._plain_tokenizer().encode("".join([*parts, text[end:]]), add_special_tokens=False)
         stand_in = self._plain_tokenizer().token_to_id(_STAND_IN)
+        assert stand_in is not None
         if encoded.ids.count(stand_in) != len(by_template):
-            raise UserError(f"the text holds {_STAND_IN!r}, which is reserved; remove it")
-        written, ids, starts = iter(by_template), [], []
+            raise UserError(f"the text contains {_STAND_IN!r}, which is reserved; remove it")
+        ids: list[int] = []
+        starts: list[int] = []
+        written = iter(by_template)
         for token, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True):
             part = bisect_right(starts_in, start) - 1
             ids.append(next(written)[2] if token == stand_in else token)
@@ -92,13 +101,13 @@ class TextEncoder:
             span = (starts[-1], starts[-1] + stop - start)
             if token in self.control_tokens and self._is_written_out(token, text, span):
                 raise UserError(
-                    f"the tokenizer makes the control token {self.control_tokens[token]!r} of plain text; write the "
-                    "text in another way"
+                    f"the tokenizer encodes plain text to the control token {self.control_tokens[token]!r}; change the "
+                    "wording of the text"
                 )
         return ids, starts
 
     def _plain_tokenizer(self) -> Tokenizer:
-        """A copy of the tokenizer that takes no control token out of text, only `_STAND_IN`."""
+        """Return a copy of the tokenizer that encodes control tokens as plain text, except `_STAND_IN`."""
         if self._plain is None:
             plain = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
             plain.no_padding()
@@ -111,7 +120,7 @@ class TextEncoder:
 
 
 def _overlap(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether text[start:end], without the white space that the token took with it, touches one of the spans."""
+    """Whether text[start:end], without the white space that belongs to the token, overlaps one of the spans."""
     token = text[start:end]
     start, end = start + len(token) - len(token.lstrip()), end - len(token) + len(token.rstrip())
     return any(first < end and start < last for first, last in spans)

@@ -28,7 +28,7 @@ from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfi
 from llava_ext.generation.options import store_settings
 from llava_ext.model_folder import has_fingerprint, load_model, save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
-from llava_ext.new_tokens import MODULE, add_new_token_rows, table_names, take_rows_back
+from llava_ext.new_tokens import MODULE, add_new_token_rows, merge_new_token_rows, table_names
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parameter_groups import plain_name
 
@@ -188,7 +188,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
     if (adapter / GENERATION_CONFIG_NAME).is_file():  # of the run; older adapters have none
         model.generation_config = GenerationConfig.from_pretrained(adapter)
     model = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
-    take_rows_back(model)
+    merge_new_token_rows(model)
 
     def write(folder: Path) -> None:
         save_model(model, folder)

@@ -46,7 +46,7 @@ from llava_ext.data.records import LLAVA_IMAGE, Record  # noqa: E402
 from llava_ext.data.samplers import PackingSampler  # noqa: E402
 from llava_ext.embedded.text_backbone import train_text_tokenizer  # noqa: E402
 from llava_ext.folding import fold_residual_tokens  # noqa: E402
-from llava_ext.packed_attention import tell_samples_apart  # noqa: E402
+from llava_ext.packed_attention import separate_samples  # noqa: E402
 
 VOCABULARY = 151936  # Qwen2's
 
@@ -251,7 +251,7 @@ class TextBatch:
 
 def text_batch(model, batch: dict[str, Tensor]) -> TextBatch:
     folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, batch["labels"], batch["segment_ids"])
-    folded, apart = tell_samples_apart(model.language_model, folded)
+    folded, apart = separate_samples(model.language_model, folded)
     learned = (folded.labels[:, 1:] != -100) & ~folded.written[:, 1:]
     ids = folded.input_ids.masked_fill(folded.written, 0)
     return TextBatch(ids, apart, learned, folded.labels[:, 1:][learned])

@@ -122,7 +122,7 @@ def test_a_template_that_drops_or_repeats_a_turn_is_refused(template_of, times, 
 
 
 def test_roles_that_the_template_does_not_take_are_named(template_of):
-    with pytest.raises(ValueError, match=r"does not take messages of roles \('user', 'user'\): roles must alternate"):
+    with pytest.raises(ValueError, match=r"does not accept messages of roles \('user', 'user'\): roles must alternate"):
         template_of("mistral").render([QUESTION, QUESTION])
 
 
@@ -168,7 +168,7 @@ def test_text_is_cut_at_its_end_and_images_never(tiny_mllm):
         assert torch.equal(cut.input_ids, whole.input_ids[:length]) and torch.equal(cut.labels, whole.labels[:length])
         assert cut.input_ids.eq(processor.image_token_id).sum() == processor.num_positions
     drawn_last = processor.lay_out([*reading(), QUESTION, {"role": "assistant", "content": "<image>"}])
-    with pytest.raises(TooLong, match="do not hold all images whole"):
+    with pytest.raises(TooLong, match="do not include all images completely"):
         drawn_last.cut_to(drawn_last.num_steps - 3)
 
 

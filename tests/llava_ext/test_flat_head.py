@@ -10,7 +10,7 @@ from mixed_samples import make_sample
 from evotok_plugin.losses import cross_entropy
 from llava_ext import EvoTokLlavaConfig
 from llava_ext.data.collators import Collator
-from llava_ext.flat_head import FreeFlatHead, TiedFlatHead, start_rows
+from llava_ext.flat_head import FreeFlatHead, TiedFlatHead, initialize_rows
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model
 from llava_ext.processing_evotok_llava import TooLong
@@ -31,7 +31,7 @@ def head(request, codebooks):
     torch.manual_seed(0)
     tied = request.param == "tied"
     head = TiedFlatHead(LEVELS, CODES, DIM, WIDTH) if tied else FreeFlatHead(LEVELS, CODES, WIDTH)
-    start_rows(head, codebooks, 0.5, 0.25)
+    initialize_rows(head, codebooks, 0.5, 0.25)
     return head
 
 
@@ -56,7 +56,7 @@ def test_rows_start_on_the_wanted_scale_at_every_level(head, codebooks):
 def test_codes_that_are_alike_start_alike(head, codebooks):
     near = codebooks.clone()
     near[0, 1] = near[0, 0] * 1.01
-    start_rows(head, near, 1.0, 1.0)
+    initialize_rows(head, near, 1.0, 1.0)
     for rows in (head.input_rows(near)[0], head.output_rows(near)[0]):
         apart = (rows[0] - rows).norm(dim=1)
         assert apart[1] < 0.2 * apart[2:].min()

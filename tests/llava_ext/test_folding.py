@@ -58,7 +58,7 @@ def test_packed_samples_keep_their_segments_positions_and_places():
     folded = fold_residual_tokens(VOCABULARY, ids, None, labels, segments)
     assert folded.segment_ids.tolist() == [[1] * 5 + [2] * 5, [1, 1, 1, 1, 2] + [0] * 5]
     assert folded.position_ids.tolist() == [[*range(5), *range(5)], [*range(4), 0, *range(5)]]
-    assert folded.written_places(2).tolist() == [0, 1] * 3
+    assert folded.written_positions(2).tolist() == [0, 1] * 3
     first = [[0, 5], [0, 4]]
     for row, places in enumerate(first):
         assert (folded.labels[row][places] == -100).all(), "nothing stands before a sample's first token"
@@ -81,8 +81,8 @@ def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
 )
 def test_images_of_another_size_are_refused(rows):
     folded = fold_residual_tokens(VOCABULARY, torch.tensor(rows), None, None)
-    with pytest.raises(ValueError, match="no whole images of 2 steps"):
-        folded.written_places(2)
+    with pytest.raises(ValueError, match="expected 2 in each image"):
+        folded.written_positions(2)
 
 
 def test_a_left_padded_samples_first_label_is_not_learned():
@@ -104,8 +104,8 @@ def test_without_folding_each_residual_token_is_a_step_and_all_is_checked_alike(
     folded = fold_residual_tokens(VOCABULARY, ids, mask, ids, fold=False)
     assert torch.equal(folded.input_ids, ids) and torch.equal(folded.attention_mask, mask)
     assert torch.equal(folded.written, VOCABULARY.is_residual(ids))
-    assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and folded.written_places(6).tolist() == [*range(6)]
-    with pytest.raises(ValueError, match="no whole images of 9 steps"):
-        folded.written_places(9)
+    assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and folded.written_positions(6).tolist() == [*range(6)]
+    with pytest.raises(ValueError, match="expected 9 in each image"):
+        folded.written_positions(9)
     with pytest.raises(ValueError, match="in another order"):
         fold_residual_tokens(VOCABULARY, ids[:1, :5], None, None, fold=False)

@@ -13,7 +13,7 @@ from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import Sample
 from llava_ext.export.causal_lm import export_causal_lm
 from llava_ext.model_folder import load_model
-from llava_ext.new_tokens import ROWS_FILE, add_new_token_rows, start_new_rows, take_rows_back
+from llava_ext.new_tokens import ROWS_FILE, add_new_token_rows, initialize_new_rows, merge_new_token_rows
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 from llava_ext.training.adapters import merge
 
@@ -86,7 +86,7 @@ def test_new_rows_differ_and_lie_near_the_mean_of_the_others():
     torch.manual_seed(0)
     table = torch.randn(20_000, 8) * torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]) + 5
     before, new = table.clone(), [3, 9_000, 19_999]
-    start_new_rows(table, new)
+    initialize_new_rows(table, new)
     others = torch.ones(len(table), dtype=torch.bool)
     others[new] = False
     assert torch.equal(table[others], before[others])
@@ -94,7 +94,7 @@ def test_new_rows_differ_and_lie_near_the_mean_of_the_others():
     assert distances.abs().max() < 0.5 and distances.std() > 0.02
     assert len(torch.unique(table[new], dim=0)) == 3
     again = before.clone()
-    start_new_rows(again, new)
+    initialize_new_rows(again, new)
     assert torch.equal(again, table)
 
 
@@ -146,7 +146,7 @@ def test_rows_apart_give_the_losses_logits_and_gradients_of_rows_in_the_tables(b
         rows.inputs[1] += 1
         moved = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         assert not torch.allclose(moved, logits)
-        take_rows_back(model)
+        merge_new_token_rows(model)
         assert model.new_token_rows is None
         again = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         torch.testing.assert_close(again, moved)

@@ -118,7 +118,7 @@ def test_a_sample_is_no_longer_than_its_length_says(tiny_mllm, dataset_of):
 
 def test_an_image_that_does_not_fit_is_an_error_not_a_half_image(dataset_of):
     dataset = dataset_of(max_length=10)
-    with pytest.raises(TooLong, match="first 10 do not hold all images whole"):
+    with pytest.raises(TooLong, match="first 10 do not include all images completely"):
         dataset[int(np.flatnonzero(dataset.kinds)[0])]
 
 

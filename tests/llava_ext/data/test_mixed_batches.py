@@ -89,7 +89,7 @@ def test_an_image_that_is_not_whole_is_an_error(any_mllm, samples):
     first = int(model.vocabulary.is_residual(batch["input_ids"][0]).nonzero()[0])
     short = {name: torch.cat([value[:, :first], value[:, first + 4 :]], dim=1) for name, value in batch.items()}
     drawn, whole = (68, 36) if model.config.image_head == "flat" else (17, 9)
-    with pytest.raises(ValueError, match=f"{drawn} drawn steps in 2 images are no whole images of {whole} steps"):
+    with pytest.raises(ValueError, match=f"{drawn} drawn steps in 2 images, expected {whole} in each image"):
         model(**short)
 
 

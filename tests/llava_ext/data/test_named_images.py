@@ -62,7 +62,7 @@ def test_names_are_found_in_every_form(row, names):
     [
         ({"image": "a", "images": ["b"]}, r"'images' and 'image' name different images \(\['b'\] and \['a'\]\)"),
         ({"image": "a", "images": ["a", "b"]}, "name different images"),
-        ({"image": {"path": "a", "url": "b"}}, "image: image 0 of 1: an image has one picture, got 'url' and 'path'"),
+        ({"image": {"path": "a", "url": "b"}}, "image: image 0 of 1: expected one picture, got 'url' and 'path'"),
         ({"images": ["a", None]}, "images: image 1 of 2 is empty"),
         ({"images": [["a"]]}, "images: expected paths, got list"),
         ({"image": 7}, "image: expected paths, got int"),

@@ -288,5 +288,5 @@ def test_half_an_image_is_no_image(talker):
     ids = processor.vocabulary.to_ids(torch.zeros(9, 4, dtype=torch.long)).flatten()
     with pytest.raises(ValueError, match="9 positions with levels 0 to 3 each, got 35 residual tokens"):
         processor.decode(ids[:-1], images_from=model.vision_tower)
-    with pytest.raises(ValueError, match="was it cut"):
+    with pytest.raises(ValueError, match="was it truncated"):
         processor.decode(ids.flip(0), images_from=model.vision_tower)

@@ -162,7 +162,7 @@ def test_a_model_that_makes_control_tokens_of_plain_text_is_refused():
     words.add_special_tokens(["<unk>", "<eot>"])
     encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"), "")
     assert encoder.encode("red blue", [(0, 8)])[0] == [1, 0]  # an unknown word is not a control token
-    with pytest.raises(ValueError, match="makes the control token '<eot>' of plain text"):
+    with pytest.raises(ValueError, match="encodes plain text to the control token '<eot>'"):
         encoder.encode("red <eot>", [(0, 9)])
 
 

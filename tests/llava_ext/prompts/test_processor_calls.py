@@ -279,7 +279,7 @@ def test_the_template_gets_its_variables_and_may_be_another(processor):
     assert processor.decode(
         processor.apply_chat_template([user(text("a"))], tokenize=True, **given)["input_ids"][0]
     ) == str(rendered)
-    with pytest.raises(ValueError, match=r"'mood' holds the control token '<\|end\|>'"):
+    with pytest.raises(ValueError, match=r"'mood' contains the control token '<\|end\|>'"):
         processor.apply_chat_template([user(text("a"))], chat_template=template, mood="<|end|>")
 
 
