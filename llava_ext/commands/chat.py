@@ -18,8 +18,8 @@ from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.generation import Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.model_folder import OpenModel, open_model
-from llava_ext.serving.image_files import Origin, check_folder, file_name, write_drawn
-from llava_ext.serving.session import Conversation
+from llava_ext.serving.image_files import Provenance, check_folder, file_name, write_drawn
+from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 from llava_ext.serving.web_images import fetch
 
@@ -152,7 +152,7 @@ class Chat:
     output: Path
     pictures: Pictures
     pending: list[Image.Image]
-    conversation: Conversation = field(default_factory=Conversation)
+    conversation: ChatSession = field(default_factory=ChatSession)
     in_line: bool = False
     left: bool = False
 
@@ -169,7 +169,7 @@ class Chat:
                 raise UserError(f"{command} what? /help says how it is typed")
             commands[command](rest.strip())
         elif command == "/reset":
-            self.conversation, self.pending = Conversation(), []
+            self.conversation, self.pending = ChatSession(), []
         elif command == "/help":
             print(_HELP)
         elif command == "/quit":
@@ -217,8 +217,8 @@ class Chat:
             self._end_line()
             seed += event.index
             made = self.options.drawing.settings() | {"turn": self.conversation.num_turns + 1}
-            origin = Origin(asked, seed, self.opened.name, made, self.opened.weights)
-            path = write_drawn(event.image, self.output, f"{file_name(asked)}_seed{seed}", origin)
+            provenance = Provenance(asked, seed, self.opened.name, made, self.opened.weights)
+            path = write_drawn(event.image, self.output, f"{file_name(asked)}_seed{seed}", provenance)
             print(f"[image: {path}]", flush=True)
 
     def _end_line(self) -> None:

@@ -15,7 +15,7 @@ from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.model_folder import OpenModel, open_model
-from llava_ext.serving.image_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
+from llava_ext.serving.image_files import Provenance, check_folder, read_png_text, file_name, write_drawn, write_png
 
 _GRID_COLUMNS, _GRID_IMAGE = 4, 256  # images a row, and pixels a side that small ones are enlarged to
 _PREVIEW = {"preview": "evotok-llava draw"}  # by this text a preview is told from pictures that someone may miss
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     images: list[Image.Image] = []
 
     def write(image: Image.Image, ending: str, job: _Job, **more: int) -> None:
-        origin = Origin(job.prompt, job.seed, opened.name, settings | more, opened.weights)
-        print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, origin), flush=True)
+        provenance = Provenance(job.prompt, job.seed, opened.name, settings | more, opened.weights)
+        print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
         for job, image in _draw(opened, jobs, settings, arguments):
@@ -124,7 +124,7 @@ def _check(arguments: argparse.Namespace) -> None:
     preview = arguments.preview
     if preview:
         check_output_file(preview, [".png"], "--preview")
-    if preview and preview.exists() and chunks_of(preview) != _PREVIEW:
+    if preview and preview.exists() and read_png_text(preview) != _PREVIEW:
         raise UserError(f"--preview {preview} is there already and is no preview; name another file")
     check_folder(arguments.output)
 

@@ -15,30 +15,30 @@ from llava_ext.generation.steps import Steps
 class SingleSteps:
     """Codes (R, l), step by step."""
 
-    def __init__(self, drawer, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
+    def __init__(self, stepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
         """`steps` has seen the prompts; noise (R, steps, l)."""
-        self._drawer, self._steps, self._noise, self._options = drawer, steps, noise, options
+        self._stepper, self._steps, self._noise, self._options = stepper, steps, noise, options
 
     def __iter__(self) -> Iterator[Tensor]:
-        drawer, count = self._drawer, self._drawer.steps_per_image
+        stepper, count = self._stepper, self._stepper.steps_per_image
         for index in range(count):
-            scale = drawer.scale_at(index, self._options)
-            codes = drawer.draw(self._steps.hidden, index, self._noise[:, index], self._options.sampling, scale)
+            scale = stepper.scale_at(index, self._options)
+            codes = stepper.draw(self._steps.hidden, index, self._noise[:, index], self._options.sampling, scale)
             yield codes
             if index + 1 < count:
-                embeddings = drawer.embed(codes, index, index // drawer.steps_per_position)
+                embeddings = stepper.embed(codes, index, index // stepper.steps_per_position)
                 self._steps.step(_with_partners(embeddings, self._options))
 
 
-class RepeatedSteps:
+class GraphSteps:
     """The same codes from steps that are all alike: what differs from one to the next stands in memory.
 
     On CUDA the steps of the first position are recorded as graphs and repeated from then on. Elsewhere they run as they
     are.
     """
 
-    def __init__(self, drawer, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
-        self._drawer, self._steps, self._options = drawer, steps.fixed(), options
+    def __init__(self, stepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
+        self._stepper, self._steps, self._options = stepper, steps.fixed(), options
         self._all_noise = noise
         self._noise = noise[:, 0].clone()
         self._position = torch.zeros((), dtype=torch.long, device=noise.device)
@@ -47,11 +47,11 @@ class RepeatedSteps:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self._drawer.steps_per_image):
-            position, kind = divmod(index, self._drawer.steps_per_position)
+        for index in range(self._stepper.steps_per_image):
+            position, kind = divmod(index, self._stepper.steps_per_position)
             self._noise.copy_(self._all_noise[:, index])
             self._position.fill_(position)
-            self._scale.fill_(self._drawer.scale_at(index, self._options))
+            self._scale.fill_(self._stepper.scale_at(index, self._options))
             yield self._step(kind).clone()
 
     def _step(self, kind: int) -> Tensor:
@@ -64,9 +64,9 @@ class RepeatedSteps:
         return self._codes[kind]
 
     def _run(self, kind: int) -> None:
-        codes = self._drawer.draw(self._steps.hidden, kind, self._noise, self._options.sampling, self._scale)
+        codes = self._stepper.draw(self._steps.hidden, kind, self._noise, self._options.sampling, self._scale)
         self._codes[kind] = codes
-        self._steps.step(_with_partners(self._drawer.embed(codes, kind, self._position), self._options))
+        self._steps.step(_with_partners(self._stepper.embed(codes, kind, self._position), self._options))
 
     def _record(self, kind: int) -> None:
         """Run the step once, for libraries to set themselves up, put back what it changed, and record it."""

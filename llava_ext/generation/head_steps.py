@@ -10,7 +10,7 @@ from evotok_plugin.sampling import SamplingOptions, sample
 from llava_ext.generation.options import DrawingOptions
 
 
-class Drawer:
+class ImageHeadStepper:
     """What both have in common.
 
     Attributes:
@@ -31,7 +31,7 @@ class Drawer:
         return options.scale_at(step // self.steps_per_position, self.num_positions)
 
 
-class DepthDrawer(Drawer):
+class DepthHeadStepper(ImageHeadStepper):
     """All levels of one position in every step."""
 
     def __init__(self, model) -> None:
@@ -54,7 +54,7 @@ class DepthDrawer(Drawer):
         return self._model.embed_written(codes, place)
 
 
-class FlatDrawer(Drawer):
+class FlatHeadStepper(ImageHeadStepper):
     """One residual token in every step, the levels of a position in turn."""
 
     def __init__(self, model) -> None:
@@ -81,6 +81,6 @@ class FlatDrawer(Drawer):
         return self._head.embed_level(codes[:, 0], step % self.steps_per_position, self._codebooks)
 
 
-def drawer_for(model) -> DepthDrawer | FlatDrawer:
+def stepper_for(model) -> DepthHeadStepper | FlatHeadStepper:
     """The one that fits the model's image head."""
-    return (FlatDrawer if model.config.image_head == "flat" else DepthDrawer)(model)
+    return (FlatHeadStepper if model.config.image_head == "flat" else DepthHeadStepper)(model)

@@ -12,8 +12,8 @@ from torch import Tensor
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import uniform_noise
 from llava_ext.generation.evaluation_view import evaluation_view
-from llava_ext.generation.graph_steps import RepeatedSteps, SingleSteps
-from llava_ext.generation.head_steps import drawer_for
+from llava_ext.generation.graph_steps import GraphSteps, SingleSteps
+from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.steps import Steps, can_be_fixed, check_room
@@ -116,15 +116,15 @@ class ImageGenerationMixin:
             UserError: settings for another number of levels, or a prompt that is too long.
         """
         options, model = (options or DrawingOptions()).for_model(self), evaluation_view(self)
-        drawer, vision = drawer_for(model), self.config.vision_config
-        noise = torch.stack([uniform_noise(s, drawer.steps_per_image, drawer.codes_per_step) for s in seeds])
+        stepper, vision = stepper_for(model), self.config.vision_config
+        noise = torch.stack([uniform_noise(s, stepper.steps_per_image, stepper.codes_per_step) for s in seeds])
         noise = noise.to(self.device)
         fixed = use_graphs and can_be_fixed(model.language_model)
         # Steps that are all alike include one behind the last codes, which nobody reads.
-        steps = model._take_in(prompts, processor, options, drawer.steps_per_image - (not fixed))
-        positions = RepeatedSteps if fixed else SingleSteps
+        steps = model._take_in(prompts, processor, options, stepper.steps_per_image - (not fixed))
+        positions = GraphSteps if fixed else SingleSteps
         drawn = []
-        for codes in positions(drawer, steps, noise, options):
+        for codes in positions(stepper, steps, noise, options):
             drawn.append(codes)
             together = torch.cat(drawn, dim=1)
             if together.shape[1] % vision.pixel_depth == 0:

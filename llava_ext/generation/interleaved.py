@@ -20,7 +20,7 @@ from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
 from llava_ext.generation.answer_settings import MAX_NEW_TOKENS, TextSettings, process_logits, text_settings
 from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
-from llava_ext.generation.head_steps import drawer_for
+from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
 from llava_ext.generation.previews import preview
 from llava_ext.generation.steps import Steps, check_room
@@ -64,7 +64,7 @@ class AnswerOptions:
 
 
 @dataclass
-class _Row:
+class _AnswerState:
     """An answer in the making: in text, in an image (`step` counts its steps), or done."""
 
     number: int
@@ -102,12 +102,12 @@ class Answers:
     ) -> None:
         """Take in the conversations (B rows) for a model in evaluation mode; the options are complete."""
         self._model, self._processor, self._options = model, processor, options
-        self._drawer, self._limit = drawer_for(model), model.config.max_positions
+        self._stepper, self._limit = stepper_for(model), model.config.max_positions
         embeddings, mask = model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
         lengths = mask.sum(dim=1).tolist()
         prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         self._rows = [
-            _Row(
+            _AnswerState(
                 number,
                 seed,
                 torch.Generator().manual_seed(seed),
@@ -131,7 +131,7 @@ class Answers:
     @property
     def _image_steps(self) -> int:
         """Steps of an image and of what stands around it."""
-        return self._drawer.steps_per_image + 2
+        return self._stepper.steps_per_image + 2
 
     def _check_room(self, longest: int) -> None:
         check_room(self._model.config.text_config, longest + (self._image_steps if self._options.image_first else 1))
@@ -140,7 +140,7 @@ class Answers:
         wanted = self._options.max_new_tokens + self._options.max_images * self._image_steps
         return wanted if self._limit is None else min(wanted, self._limit - shortest_prompt)
 
-    def _room(self, row: _Row) -> int:
+    def _room(self, row: _AnswerState) -> int:
         """Steps that a row may still take: so far as there are slots, and as the language model sees."""
         taken = self._steps.taken - self._width
         seen = self._steps.num_free if self._limit is None else self._limit - row.prompt_length - taken
@@ -211,7 +211,7 @@ class Answers:
             else:
                 yield from self._write(row, token)
 
-    def _write(self, row: _Row, token: int) -> Iterator[Event]:
+    def _write(self, row: _AnswerState, token: int) -> Iterator[Event]:
         row.num_text_tokens += 1
         ended = token in self._ends
         if not ended:
@@ -221,7 +221,7 @@ class Answers:
         if ended or no_room:
             yield from self._finish(row)
 
-    def _choose(self, rows: list[_Row]) -> list[int]:
+    def _choose(self, rows: list[_AnswerState]) -> list[int]:
         """The next token of each row."""
         hidden = self._steps.hidden[[row.number for row in rows]]
         logits = self._model.lm_head(hidden).float()
@@ -243,7 +243,7 @@ class Answers:
         chosen = sample(logits, self._options.text, noise).tolist()
         return [forced.get(place, token) for place, token in enumerate(chosen)]
 
-    def _say(self, row: _Row, last: bool) -> Iterator[Event]:
+    def _say(self, row: _AnswerState, last: bool) -> Iterator[Event]:
         """Hand out what is new of the text, but no half of a character while the other half may come."""
         text = self._processor.tokenizer.decode(row.words, skip_special_tokens=True)
         if not last and text.endswith(_HALF_A_CHARACTER):
@@ -252,15 +252,15 @@ class Answers:
             yield TextDelta(row.number, text[len(row.shown) :])
             row.shown = text
 
-    def _finish(self, row: _Row) -> Iterator[Event]:
+    def _finish(self, row: _AnswerState) -> Iterator[Event]:
         row.done = True
         yield Finished(row.number, torch.tensor(row.ids))
 
     # Images --------------------------------------------------------------------------------------------------
 
-    def _begin_image(self, row: _Row) -> None:
-        seed, drawer = row.seed + row.num_images, self._drawer
-        row.image_noise = uniform_noise(seed, drawer.steps_per_image, drawer.codes_per_step).to(self._model.device)
+    def _begin_image(self, row: _AnswerState) -> None:
+        seed, stepper = row.seed + row.num_images, self._stepper
+        row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._model.device)
         row.drawn, row.words, row.shown = [], [], ""
 
     def _draw(self, following: list[Tensor | None]) -> Iterator[Event]:
@@ -273,19 +273,19 @@ class Answers:
             numbers = [row.number for row in together]
             partners = [len(self._rows) + n for n in numbers] if self._has_partners else []
             noise = torch.stack([row.image_noise[step] for row in together])
-            scale = self._drawer.scale_at(step, self._options.drawing)
+            scale = self._stepper.scale_at(step, self._options.drawing)
             hidden, sampling = self._steps.hidden[numbers + partners], self._options.drawing.sampling
-            codes = self._drawer.draw(hidden, step, noise, sampling, scale)
-            embeddings = self._drawer.embed(codes, step, step // self._drawer.steps_per_position)
+            codes = self._stepper.draw(hidden, step, noise, sampling, scale)
+            embeddings = self._stepper.embed(codes, step, step // self._stepper.steps_per_position)
             for place, row in enumerate(together):
                 row.drawn.append(codes[place : place + 1])
                 following[row.number] = embeddings[place : place + 1]
                 yield from self._after_step(row)
 
-    def _after_step(self, row: _Row) -> Iterator[Event]:
+    def _after_step(self, row: _AnswerState) -> Iterator[Event]:
         """Show what is drawn; put an image that is whole into the answer."""
         vision, tower, every = self._model.config.vision_config, self._model.vision_tower, self._options.preview_every
-        drawn, part_of_a_position = divmod(len(row.drawn), self._drawer.steps_per_position)
+        drawn, part_of_a_position = divmod(len(row.drawn), self._stepper.steps_per_position)
         whole = drawn == vision.num_positions
         if part_of_a_position or not (whole or every and drawn % every == 0):
             return

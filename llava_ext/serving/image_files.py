@@ -15,7 +15,7 @@ from evotok_plugin.errors import UserError
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """How an image came to be; it stands in the PNG file as text chunks of these names, `settings` as JSON.
 
     Attributes:
@@ -32,14 +32,14 @@ class Origin:
     settings: dict
     weights: str
 
-    def chunks(self) -> dict[str, str]:
+    def as_png_text(self) -> dict[str, str]:
         """The text chunks."""
         settings = json.dumps(self.settings, ensure_ascii=False, sort_keys=True)
         texts = {"prompt": self.prompt, "seed": str(self.seed), "model": self.model, "settings": settings}
         return {**texts, "weights": self.weights}
 
 
-def write_drawn(image: Image.Image, folder: Path, name: str, origin: Origin) -> Path:
+def write_drawn(image: Image.Image, folder: Path, name: str, provenance: Provenance) -> Path:
     """Write `folder/name.png`, and give the path.
 
     A file of that name is replaced only where it was drawn with the same prompt, seed, model and settings; beside any
@@ -48,8 +48,8 @@ def write_drawn(image: Image.Image, folder: Path, name: str, origin: Origin) -> 
     Raises:
         UserError: it cannot be written.
     """
-    path = next(path for path in _names(folder, name) if not path.exists() or chunks_of(path) == origin.chunks())
-    write_png(image, path, origin.chunks())
+    path = next(path for path in _names(folder, name) if not path.exists() or read_png_text(path) == provenance.as_png_text())
+    write_png(image, path, provenance.as_png_text())
     return path
 
 
@@ -61,7 +61,7 @@ def _names(folder: Path, name: str) -> Iterator[Path]:
         number += 1
 
 
-def chunks_of(path: Path) -> dict[str, str] | None:
+def read_png_text(path: Path) -> dict[str, str] | None:
     """The text chunks of a PNG file; None of anything else."""
     try:
         with Image.open(path, formats=("PNG",)) as image:

@@ -22,10 +22,10 @@ from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.generation.options import SCHEDULES
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.serving.image_files import Origin
+from llava_ext.serving.image_files import Provenance
 from llava_ext.serving.level_view import level_by_level
-from llava_ext.serving.request_filter import Guard
-from llava_ext.serving.session import Conversation
+from llava_ext.serving.request_filter import RequestFilter
+from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
 _MODEL_CHOOSES, _AN_IMAGE = "text or images, as the model sees fit", "an image"
@@ -101,7 +101,7 @@ def launch_demo(
     """
     if ":" in host:
         raise UserError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
-    guards = [Middleware(Guard)]
+    guards = [Middleware(RequestFilter)]
     if host in _LOOPBACK:  # another name for this machine is a trick to read the page from a foreign one
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
     try:
@@ -259,7 +259,7 @@ def _evolution_tab(page: "_Page") -> None:
 class _Talk:
     """A conversation, and how the page shows it: messages for `gr.Chatbot`, images by the paths of their files."""
 
-    conversation: Conversation = field(default_factory=Conversation)
+    conversation: ChatSession = field(default_factory=ChatSession)
     shown: list[dict] = field(default_factory=list)
 
 
@@ -300,7 +300,7 @@ class _Page:
             events = talk.conversation.ask(self.model, self.processor, text, pictures, options, seed)
             asked = {"role": "user", "content": [*map(_file, pictures), *_words(text)]}
             drawn_with = options.drawing.settings()
-            answer = _Answer(lambda index: Origin(text, seed + index, self.name, drawn_with, self.weights))
+            answer = _Answer(lambda index: Provenance(text, seed + index, self.name, drawn_with, self.weights))
             shown = [*talk.shown, asked, {"role": "assistant", "content": answer.content}]
             box: Any = {"text": "", "files": []}
             with closing(events):
@@ -373,11 +373,11 @@ class _Answer:
     """An answer as it comes: the `content` of a message for `gr.Chatbot`.
 
     Attributes:
-        origin: how the image of this index is drawn.
+        provenance: how the image of this index is drawn.
         drawing: whether the last part stands for an image that is not whole.
     """
 
-    origin: Callable[[int], Origin]
+    provenance: Callable[[int], Provenance]
     content: list[dict] = field(default_factory=list)
     drawing: bool = False
 
@@ -396,7 +396,7 @@ class _Answer:
         elif isinstance(event, ImageDrawn):
             self.drawing = False
             image = event.image.copy()
-            image.info.update(self.origin(event.index).chunks())
+            image.info.update(self.provenance(event.index).as_png_text())
             self.content[-1] = _file(image)
 
     def end(self) -> None:

@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class Guard:
+class RequestFilter:
     """ASGI middleware around the page's server.
 
     The browser is told to load nothing from other servers. Requests that are no uploads must be small, and may name no

@@ -13,7 +13,7 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """What was said, as Hugging Face messages; images as the model sees them, cropped to its size."""
 
     messages: list[dict] = field(default_factory=list)

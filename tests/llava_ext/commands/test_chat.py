@@ -12,7 +12,7 @@ from llava_ext.commands.chat import Pictures
 from llava_ext.generation import ImageDrawn, TextDelta
 from llava_ext.generation.interleaved import AnswerOptions
 from llava_ext.serving import web_images
-from llava_ext.serving.session import Conversation
+from llava_ext.serving.session import ChatSession
 
 DRAW = AnswerOptions(image_first=True)
 TALK = AnswerOptions(max_new_tokens=4, max_images=0)
@@ -44,7 +44,7 @@ def chat(model_folder, tmp_path, capsys, monkeypatch):
 
 def test_an_image_it_drew_can_be_asked_about(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
+    conversation = ChatSession()
     events = list(conversation.ask(model, processor, "a photo of a ring", [], DRAW, seed=3))
     (drawn,) = [event.image for event in events if isinstance(event, ImageDrawn)]
     list(conversation.ask(model, processor, "What shape is it?", [], TALK, seed=4))
@@ -62,7 +62,7 @@ def test_the_history_is_part_of_the_question(tiny_mllm, monkeypatch):
         return stream(model, inputs, *arguments)
 
     monkeypatch.setattr(type(model), "stream", watched)
-    conversation = Conversation()
+    conversation = ChatSession()
     for text in ("red circles", "blue squares"):
         list(conversation.ask(model, processor, text, [], TALK, seed=0))
     assert "red circles" in seen[1] and seen[1].index("red circles") < seen[1].index("blue squares")
@@ -72,7 +72,7 @@ def test_what_a_model_writes_never_stands_for_an_image(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
     said = [TextDelta(0, "an <ima"), TextDelta(0, "ge> and <|image_pad|>")]
     monkeypatch.setattr(type(model), "stream", lambda *arguments: iter(said))
-    conversation = Conversation()
+    conversation = ChatSession()
     list(conversation.ask(model, processor, "hi", [], TALK, seed=0))
     inputs = processor.apply_chat_template(conversation.messages, tokenize=True)
     assert "pixel_values" not in inputs and processor.image_token_id not in inputs["input_ids"]
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(model_folder, tmp_p
 
 def test_after_an_error_the_conversation_is_as_before(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
+    conversation = ChatSession()
     list(conversation.ask(model, processor, "a ring", [], TALK, seed=0))
     before = list(conversation.messages)
     for text in ("  ", "ring " * 40000):
@@ -110,7 +110,7 @@ def test_after_an_error_the_conversation_is_as_before(tiny_mllm):
 
 def test_an_answer_that_is_left_joins_as_far_as_it_came(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
+    conversation = ChatSession()
     events = conversation.ask(model, processor, "a ring", [], AnswerOptions(max_new_tokens=200, max_images=0), seed=0)
     heard = next(event.text for event in events if isinstance(event, TextDelta))
     events.close()

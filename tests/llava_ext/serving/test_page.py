@@ -226,7 +226,7 @@ def test_text_in_errors_is_escaped_because_the_page_renders_html(ask, monkeypatc
     def refuse(*arguments):
         raise ValueError("the text holds <b>")
 
-    monkeypatch.setattr("llava_ext.serving.session.Conversation.ask", refuse)
+    monkeypatch.setattr("llava_ext.serving.session.ChatSession.ask", refuse)
     with pytest.raises(AppError, match="the text holds &lt;b&gt;"):
         ask("a ring")
 
