@@ -40,7 +40,7 @@ from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions as Drawing
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import default_model_folder
-from llava_ext.serving.image_files import chunks_of, write_png
+from llava_ext.serving.image_files import read_png_text, write_png
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
@@ -281,7 +281,7 @@ class EvoTokLmms(lmms):
     def _draw(self, batch: Sequence[_Request]) -> list[str]:
         """Draw what is not there yet: an interrupted run's images are taken as they are."""
         wanted = [[self._wanted(request, sample) for sample in _samples(request)] for request in batch]
-        missing = [image for images in wanted for image in images if chunks_of(image.path) != image.chunks]
+        missing = [image for images in wanted for image in images if read_png_text(image.path) != image.chunks]
         if missing:
             settings = batch[0].options.generate_kwargs() | {"num_images": 1}
             drawn = self._model.generate_images(

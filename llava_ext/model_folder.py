@@ -1,9 +1,7 @@
 """Model folders: open and save an EvoTok-LLaVA model with its processor, and identify its weights."""
 
-import argparse
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,23 +230,32 @@ def save_model(
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model on its device, in evaluation mode, and its processor; `name` is its folder's, without the path, `weights`
-    the fingerprint of the folder's content."""
+    """A model on its device in evaluation mode, with its processor.
+
+    Attributes:
+        name: name of the model's folder, without its path.
+        fingerprint: fingerprint of the folder's content (`folder_fingerprint`).
+    """
 
     model: EvoTokLlavaForConditionalGeneration
     processor: EvoTokLlavaProcessor
     name: str
-    weights: str
+    fingerprint: str
 
 
-def open_model(arguments: argparse.Namespace) -> OpenModel:
-    """Open what --model and --device name.
+def open_model(
+    folder: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | str = torch.float32
+) -> OpenModel:
+    """Open a model folder for inference.
+
+    Args:
+        device: a `torch.device`, or a name that `resolve_device` takes.
+        dtype: as `load_model` takes it.
 
     Raises:
-        UserError: no such model, or no such device.
+        UserError: the folder does not hold such a model, or the device is not available.
     """
-    folder = Path(arguments.model or default_model_folder())
-    device = resolve_device(arguments.device)
-    print(f"model: {folder}", file=sys.stderr)
-    model, processor = load_model(folder)
-    return OpenModel(model.to(device).eval(), processor, folder.resolve().name, folder_fingerprint(folder))
+    chosen = device if isinstance(device, torch.device) else resolve_device(device)
+    model, processor = load_model(folder, dtype)
+    model.to(chosen)  # type: ignore[arg-type]  # transformers' decorator of `to` loses `self`
+    return OpenModel(model.eval(), processor, Path(folder).resolve().name, folder_fingerprint(folder))

@@ -179,7 +179,7 @@ class TokenizerTrainer:
             terms = self.objective.terms(pixel_values, output, self.step)
         sum(terms.values()).backward()
         norm = self._update(self.optimizer, self.model)
-        if self.objective.plays(self.step):
+        if self.objective.is_active(self.step):
             with self._autocast():
                 terms["discriminator"] = self.objective.discriminator_term(self._judge, pixel_values, output.pixels)
             terms["discriminator"].backward()

@@ -11,7 +11,7 @@ from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.data.stream import TrainingStream
 from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
-from llava_ext.commands.chat import Pictures
+from llava_ext.commands.chat import open_chat_image
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
 SIDE = 48
@@ -57,7 +57,7 @@ def test_one_file_is_the_same_image_everywhere(tmp_path, tiny_evotok_folder, mak
         "training": TrainingStream([source], SIDE, None, seed=0, length=1)[0].pixels.permute(1, 2, 0),
         "evaluation": evaluate(model, processor, source, EvaluationOptions(num_workers=0)).pictures[0][0],
         "judges": open_image(path),
-        "chat": Pictures(allow_urls=False).open(str(path)),
+        "chat": open_chat_image(str(path)),
         "demo": open_upload(path, UploadLimits()),
     }
     for name, image in {"path": path, "image": Image.open(path)}.items():
