@@ -18,8 +18,8 @@ from llava_ext.data.survey import RecordImages, RecordTable, Survey, survey
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.config import StageConfig
-from llava_ext.training.reports import StageReport, prepare_report
-from llava_ext.training.samples import check_parts_have_samples
+from llava_ext.training.sample_counts import check_groups_have_samples
+from llava_ext.training.sample_reports import StageReport, prepare_report
 
 logger = logging.getLogger("llava_ext")
 
@@ -47,14 +47,14 @@ def build_dataset(
     )
     bad = StageReport(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
     bad.check(found.num_records)
-    tell_about_length(config, found, processor)
-    check_parts_have_samples(model, config, found.records)  # before hours may go into encoding images
+    log_lengths(config, found, processor)
+    check_groups_have_samples(model, config, found.records)  # before hours may go into encoding images
     records, cache = found.records, None
     if len(found.images):
         cache = open_code_cache(config, found.images, model, processor, processes)
-        records = without_broken(found, cache, bad)
+        records = drop_broken_images(found, cache, bad)
     if len(sources) > 1:
-        tell_about_sources(config, records.sizes)
+        log_sources(config, records.sizes)
     if bad.reasons and processes.is_first:
         logger.warning(
             "left out %d of %d samples; see %s",
@@ -82,14 +82,14 @@ def _num_workers(config: StageConfig) -> int:
     return config.dataloader_num_workers or EncodingOptions.num_workers
 
 
-def tell_about_sources(config: StageConfig, sizes: Sequence[int]) -> None:
+def log_sources(config: StageConfig, sizes: Sequence[int]) -> None:
     """Say how many samples each entry of `data_path` has, and which share of the training they make."""
     weights = config.data_weights or sizes
     for path, size, weight in zip(config.data_path, sizes, weights, strict=True):
         logger.info("  %s: %d samples, %.1f %% of what is seen", path, size, 100 * weight / max(1, sum(weights)))
 
 
-def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlavaProcessor) -> None:
+def log_lengths(config: StageConfig, found: Survey, processor: EvoTokLlavaProcessor) -> None:
     """Say how many samples are cut and how many left out; long conversations are no reason to stop.
 
     Raises:
@@ -130,7 +130,7 @@ def open_code_cache(
     return encode_images(folder, images, model.vision_tower.eval(), processor.image_processor.size, processes, options)
 
 
-def without_broken(found: Survey, cache: CodeCache, bad: StageReport) -> RecordTable:
+def drop_broken_images(found: Survey, cache: CodeCache, bad: StageReport) -> RecordTable:
     """The records whose images could be read; the others go into `bad`.
 
     Raises:

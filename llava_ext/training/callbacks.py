@@ -64,7 +64,7 @@ def on_any_process(flags: list[int], device: torch.device) -> list[int]:
     return values.tolist()
 
 
-class StopSafely(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """Stops training after the step in which SIGINT or SIGTERM arrives.
 
     Attributes:

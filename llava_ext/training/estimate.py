@@ -24,7 +24,7 @@ from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora
 from llava_ext.training.config import StageConfig, check_head, new_head_settings, read_deepspeed_config
-from llava_ext.training.parameter_groups import PARTS, choose_trainable, freezes_tables, part_of
+from llava_ext.training.parameter_groups import GROUPS, choose_trainable, freezes_tables, group_of
 from llava_ext.training.settings import stage_values
 
 GIB = 2**30
@@ -169,8 +169,8 @@ def meta_model(config: EvoTokLlavaConfig, run: SimpleNamespace) -> nn.Module:
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(all, trained) parameters of every part."""
     counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
-    for part in PARTS:
-        members = [p for name, p in model.named_parameters() if part_of(name) == part]
+    for part in GROUPS:
+        members = [p for name, p in model.named_parameters() if group_of(name) == part]
         if members:
             counts[part] = (sum(p.numel() for p in members), sum(p.numel() for p in members if p.requires_grad))
     return counts

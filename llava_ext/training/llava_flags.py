@@ -87,11 +87,11 @@ FLAGS: dict[str, LlavaFlag] = {
 }
 
 
-def translate(argv: Sequence[str], say: Callable[[str], None]) -> list[str]:
+def translate(argv: Sequence[str], notify: Callable[[str], None]) -> list[str]:
     """Arguments without LLaVA's flags: those with an equivalent are replaced, the others left out.
 
     Args:
-        say: receives a line for every flag that is accepted.
+        notify: receives a line for every flag that is accepted.
 
     Raises:
         UserError: a flag with a value that would change the training; the message names what replaces it.
@@ -114,5 +114,5 @@ def translate(argv: Sequence[str], say: Callable[[str], None]) -> list[str]:
         if flag.flags and value.lower() in _FALSE:
             continue  # as if it were not given
         rest += flag.flags
-        say(f"--{name} {value}".strip() + f": {flag.note}" + ("" if flag.flags else "; the flag has no effect"))
+        notify(f"--{name} {value}".strip() + f": {flag.note}" + ("" if flag.flags else "; the flag has no effect"))
     return rest

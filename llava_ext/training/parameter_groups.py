@@ -10,8 +10,8 @@ from llava_ext.training.config import StageConfig
 
 LANGUAGE_MODEL, READ_PROJECTOR, WRITE_PROJECTOR = "language_model", "read_projector", "write_projector"
 IMAGE_HEAD, NEW_TOKENS = "image_head", "new_tokens"
-PARTS = (LANGUAGE_MODEL, NEW_TOKENS, READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)
-_PART_OF_MODULE = {**{part: part for part in (READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)}, MODULE: NEW_TOKENS}
+GROUPS = (LANGUAGE_MODEL, NEW_TOKENS, READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)
+_GROUP_OF_MODULE = {**{part: part for part in (READ_PROJECTOR, WRITE_PROJECTOR, IMAGE_HEAD)}, MODULE: NEW_TOKENS}
 
 
 def plain_name(name: str) -> str:
@@ -19,19 +19,19 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to: one of `PARTS`; the output layer belongs to the language model."""
-    return _PART_OF_MODULE.get(plain_name(name).split(".")[0], LANGUAGE_MODEL)
+def group_of(name: str) -> str:
+    """The part that a parameter belongs to: one of `GROUPS`; the output layer belongs to the language model."""
+    return _GROUP_OF_MODULE.get(plain_name(name).split(".")[0], LANGUAGE_MODEL)
 
 
 def learning_rates(config: StageConfig) -> dict[str, float]:
     """The learning rate of every part; new tokens learn as fast as the projectors, whose outputs stand beside them."""
-    own = dict.fromkeys(PARTS, config.mm_projector_lr)
+    own = dict.fromkeys(GROUPS, config.mm_projector_lr)
     own |= {LANGUAGE_MODEL: config.language_model_lr, IMAGE_HEAD: config.image_head_lr}
     return {part: config.learning_rate if rate is None else rate for part, rate in own.items()}
 
 
-def chosen_parts(config: StageConfig) -> dict[str, bool]:
+def trained_groups(config: StageConfig) -> dict[str, bool]:
     """Which parts the stage trains. New tokens learn in every stage, with a frozen language model through rows of their
     own."""
     projector = lambda own: config.tune_projectors if own is None else own  # noqa: E731
@@ -52,28 +52,28 @@ def freezes_tables(config: StageConfig) -> bool:
 def choose_trainable(model: nn.Module, config: StageConfig) -> None:
     """Unfreeze the parts that the stage trains and freeze the rest; of a language model with adapters only these
     train."""
-    trained = chosen_parts(config)
+    trained = trained_groups(config)
     for name, parameter in model.named_parameters():
-        if config.lora_enable and part_of(name) == LANGUAGE_MODEL:
+        if config.lora_enable and group_of(name) == LANGUAGE_MODEL:
             parameter.requires_grad_(".lora_" in name)
         else:
-            parameter.requires_grad_(trained[part_of(name)])
+            parameter.requires_grad_(trained[group_of(name)])
         if parameter.requires_grad and not config.deepspeed:
             parameter.data = parameter.data.float()  # DeepSpeed keeps a float32 copy, a plain optimizer has only these
 
 
-def group_by_part(groups: list[dict], names: dict[Tensor, str], rates: dict[str, float]) -> list[dict]:
+def split_by_group(groups: list[dict], names: dict[Tensor, str], rates: dict[str, float]) -> list[dict]:
     """Optimizer groups, split so that every part has its own learning rate; the rest of a group stays as it is."""
     split = []
     for group in groups:
         for part, rate in rates.items():
-            members = [parameter for parameter in group["params"] if part_of(names[parameter]) == part]
+            members = [parameter for parameter in group["params"] if group_of(names[parameter]) == part]
             if members:
                 split.append({**group, "params": members, "lr": rate})
     return split
 
 
-def size_of(parameter: Tensor) -> int:
+def numel_of(parameter: Tensor) -> int:
     """How many numbers a parameter holds, also where ZeRO-3 has spread it or bitsandbytes has packed it."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel

@@ -16,8 +16,7 @@ from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfi
 from llava_ext.data.records import KINDS
 from llava_ext.data.survey import RecordTable
 from llava_ext.training.config import StageConfig
-from llava_ext.training.honored import REJECTED as WITHOUT_EFFECT
-from llava_ext.training.honored import check_honored
+from llava_ext.training.supported_arguments import UNSUPPORTED, check_supported
 
 # On resume: without influence on the weights.
 IRRELEVANT = frozenset(
@@ -28,7 +27,7 @@ IRRELEVANT = frozenset(
     torch_empty_cache_steps local_rank do_train resume_from_checkpoint ddp_timeout ddp_backend ddp_bucket_cap_mb
     ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph remove_unused_columns
     """.split()
-) | frozenset(WITHOUT_EFFECT)
+) | frozenset(UNSUPPORTED)
 # On resume: take effect from the checkpoint on, and are reported.
 APPLIED = frozenset(
     """
@@ -68,12 +67,12 @@ _NEED = (
 
 
 def stage_values(
-    recipe: str, overrides: dict[str, Any], say: Callable[[str], None] = lambda line: None
+    recipe: str, overrides: dict[str, Any], notify: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """The settings of a stage by name: recipe, then overrides; of settings that exclude each other the override stays.
 
     Args:
-        say: receives a line for every setting that gives way to another.
+        notify: receives a line for every setting that gives way to another.
 
     Raises:
         UserError: no such recipe, an unknown or wrong setting, or one that would have no effect.
@@ -83,17 +82,17 @@ def stage_values(
         if first not in values or second not in values or values[first] == unset or values[second] is None:
             continue
         if second in overrides and first not in overrides:
-            say(f"--{second} {values[second]} replaces the recipe's {first} {values[first]}")
+            notify(f"--{second} {values[second]} replaces the recipe's {first} {values[first]}")
             del values[first]
         elif first in overrides and second not in overrides:
-            say(f"--{first} {values[first]} replaces the recipe's {second} {values[second]}")
+            notify(f"--{first} {values[first]} replaces the recipe's {second} {values[second]}")
             del values[second]
         elif first == "max_steps":
-            say(f"max_steps {values[first]} takes precedence over num_train_epochs {values[second]}")
+            notify(f"max_steps {values[first]} takes precedence over num_train_epochs {values[second]}")
             del values[second]
         else:
             raise UserError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
-    check_honored(values, StageConfig)
+    check_supported(values, StageConfig)
     for flags, needed in _NEED:
         if any(values.get(name, getattr(StageConfig, name)) in fitting for name, fitting in needed.items()):
             continue
@@ -104,7 +103,7 @@ def stage_values(
     return values
 
 
-def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """All settings with their defaults, paths in full."""
     every = {
         field.name: field.default_factory() if field.default is MISSING else field.default
@@ -130,7 +129,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Cha
     """Settings that differ from those of the run so far: to be rejected, applied, and judged by content."""
     is_flat = before.get("image_head") == now.get("image_head") == "flat"
     irrelevant = IRRELEVANT | set(_OF_DEPTH_HEADS if is_flat else ())  # earlier versions accepted them with a flat head
-    found = changes(complete(before), complete(now), irrelevant)
+    found = changes(with_defaults(before), with_defaults(now), irrelevant)
     by_content = [change for change in found if change.name in BY_CONTENT]
     applied = [change for change in found if change.name in APPLIED]
     rejected = [change for change in found if change.name not in APPLIED | BY_CONTENT]
@@ -143,7 +142,7 @@ def content_changes(
     """Inputs whose content differs from what the run was started with, whatever their paths are.
 
     Args:
-        before, now: facts of the run, `inputs_of`; before, an older run may have none.
+        before, now: facts of the run, `records_fingerprint`; before, an older run may have none.
         moved: inputs whose paths differ.
         at_hand: whether `now` is known; without it other paths count as other content.
     """
@@ -158,7 +157,7 @@ def content_changes(
     return different or changed_contents(before.get("images"), now.get("images", ()))
 
 
-def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
+def records_fingerprint(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
     """Identity of a run's data: number of records, and a digest of their kinds, lengths and contents (of
     20000, evenly spread, where there are more)."""
     digest = hashlib.sha256(np.ascontiguousarray(kinds).tobytes() + np.ascontiguousarray(lengths).tobytes())
@@ -169,7 +168,7 @@ def inputs_of(records: Any, kinds: np.ndarray, lengths: np.ndarray) -> str:
     return f"{len(records)} records, digest {digest.hexdigest()[:16]}"
 
 
-def contents_of(records: RecordTable) -> list[str]:
+def image_fingerprints(records: RecordTable) -> list[str]:
     """Identity of a run's images by content: `sample_contents` of records that have some."""
     with_images = np.flatnonzero(records.reads | (records.kinds == KINDS.index("draw")))
     return sample_contents(records.image_content, with_images)

@@ -43,13 +43,13 @@ from llava_ext.training.checkpoints import (
     steps_of,
 )
 from llava_ext.training.config import StageConfig, check_head, check_reporting, new_head_settings
+from llava_ext.training.deepspeed_zero import unpartitioned_models, zero_stage
 from llava_ext.training.llava_flags import translate
-from llava_ext.training.output import ReplacedRun, begin, check_inputs, plan_output, restore_replaced
-from llava_ext.training.parameter_groups import choose_trainable, freezes_tables, learning_rates, part_of, size_of
-from llava_ext.training.samples import check_parts_have_samples, counts_in_words, samples_of_parts
-from llava_ext.training.settings import check_new_parts, contents_of, inputs_of, stage_values
+from llava_ext.training.output_folder import ReplacedRun, check_inputs, plan_output, prepare_output, restore_replaced
+from llava_ext.training.parameter_groups import choose_trainable, freezes_tables, group_of, learning_rates, numel_of
+from llava_ext.training.sample_counts import check_groups_have_samples, counts_in_words, samples_of_groups
+from llava_ext.training.settings import check_new_parts, image_fingerprints, records_fingerprint, stage_values
 from llava_ext.training.trainer import EvoTokTrainer
-from llava_ext.training.zero import whole_models, zero_stage
 
 logger = logging.getLogger("llava_ext")
 
@@ -76,13 +76,13 @@ def parse(argv: list[str]) -> tuple[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
     add_arguments(parser, StageConfig)
-    arguments, rest = parser.parse_known_args(translate(argv, say))
+    arguments, rest = parser.parse_known_args(translate(argv, print_on_first_process))
     reject_unknown_flags(rest, flags_of(parser))
     overrides = vars(arguments)
     return overrides.pop("recipe"), overrides
 
 
-def say(line: str) -> None:
+def print_on_first_process(line: str) -> None:
     """Print a line on the first process, before logging is configured."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
@@ -102,13 +102,13 @@ def run_stage(recipe: str, overrides: dict) -> None:
         SystemExit: the run was asked to stop; its last step is saved.
     """
     started = time.monotonic()
-    values = stage_values(recipe, overrides, say)
+    values = stage_values(recipe, overrides, print_on_first_process)
     check_reporting(values)
     config = StageConfig(**values)
     configure_logging(config)
     check_data_paths(config)
     check_length(config.model_name_or_path, config.model_max_length)
-    plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), method_of(config)))
+    plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), training_method(config)))
     if plan.finished_steps:
         logger.info(
             "%s holds a finished run (%s steps); pass --overwrite true to train again",
@@ -122,8 +122,8 @@ def run_stage(recipe: str, overrides: dict) -> None:
     check_inputs(plan, config, facts)
     num_steps, checkpoint = total_steps(trainer), plan.checkpoint
     check_checkpoints(config.output_dir, num_steps)
-    describe_length(trainer, num_steps)
-    begin(config, values, plan, facts)
+    log_length(trainer, num_steps)
+    prepare_output(config, values, plan, facts)
     trainer.add_callback(ReplacedRun())
     try:
         if checkpoint is None or steps_of(checkpoint) < num_steps:
@@ -151,16 +151,16 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
     store_settings(model.generation_config, read_settings(config.image_generation or {}))
     DrawingOptions().for_model(model)  # values one a level must be as many as the model's levels
     dataset = build_dataset(config, model, processor)
-    check_parts_have_samples(model, config, dataset)
+    check_groups_have_samples(model, config, dataset)
     facts = {
-        "data": inputs_of(dataset.records, dataset.kinds, dataset.lengths),
-        "images": contents_of(dataset.records),
+        "data": records_fingerprint(dataset.records, dataset.kinds, dataset.lengths),
+        "images": image_fingerprints(dataset.records),
         "tower": model.vision_tower.fingerprint(),
     }
     fingerprints = base_fingerprints(source)
     if fingerprints["sha256"] is not None:
         facts |= {"weights": fingerprints["fingerprint"], "sha256": fingerprints["sha256"]}
-    model = ready_to_train(model, config)
+    model = make_trainable(model, config)
     describe(model, config, dataset)
     trainer = EvoTokTrainer(
         model=model,
@@ -168,7 +168,7 @@ def prepare_training(config: StageConfig, values: dict) -> tuple[EvoTokTrainer, 
         train_dataset=PackedDataset(dataset) if config.packing else dataset,
         data_collator=(PackedCollator if config.packing else Collator)(processor),
         processing_class=processor,
-        shape=RunShape(config.world_size, zero_stage(config), method_of(config)),
+        shape=RunShape(config.world_size, zero_stage(config), training_method(config)),
         base=describe_base(config, fingerprints) if config.lora_enable else None,
     )
     return trainer, facts
@@ -195,7 +195,7 @@ def check_tower(config: StageConfig, model: EvoTokLlavaForConditionalGeneration)
     """
     if not config.vision_tower:
         return
-    with whole_models(config):
+    with unpartitioned_models(config):
         tower, _ = open_tokenizer(config.vision_tower, "cpu")
     if tower.fingerprint() != model.vision_tower.fingerprint():
         raise UserError(
@@ -204,7 +204,7 @@ def check_tower(config: StageConfig, model: EvoTokLlavaForConditionalGeneration)
         )
 
 
-def ready_to_train(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> torch.nn.Module:
+def make_trainable(model: EvoTokLlavaForConditionalGeneration, config: StageConfig) -> torch.nn.Module:
     """The model without the tokenizer among its modules, with adapters where there are to be some, the right parts
     free."""
     set_tower_aside(model)
@@ -215,7 +215,7 @@ def ready_to_train(model: EvoTokLlavaForConditionalGeneration, config: StageConf
     return trained
 
 
-def method_of(config: StageConfig) -> str:
+def training_method(config: StageConfig) -> str:
     """How the backbone is trained: full, lora or qlora."""
     return ("qlora" if config.bits == 4 else "lora") if config.lora_enable else "full"
 
@@ -229,7 +229,7 @@ def total_steps(trainer: EvoTokTrainer) -> int:
     return math.ceil(config.num_train_epochs * max(1, steps_an_epoch))
 
 
-def describe_length(trainer: EvoTokTrainer, num_steps: int) -> None:
+def log_length(trainer: EvoTokTrainer, num_steps: int) -> None:
     """Log steps, epochs and the global batch size."""
     config = trainer.args
     parts = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size)
@@ -271,7 +271,7 @@ def write_model(checkpoint: Path, config: StageConfig) -> None:
         )
         return
     with scratch_folder(output_dir / "merged") as scratch:
-        with whole_models(config):
+        with unpartitioned_models(config):
             merge(config.model_name_or_path, adapter, scratch / "model", config.vision_tower)
         publish(scratch / "model", output_dir)
     logger.info("the adapter is in %s, the model with it folded in in %s", adapter, output_dir)
@@ -309,7 +309,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
             check_head(config, open_config(EvoTokLlavaConfig, source))
             model, processor = load_model(source, dtype, attention, quantization)
             if zero_stage(config) == 3:
-                with whole_models(config):
+                with unpartitioned_models(config):
                     model.vision_tower = read_tower(source)
             return model, processor
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
@@ -320,7 +320,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
         )
     if not config.vision_tower:
         raise UserError(f"{source!r} is a text model; pass --vision_tower FOLDER, an EvoTok tokenizer, with it")
-    with whole_models(config):
+    with unpartitioned_models(config):
         return assemble(
             source,
             config.vision_tower,
@@ -335,12 +335,12 @@ def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationD
     """Say what trains, how fast and on what, and what will be saved, before the first step."""
     tower = sum(p.numel() for p in model.vision_tower.parameters())
     logger.info("  %-16s %10.2f M parameters  frozen", "vision_tower", tower / 1e6)
-    samples = samples_of_parts(dataset)
+    samples = samples_of_groups(dataset)
     for part, rate in learning_rates(config).items():
-        members = [p for name, p in model.named_parameters() if part_of(name) == part]
+        members = [p for name, p in model.named_parameters() if group_of(name) == part]
         if not members:
             continue
-        total, trained = (sum(map(size_of, some)) for some in (members, [p for p in members if p.requires_grad]))
+        total, trained = (sum(map(numel_of, some)) for some in (members, [p for p in members if p.requires_grad]))
         state = f"learning rate {rate:g}, {samples[part]} samples" if trained else "frozen"
         if 0 < trained < total:
             state += f", {trained / 1e6:.2f} M of them"
@@ -350,7 +350,7 @@ def describe(model: torch.nn.Module, config: StageConfig, dataset: ConversationD
         "full": "the whole model",
         "lora": "adapters and trained modules; at the end also the model with the adapters folded in",
         "qlora": f"adapters and trained modules, not the backbone in 4 bits ({config.quant_type})",
-    }[method_of(config)]
+    }[training_method(config)]
     logger.info("  saved in %s: %s", config.output_dir, what)
 
 

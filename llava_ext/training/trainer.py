@@ -22,7 +22,7 @@ from llava_ext.model_folder import save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
-from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopSafely, on_any_process
+from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopOnSignal, on_any_process
 from llava_ext.training.checkpoints import (
     RunShape,
     barrier,
@@ -32,7 +32,7 @@ from llava_ext.training.checkpoints import (
     delete_checkpoint,
     finish_checkpoint,
 )
-from llava_ext.training.parameter_groups import group_by_part, is_decayed, learning_rates
+from llava_ext.training.parameter_groups import is_decayed, learning_rates, split_by_group
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class EvoTokTrainer(Trainer):
         self._step_losses: list[Tensor] = []  # (text, image) of every micro-batch of the step
         self._logged = torch.zeros(2, 2, device=self.args.device)  # sums and counts of (text, image) since the last log
         self._total = torch.zeros(2, 2, dtype=torch.float64)  # the same since the start
-        self.interruption = StopSafely()
+        self.interruption = StopOnSignal()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         for callback in (StepChecks(self), self.interruption, ProgressBar(), MetricsFile()):
@@ -68,7 +68,7 @@ class EvoTokTrainer(Trainer):
         optimizer, rates = super().create_optimizer(model), learning_rates(self.args)
         if hasattr(optimizer, "param_groups"):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
-            optimizer.param_groups = group_by_part(optimizer.param_groups, names, rates)
+            optimizer.param_groups = split_by_group(optimizer.param_groups, names, rates)
         elif len(set(rates.values())) > 1:
             raise UserError(
                 "the DeepSpeed configuration brings its own optimizer, which knows one learning rate; "

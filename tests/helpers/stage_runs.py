@@ -16,7 +16,7 @@ import yaml
 
 from llava_ext.training import train
 from llava_ext.training.config import StageConfig
-from llava_ext.training.parameter_groups import part_of
+from llava_ext.training.parameter_groups import group_of
 from llava_ext.training.trainer import EvoTokTrainer
 
 LIMIT_S = 900  # no speed is expected: this only ends a test that hangs
@@ -167,11 +167,11 @@ def trained_once(recipe, output, overrides):
     config = StageConfig(**train.stage_values(str(recipe), overrides))
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
-    model = train.ready_to_train(model, config)
+    model = train.make_trainable(model, config)
     counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
     for name, parameter in model.named_parameters():
-        every, trained = counts.get(part_of(name), (0, 0))
-        counts[part_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+        every, trained = counts.get(group_of(name), (0, 0))
+        counts[group_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
     trainer = EvoTokTrainer(
         model,
         config,

@@ -281,7 +281,7 @@ def _optimizer_groups(recipe, output, overrides):
     values = train.stage_values(str(recipe), {"output_dir": str(output), "deepspeed": None, **overrides})
     config = StageConfig(**values)
     model, processor = train.build_model(config)
-    model = train.ready_to_train(model, config)
+    model = train.make_trainable(model, config)
     trainer = EvoTokTrainer(model, config, shape=train.RunShape(1), processing_class=processor)
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -328,7 +328,7 @@ def test_gradient_checkpointing_reaches_every_layer_of_the_backbone(recipe, tmp_
         overrides = {"output_dir": str(tmp_path), "gradient_checkpointing": "true", "deepspeed": None}
         config = StageConfig(**train.stage_values(str(recipe), overrides))
         model, _ = train.build_model(config)
-        model = train.ready_to_train(model, config)
+        model = train.make_trainable(model, config)
         model.gradient_checkpointing_enable()
         return [layer.gradient_checkpointing for layer in model.language_model.layers]
 

@@ -8,14 +8,14 @@ from transformers import TrainingArguments
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.training import settings
 from llava_ext.training.config import StageConfig, check_reporting
-from llava_ext.training.honored import HONORED, REJECTED
 from llava_ext.training.llava_flags import translate
+from llava_ext.training.supported_arguments import SUPPORTED, UNSUPPORTED
 from llava_ext.training.train import parse
 
 
 def test_every_training_argument_is_honored_or_rejected():
     names = {field.name for field in fields(TrainingArguments)}
-    assert not HONORED & set(REJECTED) and HONORED | set(REJECTED) == names
+    assert not SUPPORTED & set(UNSUPPORTED) and SUPPORTED | set(UNSUPPORTED) == names
 
 
 def test_every_setting_has_its_place_on_resume():

@@ -62,7 +62,7 @@ def prepare(recipe, overrides):
     transformers.set_seed(0)
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
-    return config, train.ready_to_train(model, config), processor, dataset
+    return config, train.make_trainable(model, config), processor, dataset
 
 
 def gradient_of_the_joint_batch(recipe, overrides):

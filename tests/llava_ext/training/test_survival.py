@@ -17,7 +17,7 @@ from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, sta
 from evotok_plugin.common import interruption
 from llava_ext.model_folder import load_model
 from llava_ext.training import checkpoints as checkpoints_module
-from llava_ext.training.callbacks import StopSafely
+from llava_ext.training.callbacks import StopOnSignal
 from llava_ext.training.checkpoints import (
     MARKER,
     RunShape,
@@ -197,7 +197,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(recipe, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once_and_one_sent_twice_does_not(monkeypatch):
-    now, stop = [0.0], StopSafely()
+    now, stop = [0.0], StopOnSignal()
     monkeypatch.setattr(interruption, "_clock", lambda: now[0])
     stop.on_train_begin(None, None, None)
     try:

@@ -14,8 +14,8 @@ from llava_ext.training.parameter_groups import (
     NEW_TOKENS,
     READ_PROJECTOR,
     WRITE_PROJECTOR,
-    chosen_parts,
     learning_rates,
+    trained_groups,
 )
 
 _DRAWS = 'images in "gpt" turns, or captions with --caption_task draw or both'
@@ -42,7 +42,7 @@ class Samples(Protocol):
     reads: np.ndarray
 
 
-def samples_of_parts(samples: Samples) -> dict[str, int]:
+def samples_of_groups(samples: Samples) -> dict[str, int]:
     """Number of samples that each part takes part in."""
     drawing = int((samples.kinds == KINDS.index("draw")).sum())
     return {
@@ -59,7 +59,7 @@ def counts_in_words(samples: Samples) -> str:
     return ", ".join(f"{(samples.kinds == KINDS.index(kind)).sum()} {kind}" for kind in ("read", "draw", "text"))
 
 
-def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
+def check_groups_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
     """Refuse a run in which a part is set to train but no sample gives it a gradient.
 
     A part with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
@@ -77,7 +77,7 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
         WRITE_PROJECTOR: learned & draws,
         IMAGE_HEAD: draws & (config.image_loss_weight > 0),
     }
-    chosen, rates = chosen_parts(config), learning_rates(config)
+    chosen, rates = trained_groups(config), learning_rates(config)
     starved = [
         part
         for part, usable in with_gradient.items()

@@ -27,7 +27,7 @@ from llava_ext.training.checkpoints import (
     steps_of,
 )
 from llava_ext.training.config import StageConfig
-from llava_ext.training.reports import holds_run, place_reports
+from llava_ext.training.sample_reports import holds_run, place_reports
 from llava_ext.training.settings import compare, content_changes
 
 logger = logging.getLogger("llava_ext")
@@ -130,7 +130,7 @@ def _check_asked_checkpoint(config: StageConfig, found: Path | None) -> None:
         )
 
 
-def begin(config: StageConfig, values: Mapping[str, Any], plan: Plan, facts: Mapping[str, Any]) -> None:
+def prepare_output(config: StageConfig, values: Mapping[str, Any], plan: Plan, facts: Mapping[str, Any]) -> None:
     """Make the output folder ready for the first step, once everything has been checked.
 
     Under `overwrite` the run that is there is moved aside: `ReplacedRun` deletes it after the first step.

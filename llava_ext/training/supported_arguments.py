@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from evotok_plugin.errors import UserError
 
-HONORED = frozenset(
+SUPPORTED = frozenset(
     """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
@@ -31,7 +31,7 @@ _NO_COMPILE = "the batches of a stage have many shapes, compiled training is not
 _NO_FSDP = "a stage is spread over GPUs by DeepSpeed; pass --deepspeed zero3"
 _NO_TRACKIO = "set trackio's own environment variables"
 
-REJECTED: dict[str, str] = {
+UNSUPPORTED: dict[str, str] = {
     "optim_target_modules": "the optimizers that need it would not see the parts' learning rates",
     "average_tokens_across_devices": "losses are means over the tokens of all processes",
     "label_smoothing_factor": "the model computes its own losses, without label smoothing",
@@ -97,7 +97,7 @@ REJECTED: dict[str, str] = {
 }
 
 
-def check_honored(values: dict[str, Any], defaults: type[TrainingArguments]) -> None:
+def check_supported(values: dict[str, Any], defaults: type[TrainingArguments]) -> None:
     """Refuse settings that would have no effect.
 
     Args:
@@ -109,8 +109,8 @@ def check_honored(values: dict[str, Any], defaults: type[TrainingArguments]) -> 
     """
     known = {field.name: field for field in fields(defaults)}
     for name, value in values.items():
-        if name in REJECTED and not _is_default(value, known[name]):
-            raise UserError(f"{name}={value} has no effect in a stage: {REJECTED[name]}; leave it out")
+        if name in UNSUPPORTED and not _is_default(value, known[name]):
+            raise UserError(f"{name}={value} has no effect in a stage: {UNSUPPORTED[name]}; leave it out")
     if str(values.get("save_strategy", "steps")).split(".")[-1].lower() == "best":
         raise UserError(f"save_strategy=best has no effect in a stage: {_NO_BEST}; use steps, epoch or no")
     if values.get("remove_unused_columns"):

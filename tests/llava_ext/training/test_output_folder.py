@@ -16,8 +16,8 @@ from llava_ext.training.checkpoints import (
     owned_folder,
 )
 from llava_ext.training.config import StageConfig
-from llava_ext.training.output import plan_output
-from llava_ext.training.reports import StageReport, place_reports, prepare_report
+from llava_ext.training.output_folder import plan_output
+from llava_ext.training.sample_reports import StageReport, place_reports, prepare_report
 from llava_ext.training.settings import stage_values
 
 

@@ -19,7 +19,7 @@ def zero_stage(config: StageConfig) -> int:
 
 
 @contextlib.contextmanager
-def whole_models(config: StageConfig) -> Iterator[None]:
+def unpartitioned_models(config: StageConfig) -> Iterator[None]:
     """Within it, transformers makes and loads models whole in every process, as what looks at their weights needs it;
     at stage 3 it would spread them at once."""
     if not is_deepspeed_zero3_enabled():
