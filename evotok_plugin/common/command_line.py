@@ -20,6 +20,7 @@ def run(
     argv: Sequence[str] | None = None,
     work: Callable[[argparse.Namespace], int | None] | None = None,
     stopped: str = "stopped",
+    translate: Callable[[Sequence[str]], Sequence[str]] | None = None,
 ) -> int:
     """Parse flags, do the work, and translate how it ends.
 
@@ -32,6 +33,7 @@ def run(
         argv: the command line, by default that of the process.
         work: what to run where the parser has no commands.
         stopped: the line that Ctrl-C ends with.
+        translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
         The exit code: that of the command, 2 for a user error, 130 after Ctrl-C.
@@ -40,19 +42,22 @@ def run(
     for command in commands or [parser]:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(flags=flags_of(command))
-    arguments, arguments.rest = parser.parse_known_args(argv)
+    given: Sequence[str] = sys.argv[1:] if argv is None else argv
+    is_debugged = "--debug" in given
     try:
+        arguments, rest = parser.parse_known_args(translate(given) if translate else given)
+        arguments.rest = rest
         if not getattr(arguments, "takes_rest", False):
             reject_unknown_flags(arguments.rest, arguments.flags)
         _quiet_libraries()
         return (work or arguments.run)(arguments) or 0
     except UserError as error:
-        if arguments.debug:
+        if is_debugged:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        if arguments.debug:
+        if is_debugged:
             traceback.print_exc()
         print(stopped, file=sys.stderr)
         return INTERRUPTED
