@@ -19,7 +19,11 @@ Work = Callable[[argparse.Namespace], int | None]
 
 
 def run(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Work | None = None, stopped: str = "stopped"
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    work: Work | None = None,
+    stopped: str = "stopped",
+    translate: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> int:
     """Parse flags, do the work, and translate how it ends.
 
@@ -32,11 +36,12 @@ def run(
         argv: the command line without the program, by default that of the process.
         work: takes the place of the parser's `run`.
         stopped: the line that Ctrl-C ends with.
+        translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
         The exit code: that of the work, 2 for a user error, 130 after Ctrl-C.
     """
-    return _run(lambda: parser, argv, work, stopped)
+    return _run(lambda: parser, argv, work, stopped, translate)
 
 
 def run_command(
@@ -90,11 +95,15 @@ def _arguments(argv: Sequence[str] | None) -> Sequence[str]:
 
 
 def _run(
-    make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None, work: Work | None, stopped: str
+    make_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None,
+    work: Work | None,
+    stopped: str,
+    translate: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> int:
     debug = "--debug" in _arguments(argv)
     try:
-        arguments, work = _parse(make_parser(), _arguments(argv), work)
+        arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
         _quiet_libraries()
         return work(arguments) or 0
     except UserError as error:
