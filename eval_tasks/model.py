@@ -21,23 +21,23 @@ from eval_tasks.arguments import check_given, check_values, parse_batch_size, pa
 from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse_dtype
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
-    _KINDS,
-    DrawingOptions,
-    ReadingOptions,
+    OPTIONS_BY_MODALITY,
+    ImageOptions,
+    PlannedImage,
     ReconstructionOptions,
-    _known,
-    _prompt,
-    _readable,
-    _Request,
-    _samples,
-    _Wanted,
+    Request,
+    TextOptions,
     image_seed,
+    known_options,
+    sample_numbers,
+    to_conversation,
+    to_prompt,
 )
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.errors import UserError
-from llava_ext.generation import DrawingOptions as Drawing
+from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import default_model_folder
 from llava_ext.serving.image_files import chunks_of, write_png
@@ -127,7 +127,7 @@ class EvoTokLmms(lmms):
             "top_p": top_p,
             "min_p": min_p,
         }
-        asked = Drawing(**asked)
+        asked = DrawingOptions(**asked)
         pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
@@ -179,7 +179,7 @@ class EvoTokLmms(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer all requests of a run, in their order; padding clones get an empty answer and leave no file."""
         given = {task: GIVEN[task] for task in self.task_dict if task in GIVEN}
-        check_given(given, {modality: kind.__dataclass_fields__ for modality, kind in _KINDS.items()})
+        check_given(given, {modality: kind.__dataclass_fields__ for modality, kind in OPTIONS_BY_MODALITY.items()})
         wanted = list(self._parse(requests))
         answers = [""] * len(requests)
         with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
@@ -191,8 +191,8 @@ class EvoTokLmms(lmms):
         return answers
 
     @property
-    def _answerers(self) -> dict[type, Callable[[Sequence[_Request]], list[str]]]:
-        return {ReadingOptions: self._read, DrawingOptions: self._draw, ReconstructionOptions: self._rebuild}
+    def _answerers(self) -> dict[type, Callable[[Sequence[Request]], list[str]]]:
+        return {TextOptions: self._read, ImageOptions: self._draw, ReconstructionOptions: self._rebuild}
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("evotok answers by generating; tasks that score given answers are not supported")
@@ -202,7 +202,7 @@ class EvoTokLmms(lmms):
 
     # Requests ------------------------------------------------------------------------------------------------
 
-    def _parse(self, requests: Sequence[Instance]) -> Iterator[_Request]:
+    def _parse(self, requests: Sequence[Instance]) -> Iterator[Request]:
         seen: Counter = Counter()
         for place, request in enumerate(requests):
             if request.metadata.get("__padding_only__"):
@@ -213,27 +213,25 @@ class EvoTokLmms(lmms):
                 return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
 
             options = self._options(gen_kwargs, task)
-            yield _Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
+            yield Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
             seen[task, doc_id] += 1
 
-    def _options(
-        self, gen_kwargs: dict[str, Any], task: str
-    ) -> ReadingOptions | DrawingOptions | ReconstructionOptions:
+    def _options(self, gen_kwargs: dict[str, Any], task: str) -> TextOptions | ImageOptions | ReconstructionOptions:
         check_values(gen_kwargs, f"{task}: generation_kwargs")
-        kind = _KINDS[gen_kwargs.get("modality") or "text"]
+        kind = OPTIONS_BY_MODALITY[gen_kwargs.get("modality") or "text"]
         self._name_unused(kind, gen_kwargs, task)
         if kind is ReconstructionOptions:
             return ReconstructionOptions()
-        if kind is DrawingOptions:
-            known = _known(DrawingOptions, gen_kwargs)
-            num_images = known.pop("num_images", DrawingOptions.num_images)
-            settings = Drawing(**{**self.drawing, **known}).completed().settings()
-            return DrawingOptions(num_images=num_images, **settings)
-        known = _known(ReadingOptions, gen_kwargs)
+        if kind is ImageOptions:
+            known = known_options(ImageOptions, gen_kwargs)
+            num_images = known.pop("num_images", ImageOptions.num_images)
+            settings = DrawingOptions(**{**self.drawing, **known}).completed().settings()
+            return ImageOptions(num_images=num_images, **settings)
+        known = known_options(TextOptions, gen_kwargs)
         if known.get("do_sample") and known.get("temperature") == 0:
             raise UserError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")
         until = known.get("until", ())
-        return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
+        return TextOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
 
     def _name_unused(self, kind: type, gen_kwargs: dict[str, Any], task: str) -> None:
         """Log, once a task, the keys of its own that have no effect here; tasks bring them for other models."""
@@ -242,21 +240,21 @@ class EvoTokLmms(lmms):
             self._named_tasks.add(task)
             logger.warning("%s: generation_kwargs without effect on evotok: %s", task, ", ".join(sorted(ignored)))
 
-    def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Requests with equal options, the longest texts first: little padding, and too large a batch fails soon."""
         for options in dict.fromkeys(request.options for request in requests):
             group = [request for request in requests if request.options == options]
             group.sort(key=lambda request: -len(request.context))
-            num_images = options.num_images if isinstance(options, DrawingOptions) else 1
+            num_images = options.num_images if isinstance(options, ImageOptions) else 1
             size = max(1, self.batch_size // num_images)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
     # Reading -------------------------------------------------------------------------------------------------
 
-    def _read(self, batch: Sequence[_Request]) -> list[str]:
+    def _read(self, batch: Sequence[Request]) -> list[str]:
         options = batch[0].options
-        conversations = [_readable(request) for request in batch]
+        conversations = [to_conversation(request) for request in batch]
         inputs = self._processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -271,16 +269,16 @@ class EvoTokLmms(lmms):
 
     # Rebuilding ----------------------------------------------------------------------------------------------
 
-    def _rebuild(self, batch: Sequence[_Request]) -> list[str]:
+    def _rebuild(self, batch: Sequence[Request]) -> list[str]:
         tower, processor = self._model.vision_tower, self._processor.image_processor
         processes = Processes(self.rank, self.world_size, self.device)
         return [measure(tower, processor, self.images_dir / request.task, processes) for request in batch]
 
     # Drawing -------------------------------------------------------------------------------------------------
 
-    def _draw(self, batch: Sequence[_Request]) -> list[str]:
+    def _draw(self, batch: Sequence[Request]) -> list[str]:
         """Draw what is not there yet: an interrupted run's images are taken as they are."""
-        wanted = [[self._wanted(request, sample) for sample in _samples(request)] for request in batch]
+        wanted = [[self._wanted(request, sample) for sample in sample_numbers(request)] for request in batch]
         missing = [image for images in wanted for image in images if chunks_of(image.path) != image.chunks]
         if missing:
             settings = batch[0].options.generate_kwargs() | {"num_images": 1}
@@ -295,14 +293,14 @@ class EvoTokLmms(lmms):
                 write_png(picture, image.path, image.chunks)
         return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in wanted]
 
-    def _wanted(self, request: _Request, sample: int) -> _Wanted:
+    def _wanted(self, request: Request, sample: int) -> PlannedImage:
         seed = image_seed(self.seed, request.task, request.doc_id, sample)
         settings = request.options.generate_kwargs()
         del settings["num_images"]  # an image does not depend on how many are drawn beside it
         chunks = {
-            "prompt": (prompt := _prompt(request)),
+            "prompt": (prompt := to_prompt(request)),
             "seed": str(seed),
             "model": self._fingerprint,
             "settings": json.dumps(settings, sort_keys=True),
         }
-        return _Wanted(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)
+        return PlannedImage(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)

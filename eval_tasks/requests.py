@@ -13,7 +13,7 @@ from evotok_plugin.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
+class TextOptions:
     """How an answer is generated: the keys of a task's `generation_kwargs` that `model.generate` shall see."""
 
     max_new_tokens: int = 128
@@ -41,7 +41,7 @@ class ReadingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class ImageOptions:
     """Settings for drawing, named as in `generate_images` and completed by the model's own."""
 
     guidance_scale: float
@@ -63,7 +63,7 @@ class ReconstructionOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """One answer to give: where it goes in the list, whose it is, and the options it asks for."""
 
     place: int
@@ -72,11 +72,11 @@ class _Request:
     repeat: int  # lmms-eval repeats a request by listing it again
     context: str
     messages: Callable[[], ChatMessages]
-    options: ReadingOptions | DrawingOptions | ReconstructionOptions
+    options: TextOptions | ImageOptions | ReconstructionOptions
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class PlannedImage:
     """One image to draw: its file, and the text chunks that tell how it was drawn, which it keeps."""
 
     path: Path
@@ -85,10 +85,10 @@ class _Wanted:
     chunks: dict[str, str]
 
 
-_KINDS = {"text": ReadingOptions, "image": DrawingOptions, "reconstruction": ReconstructionOptions}
+OPTIONS_BY_MODALITY = {"text": TextOptions, "image": ImageOptions, "reconstruction": ReconstructionOptions}
 
 
-def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+def known_options(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The entries that are options of `kind`."""
     return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
 
@@ -99,13 +99,13 @@ def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
     return int.from_bytes(digest[:8]) >> 2
 
 
-def _samples(request: _Request) -> range:
+def sample_numbers(request: Request) -> range:
     """The numbers of a request's images among those of its document."""
     count = request.options.num_images
     return range(request.repeat * count, (request.repeat + 1) * count)
 
 
-def _readable(request: _Request) -> list[dict]:
+def to_conversation(request: Request) -> list[dict]:
     """A document as Hugging Face messages with RGB images.
 
     Raises:
@@ -126,7 +126,7 @@ def _readable(request: _Request) -> list[dict]:
     return conversation
 
 
-def _prompt(request: _Request) -> str:
+def to_prompt(request: Request) -> str:
     """The text of a drawing request.
 
     Raises:

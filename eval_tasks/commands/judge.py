@@ -4,7 +4,15 @@ import argparse
 import re
 from pathlib import Path
 
-from eval_tasks.judging.drawn_run import KeptRun, answers_of, keep, kept_folders, new_folder, open_kept, samples_file
+from eval_tasks.judging.drawn_run import (
+    DrawnRun,
+    answers_of,
+    drawn_run_folders,
+    new_folder,
+    open_drawn_run,
+    samples_file,
+    store_drawn_run,
+)
 from eval_tasks.judging.judge_run import as_table, judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.tasks.benchmarks import BENCHMARKS
@@ -47,18 +55,18 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"report: {(arguments.output or kept.folder) / 'contact_sheet.html'}")
 
 
-def find_run(folder: Path, task: str | None) -> KeptRun:
+def find_run(folder: Path, task: str | None) -> DrawnRun:
     """The newest images below a folder: kept ones, else those of lmms-eval's samples, which are kept now.
 
     Raises:
         UserError: there are none, or of several tasks.
     """
     if samples := SAMPLES_NAME.search(folder.name):
-        return _keep_samples(folder, samples["task"])
+        return _store_samples(folder, samples["task"])
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
     wanted = [task] if task else list(BENCHMARKS)
-    kept = {name: path for name in wanted if (path := next(reversed(kept_folders(folder, name)), None))}
+    kept = {name: path for name in wanted if (path := next(reversed(drawn_run_folders(folder, name)), None))}
     samples = {name: path for name in wanted if name not in kept and (path := samples_file(folder, name))}
     found = sorted([*kept, *samples])
     if not found:
@@ -66,10 +74,10 @@ def find_run(folder: Path, task: str | None) -> KeptRun:
     if len(found) > 1:
         raise UserError(f"{folder} holds images of {', '.join(found)}: choose one with --task")
     (name,) = found
-    return open_kept(kept[name]) if name in kept else _keep_samples(samples[name], name)
+    return open_drawn_run(kept[name]) if name in kept else _store_samples(samples[name], name)
 
 
-def _keep_samples(samples: Path, task: str) -> KeptRun:
+def _store_samples(samples: Path, task: str) -> DrawnRun:
     if task not in BENCHMARKS:
         raise UserError(f"{samples} is of the task {task!r}; known are {', '.join(BENCHMARKS)}")
-    return keep(new_folder(samples.parent / "drawn", task), task, answers_of(samples))
+    return store_drawn_run(new_folder(samples.parent / "drawn", task), task, answers_of(samples))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval_tasks.reporting.card import ReportCard, make_card
 from eval_tasks.reporting.plot import plot_card
-from eval_tasks.reporting.published import benchmarks, published
+from eval_tasks.reporting.published import card_rows, published
 from eval_tasks.reporting.runs import Run, read_run
 from evotok_plugin.common.files import check_output_folder
 
@@ -39,7 +39,7 @@ def show(runs: Sequence[Run], output: Path | None = None, compare: Sequence[str]
     Raises:
         UserError: an unknown published model, or matplotlib is not installed.
     """
-    card = make_card(runs, benchmarks(), published(compare))
+    card = make_card(runs, card_rows(), published(compare))
     print(card.as_markdown())
     if output:
         write_card(card, output)

@@ -36,7 +36,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class KeptRun:
+class DrawnRun:
     """A folder of drawn images of one task."""
 
     folder: Path
@@ -71,7 +71,7 @@ def new_folder(parent: Path, task: str) -> Path:
     return next(folder for folder in numbered if not folder.exists())
 
 
-def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRun:
+def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> DrawnRun:
     """Copy what a model has drawn into a new folder.
 
     Args:
@@ -109,11 +109,11 @@ def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRu
             f"{len(faults)} of the model's answers cannot be judged, first {faults[0]}; the other {len(drawn)} images "
             f"are kept in {folder}. Draw again (if answers come from lmms-eval's --use_cache, delete that cache first)"
         )
-    return KeptRun(folder, task, tuple(drawn))
+    return DrawnRun(folder, task, tuple(drawn))
 
 
-def open_kept(folder: Path) -> KeptRun:
-    """Read a folder that `keep` has written.
+def open_drawn_run(folder: Path) -> DrawnRun:
+    """Read a folder that `store_drawn_run` has written.
 
     Raises:
         UserError: it is none, or was drawn incompletely, or holds no image.
@@ -130,10 +130,10 @@ def open_kept(folder: Path) -> KeptRun:
         raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
     if not drawn:
         raise UserError(f"{folder} holds no image: the run was empty")
-    return KeptRun(folder, task, drawn)
+    return DrawnRun(folder, task, drawn)
 
 
-def kept_folders(folder: Path, task: str) -> list[Path]:
+def drawn_run_folders(folder: Path, task: str) -> list[Path]:
     """The folders of a task's kept images at or below a folder, the newest last.
 
     Raises:

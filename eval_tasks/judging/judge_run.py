@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval_tasks.judging.drawn_run import Drawn, KeptRun
+from eval_tasks.judging.drawn_run import Drawn, DrawnRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
-from eval_tasks.judging.scores import OVERALL, Clock, Judgement, Score, summarize
+from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ Batch = Sequence[tuple[Drawn, Image.Image]]
 
 
 class ImageJudge(Protocol):
-    """Judges a stream of images; `clock` counts the seconds of its models."""
+    """Judges a stream of images; `stopwatch` counts the seconds of its models."""
 
-    clock: Clock
+    stopwatch: Stopwatch
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """One judgement an image, in order; it may look further ahead than it answers."""
@@ -59,7 +59,7 @@ class Outcome:
     scores: dict[str, Score]
 
 
-def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output: Path | None = None) -> Outcome:
+def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output: Path | None = None) -> Outcome:
     """Judge all images of a kept run and write `judgements.jsonl`, `scores.json` and the contact sheets.
 
     Judgements are written as they come; the judges leave memory before the report is made.
@@ -83,7 +83,7 @@ def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output:
             lines.write(json.dumps(asdict(judgement)) + "\n")
             bar.update()
     unfinished.replace(output / "judgements.jsonl")
-    model_seconds, device = judge.clock.seconds, options.torch_device
+    model_seconds, device = judge.stopwatch.seconds, options.torch_device
     del judge
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -97,7 +97,7 @@ def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output:
 
 
 def _write_scores(
-    path: Path, run: KeptRun, options: JudgeOptions, judges: dict[str, str], scores: dict[str, Score], seconds: dict
+    path: Path, run: DrawnRun, options: JudgeOptions, judges: dict[str, str], scores: dict[str, Score], seconds: dict
 ) -> None:
     """Figures, who judged, and where the time went: the judges' models, and all that the task adds to them."""
     content = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval_tasks.judging.answers import open_image
-from eval_tasks.judging.drawn_run import KeptRun
+from eval_tasks.judging.drawn_run import DrawnRun
 from eval_tasks.judging.scores import OVERALL, Judgement, Score
 
 _THUMBNAIL = 112  # pixels
@@ -27,7 +27,7 @@ img {{ width: {_THUMBNAIL}px; border: 4px solid #999; image-rendering: auto }}
 """
 
 
-def write_report(folder: Path, run: KeptRun, judgements: Sequence[Judgement], scores: dict[str, Score]) -> None:
+def write_report(folder: Path, run: DrawnRun, judgements: Sequence[Judgement], scores: dict[str, Score]) -> None:
     """Write `contact_sheet.html` and `contact_sheet.png`; images are opened one after the other."""
     prompts = _by_skill_and_prompt(judgements)
     with (folder / "contact_sheet.html").open("w") as page:
@@ -61,7 +61,7 @@ def _verdict(item: Judgement) -> str:
     return "correct" if item.correct else item.reason
 
 
-def _page(run: KeptRun, prompts: dict[str, list[list[Judgement]]], scores: dict[str, Score]) -> Iterator[str]:
+def _page(run: DrawnRun, prompts: dict[str, list[list[Judgement]]], scores: dict[str, Score]) -> Iterator[str]:
     title = html.escape(f"{run.task}: {len(run.drawn)} images")
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     yield f"<h1>{title}</h1><table><tr><th></th><th>score</th><th>95 % interval</th><th>prompts</th></tr>"
@@ -92,7 +92,7 @@ def _figure(folder: Path, item: Judgement) -> str:
     )
 
 
-def _picture(run: KeptRun, prompts: dict[str, list[list[Judgement]]]) -> Image.Image:
+def _picture(run: DrawnRun, prompts: dict[str, list[list[Judgement]]]) -> Image.Image:
     """A row a skill: two images each of its first prompts, framed by verdict, over their prompt."""
     cell, text, gap = _THUMBNAIL + 8, 34, 8
     rows = [[item for images in groups[:_PROMPTS_A_SKILL] for item in images[:2]] for groups in prompts.values()]

@@ -109,13 +109,13 @@ def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "image
     }
 
 
-class Clock:
+class Stopwatch:
     """Adds up the seconds spent in its `with` blocks."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self) -> "Clock":
+    def __enter__(self) -> "Stopwatch":
         self._started = time.perf_counter()
         return self
 

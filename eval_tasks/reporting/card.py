@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval_tasks.reporting.published import Benchmark, PublishedModel
+from eval_tasks.reporting.published import CardRow, PublishedModel
 from eval_tasks.reporting.runs import Run, TaskResult
 from evotok_plugin.errors import UserError
 
@@ -20,10 +20,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class FilledRow:
     """A benchmark: our cells by run, published cells by model; `beside` is what no skill scores, by run."""
 
-    benchmark: Benchmark
+    benchmark: CardRow
     ours: dict[str, Cell]
     theirs: dict[str, Cell]
     beside: dict[str, float]
@@ -35,7 +35,7 @@ class ReportCard:
 
     runs: list[Run]
     published: list[PublishedModel]
-    rows: list[Row]
+    rows: list[FilledRow]
 
     def as_markdown(self) -> str:
         """The table, what the marks mean, what was evaluated, and where published figures stand."""
@@ -98,7 +98,7 @@ class ReportCard:
         return json.dumps(content, indent=1) + "\n"
 
 
-def make_card(runs: Sequence[Run], rows: Sequence[Benchmark], models: Sequence[PublishedModel]) -> ReportCard:
+def make_card(runs: Sequence[Run], rows: Sequence[CardRow], models: Sequence[PublishedModel]) -> ReportCard:
     """Put runs beside published models.
 
     Args:
@@ -130,7 +130,7 @@ def _with_own_names(runs: Sequence[Run]) -> list[Run]:
     return own
 
 
-def _unknown_tasks(runs: Sequence[Run], rows: Sequence[Benchmark]) -> list[Benchmark]:
+def _unknown_tasks(runs: Sequence[Run], rows: Sequence[CardRow]) -> list[CardRow]:
     tasks = {row.task for row in rows}
     metrics = dict.fromkeys(
         (task, metric)
@@ -141,13 +141,13 @@ def _unknown_tasks(runs: Sequence[Run], rows: Sequence[Benchmark]) -> list[Bench
     )
     scored = {task for task, metric in metrics if metric}
     return [
-        Benchmark(name=f"{task}: {metric}" if metric else task, group="other", task=task, metric=metric, digits=3)
+        CardRow(name=f"{task}: {metric}" if metric else task, group="other", task=task, metric=metric, digits=3)
         for task, metric in metrics
         if metric or task not in scored
     ]
 
 
-def _row(benchmark: Benchmark, runs: Sequence[Run], models: Sequence[PublishedModel]) -> Row | None:
+def _row(benchmark: CardRow, runs: Sequence[Run], models: Sequence[PublishedModel]) -> FilledRow | None:
     """None if no run was given the task, or there is nothing to show. A figure that a task left out, as rFID where
     weights are missing, has a row where others have published it; a task without any figure always has one."""
     if not any(benchmark.task in run.tasks for run in runs):
@@ -165,10 +165,10 @@ def _row(benchmark: Benchmark, runs: Sequence[Run], models: Sequence[PublishedMo
         if figure := model.figures.get(benchmark.name):
             theirs[model.name] = Cell(figure.value, "; ".join(filter(None, (benchmark.differs, figure.differs))))
     empty = any(not run.tasks[benchmark.task].figures for run in runs if benchmark.task in run.tasks)
-    return Row(benchmark, ours, theirs, beside) if ours or theirs or empty else None
+    return FilledRow(benchmark, ours, theirs, beside) if ours or theirs or empty else None
 
 
-def _why_ours_differs(benchmark: Benchmark, result: TaskResult) -> str:
+def _why_ours_differs(benchmark: CardRow, result: TaskResult) -> str:
     if result.limited:
         count = "some" if result.documents is None else result.documents
         return f"{result.task}: only {count} documents were asked"
@@ -187,15 +187,15 @@ def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _label(row: Row) -> str:
+def _label(row: FilledRow) -> str:
     return f"{row.benchmark.name} {'(lower is better)' if row.benchmark.lower else ''}".strip()
 
 
-def _number(benchmark: Benchmark, value: float) -> str:
+def _number(benchmark: CardRow, value: float) -> str:
     return f"{value:.{benchmark.digits}f}"
 
 
-def _cell(row: Row, cell: Cell | None, reasons: dict[str, int]) -> str:
+def _cell(row: FilledRow, cell: Cell | None, reasons: dict[str, int]) -> str:
     """A figure; one that is not comparable is followed by the numbers of its reasons."""
     if cell is None:
         return ""
@@ -226,7 +226,7 @@ def _asked(result: TaskResult) -> str:
     return f"{result.task} {result.documents} documents"
 
 
-def _sources(model: PublishedModel, rows: Sequence[Row]) -> str:
+def _sources(model: PublishedModel, rows: Sequence[FilledRow]) -> str:
     """Where the figures that are shown stand; empty if none is."""
     by_source: dict[str, list[str]] = {}
     for row in rows:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from eval_tasks.reporting.card import Cell, ReportCard, Row
+from eval_tasks.reporting.card import Cell, FilledRow, ReportCard
 from evotok_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plot_card(card: ReportCard) -> "Figure":
     return figure
 
 
-def _draw(axes: "Axes", row: Row, card: ReportCard) -> None:
+def _draw(axes: "Axes", row: FilledRow, card: ReportCard) -> None:
     bars: list[tuple[str, Cell, str]] = []
     for number, run in enumerate(card.runs):
         if run.name in row.ours:

@@ -14,7 +14,7 @@ _ABOUT_FIGURES = ("source", "setting", "differs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
+class CardRow:
     """A row: which figure of ours it shows, in which unit, and what keeps published ones from being compared with it.
 
     Attributes:
@@ -57,9 +57,9 @@ class PublishedModel:
     figures: dict[str, PublishedFigure]
 
 
-def benchmarks() -> list[Benchmark]:
+def card_rows() -> list[CardRow]:
     """All rows, in order."""
-    return [Benchmark(**row) for row in yaml.safe_load(_FILE.read_text())["benchmarks"]]
+    return [CardRow(**row) for row in yaml.safe_load(_FILE.read_text())["benchmarks"]]
 
 
 def published(names: Sequence[str] | None = None) -> list[PublishedModel]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from eval_tasks.judging.drawn_run import keep, new_folder
+from eval_tasks.judging.drawn_run import new_folder, store_drawn_run
 from eval_tasks.judging.judge_run import Benchmark, judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.scores import OVERALL, Score
@@ -99,7 +99,7 @@ class JudgedTask:
             UserError: an answer is no drawing or an image is broken; the images stay where the error says.
         """
         folder = new_folder(Path(getattr(args, "output_path", None) or _NO_FOLDER) / "drawn", self.benchmark.name)
-        run = keep(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])
+        run = store_drawn_run(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])
         try:
             outcome = judge_run(run, self.benchmark, JudgeOptions.from_environment())
         except Exception as error:

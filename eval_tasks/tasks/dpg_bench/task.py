@@ -16,7 +16,7 @@ from PIL import Image
 from eval_tasks.judging.drawn_run import Drawn
 from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vqa import Answer, YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
@@ -34,7 +34,7 @@ class DpgJudge:
     """Asks every question of every image's prompt; rows of several images share a batch."""
 
     def __init__(self, vqa: YesNoJudge, batch_size: int) -> None:
-        self.vqa, self.batch_size, self.clock = vqa, batch_size, Clock()
+        self.vqa, self.batch_size, self.stopwatch = vqa, batch_size, Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with `questions`."""
@@ -53,7 +53,7 @@ class DpgJudge:
         answers = []
         for start in range(0, len(rows), self.batch_size):
             images, questions = zip(*rows[start : start + self.batch_size], strict=True)
-            with self.clock:
+            with self.stopwatch:
                 answers += self.vqa.ask(images, questions)
         return answers
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval_tasks.judging.judge_run import Batch, Benchmark
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vqa import YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
@@ -33,13 +33,13 @@ class VqaScoreJudge:
     """VQAScore of each image and its prompt."""
 
     def __init__(self, vqa: YesNoJudge) -> None:
-        self.vqa, self.clock = vqa, Clock()
+        self.vqa, self.stopwatch = vqa, Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with `prompt` and `skills`."""
         for batch in batches:
             questions = [_QUESTION.format(prompt=drawn.document["prompt"]) for drawn, _ in batch]
-            with self.clock:
+            with self.stopwatch:
                 answers = self.vqa.ask([image for _, image in batch], questions)
             for (drawn, _), answer in zip(batch, answers, strict=True):
                 yield Judgement(

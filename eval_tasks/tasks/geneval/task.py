@@ -13,7 +13,7 @@ from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.rules import Instance, colors_wanted, evaluate
 from eval_tasks.judging.scene_detector import SceneDetector
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vocabulary import COLORS, SKILLS
 from eval_tasks.judging.weights import fetch, require_weights
 from eval_tasks.tasks.geneval.prompts import geneval_records
@@ -44,7 +44,7 @@ class GenEvalJudge:
 
     def __init__(self, detector: Detector, colors: ColorClassifier | None, batch_size: int) -> None:
         self.detector, self.colors, self.batch_size = detector, colors, batch_size
-        self.clock = Clock()
+        self.stopwatch = Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with a GenEval `record`.
@@ -54,7 +54,7 @@ class GenEvalJudge:
         """
         waiting: deque[_Seen] = deque()
         for batch in batches:
-            with self.clock:
+            with self.stopwatch:
                 found = self.detector.detect_batch([image for _, image in batch])
             for (drawn, image), instances in zip(batch, found, strict=True):
                 waiting.append(self._seen(drawn, image, instances))
@@ -82,7 +82,7 @@ class GenEvalJudge:
         crops = [(seen, place) for seen in waiting for place in seen.crops]
         while len(crops) >= least:
             now, crops = crops[: self.batch_size], crops[self.batch_size :]
-            with self.clock:
+            with self.stopwatch:
                 colors = self.colors.classify([seen.crops[place] for seen, place in now])
             for (seen, place), color in zip(now, colors, strict=True):
                 seen.instances[place] = replace(seen.instances[place], color=color)

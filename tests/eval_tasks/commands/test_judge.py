@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval_tasks.cli import main
-from eval_tasks.judging.drawn_run import keep
+from eval_tasks.judging.drawn_run import store_drawn_run
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
@@ -28,7 +28,7 @@ def drawn_scenes(tmp_path, rng):
 
 
 def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
-    run = keep(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
+    run = store_drawn_run(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
     assert main(["judge", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "| **overall** |" in printed and "contact_sheet.html" in printed
@@ -61,8 +61,8 @@ def test_what_cannot_be_judged_is_told(drawn_scenes, tmp_path, capsys):
 
     assert "neither kept images nor lmms-eval samples" in error(tmp_path)
     assert "is no folder" in error(tmp_path / "nowhere")
-    keep(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
-    keep(tmp_path / "out/b", "geneval", drawn_scenes)
+    store_drawn_run(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
+    store_drawn_run(tmp_path / "out/b", "geneval", drawn_scenes)
     assert "holds images of geneval, geneval_scenes: choose one with --task" in error(tmp_path / "out")
     assert "get it where there is a network" in error(tmp_path / "out", "--task", "geneval")
     assert "the detector knows no class" not in error(tmp_path / "out", "--task", "geneval_scenes", "--batch_size", "0")

@@ -8,7 +8,7 @@ from PIL import Image
 from eval_tasks.cli import main
 from eval_tasks.reporting.card import make_card
 from eval_tasks.reporting.plot import plot_card
-from eval_tasks.reporting.published import benchmarks, published
+from eval_tasks.reporting.published import card_rows, published
 from eval_tasks.reporting.runs import read_run
 
 
@@ -28,7 +28,7 @@ def write(folder, results, model="models/a", time="20260101_000000", asked=100, 
 
 
 def card_of(*folders):
-    return make_card([read_run(folder) for folder in folders], benchmarks(), published())
+    return make_card([read_run(folder) for folder in folders], card_rows(), published())
 
 
 def reconstruction(images=50000, size=256, **figures):
@@ -98,7 +98,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 
 def test_every_published_figure_has_a_row_and_a_source():
-    rows = {benchmark.name for benchmark in benchmarks()}
+    rows = {benchmark.name for benchmark in card_rows()}
     for model in published():
         assert model.figures and set(model.figures) <= rows, model.name
         assert all(figure.source and figure.setting for figure in model.figures.values())
@@ -107,7 +107,7 @@ def test_every_published_figure_has_a_row_and_a_source():
 
 def test_rows_name_tasks_and_metrics_that_exist(lmms_eval_tasks):
     manager = lmms_eval_tasks.TaskManager()
-    for benchmark in benchmarks():
+    for benchmark in card_rows():
         if benchmark.task == "mmvet":  # loads with its judge's key alone
             continue
         metrics = {metric["metric"] for metric in manager._get_config(benchmark.task)["metric_list"]}

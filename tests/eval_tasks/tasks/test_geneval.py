@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Mask2FormerDetector
-from eval_tasks.judging.drawn_run import Drawn, keep, open_kept
+from eval_tasks.judging.drawn_run import Drawn, open_drawn_run, store_drawn_run
 from eval_tasks.judging.judge_run import judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.rules import GENEVAL_RULES, Instance, evaluate
@@ -195,7 +195,7 @@ def test_a_whole_run_and_judging_it_again(oracle_judges, make_lm, evaluate, tmp_
     (folder,) = (tmp_path / "results/drawn").iterdir()
     check_outcome(results["results"]["geneval"], folder, 24)
     assert results["configs"]["geneval"]["metadata"]["judges"]["batch_size"] == 16
-    kept = open_kept(folder)
+    kept = open_drawn_run(folder)
     benchmark = geneval.process_results.__self__.benchmark
     again = judge_run(kept, benchmark, JudgeOptions(batch_size=5), tmp_path / "again")
     assert read_lines(tmp_path / "again/judgements.jsonl") == read_lines(folder / "judgements.jsonl")
@@ -265,7 +265,7 @@ def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp
         for sample in results["samples"]["geneval"]
     ]
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = keep(tmp_path / "kept", "geneval", answers_of(samples))
+    run = store_drawn_run(tmp_path / "kept", "geneval", answers_of(samples))
     assert [item.document for item in run.drawn[::4]] == sorted(geneval.documents()[:6], key=lambda d: d["index"])
     samples.write_text('{"target": "a photo"}\n')
     with pytest.raises(ValueError, match="line 1: no answer of a drawing task"):
@@ -287,29 +287,29 @@ def test_what_cannot_be_kept_is_named_and_everything_else_is_kept(tmp_path):
     with pytest.raises(
         ValueError, match="2 of the model's answers cannot be judged.*gone.png.*other 2 images are kept"
     ):
-        keep(tmp_path / "kept", "geneval", zip(documents, answers, strict=True))
+        store_drawn_run(tmp_path / "kept", "geneval", zip(documents, answers, strict=True))
     assert len(list((tmp_path / "kept/images").iterdir())) == 2
     with pytest.raises(ValueError, match="is incomplete: 2 answers are missing"):
-        open_kept(tmp_path / "kept")
+        open_drawn_run(tmp_path / "kept")
 
 
 def test_broken_images_and_empty_or_damaged_folders(tmp_path, monkeypatch):
     judges.picture(0).save(tmp_path / "0.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:600])
     documents = geneval.documents()
-    run = keep(tmp_path / "a", "geneval", [(documents[0], answer(tmp_path / "0.png", tmp_path / "cut.png"))])
+    run = store_drawn_run(tmp_path / "a", "geneval", [(documents[0], answer(tmp_path / "0.png", tmp_path / "cut.png"))])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as parts of lmms-eval do
     with pytest.raises(ValueError, match="_1.png cannot be read"):
         list(run.images(1))
     assert ImageFile.LOAD_TRUNCATED_IMAGES
-    keep(tmp_path / "b", "geneval", [])
+    store_drawn_run(tmp_path / "b", "geneval", [])
     with pytest.raises(ValueError, match="the run was empty"):
-        open_kept(tmp_path / "b")
+        open_drawn_run(tmp_path / "b")
     (tmp_path / "a/drawn.jsonl").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        open_kept(tmp_path / "a")
+        open_drawn_run(tmp_path / "a")
     with pytest.raises(ValueError, match="holds no drawn images"):
-        open_kept(tmp_path)
+        open_drawn_run(tmp_path)
 
 
 def test_a_failed_judging_leaves_the_images_and_says_where(make_lm, evaluate, tmp_path, monkeypatch, oracle_judges):
@@ -319,4 +319,4 @@ def test_a_failed_judging_leaves_the_images_and_says_where(make_lm, evaluate, tm
         evaluate(lm, ["geneval"], limit=2)
     (folder,) = (tmp_path / "results/drawn").iterdir()
     assert f"evotok-eval judge {folder}" in caught.value.__notes__[0]
-    assert len(open_kept(folder).drawn) == 8
+    assert len(open_drawn_run(folder).drawn) == 8

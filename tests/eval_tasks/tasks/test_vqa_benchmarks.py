@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval_tasks.judging.drawn_run import Drawn, keep, kept_folders
+from eval_tasks.judging.drawn_run import Drawn, drawn_run_folders, store_drawn_run
 from eval_tasks.judging.vqa import Answer
 from eval_tasks.tasks.dpg_bench import task as dpg_bench
 from eval_tasks.tasks.genai_bench import task as genai_bench
@@ -270,7 +270,7 @@ def test_what_is_kept_twice_or_damaged_is_told(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     answer = json.dumps({"text": "", "images": [str(tmp_path / "a.png")]})
     with pytest.raises(ValueError, match="document 3: its number comes twice"):
-        keep(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
+        store_drawn_run(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
     (tmp_path / "kept" / "drawn.json").write_text("{")
     with pytest.raises(ValueError, match="drawn.json is damaged"):
-        kept_folders(tmp_path, "geneval")
+        drawn_run_folders(tmp_path, "geneval")
