@@ -57,7 +57,7 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
 
 def test_a_wrong_checkpoint_is_told_and_leaves_no_results(tmp_path):
     output = lmms_eval(tmp_path / "run", "nowhere")
-    assert "needs the output folder of scripts/finetune.sh, but 'nowhere' is not a folder" in output
+    assert "--model_args pretrained=nowhere: model folder 'nowhere' does not exist" in output
     with pytest.raises(ValueError, match="the run failed"):
         read_results(tmp_path / "run/results")
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from evotok_plugin.errors import UserError
+
 DRAW = {"modality": "image", "num_images": 2, "until": []}
 
 
@@ -141,9 +143,9 @@ def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance
 def test_images_reach_the_model_as_rgb(make_lm, instance, tmp_path):
     seen = []
     lm = make_lm(lambda text, images: seen.extend(images) or "A")
-    grey = Image.new("L", (4, 4))
-    grey.save(tmp_path / "grey.png")
-    media = [("image", grey), ("image", str(tmp_path / "grey.png"))]
+    gray = Image.new("L", (4, 4))
+    gray.save(tmp_path / "gray.png")
+    media = [("image", gray), ("image", str(tmp_path / "gray.png"))]
     lm.generate_until([instance(lm, "read", 0, "x", {}, media)])
     assert [image.mode for image in seen] == ["RGB", "RGB"]
 
@@ -163,17 +165,19 @@ def test_media_that_it_cannot_take(make_lm, instance):
 def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     from eval_tasks.model import EvoTokLmms
 
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
+    for name, content in (("empty", None), ("other", '{"model_type": "qwen2"}'), ("broken", '{"model_type": ')):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "config.json").write_text(content)
     cases = {
-        str(tmp_path / "nowhere"): "is not a folder",
-        str(tmp_path / "empty"): "has no config.json",
-        str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
+        "nowhere": "'.*nowhere' does not exist",
+        "empty": "it holds no config.json",
+        "other": "holds a qwen2 model, expected evotok_llava",
+        "broken": "broken/config.json is not valid JSON",
     }
-    for pretrained, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            EvoTokLmms(pretrained, device="cpu")
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=f"--model_args pretrained={tmp_path / name}: .*{message}"):
+            EvoTokLmms(str(tmp_path / name), device="cpu")
 
 
 def test_without_a_checkpoint_the_default_one_is_taken_and_named(lmms_eval_tasks, tmp_path, monkeypatch, caplog):
@@ -246,7 +250,7 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
 
     (texts, images), (batched_texts, batched_images) = answers(1), answers(4)
     assert texts == batched_texts
-    assert np.abs(images - batched_images).max() <= 1  # one grey level: convolutions of a batch round differently
+    assert np.abs(images - batched_images).max() <= 1  # one gray level: convolutions of a batch round differently
     assert len({image.tobytes() for image in images}) == 6 and Image.open(tmp_path / "4/draw/00000_0.png").size == (
         48,
         48,
@@ -269,9 +273,9 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
         ("gudiance_scale=2", "unknown argument 'gudiance_scale'; did you mean 'guidance_scale'"),
         ("pretrained", "must be KEY=VALUE"),
         ("device=cuda:77", "device cuda:77"),
-        ("device=quantum", "device must be cpu"),
+        ("device=quantum", "device quantum cannot be used here"),
         ("batch_size=0", "batch_size must be a number of at least 1"),
-        ("batch_size=2,max_batch_size=8", "max_batch_size has no effect beside batch_size 2"),
+        ("batch_size=2,max_batch_size=8", "max_batch_size has no effect with batch_size 2"),
         ("batch_size=auto:x", "batch_size must be a number of at least 1 or auto"),
     ],
 )
@@ -330,7 +334,7 @@ def test_keys_of_a_task_without_effect_are_logged_once(make_lm, instance, caplog
         (["mmbench_scenes"], "guidance_scale=2", "guidance_scale has no effect on mmbench_scenes"),
         (["geneval_scenes"], "num_beams=2", "num_beams has no effect on geneval_scenes"),
         (["mmbench_scenes"], "max_new_token=4", "did you mean 'max_new_tokens'"),
-        (["mmbench_scenes"], "quality=best", "known are, for text: .*max_new_tokens.*for image: .*guidance_scale"),
+        (["mmbench_scenes"], "quality=best", "options for text: .*max_new_tokens.*for image: .*guidance_scale"),
         (["mmbench_scenes"], "temperature=0.7", "answer without sampling; add do_sample=true"),
     ],
 )

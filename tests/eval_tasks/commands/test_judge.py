@@ -59,12 +59,13 @@ def test_what_cannot_be_judged_is_told(drawn_scenes, tmp_path, capsys):
         assert main(["judge", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "neither kept images nor lmms-eval samples" in error(tmp_path)
-    assert "is no folder" in error(tmp_path / "nowhere")
+    assert "neither drawn images nor lmms-eval samples" in error(tmp_path)
+    assert "is not a folder" in error(tmp_path / "nowhere")
     store_drawn_run(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
     store_drawn_run(tmp_path / "out/b", "geneval", drawn_scenes)
     assert "holds images of geneval, geneval_scenes: choose one with --task" in error(tmp_path / "out")
-    assert "get it where there is a network" in error(tmp_path / "out", "--task", "geneval")
-    assert "the detector knows no class" not in error(tmp_path / "out", "--task", "geneval_scenes", "--batch_size", "0")
-    (tmp_path / "x_samples_mmbench_scenes.jsonl").write_text("")
-    assert "of the task 'mmbench_scenes'; known are geneval" in error(tmp_path / "x_samples_mmbench_scenes.jsonl")
+    assert "download it on a machine with network access" in error(tmp_path / "out", "--task", "geneval")
+    assert "batch size must be at least 1, got 0" in error(tmp_path / "out", "--batch_size", "0")
+    samples = tmp_path / "x_samples_mmbench_scenes.jsonl"
+    samples.write_text("")
+    assert "belongs to the task 'mmbench_scenes'; expected one of dpg_bench" in error(samples)

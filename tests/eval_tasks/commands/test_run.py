@@ -103,7 +103,7 @@ def test_results_that_were_removed_are_made_again(run):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--model", "nowhere"], "is no model folder"), (["--model", "model", "--limit", "0"], "at least 1, got 0")],
+    [(["--model", "nowhere"], "nowhere' does not exist"), (["--model", "model", "--limit", "0"], "at least 1, got 0")],
 )
 def test_user_errors_are_one_line(module, flags, message, capsys):
     assert cli.main(["run", *flags, "--output", "out"]) == 2
@@ -127,7 +127,7 @@ def test_what_lmms_eval_is_asked(module, tmp_path, monkeypatch):
 
 def test_the_understanding_suite_runs_benchmark_by_benchmark(module, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    tasks = module.one_by_one(["geneval", "evotok_understanding", "pope"])
+    tasks = module.expand_suite(["geneval", "evotok_understanding", "pope"])
     assert tasks[:2] == ["geneval", "pope"] and "evotok_gqa" in tasks and len(tasks) == 10
 
 

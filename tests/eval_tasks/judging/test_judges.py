@@ -110,7 +110,7 @@ def test_detectors_of_other_classes_are_refused(judge_folders, tmp_path):
         Mask2FormerDetector.open(other)
 
 
-# Colours -------------------------------------------------------------------------------------------------------
+# Colors -------------------------------------------------------------------------------------------------------
 
 
 def half(label: str, left: int, right: int) -> Instance:
@@ -186,7 +186,7 @@ def test_a_vqa_model_without_a_chat_template(tmp_path):
 
 
 def test_models_that_cannot_answer_are_refused(judge_folders, tmp_path):
-    with pytest.raises(ValueError, match="'mask2former', which answers no questions"):
+    with pytest.raises(ValueError, match="'mask2former', which does not answer questions"):
         YesNoJudge.open(judge_folders["detector"])
     with pytest.raises(ValueError, match="must be a folder with config.json"):
         YesNoJudge.open(tmp_path)

@@ -98,7 +98,7 @@ def test_random_cases_match_naive_implementation():
 
 
 def test_only_colors_that_decide_are_wanted():
-    """Colours of other instances change no verdict, and every wanted one belongs to a clause with a colour."""
+    """Colors of other instances change no verdict, and every wanted one belongs to a clause with a color."""
     for instances, record in cases()[:2000]:
         wanted = colors_wanted(record, instances)
         repainted = [

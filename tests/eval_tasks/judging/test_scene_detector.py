@@ -50,7 +50,7 @@ def test_touching_objects_of_two_colors_are_two():
 
 # 0.013 of the side is the least gap that sampled scenes have.
 @pytest.mark.parametrize(("shape", "gap"), [*((shape, 0.013) for shape in SHAPES), ("circle", 0.0), ("cross", 0.0)])
-def test_neighbours_of_one_color_are_two(shape, gap):
+def test_neighbors_of_one_color_are_two(shape, gap):
     for x in np.linspace(0.33, 0.36, 7):
         pair = [SceneObject(shape, "red", x + shift, 0.5, 0.27) for shift in (0.0, 0.27 + gap)]
         assert kinds(render(Scene(tuple(pair)))) == {("red", shape): 2}, x

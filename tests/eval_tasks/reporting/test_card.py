@@ -111,7 +111,7 @@ def test_rows_name_tasks_and_metrics_that_exist(lmms_eval_tasks):
         if benchmark.task == "mmvet":  # loads with its judge's key alone
             continue
         metrics = {metric["metric"] for metric in manager._get_config(benchmark.task)["metric_list"]}
-        wanted = [benchmark.metric.split(",")[0], *filter(None, [benchmark.beside])]
+        wanted = [benchmark.metric.split(",")[0], *filter(None, [benchmark.baseline])]
         assert set(wanted) <= metrics, benchmark.name
 
 

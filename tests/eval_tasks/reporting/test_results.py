@@ -45,7 +45,7 @@ def test_failed_runs_are_told(tmp_path):
     with pytest.raises(ValueError, match="the run failed"):
         read_results(tmp_path)
     written = write(tmp_path, "20260102_000000_results.json", RESULTS, age=100)
-    with pytest.raises(ValueError, match="1 of earlier runs"):
+    with pytest.raises(ValueError, match="1 from earlier runs"):
         read_results(tmp_path, not_before=written + 50)
     with pytest.raises(ValueError, match="no figures for geneval_scenes"):
         read_results(tmp_path, tasks=["geneval_scenes"])

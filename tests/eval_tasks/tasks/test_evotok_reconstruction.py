@@ -9,6 +9,7 @@ from eval_tasks.tasks.evotok_reconstruction import task as reconstruction
 from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE, LIMIT_VARIABLE
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.data.sources import open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import evaluate as evaluate_tokenizer
 
 
@@ -30,10 +31,10 @@ def lm(tiny_mllm, lmms_eval_tasks, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """What a machine without the measuring networks' weights finds."""
+    """Simulates a machine without the weights of the measuring networks."""
 
     def absent():
-        raise ValueError("weights are not there")
+        raise UserError("weights are not there")
 
     monkeypatch.setattr(reconstruction, "load_inception", absent)
     monkeypatch.setattr(reconstruction, "load_lpips", absent)

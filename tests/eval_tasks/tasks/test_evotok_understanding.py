@@ -167,7 +167,7 @@ def test_gqa_without_an_image_says_so(data_root, upstream, make_lm, evaluate, mo
     folder = data_root / HUB / "GQA/testdev_balanced_images"
     (file,) = folder.iterdir()
     datasets.Dataset.from_parquet(str(file)).select([0]).to_parquet(file)
-    with pytest.raises(ValueError, match="GQA: 1 questions without image, the first about 'i1'"):
+    with pytest.raises(ValueError, match="GQA: 1 questions without an image, first 'i1'"):
         evaluate(make_lm(), ["evotok_understanding"], include_path=upstream)
 
 

@@ -21,7 +21,7 @@ from eval_tasks.tasks.geneval.prompts import geneval_records
 
 
 class Oracle:
-    """A detector and colour classifier that read an image's top left pixel as the number of a record, and find all
+    """A detector and color classifier that read an image's top left pixel as the number of a record, and find all
     that it asks for, apart from what `spoil` says."""
 
     rules, classes = GENEVAL_RULES, CLASSES
@@ -96,7 +96,7 @@ def test_crops_of_many_images_share_full_batches():
 
 
 def test_images_do_not_stay_in_memory():
-    """A long run of prompts without colours: no crop ever fills a batch, and still only a batch of images lives."""
+    """A long run of prompts without colors: no crop ever fills a batch, and still only a batch of images lives."""
     oracle, seen, most = Oracle(), [], 0
 
     def stream():
@@ -137,8 +137,8 @@ def test_batches_give_the_verdicts_of_one_by_one(judge_folders):
 def test_unknown_classes_and_colors_are_told():
     oracle = Oracle()
     for clause, message in (
-        ({"class": "unicorn", "count": 1}, "knows no class 'unicorn'"),
-        ({"class": "cup", "count": 1, "color": "beige"}, "colours must be among red"),
+        ({"class": "unicorn", "count": 1}, "does not know the class 'unicorn'"),
+        ({"class": "cup", "count": 1, "color": "beige"}, "colors must be among red"),
     ):
         record = {"tag": "colors", "include": [clause], "prompt": "a photo"}
         pair = (drawn_for({"index": 0, "record": json.dumps(record)}), numbered(0))
@@ -268,7 +268,7 @@ def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp
     run = store_drawn_run(tmp_path / "kept", "geneval", answers_of(samples))
     assert [item.document for item in run.drawn[::4]] == sorted(geneval.documents()[:6], key=lambda d: d["index"])
     samples.write_text('{"target": "a photo"}\n')
-    with pytest.raises(ValueError, match="line 1: no answer of a drawing task"):
+    with pytest.raises(ValueError, match="line 1: not an answer of a drawing task"):
         list(answers_of(samples))
 
 
@@ -285,7 +285,7 @@ def test_what_cannot_be_kept_is_named_and_everything_else_is_kept(tmp_path):
     documents = geneval.documents()[:3]
     answers = [answer(tmp_path / "0.png", tmp_path / "gone.png"), "sorry", answer(tmp_path / "2.png")]
     with pytest.raises(
-        ValueError, match="2 of the model's answers cannot be judged.*gone.png.*other 2 images are kept"
+        ValueError, match="2 of the model's answers cannot be judged.*gone.png.*other 2 images are stored"
     ):
         store_drawn_run(tmp_path / "kept", "geneval", zip(documents, answers, strict=True))
     assert len(list((tmp_path / "kept/images").iterdir())) == 2

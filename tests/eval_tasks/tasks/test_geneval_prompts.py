@@ -1,4 +1,4 @@
-"""GenEval's prompts, drawn anew."""
+"""GenEval's prompts, regenerated from their seed."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def test_records_say_what_their_prompts_say():
 
 def test_another_numpy_would_be_told(monkeypatch):
     monkeypatch.setattr(geneval_prompts, "SEED", 44)
-    with pytest.raises(ValueError, match="draws other prompts than GenEval's"):
+    with pytest.raises(ValueError, match="generates other prompts than GenEval's"):
         geneval_records()
     assert draw_records(44, 5) != draw_records(43, 5)
 

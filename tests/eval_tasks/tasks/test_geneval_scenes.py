@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
+from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import prompt_record
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
@@ -60,7 +61,7 @@ def test_derangement_of_any_list():
         prompts = [str(rng.integers(6)) for _ in range(int(rng.integers(2, 30)))]
         most = max(map(prompts.count, prompts))
         if 2 * most > len(prompts):
-            with pytest.raises(ValueError, match="cannot be its partners"):
+            with pytest.raises(ValueError, match="too few others to be its partners"):
                 geneval_scenes.derangement(prompts, rng)
             continue
         partner = geneval_scenes.derangement(prompts, rng)
@@ -72,7 +73,7 @@ def test_answers_that_are_no_images(tmp_path):
     for answer in ("a red circle", "[]", '{"images": []}', '{"images": [3]}', '{"text": ""}'):
         with pytest.raises(ValueError, match="expected .*images.* as JSON"):
             geneval_scenes.parse_images(answer)
-    with pytest.raises(FileNotFoundError, match="1 of 1 drawn images are gone"):
+    with pytest.raises(UserError, match="1 of 1 drawn images are missing"):
         geneval_scenes.parse_images(json.dumps({"images": [str(tmp_path / "gone.png")]}))
     broken = tmp_path / "broken.png"
     render(scene_for(documents()[0]["prompt"])).save(broken)

@@ -20,7 +20,7 @@ FOUR = {"A": "top left", "B": "left", "C": "center", "D": "bottom"}
         ("The answer is D", "D"),
         ("The answer is (A).", "A"),
         ("A", "A"),
-        ("A circle stands in the center", "C"),  # the article is no option
+        ("A circle stands in the center", "C"),  # an article, not an option
         ("left", "B"),
         ("Top Left", "A"),  # also says "left"; the longer option holds it
         ("It is at the bottom.", "D"),

@@ -105,7 +105,7 @@ def test_genai_prompts_in_another_format_are_told(genai_folder, tmp_path):
     with pytest.raises(ValueError, match="lists of prompt numbers by skill"):
         genai_bench.read_prompts(genai_folder)
     (genai_folder / "genai_skills.json").unlink()
-    with pytest.raises(ValueError, match="has no genai_skills.json"):
+    with pytest.raises(ValueError, match="is missing genai_skills.json"):
         genai_bench.read_prompts(genai_folder)
     for name, text, message in (
         ("a.jsonl", '{"caption": "x", "skills": ["counting"]}', "needs a column 'prompt' or 'text'"),
@@ -135,14 +135,14 @@ def test_dpg_prompts(dpg_file, tmp_path):
     columns = {name: [str(row[place]) for row in DPG_ROWS] for place, name in enumerate(DPG_COLUMNS)}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "other.parquet")
     assert dpg_bench.read_prompts(tmp_path / "other.parquet") == documents
-    with pytest.raises(ValueError, match="must hold one .csv or .parquet, it has 2"):
+    with pytest.raises(ValueError, match="must hold one .csv or .parquet, found 2"):
         dpg_bench.read_prompts(tmp_path)
 
 
 def test_dpg_prompts_in_another_format_are_told(tmp_path):
     for place, value, message in (
-        (4, "9", "depends on \\[9\\], not all there"),
-        (7, "colour (cup)", "category 'colour' is none of global"),
+        (4, "9", "depends on missing ones of \\[9\\]"),
+        (7, "color (cup)", "expected one of global, entity, attribute, relation, other as category, got 'color'"),
     ):
         row = list(DPG_ROWS[0])
         row[place] = value
@@ -151,9 +151,9 @@ def test_dpg_prompts_in_another_format_are_told(tmp_path):
         with pytest.raises(ValueError, match=message):
             dpg_bench.read_prompts(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text("prompt\na cup\n")
-    with pytest.raises(ValueError, match="needs a column 'item_id', it has \\['prompt'\\]"):
+    with pytest.raises(ValueError, match="needs a column 'item_id', got \\['prompt'\\]"):
         dpg_bench.read_prompts(tmp_path / "x.csv")
-    with pytest.raises(ValueError, match="get https://github.com/TencentQQGYLab/ELLA"):
+    with pytest.raises(ValueError, match="download https://github.com/TencentQQGYLab/ELLA"):
         dpg_bench.read_prompts("dpg_bench.csv")
 
 
@@ -239,7 +239,7 @@ def test_a_run_with_a_real_judge(task, make_lm, evaluate, monkeypatch, judge_fol
 def test_missing_prompts_are_told_at_once(make_lm, evaluate, monkeypatch, tmp_path):
     monkeypatch.setenv("EVOTOK_DPG_BENCH_PROMPTS", str(tmp_path / "nowhere.csv"))
     monkeypatch.setattr(dpg_bench.process_results.__self__, "_documents", None)
-    with pytest.raises(ValueError, match="nowhere.csv' does not exist; get https"):
+    with pytest.raises(ValueError, match="nowhere.csv' does not exist; download https"):
         evaluate(make_lm(), ["dpg_bench"])
 
 
@@ -269,7 +269,7 @@ def test_skills_may_be_written_as_python_writes_them(tmp_path):
 def test_what_is_kept_twice_or_damaged_is_told(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     answer = json.dumps({"text": "", "images": [str(tmp_path / "a.png")]})
-    with pytest.raises(ValueError, match="document 3: its number comes twice"):
+    with pytest.raises(ValueError, match="document 3: its index occurs twice"):
         store_drawn_run(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
     (tmp_path / "kept" / "drawn.json").write_text("{")
     with pytest.raises(ValueError, match="drawn.json is damaged"):
