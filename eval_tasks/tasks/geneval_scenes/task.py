@@ -86,11 +86,6 @@ def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_list(make_documents(list(rows), rows[0]["seed"]))
 
 
-def doc_to_visual(doc: dict) -> list:
-    """No images: a drawing prompt consists of text."""
-    return []
-
-
 # Scoring -------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 @pytest.fixture
 def drawn_scenes(tmp_path, rng):
-    """Images of two prompts of each skill, every second of them true; returns documents and answers."""
+    """Documents and answers: images for two prompts of each skill, every second one correct."""
     from evotok_plugin.scenes.captions import prompt_record
 
     answers = []
@@ -27,7 +27,7 @@ def drawn_scenes(tmp_path, rng):
     return answers
 
 
-def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
+def test_stored_images_are_judged(drawn_scenes, tmp_path, capsys):
     run = store_drawn_run(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
     assert main(["judge", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
         assert row["correct"] == geneval_scenes.judge_image(path, record, record)["correct"]
 
 
-def test_samples_of_a_run_are_kept_and_judged(drawn_scenes, tmp_path, capsys):
+def test_samples_of_a_run_are_stored_and_judged(drawn_scenes, tmp_path, capsys):
     folder = tmp_path / "out/model"
     folder.mkdir(parents=True)
     samples = folder / "20260101_000000_samples_geneval_scenes.jsonl"
@@ -54,7 +54,7 @@ def test_samples_of_a_run_are_kept_and_judged(drawn_scenes, tmp_path, capsys):
     assert (tmp_path / "again/judgements.jsonl").read_text() == first
 
 
-def test_what_cannot_be_judged_is_told(drawn_scenes, tmp_path, capsys):
+def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
     def error(*arguments) -> str:
         assert main(["judge", *map(str, arguments)]) == 2
         return capsys.readouterr().err
