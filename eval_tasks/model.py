@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from tqdm import tqdm
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
 from eval_tasks.loading import LoadedModel, choose_device, choose_dtype, load_checkpoint
@@ -37,6 +36,7 @@ from eval_tasks.requests import (
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import model_settings
@@ -177,7 +177,7 @@ class EvoTokLmms(lmms):
         check_given({task: GIVEN[task] for task in self.task_dict if task in GIVEN}, OPTION_NAMES)
         wanted = list(self._parse(requests))
         answers = [""] * len(requests)
-        with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
+        with progress_bar(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
             for batch in self._batches(wanted):
                 for request, answer in zip(batch, self._answer(batch, batch[0].options), strict=True):
                     answers[request.place] = answer

@@ -178,3 +178,6 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                 f"the tokenizer has {len(processor.tokenizer)} tokens, the language model rows for "
                 f"{self.text_config.vocab_size}; call model.resize_token_embeddings({len(processor.tokenizer)})"
             )
+
+
+AutoConfig.register(EvoTokLlavaConfig.model_type, EvoTokLlavaConfig, exist_ok=True)

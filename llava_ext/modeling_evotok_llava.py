@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, TransformersKwargs, can_return_tuple
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel
@@ -437,3 +437,6 @@ def _flat_head(config: EvoTokLlavaConfig) -> FlatHead:
     if config.residual_embeddings == "free":
         return FreeFlatHead(vision.pixel_depth, vision.codebook_size, width)
     return TiedFlatHead(vision.pixel_depth, vision.codebook_size, vision.codebook_dim, width)
+
+
+AutoModelForImageTextToText.register(EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, exist_ok=True)

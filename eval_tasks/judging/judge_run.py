@@ -10,13 +10,13 @@ from typing import Literal, Protocol
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from eval_tasks.judging.drawn_run import Drawn, DrawnRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
 from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
 from evotok_plugin.common.files import write_json, write_text, writing
+from evotok_plugin.common.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
     judge = benchmark.open_judge(options)
     loaded = time.perf_counter()
     judgements: list[Judgement] = []
-    with tqdm(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
+    with progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
         for judgement in judge.judge(run.images(options.batch_size)):
             judgements.append(judgement)
             bar.update()

@@ -101,7 +101,7 @@ def _edges(profile: np.ndarray) -> tuple[float, float]:
 def _draw(shape: str, x: float, y: float, size: float, side: int) -> np.ndarray:
     """Render the coverage (side, side) of one shape; center and size in pixels."""
     item = SceneObject(shape, "white", x / side, y / side, size / side)
-    return np.asarray(render(Scene((item,), ground=(0, 0, 0)), side))[..., 0] / COLORS["white"][0]
+    return np.asarray(render(Scene((item,), background=(0, 0, 0)), side))[..., 0] / COLORS["white"][0]
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evotok_plugin.common.files import write_whole_folder
+from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options
 from llava_ext.model_folder import OpenModel, open_model
@@ -80,9 +79,7 @@ def _draw(
 ) -> Iterator[tuple[_Job, Image.Image]]:
     """Every job with its image, batch by batch, over a progress bar."""
     positions = opened.model.config.vision_config.num_positions
-    with tqdm(
-        total=len(jobs) * positions, desc="drawing", unit="position", file=sys.stderr, mininterval=progress_interval()
-    ) as bar:
+    with progress_bar(total=len(jobs) * positions, desc="drawing", unit="position") as bar:
         for start in range(0, len(jobs), arguments.batch_size):
             batch = jobs[start : start + arguments.batch_size]
             drawn = opened.model.generate_images(

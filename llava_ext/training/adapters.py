@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from evotok_plugin.common.files import apply_umask, write_whole_folder
+from evotok_plugin.common.files import apply_umask
+from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.weight_files import damage_of, read_json
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, reading

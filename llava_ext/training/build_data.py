@@ -12,9 +12,10 @@ from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.mixture import Mixture, check_weights
+from llava_ext.data.record_scan import RecordScan, scan_records
 from llava_ext.data.record_sources import open_records
+from llava_ext.data.record_table import RecordImages, RecordTable
 from llava_ext.data.records import RowOptions
-from llava_ext.data.survey import RecordImages, RecordTable, Survey, survey
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.config import StageConfig
@@ -42,7 +43,7 @@ def build_dataset(
     options = RowOptions(Path(config.image_folder) if config.image_folder else None, config.caption_task)
     sources = [open_records(path, options) for path in config.data_path]
     processes = Processes(config.process_index, config.world_size, config.device)
-    found = survey(
+    found = scan_records(
         sources, processor, config.model_max_length, processes, _num_workers(config), not config.disable_tqdm
     )
     bad = StageReport(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
@@ -89,7 +90,7 @@ def tell_about_sources(config: StageConfig, sizes: Sequence[int]) -> None:
         logger.info("  %s: %d samples, %.1f %% of what is seen", path, size, 100 * weight / max(1, sum(weights)))
 
 
-def tell_about_length(config: StageConfig, found: Survey, processor: EvoTokLlavaProcessor) -> None:
+def tell_about_length(config: StageConfig, found: RecordScan, processor: EvoTokLlavaProcessor) -> None:
     """Say how many samples are cut and how many left out; long conversations are no reason to stop.
 
     Raises:
@@ -130,7 +131,7 @@ def open_code_cache(
     return encode_images(folder, images, model.vision_tower.eval(), processor.image_processor.size, processes, options)
 
 
-def without_broken(found: Survey, cache: CodeCache, bad: StageReport) -> RecordTable:
+def without_broken(found: RecordScan, cache: CodeCache, bad: StageReport) -> RecordTable:
     """The records whose images could be read; the others go into `bad`.
 
     Raises:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from evotok_plugin.common.interruption import StopSignals
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 
 
 class ProgressBar(TrainerCallback):
@@ -21,13 +21,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=progress_interval(),
-            )
+            self._bar = progress_bar(total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

@@ -13,8 +13,8 @@ from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import Change, changed_contents, changes, sample_contents
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
+from llava_ext.data.record_table import RecordTable
 from llava_ext.data.records import KINDS
-from llava_ext.data.survey import RecordTable
 from llava_ext.training.config import StageConfig
 from llava_ext.training.honored import REJECTED as WITHOUT_EFFECT
 from llava_ext.training.honored import check_honored

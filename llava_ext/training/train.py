@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.utils import is_flash_attn_2_available
 
-from evotok_plugin.common.files import scratch_folder
+from evotok_plugin.common.folders import scratch_folder
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eval_tasks.judging.scene_detector import SceneDetector, degrading, lab, main, measure
-from evotok_plugin.scenes.scene import COLORS, GROUND, SHAPES, Scene, SceneObject, render
+from evotok_plugin.scenes.scene import BACKGROUND, COLORS, SHAPES, Scene, SceneObject, render
 
 DETECTOR = SceneDetector()
 
@@ -24,7 +24,7 @@ def test_accuracy_on_whole_scenes(degradation, least):
 
 
 def test_every_shape_in_every_color_on_every_background():
-    for ground in (GROUND, (120, 120, 120)):
+    for ground in (BACKGROUND, (120, 120, 120)):
         for shape in SHAPES:
             for color in COLORS:
                 image = render(Scene((SceneObject(shape, color, 0.5, 0.5, 0.25),), ground))
@@ -41,7 +41,7 @@ def test_works_at_other_sizes():
 
 
 def test_touching_objects_of_two_colors_are_two():
-    image = Image.new("RGB", (48, 48), GROUND)
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.rectangle((8, 16, 20, 28), fill=COLORS["red"])
     draw.rectangle((21, 16, 33, 28), fill=COLORS["blue"])
@@ -57,7 +57,7 @@ def test_adjacent_objects_of_one_color_are_two(shape, gap):
 
 
 def test_specks_blank_images_and_shapeless_blobs_are_ignored():
-    blank = Image.new("RGB", (48, 48), GROUND)
+    blank = Image.new("RGB", (48, 48), BACKGROUND)
     assert DETECTOR.detect(blank) == []
     speckled = blank.copy()
     for x, y in ((3, 3), (20, 30), (21, 30), (40, 12)):
@@ -69,7 +69,7 @@ def test_specks_blank_images_and_shapeless_blobs_are_ignored():
 
 
 def test_unnamed_colors_are_none_and_stray_pixels_do_not_split_an_object():
-    image = Image.new("RGB", (48, 48), GROUND)
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     ImageDraw.Draw(image).rectangle((18, 18, 29, 29), fill=(30, 230, 230))
     assert kinds(image) == {(None, "square"): 1}
     image = render(Scene((SceneObject("circle", "red", 0.5, 0.5, 0.27),)))
@@ -79,7 +79,7 @@ def test_unnamed_colors_are_none_and_stray_pixels_do_not_split_an_object():
 
 
 def test_an_object_cut_by_the_border_is_not_an_error():
-    image = Image.new("RGB", (48, 48), GROUND)
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     ImageDraw.Draw(image).ellipse((-6, 16, 10, 32), fill=COLORS["blue"])
     DETECTOR.detect(image)
 
