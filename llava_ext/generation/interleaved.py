@@ -39,7 +39,7 @@ class AnswerOptions:
             takes the model's setting (`generation_config`), or 256 if it has none. An answer also ends where the
             language model's positions end.
         max_images: images per answer.
-        image_first: start with an image, whatever the model would choose, and stop after it.
+        image_first: always start with an image, and stop after it.
         text: sampling of text tokens; None takes the model's `generation_config`, which is greedy unless it sets
             `do_sample`.
         drawing: settings of images that differ from the model's own.

@@ -78,7 +78,7 @@ def test_a_part_without_a_file_starts_at_random_and_is_named(convert, files, tmp
     code, text = convert(files["image_head"], "--head_num_heads", "2")
     assert code == 0
     for part in ("read_projector", "write_projector"):
-        assert f"{part}: no file was given, it starts at random" in text
+        assert f"{part}: no file given, initialized at random" in text
     model, _ = load_model(tmp_path / "out")
     assert model.config.head_hidden_size == 24 and model.config.head_num_layers == 3
     assert model.read_projector.linear_1.weight.abs().sum() > 0
