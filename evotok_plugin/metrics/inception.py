@@ -11,8 +11,7 @@ from torch import nn
 
 from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.data import images
-from evotok_plugin.data.code_cache.ledger import stamps_of
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, stamps_of
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 from evotok_plugin.metrics.frechet import FeatureStatistics

@@ -127,7 +127,7 @@ def test_codes_are_the_tokenizer_s_and_sizes_the_pictures_own(model, tmp_path, n
     assert cache.codes("noise/0003.png").dtype == torch.int64 and cache.size_of("noise/0003.png") == (60, 53)
     assert "noise/0003.png" in cache and "noise/0017.png" not in cache
     assert cache.covers(cache.keys()) and not cache.covers(["noise/0003.png", "noise/0017.png"])
-    with pytest.raises(ValueError, match="holds no image 'noise/0017.png'"):
+    with pytest.raises(ValueError, match="does not contain image 'noise/0017.png'"):
         cache.codes("noise/0017.png")
 
 
@@ -142,13 +142,16 @@ def test_an_image_takes_8_kib_at_256_positions_and_16_levels(tmp_path):
 
 def test_files_left_by_a_killed_run_are_removed(model, tmp_path):
     encode(tmp_path, Noise(10), model)
-    for name in ("shard-000009.npy", "shard-000010.npy.tmp", "shard-000010.json.tmp", "cache.json.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    (tmp_path / "notes.tmp").write_text("mine")
+    for name in ("shard-000010.npy", "shard-000010.json", "cache.json"):
+        (tmp_path / f".{name}.part").write_bytes(b"half")
+        (tmp_path / f"{name}.tmp").write_bytes(b"half")  # as earlier versions named them
+    (tmp_path / "shard-000009.npy").write_bytes(b"half")
+    for name in ("notes.tmp", ".notes.part"):
+        (tmp_path / name).write_text("mine")
     encode(tmp_path, Noise(20), model)
     numbers = range(4)  # 7 and 3 images, then 7 and 3
     left = {f"shard-00000{number}.{suffix}" for number in numbers for suffix in ("npy", "json")}
-    assert {path.name for path in tmp_path.iterdir()} == left | {"cache.json", ".lock", "notes.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == left | {"cache.json", ".lock", "notes.tmp", ".notes.part"}
 
 
 def test_keys_may_be_any_file_name(model, tmp_path):
@@ -244,7 +247,7 @@ def test_a_run_killed_at_random_moments_ends_with_every_image_once(model, tmp_pa
     cache = encode(tmp_path, source, model)
     assert len(source.opened) <= 100 - 3 * 7  # the killed runs have left something
     assert mapping(cache) == expected(Noise(100), model) and cache.verify() == []
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def _killed_at_move(folder, source, model, number, after):
@@ -414,13 +417,13 @@ def test_a_surviving_process_of_a_killed_run_keeps_others_away(model, tmp_path):
 def test_codes_of_another_tokenizer_or_size_are_refused(model, tmp_path):
     encode(tmp_path, Noise(3), model)
     own = model.fingerprint()
-    with pytest.raises(ValueError, match=f"made by tokenizer {own[:12]} .* wanted are codes of tokenizer fedcba"):
+    with pytest.raises(ValueError, match=f"made by tokenizer {own[:12]} .* expected codes of tokenizer fedcba"):
         CodeCache(tmp_path, "fedcba9876543210")
     torch.manual_seed(1)
     other = EvoTokModel(model.config).eval()
     with pytest.raises(ValueError, match=f"{own[:12]} .* {other.fingerprint()[:12]} .*choose another folder"):
         encode(tmp_path, Noise(4), other)
-    with pytest.raises(ValueError, match="images of 48 pixels, wanted are .* and 96 pixels"):
+    with pytest.raises(ValueError, match="images of 48 pixels, expected .* and 96 pixels"):
         encode_images(tmp_path, Noise(4), model, 96, options=options())
     assert len(CodeCache(tmp_path, own, SIZE)) == 3
 
@@ -471,14 +474,16 @@ def test_a_key_that_occurs_twice_is_named(model, tmp_path):
 
 def test_files_that_are_no_cache_are_left_alone(model, tmp_path):
     np.save(tmp_path / "shard-000000.npy", np.arange(3))
-    (tmp_path / "shard-000001.npy.tmp").write_text("mine")
-    with pytest.raises(ValueError, match="holds shard files but no cache.json"):
+    (tmp_path / ".shard-000001.npy.part").write_text("mine")
+    with pytest.raises(ValueError, match="contains shard files but no cache.json"):
         encode(tmp_path, Noise(3), model)
-    assert np.load(tmp_path / "shard-000000.npy").tolist() == [0, 1, 2] and (tmp_path / "shard-000001.npy.tmp").exists()
+    assert (
+        np.load(tmp_path / "shard-000000.npy").tolist() == [0, 1, 2] and (tmp_path / ".shard-000001.npy.part").exists()
+    )
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be made a code cache"):
+    with pytest.raises(ValueError, match="cannot become a code cache"):
         encode(tmp_path / "file", Noise(3), model)
-    with pytest.raises(ValueError, match=r"holds no code cache .*`evotok encode SOURCE -o"):
+    with pytest.raises(ValueError, match=r"is not a code cache .*`evotok encode SOURCE -o"):
         CodeCache(tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_two_folders_with_equal_names_keep_their_codes(model, tmp_path):
     both = CodeCache(codes)
     assert len(both) == 20 and sorted(both.keys()) == sorted([f"{n:02d}.bmp" for n in range(10)] * 2)
     assert "03.bmp" in both and both.covers(["03.bmp"]) and both.verify() == []
-    with pytest.raises(ValueError, match=r"2 different images of the name '03.bmp', of several folders.*source=\.\.\."):
+    with pytest.raises(ValueError, match=r"2 different images named '03.bmp', from several folders.*source=\.\.\."):
         both.codes("03.bmp")
 
 
@@ -129,20 +129,20 @@ def test_rows_of_two_data_sets_keep_their_codes(model, tmp_path):
 
 
 def test_only_changed_images_are_encoded_again(model, tmp_path, counted, caplog):
-    folder = write(tmp_path / "a", range(20))
-    encode(tmp_path / "codes", folder, model)
-    assert f"code cache {tmp_path / 'codes'}: holds 0 images, 0 of 20 of this source; 20 to look at" in caplog.messages
+    folder, codes = write(tmp_path / "a", range(20)), tmp_path / "codes"
+    encode(codes, folder, model)
+    assert f"code cache {codes} contains 0 images, 0 of 20 from this source; 20 to read" in caplog.messages
     write(folder, [91, 92, 93], first=0)
     before = counted()
-    cache = encode(tmp_path / "codes", folder, model)
+    cache = encode(codes, folder, model)
     assert counted() - before == 3
-    assert f"code cache {tmp_path / 'codes'}: holds 20 images, 17 of 20 of this source; 3 to look at" in caplog.messages
+    assert f"code cache {codes} contains 20 images, 17 of 20 from this source; 3 to read" in caplog.messages
     assert "re-encoded 3 of 20 images whose content changed" in caplog.messages
-    for opened in (cache, CodeCache(tmp_path / "codes")):
+    for opened in (cache, CodeCache(codes)):
         assert len(opened) == 20 == len(set(opened.keys()))
         assert_codes(opened, model, [91, 92, 93, *range(3, 20)])
-    encode(tmp_path / "codes", folder, model)
-    assert f"code cache {tmp_path / 'codes'} holds all 20 images already" in caplog.messages
+    encode(codes, folder, model)
+    assert f"code cache {codes} already contains all 20 images" in caplog.messages
 
 
 def test_a_replacement_of_the_same_size_and_time_is_noticed(model, tmp_path):
@@ -273,9 +273,7 @@ def test_a_cache_of_names_alone_is_refused_with_the_remedy(model, tmp_path):
     file = tmp_path / "codes" / "cache.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
     for attempt in (lambda: CodeCache(tmp_path / "codes"), lambda: encode(tmp_path / "codes", folder, model)):
-        with pytest.raises(
-            ValueError, match="format 1, which identifies images by their names alone.*delete the folder"
-        ):
+        with pytest.raises(ValueError, match="format 1, which identifies images by name only.*delete the folder"):
             attempt()
 
 
@@ -304,7 +302,7 @@ def test_a_damaged_list_names_the_shard(model, tmp_path, field):
     record = json.loads(file.read_text())
     for damaged in (record[field][:-1], ["no hexadecimal", *record[field][1:]]):
         file.write_text(json.dumps(record | {field: damaged}))
-        with pytest.raises(ValueError, match="shard-000000.json is not what was written"):
+        with pytest.raises(ValueError, match="shard-000000.json is damaged"):
             CodeCache(tmp_path / "codes")
 
 
