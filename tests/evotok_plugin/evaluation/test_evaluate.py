@@ -247,7 +247,7 @@ def test_classes_of_one_image_are_not_probed():
 def test_probes_are_measured_where_there_are_labels(model):
     assert "probes" in chosen_metrics(options(), Pictures())
     assert "probes" not in chosen_metrics(options(metrics=["all"]), Pictures(labelled=False))
-    with pytest.raises(ValueError, match="probes cannot be measured: 'pictures' has no 2 classes"):
+    with pytest.raises(ValueError, match="probes cannot be measured: 'pictures' needs at least 2 classes"):
         chosen_metrics(options(metrics=["psnr", "probes"]), Pictures(labelled=False))
 
 
@@ -302,7 +302,7 @@ def test_a_model_that_would_learn_is_refused(model, processor):
     ("given", "message"),
     [
         ({"metrics": ["psnr", "fid"]}, "unknown metric 'fid'; expected all, or some of psnr"),
-        ({"metrics": ["cosine"]}, "give --teacher FOLDER"),
+        ({"metrics": ["cosine"]}, "pass --teacher FOLDER"),
     ],
 )
 def test_metrics_that_cannot_be_had_are_refused(given, message):

@@ -146,7 +146,7 @@ def test_a_model_in_training_mode_is_refused_and_learns_nothing(tokenizer, folde
     model, processor = tokenizer
     before = model.quantizer.codebooks.clone()
     try:
-        with pytest.raises(ValueError, match="training mode, .* call model.eval()"):
+        with pytest.raises(ValueError, match="training mode .* call model.eval()"):
             measure_evolution(model.train(), processor, open_source(folder))
     finally:
         model.eval()
