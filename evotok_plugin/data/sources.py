@@ -83,7 +83,7 @@ class FileSource:
     Keys are paths relative to the folder; labels are the names of the files' parent folders, as in ImageNet's layout.
 
     Raises:
-        UserError: there are no images.
+        UserError: the folder or the list contains no images.
     """
 
     def __init__(self, root: Path, names: Iterable[str] | None = None) -> None:
@@ -278,6 +278,11 @@ def skip_side_files(listing: Listing) -> None:
 
 
 # Parts -------------------------------------------------------------------------------------------------------
+
+
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the numbers 0..count-1, evenly spread and including the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
 def is_held_out(key: str, fraction: float) -> bool:

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evotok_plugin.common.files import cache_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.batches import decoded
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.meters import (
     ImageMean,
@@ -28,11 +29,12 @@ from evotok_plugin.evaluation.meters import (
     Usage,
 )
 from evotok_plugin.evaluation.report import GRID_COLUMNS, Evaluation
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics import probes
 from evotok_plugin.metrics.image import psnr, ssim
-from evotok_plugin.metrics.inception import StatisticsCache, default_cache_folder, load_inception, spread
+from evotok_plugin.metrics.inception import load_inception
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher
 
@@ -105,7 +107,7 @@ def evaluate(
     metrics = _without_untrained(chosen_metrics(options, source), options, model)
     networks = _first_then_others(processes, lambda: _networks(metrics, options, model.device))
     meters = _meters(metrics, networks, model, processor, source, options, processes)
-    pictures = _Pictures(spread(len(source), options.num_pictures))
+    pictures = _Pictures(evenly_spread(len(source), options.num_pictures))
     accumulators: list[_Accumulator] = [*meters, pictures]
     bad = _own_bad_samples(options, processes)
     # By default, convolutions on GPUs are rounded to TF32.
@@ -216,7 +218,7 @@ def _meters(
     processes: Processes,
 ) -> list[Meter]:
     def rfid() -> ReconstructionFid:
-        folder = options.stats_cache or default_cache_folder()
+        folder = options.stats_cache or cache_folder("inception")
         cache = StatisticsCache(folder, source, processor) if processes.is_first else None
         return ReconstructionFid(networks["rfid"], cache, processes)
 

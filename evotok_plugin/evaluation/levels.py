@@ -18,7 +18,7 @@ from evotok_plugin.common.progress import progress_interval
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.batches import decoded
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
@@ -225,7 +225,7 @@ def _batches(
     source: ImageSource, processor: EvoTokImageProcessor, max_images: int, batch_size: int, bad: BadSamples
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Names and `pixel_values` (B, 3, H, W) of the readable images; broken ones are added to `bad`."""
-    chosen = np.linspace(0, len(source) - 1, min(len(source), max_images)).round().astype(int)
+    chosen = evenly_spread(len(source), max_images)
     num_batches = -(-len(chosen) // batch_size)
     batches = decoded(source, chosen, processor, batch_size)
     found = False

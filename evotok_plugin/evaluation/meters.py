@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import to_pixel_values
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
-from evotok_plugin.metrics.inception import INCEPTION_DIM, StatisticsCache
+from evotok_plugin.metrics.inception import INCEPTION_DIM
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy, probed_images
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features

@@ -6,7 +6,7 @@ from evaluation_inputs import DIM, SmallNetwork, digest_of
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.evaluation import evaluate as evaluation
-from evotok_plugin.evaluation import meters
+from evotok_plugin.evaluation import meters, statistics_cache
 from evotok_plugin.losses import perceptual
 from evotok_plugin.metrics import inception
 from evotok_plugin.teacher import load_teacher
@@ -46,7 +46,7 @@ def network(monkeypatch):
     """A small network in place of Inception."""
     small = SmallNetwork()
     monkeypatch.setattr(evaluation, "load_inception", lambda weights: small)
-    for module in (meters, inception):
+    for module in (meters, statistics_cache):
         monkeypatch.setattr(module, "INCEPTION_DIM", DIM)
     return small
 

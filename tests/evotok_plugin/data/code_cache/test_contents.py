@@ -21,8 +21,9 @@ from evotok_plugin.data.code_cache.shards import Shard
 from evotok_plugin.data.files import stamp_of
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
+from evotok_plugin.errors import UserError
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.metrics.inception import StatisticsCache
 
 SIZE = 48
 
@@ -85,7 +86,7 @@ def test_two_folders_with_equal_names_keep_their_codes(model, tmp_path):
     both = CodeCache(codes)
     assert len(both) == 20 and sorted(both.keys()) == sorted([f"{n:02d}.bmp" for n in range(10)] * 2)
     assert "03.bmp" in both and both.covers(["03.bmp"]) and both.verify() == []
-    with pytest.raises(ValueError, match=r"2 different images named '03.bmp', from several folders.*source=\.\.\."):
+    with pytest.raises(UserError, match=r"2 different images named '03.bmp', from several folders.*source=\.\.\."):
         both.codes("03.bmp")
 
 
@@ -208,7 +209,7 @@ def test_an_image_that_breaks_loses_its_codes(model, tmp_path):
     (folder / "01.bmp").write_bytes(b"not an image")
     for cache in (encode(codes, folder, model), CodeCache(codes)):
         assert list(cache.broken) == ["01.bmp"] and len(cache) == 2
-        with pytest.raises(ValueError, match="'01.bmp'; it is broken"):
+        with pytest.raises(UserError, match="'01.bmp'; it is broken"):
             cache.codes("01.bmp")
     os.remove(folder / "02.bmp")
     missing = FileSource(folder, ["00.bmp", "02.bmp"])
@@ -266,7 +267,7 @@ def test_a_cache_of_format_1_is_rejected(model, tmp_path):
     file = tmp_path / "codes" / "cache.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
     for attempt in (lambda: CodeCache(tmp_path / "codes"), lambda: encode(tmp_path / "codes", folder, model)):
-        with pytest.raises(ValueError, match="format 1, which identifies images by name only.*delete the folder"):
+        with pytest.raises(UserError, match="format 1, which identifies images by name only.*delete the folder"):
             attempt()
 
 
@@ -282,7 +283,7 @@ def test_a_cache_of_another_image_reader_is_rejected(model, tmp_path, monkeypatc
     assert len(CodeCache(codes)) == len(encode(codes, folder, model)) == 3
     monkeypatch.setattr(images, "READER_VERSION", 7)
     for attempt in (lambda: CodeCache(codes), lambda: encode(codes, folder, model)):
-        with pytest.raises(ValueError, match="version 1 of the image reader, this is version 7.*delete the folder"):
+        with pytest.raises(UserError, match="version 1 of the image reader, this is version 7.*delete the folder"):
             attempt()
     assert encode(tmp_path / "new", folder, model).facts.reader_version == 7 and len(CodeCache(tmp_path / "new")) == 3
     assert StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path != statistics
@@ -295,7 +296,7 @@ def test_the_error_for_a_damaged_list_names_the_shard(model, tmp_path, field):
     record = json.loads(file.read_text())
     for damaged in (record[field][:-1], ["not hexadecimal", *record[field][1:]]):
         file.write_text(json.dumps(record | {field: damaged}))
-        with pytest.raises(ValueError, match="shard-000000.json is damaged"):
+        with pytest.raises(UserError, match="shard-000000.json is damaged"):
             CodeCache(tmp_path / "codes")
 
 
