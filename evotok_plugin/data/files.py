@@ -309,7 +309,7 @@ def _cause(error: Exception) -> str:
 
 
 def file_state(path: str | Path) -> tuple[int, ...]:
-    """Size in bytes, modification time and change time (ns) of a file; empty if there is no file.
+    """Size in bytes, modification time and change time (ns) of a file; empty if it does not exist.
 
     The change time reveals a file that was replaced by one of the same size and modification time.
     """

@@ -74,7 +74,7 @@ class TarSource(FilesInPlace):
     """The images of tar shards, in WebDataset's format or plain image files.
 
     Files of one sample share their name up to the first dot. The sample's image is the file whose full suffix is an
-    image suffix (`x.jpg`, even if there is `x.seg.png`). If there is no such file, or several, all images of the sample
+    image suffix (`x.jpg`, even if there is `x.seg.png`). Without such a file, or with several, all images of the sample
     count, under their longer names (`x.0001.jpg`, `x.0002.jpg`). The label is the content of the `.cls` file.
 
     Raises:

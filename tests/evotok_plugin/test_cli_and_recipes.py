@@ -8,7 +8,7 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.common.recipes import add_arguments, load_recipe, save_resolved
-from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache import CodeCache
 
 
 @pytest.fixture

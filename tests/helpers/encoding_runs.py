@@ -105,9 +105,8 @@ def in_child(function, *arguments, **values):
 
 
 def _alone(function, *arguments, **values):
-    tqdm.set_lock(
-        threading.RLock()
-    )  # the default lock is shared by forked processes, and a killed one may leave it locked
+    # Forked processes share the default lock, and a killed one may leave it locked.
+    tqdm.set_lock(threading.RLock())
     function(*arguments, **values)
 
 

@@ -24,6 +24,7 @@ from evotok_plugin.data.files import (
     stamp_of,
     suffix_of,
 )
+from evotok_plugin.errors import UserError
 
 
 def write(folder, *names):
@@ -53,7 +54,7 @@ def test_the_suffix_determines_the_kind_of_a_file_in_any_case(name, kind):
 
 
 def test_compressed_files_are_rejected():
-    with pytest.raises(ValueError, match=r"'a.tar.gz' is compressed \(.tar.gz\).*unpack it first"):
+    with pytest.raises(UserError, match=r"'a.tar.gz' is compressed \(.tar.gz\).*unpack it first"):
         refuse_compressed([Path("b.tar"), Path("a.tar.gz")])
     assert suffix_of("A.JSON.GZ") == ".json.gz" and suffix_of("a.b.PNG") == ".png" and suffix_of("a") == ""
 
@@ -121,7 +122,7 @@ def test_braces_list_ranges_and_alternatives_that_must_exist(tmp_path):
     assert matches(tmp_path, "{a00,b}.tar") == ["a00.tar", "b.tar"]
     assert matches(tmp_path, "a{00..01}.tar") == ["a00.tar", "a01.tar"]
     assert matches(tmp_path, "c{00..02}.tar") == []
-    with pytest.raises(ValueError, match="1 of its files do not exist; first: .*a02.tar"):
+    with pytest.raises(UserError, match="1 of its files do not exist; first: .*a02.tar"):
         matches(tmp_path, "a{00..02}.tar")
 
 
@@ -139,7 +140,7 @@ def test_home_folders_and_file_urls_are_converted_to_paths(tmp_path, monkeypatch
     for spec in ("~/a b.json", f"file://{tmp_path}/a%20b.json", f"file://localhost{tmp_path}/a%20b.json"):
         assert matching_files(spec) == [tmp_path / "a b.json"]
     for spec in ("https://example.org/a.json", "s3://bucket/a.json", "file://host/a.json"):
-        with pytest.raises(ValueError, match="only local files are read"):
+        with pytest.raises(UserError, match="only local files are read"):
             matching_files(spec)
 
 
@@ -153,7 +154,7 @@ def test_the_working_folder_can_be_given_relatively(tmp_path, monkeypatch, spec)
 def test_pipes_are_rejected_by_name_and_skipped_in_patterns(tmp_path, caplog):
     write(tmp_path, "a.json")
     os.mkfifo(tmp_path / "p.json")
-    with pytest.raises(ValueError, match="p.json' is a pipe or a device"):
+    with pytest.raises(UserError, match="p.json' is a pipe or a device"):
         matches(tmp_path, "p.json")
     assert matches(tmp_path, "*.json") == ["a.json"] and "1 file skipped: 1 special file" in caplog.text
 
@@ -171,10 +172,10 @@ def test_only_regular_files_are_read(tmp_path):
     assert read_file(write(tmp_path, "a") / "a") == b"a"
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="cannot be read: it is a folder, a pipe or a device"):
+        with pytest.raises(UserError, match="cannot be read: it is a folder, a pipe or a device"):
             read_file(path)
     for path in (tmp_path / "absent", tmp_path / "a" / "b"):
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(UserError, match="does not exist"):
             read_file(path)
 
 
@@ -195,12 +196,12 @@ def test_messages_shorten_long_names(tmp_path, monkeypatch, call):
     (tmp_path / "exists").touch()
     try:
         call("a" * 100_000)
-    except ValueError as error:
+    except UserError as error:
         assert len(str(error)) < 800
 
 
 def test_the_error_for_an_unreadable_file_quotes_its_name_once():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         read_file("a" * 100_000)
     assert str(caught.value).count("aaaa" * 20) == 1 and "cannot be read: File name too long" in str(caught.value)
 

@@ -23,6 +23,7 @@ from evotok_plugin.data.images import (
     local_file,
     open_picture,
 )
+from evotok_plugin.errors import UserError
 
 
 def test_every_suffix_can_be_read(tmp_path):
@@ -55,9 +56,9 @@ def test_strings_contain_or_name_an_image(tmp_path):
         ("a" * 5_000, "cannot be read: File name too long"),
         ("data:image/png;base64," + "A" * 100_000, r"\(100022 characters\)' cannot be read"),
     ):
-        with pytest.raises(ValueError, match=message) as refused:
+        with pytest.raises(UserError, match=message) as caught:
             open_picture(image)
-        assert len(str(refused.value)) < 400
+        assert len(str(caught.value)) < 400
 
 
 def encodings(content):
@@ -86,7 +87,7 @@ def test_paths_are_not_embedded(tmp_path, monkeypatch):
     (tmp_path / named).touch()
     for text in (named, "/9j/" + "a" * 60 + ".jpg", "a.png", "database:a.png", "https://example.org/a.png", ""):
         assert not is_embedded(text) and embedded_content(text) is None
-    with pytest.raises(ValueError, match="base64"):
+    with pytest.raises(UserError, match="base64"):
         embedded_content("é" * 80, is_base64=True)
 
 
@@ -109,7 +110,7 @@ def test_other_formats_do_not_reach_a_parser(tmp_path, monkeypatch, head):
         monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("a parser was started"), None))
     path = tmp_path / "x.png"
     path.write_bytes(head + bytes(100))
-    with pytest.raises(ValueError, match="x.png' cannot be read: it is broken, or none of PNG, JPEG"):
+    with pytest.raises(UserError, match="x.png' cannot be read: it is broken, or none of PNG, JPEG"):
         open_picture(path)
 
 
@@ -123,16 +124,16 @@ def test_every_error_of_a_decoder_names_the_file(tmp_path, monkeypatch, error):
 
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    with pytest.raises(ValueError, match=f"a.png' cannot be read: {type(error).__name__}") as refused:
+    with pytest.raises(UserError, match=f"a.png' cannot be read: {type(error).__name__}") as caught:
         open_picture(tmp_path / "a.png")
-    assert refused.value.__cause__ is error
+    assert caught.value.__cause__ is error
 
 
 def test_a_damaged_avif_file_is_a_broken_image(rng):
     content = bytearray(encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "AVIF"))
     start = content.index(b"mdat") + 4
     content[start : start + 200] = bytes(200)
-    with pytest.raises(ValueError, match="image 'a.jpg' cannot be read"):
+    with pytest.raises(UserError, match="image 'a.jpg' cannot be read"):
         open_picture(bytes(content), "a.jpg")
 
 
@@ -142,26 +143,26 @@ def test_formats_unknown_to_pillow_are_skipped(monkeypatch):
     monkeypatch.setattr(images, "_supported", images._supported.__wrapped__)
     content = encoded(Image.fromarray(CORNERS), "JPEG2000", irreversible=False)
     assert pixels(content) == CORNERS.tolist()
-    with pytest.raises(ValueError, match="it is broken, or none of"):
+    with pytest.raises(UserError, match="it is broken, or none of"):
         open_picture(b"not an image")
 
 
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tmp_path, Path("/dev/zero")):
-        with pytest.raises(ValueError, match="not a regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             open_picture(path)
 
 
 def test_the_pixel_limit_is_checked_before_decoding(monkeypatch):
     bomb = png((13_000, 13_000), 1, 0, b"")  # without any pixel data
-    with pytest.raises(ValueError, match="'image of .*' has 13000 x 13000 pixels, more than the 89,478,485 allowed"):
+    with pytest.raises(UserError, match="'image of .*' has 13000 x 13000 pixels, more than the 89,478,485 allowed"):
         open_picture(bomb)
-    with pytest.raises(ValueError, match="far more than the 89,478,485 pixels allowed"):
+    with pytest.raises(UserError, match="far more than the 89,478,485 pixels allowed"):
         open_picture(png((60_000, 60_000), 1, 0, b""))
     whole = encoded(Image.new("RGB", (30, 20)), "PNG")
     monkeypatch.setattr(images, "MAX_PIXELS", 599)
-    with pytest.raises(ValueError, match="30 x 20 pixels.*raise evotok_plugin.data.images.MAX_PIXELS"):
+    with pytest.raises(UserError, match="30 x 20 pixels.*raise evotok_plugin.data.images.MAX_PIXELS"):
         open_picture(whole)
     monkeypatch.setattr(images, "MAX_PIXELS", 600)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # another library's limit
@@ -177,7 +178,7 @@ def test_truncated_files_are_rejected_in_every_thread(monkeypatch, rng):
         for _ in range(50):
             try:
                 read.append(open_picture(half))
-            except ValueError:
+            except UserError:
                 open_picture(whole)
 
     threads = [threading.Thread(target=look) for _ in range(4)]
@@ -186,5 +187,5 @@ def test_truncated_files_are_rejected_in_every_thread(monkeypatch, rng):
     for thread in threads:
         thread.join()
     assert not read and ImageFile.LOAD_TRUNCATED_IMAGES is True
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         as_picture(Image.open(io.BytesIO(half)))

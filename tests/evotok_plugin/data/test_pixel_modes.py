@@ -10,6 +10,7 @@ from image_bytes import CORNERS, chunk, encoded, pixels, png
 from PIL import Image
 
 from evotok_plugin.data.images import as_picture, open_picture
+from evotok_plugin.errors import UserError
 
 # Orientation ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ def test_floats_of_0_to_1_are_rescaled():
     ],
 )
 def test_values_of_an_unknown_range_are_rejected(picture, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         as_picture(picture)
 
 
@@ -277,5 +278,5 @@ def test_gray_and_transparent_arrays():
     ],
 )
 def test_other_objects_are_rejected(image, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         as_picture(image)

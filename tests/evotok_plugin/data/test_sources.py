@@ -14,6 +14,7 @@ from evotok_plugin.data.hf_datasets import DatasetSource
 from evotok_plugin.data.keys import PackedStrings
 from evotok_plugin.data.sources import is_held_out, open_source, open_sources, split_held_out
 from evotok_plugin.data.tar_shards import TarSource, shard_index
+from evotok_plugin.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -110,13 +111,13 @@ def test_several_sources_are_concatenated_with_their_names_in_keys(photos, tmp_p
 )
 def test_missing_sources_are_reported(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_source(tmp_path / spec)
 
 
 @pytest.mark.parametrize("spec", ["https://example.org/a.tar", "pipe:cat a.tar", "s3://bucket/a.tar"])
 def test_remote_sources_are_rejected(spec):
-    with pytest.raises(ValueError, match="only local files are read"):
+    with pytest.raises(UserError, match="only local files are read"):
         open_source(spec)
 
 
@@ -178,14 +179,14 @@ def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path, monkeypatch
 
 def test_broken_shards_and_broken_images_are_distinguished(tmp_path):
     (tmp_path / "no.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(ValueError, match="no.tar' cannot be read as a tar file"):
+    with pytest.raises(UserError, match="no.tar' cannot be read as a tar file"):
         open_source(tmp_path / "no.tar")
     whole = write_shard(tmp_path / "whole.tar", [("x.png", png(1))])
     (tmp_path / "packed.tar").write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(ValueError, match="compressed shards are not supported"):
+    with pytest.raises(UserError, match="compressed shards are not supported"):
         open_source(tmp_path / "packed.tar")
     source = open_source(write_shard(tmp_path / "half.tar", [("x.png", png(1)[:40]), ("y.png", png(2))]))
-    with pytest.raises(ValueError, match="image 'half/x' cannot be read"):
+    with pytest.raises(UserError, match="image 'half/x' cannot be read"):
         source.picture(0)
     assert source.picture(1).getpixel((0, 0))[0] == 2
 
@@ -194,7 +195,7 @@ def test_a_deleted_shard_is_reported(tmp_path):
     path = write_shard(tmp_path / "s.tar", [("x.png", png(1))])
     source = TarSource([path], "s")
     path.unlink()
-    with pytest.raises(ValueError, match="s.tar' cannot be read"):
+    with pytest.raises(UserError, match="s.tar' cannot be read"):
         source.picture(0)
 
 
@@ -225,15 +226,15 @@ def test_a_column_of_bytes_is_accepted_and_a_missing_one_rejected(tmp_path):
     datasets.Dataset.from_dict({"jpg": [png(9)], "text": ["x"]}).save_to_disk(str(tmp_path / "bytes"))
     assert values(open_source(tmp_path / "bytes")) == [9] and open_source(tmp_path / "bytes").label(0) is None
     datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(str(tmp_path / "text"))
-    with pytest.raises(ValueError, match="no image column; its columns are text"):
+    with pytest.raises(UserError, match="no image column; its columns are text"):
         open_source(tmp_path / "text")
 
 
 def test_a_dataset_that_cannot_be_loaded_is_a_user_error(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="cannot be read as parquet"):
         open_source(tmp_path / "broken.parquet")
-    with pytest.raises(ValueError, match="'hf:nobody/nothing' cannot be loaded"):
+    with pytest.raises(UserError, match="'hf:nobody/nothing' cannot be loaded"):
         open_source("hf:nobody/nothing")
 
 
@@ -285,14 +286,14 @@ def test_every_image_suffix_counts_and_hidden_files_do_not(tmp_path, caplog):
 def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
     for name in ("a.tar.gz", "b.txt", "c.TXT"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=r"contains no images .*; found 1 .tar.gz, 2 .txt"):
+    with pytest.raises(UserError, match=r"contains no images .*; found 1 .tar.gz, 2 .txt"):
         open_source(tmp_path)
 
 
 def test_a_pipe_among_images_is_skipped(photos, caplog):
     os.mkfifo(photos / "class0" / "pipe.png")
     assert len(open_source(photos)) == 40 and "1 special file" in caplog.text
-    with pytest.raises(ValueError, match="is a pipe or a device"):
+    with pytest.raises(UserError, match="is a pipe or a device"):
         open_source(photos / "class0" / "pipe.png")
 
 
@@ -303,7 +304,7 @@ def test_a_folder_of_shards_and_images_is_rejected(tmp_path, caplog):
     assert len(open_source(shards)) == 10
     assert f"{shards}: 2 files skipped: 1 .json, 1 .parquet" in caplog.messages
     save(shards / "sub" / "a.png")
-    with pytest.raises(ValueError, match=r"several kinds of data \(1 .json, 1 .parquet, 1 .png, 2 .tar\).*\*.tar'"):
+    with pytest.raises(UserError, match=r"several kinds of data \(1 .json, 1 .parquet, 1 .png, 2 .tar\).*\*.tar'"):
         open_source(shards)
     assert len(open_source(shards / "*.tar")) == 10
 
@@ -324,7 +325,7 @@ def test_names_with_dots_do_not_hide_images_of_a_shard(tmp_path, caplog):
 
 
 def test_a_shard_with_duplicate_names_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="s.tar' contains two files named 'x.png'"):
+    with pytest.raises(UserError, match="s.tar' contains two files named 'x.png'"):
         open_source(write_shard(tmp_path / "s.tar", [("x.png", png(1)), ("x.png", png(2))]))
 
 
@@ -349,7 +350,7 @@ def test_hard_links_in_a_shard_are_read_and_other_links_are_reported(tmp_path, c
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.zip", "a.json", "a.txt.gz"])
 def test_files_other_than_images_are_rejected(tmp_path, name):
     (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match="unpack it first|expected images"):
+    with pytest.raises(UserError, match="unpack it first|expected images"):
         open_source(tmp_path / name)
 
 
@@ -357,7 +358,7 @@ def test_the_error_for_a_dataset_with_several_splits_lists_them(tmp_path):
     datasets = pytest.importorskip("datasets")
     split = datasets.Dataset.from_dict({"image": [png(1)]})
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match=r"several splits of a dataset \(test, train\); name one"):
+    with pytest.raises(UserError, match=r"several splits of a dataset \(test, train\); name one"):
         open_source(tmp_path / "both")
 
 
@@ -426,6 +427,6 @@ def test_the_error_for_a_string_without_an_image_names_its_row(text, message):
     datasets = pytest.importorskip("datasets")
     source = DatasetSource(datasets.Dataset.from_dict({"image": [text]}), "strings")
     assert len(source.stamp(0)) == 16
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         source.picture(0)
     assert len(str(caught.value)) < 400

@@ -91,7 +91,7 @@ def test_a_broken_image_is_reported_and_replaced():
     assert {("from 0/7", "image 7 is broken"), ("from 0/8", "image 8 is broken")} <= set(broken)
     assert set(values(items, range(40))) == set(range(40)) - {7, 8}
     assert values(items, range(40)) == values(stream(Pictures(40, broken={7, 8}), length=40), range(40))
-    with pytest.raises(ValueError, match="100 images in a row are broken. First: image"):
+    with pytest.raises(UserError, match="100 images in a row are broken. First: image"):
         stream(Pictures(3, broken={0, 1, 2}))[0]
 
 
@@ -105,7 +105,7 @@ def test_a_broken_image_is_reported_and_replaced():
     ],
 )
 def test_weights_must_match_sources(sources, weights, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         stream(*(Pictures(count, first=10 * n) for n, count in enumerate(sources)), weights=weights)
 
 

@@ -15,6 +15,7 @@ from evaluation_inputs import DIM, Pictures, options, reconstruct
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation import evaluate as evaluation
 from evotok_plugin.evaluation.evaluate import EvaluationOptions, chosen_metrics, evaluate
 from evotok_plugin.losses import perceptual
@@ -108,7 +109,7 @@ def test_decoding_in_the_background_gives_the_same_results(model, processor):
     source = Pictures(18, broken=[3])
     there = evaluate(model, processor, source, EvaluationOptions(batch_size=8, num_workers=2, max_bad_fraction=0.1))
     assert there.values == evaluate(model, processor, source, options(max_bad_fraction=0.1)).values
-    assert sum(source.decoded) == 18  # in this process, by the second run alone
+    assert sum(source.decoded) == 18  # in this process only by the second run
 
 
 def test_broken_images_are_reported_and_skipped(model, processor, tmp_path, caplog):
@@ -123,10 +124,10 @@ def test_broken_images_are_reported_and_skipped(model, processor, tmp_path, capl
 
 def test_too_many_broken_images_stop_the_run_immediately(model, processor):
     source = Pictures(40, broken=range(8))
-    with pytest.raises(ValueError, match=r"8 of 40 samples are unusable, over the limit of 10.00%"):
+    with pytest.raises(UserError, match=r"8 of 40 samples are unusable, over the limit of 10.00%"):
         evaluate(model, processor, source, options(max_bad_fraction=0.1))
     assert sum(source.decoded) == 8
-    with pytest.raises(ValueError, match="none of the 3 images of 'pictures' can be read"):
+    with pytest.raises(UserError, match="none of the 3 images of 'pictures' can be read"):
         evaluate(model, processor, Pictures(3, broken=range(3)), options(max_bad_fraction=1.0))
 
 
@@ -144,14 +145,14 @@ def test_a_model_in_training_mode_is_rejected(model, processor):
     ],
 )
 def test_metrics_that_cannot_be_measured_are_rejected(given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         chosen_metrics(options(**given), Pictures())
-    with pytest.raises(ValueError, match="rfid cannot be measured: it needs at least 2 images"):
+    with pytest.raises(UserError, match="rfid cannot be measured: it needs at least 2 images"):
         chosen_metrics(options(metrics=["rfid"]), Pictures(1))
 
 
 def test_a_teacher_with_another_image_size_is_rejected(model, teacher):
-    with pytest.raises(ValueError, match="its positions a side is 3, 6 is needed"):
+    with pytest.raises(UserError, match="its positions a side is 3, 6 is needed"):
         evaluate(model, EvoTokImageProcessor(size=96), Pictures(2), options(teacher=teacher))
 
 

@@ -16,6 +16,7 @@ from evotok_plugin.cli import main
 from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_source
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.level_plots import draw_strips, plot_code_usage, plot_curves
 from evotok_plugin.evaluation.levels import measure_evolution
 from evotok_plugin.teacher import load_teacher
@@ -162,7 +163,7 @@ def test_a_model_in_training_mode_is_rejected_unchanged(tokenizer, folder):
     ],
 )
 def test_a_teacher_with_other_features_is_rejected(tokenizer, folder, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         measure_evolution(*tokenizer, open_source(folder), load_teacher(str(write_teacher(tmp_path, **changes))))
 
 
@@ -213,7 +214,7 @@ def test_too_many_broken_images_stop_the_run(capsys, partly_broken, tiny_evotok_
 
 def test_a_source_of_broken_images_is_rejected(tokenizer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none of the 1 images of .* can be read"):
+    with pytest.raises(UserError, match="none of the 1 images of .* can be read"):
         measure_evolution(*tokenizer, open_source(tmp_path), bad=BadSamples(None, limit=1.0))
 
 

@@ -14,6 +14,7 @@ from evaluation_inputs import Pictures, digest_of, options, reconstruct
 from torch import nn
 
 from evotok_plugin.common.hub_files import HubFile
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import evaluate
 from evotok_plugin.losses import perceptual
 from evotok_plugin.metrics import inception
@@ -21,7 +22,7 @@ from evotok_plugin.metrics import inception
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """torch-fidelity's network with random weights, and a file of them."""
+    """torch-fidelity's network with random weights, and the file that contains them."""
     package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="no torch-fidelity")
 
     class Random(package.FeatureExtractorInceptionV3):
@@ -35,7 +36,7 @@ def random_inception(tmp_path_factory):
     network = Random("random", ["2048"], feature_extractor_weights_path=empty)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # else all images would look alike to it
+            nn.init.kaiming_normal_(module.weight)  # otherwise all images would have nearly equal features
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(network.state_dict(), path)
     return network, path
@@ -43,7 +44,7 @@ def random_inception(tmp_path_factory):
 
 @pytest.fixture
 def accepted(random_inception, monkeypatch):
-    """The random weights count as the right ones."""
+    """The network and file of `random_inception`, whose digest is accepted."""
     network, path = random_inception
     monkeypatch.setattr(inception, "INCEPTION", dataclasses.replace(inception.INCEPTION, digest=digest_of(path)))
     return network, path
@@ -80,28 +81,26 @@ def test_rfid_of_the_real_network(accepted, model, processor, tmp_path):
 
 
 def test_other_weights_are_rejected(hub, tmp_path, random_inception):
-    with pytest.raises(
-        ValueError, match=r"sha256 begins with [0-9a-f]{8}, expected 6726825d; the right one comes from"
-    ):
+    with pytest.raises(UserError, match=r"sha256 begins with [0-9a-f]{8}, expected 6726825d; the right one comes from"):
         inception.load_inception(random_inception[1])
     (hub / perceptual.VGG16.names[0]).write_bytes(b"something else")
-    with pytest.raises(ValueError, match="expected 397923af"):
+    with pytest.raises(UserError, match="expected 397923af"):
         perceptual.load_lpips()
-    with pytest.raises(ValueError, match="absent.pth' cannot be read"):
+    with pytest.raises(UserError, match="absent.pth' cannot be read"):
         inception.load_inception(tmp_path / "absent.pth")
 
 
 def test_the_errors_for_missing_weights_suggest_a_remedy(hub):
-    with pytest.raises(ValueError, match="does not exist and http.* cannot be fetched .*--inception_weights FILE"):
+    with pytest.raises(UserError, match="does not exist and http.* cannot be fetched .*--inception_weights FILE"):
         inception.load_inception()
-    with pytest.raises(ValueError, match="does not exist and http.* cannot be fetched .*without lpips"):
+    with pytest.raises(UserError, match="does not exist and http.* cannot be fetched .*without lpips"):
         perceptual.load_lpips()
     assert not list(hub.iterdir())
 
 
 @pytest.fixture
 def server(tmp_path):
-    """An HTTP server of one file, `weights.pth`."""
+    """URL of an HTTP server with one file, `weights.pth`."""
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "weights.pth").write_bytes(b"weights")
@@ -124,6 +123,6 @@ def test_missing_weights_are_downloaded_once_and_checked(hub, server):
         dataclasses.replace(file, names=("x.pth",), digest="0" * 64),
         dataclasses.replace(file, names=("x.pth",), url=f"{server}/nothing"),
     ):
-        with pytest.raises(ValueError, match="cannot be fetched"):
+        with pytest.raises(UserError, match="cannot be fetched"):
             other.fetch("...")
     assert [path.name for path in hub.iterdir()] == ["w.pth"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from evaluation_inputs import Pictures, options
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import chosen_metrics, evaluate
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy
 
@@ -33,7 +34,7 @@ def test_probes_find_only_classes_that_exist(rng):
 
 def test_a_linear_probe_is_evaluated_on_other_images_than_it_is_trained_on(rng):
     labels = [str(label) for label in rng.integers(0, 2, 60)]
-    features = rng.normal(size=(60, 200))  # more dimensions than images: any labeling of them can be learnt by heart
+    features = rng.normal(size=(60, 200))  # more dimensions than images: any labels can be memorized
     assert linear_probe_accuracy(features, labels) < 0.75
 
 
@@ -45,11 +46,11 @@ def test_classes_of_one_image_are_not_probed():
 def test_probes_are_measured_if_there_are_labels(model):
     assert "probes" in chosen_metrics(options(), Pictures())
     assert "probes" not in chosen_metrics(options(metrics=["all"]), Pictures(labeled=False))
-    with pytest.raises(ValueError, match="probes cannot be measured: 'pictures' needs at least 2 classes"):
+    with pytest.raises(UserError, match="probes cannot be measured: 'pictures' needs at least 2 classes"):
         chosen_metrics(options(metrics=["psnr", "probes"]), Pictures(labeled=False))
 
 
 def test_probes_are_skipped_if_broken_images_leave_no_classes(model, processor):
-    source = Pictures(8, broken=(4, 5, 6))  # of three classes one image is left
+    source = Pictures(8, broken=(4, 5, 6))  # leaves a single image in three of the classes
     values = evaluate(model, processor, source, options(max_bad_fraction=0.5)).values
     assert values["images"] == 5 and "knn_accuracy" not in values

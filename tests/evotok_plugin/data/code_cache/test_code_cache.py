@@ -17,6 +17,7 @@ from evotok_plugin.cli import main
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.code_cache import cache as code_cache
 from evotok_plugin.data.images import READER_VERSION
+from evotok_plugin.errors import UserError
 
 # Codes -------------------------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def test_codes_and_original_sizes_are_stored(model, tmp_path, num_workers):
     assert cache.codes("noise/0003.png").dtype == torch.int64 and cache.size_of("noise/0003.png") == (60, 53)
     assert "noise/0003.png" in cache and "noise/0017.png" not in cache
     assert cache.covers(cache.keys()) and not cache.covers(["noise/0003.png", "noise/0017.png"])
-    with pytest.raises(ValueError, match="does not contain image 'noise/0017.png'"):
+    with pytest.raises(UserError, match="does not contain image 'noise/0017.png'"):
         cache.codes("noise/0017.png")
 
 
@@ -107,13 +108,13 @@ def test_the_number_of_open_files_is_limited(model, tmp_path, monkeypatch, rng):
 def test_codes_of_another_tokenizer_or_size_are_rejected(model, tmp_path):
     encode(tmp_path, Noise(3), model)
     own = model.fingerprint()
-    with pytest.raises(ValueError, match=f"made by tokenizer {own[:12]} .* expected codes of tokenizer fedcba"):
+    with pytest.raises(UserError, match=f"made by tokenizer {own[:12]} .* expected codes of tokenizer fedcba"):
         CodeCache(tmp_path, "fedcba9876543210")
     torch.manual_seed(1)
     other = EvoTokModel(model.config).eval()
-    with pytest.raises(ValueError, match=f"{own[:12]} .* {other.fingerprint()[:12]} .*choose another folder"):
+    with pytest.raises(UserError, match=f"{own[:12]} .* {other.fingerprint()[:12]} .*choose another folder"):
         encode(tmp_path, Noise(4), other)
-    with pytest.raises(ValueError, match="images of 48 pixels, expected .* and 96 pixels"):
+    with pytest.raises(UserError, match="images of 48 pixels, expected .* and 96 pixels"):
         encode_images(tmp_path, Noise(4), model, 96, options=options())
     assert len(CodeCache(tmp_path, own, SIZE)) == 3
 
@@ -125,7 +126,7 @@ def test_a_truncated_file_is_reported_and_only_its_images_are_reencoded(model, t
     damaged = tmp_path / f"shard-000001.{suffix}"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     for attempt in (lambda: CodeCache(tmp_path), lambda: encode(tmp_path, source, model)):
-        with pytest.raises(ValueError, match=f"shard-000001.{suffix}.* delete shard-000001.npy and shard-000001.json"):
+        with pytest.raises(UserError, match=f"shard-000001.{suffix}.* delete shard-000001.npy and shard-000001.json"):
             attempt()
     for end in ("npy", "json"):
         (tmp_path / f"shard-000001.{end}").unlink()
@@ -150,14 +151,14 @@ def test_a_shard_that_was_restored_after_its_replacement_is_reported(model, tmp_
     encode(tmp_path, Noise(20), model)
     for suffix in ("npy", "json"):
         (tmp_path / f"shard-000009.{suffix}").write_bytes((tmp_path / f"shard-000001.{suffix}").read_bytes())
-    with pytest.raises(ValueError, match="shard-000001 and shard-000009 .* the same images; delete shard-000009.npy"):
+    with pytest.raises(UserError, match="shard-000001 and shard-000009 .* the same images; delete shard-000009.npy"):
         CodeCache(tmp_path)
 
 
 def test_duplicate_keys_are_rejected(model, tmp_path):
     source = Noise(9)
     source.key = lambda index: f"{index % 8}.png"
-    with pytest.raises(ValueError, match="images 0 and 8 of 'noise' have the same key '0.png'"):
+    with pytest.raises(UserError, match="images 0 and 8 of 'noise' have the same key '0.png'"):
         encode(tmp_path / "codes", source, model)
     assert not (tmp_path / "codes").exists()
 
@@ -165,21 +166,21 @@ def test_duplicate_keys_are_rejected(model, tmp_path):
 def test_folders_other_than_caches_are_not_changed(model, tmp_path):
     np.save(tmp_path / "shard-000000.npy", np.arange(3))
     (tmp_path / ".shard-000001.npy.part").write_text("mine")
-    with pytest.raises(ValueError, match="contains shard files but no cache.json"):
+    with pytest.raises(UserError, match="contains shard files but no cache.json"):
         encode(tmp_path, Noise(3), model)
     assert (
         np.load(tmp_path / "shard-000000.npy").tolist() == [0, 1, 2] and (tmp_path / ".shard-000001.npy.part").exists()
     )
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot become a code cache"):
+    with pytest.raises(UserError, match="cannot become a code cache"):
         encode(tmp_path / "file", Noise(3), model)
-    with pytest.raises(ValueError, match=r"is not a code cache .*`evotok encode SOURCE -o"):
+    with pytest.raises(UserError, match=r"is not a code cache .*`evotok encode SOURCE -o"):
         CodeCache(tmp_path)
 
 
 def test_options_out_of_range_are_rejected():
     for values in ({"shard_size": 0}, {"batch_size": 0}, {"num_workers": -1}, {"max_bad_fraction": 2}):
-        with pytest.raises(ValueError, match=next(iter(values))):
+        with pytest.raises(UserError, match=next(iter(values))):
             EncodingOptions(**values)
 
 
@@ -192,7 +193,7 @@ def test_broken_images_are_recorded_and_not_retried(model, tmp_path):
     assert set(cache.broken) == {source.key(index) for index in (2, 9, 10, 11)} and len(cache) == 16
     assert cache.broken["noise/0009.png"] == "picture 9 is broken"
     assert cache.covers(source.key(index) for index in range(20))
-    with pytest.raises(ValueError, match="it is broken: picture 9 is broken"):
+    with pytest.raises(UserError, match="it is broken: picture 9 is broken"):
         cache.codes("noise/0009.png")
     assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 4
     again = Noise(21)
@@ -202,7 +203,7 @@ def test_broken_images_are_recorded_and_not_retried(model, tmp_path):
 
 def test_too_many_broken_images_stop_the_run_without_losing_codes(model, tmp_path):
     source = Noise(40, broken=(8, 9))
-    with pytest.raises(ValueError, match=r"2 of 40 samples are unusable, over the limit of 2.50%.*noise/0008.png"):
+    with pytest.raises(UserError, match=r"2 of 40 samples are unusable, over the limit of 2.50%.*noise/0008.png"):
         encode(tmp_path, source, model, max_bad_fraction=0.025)
     assert len(source.opened) < 40  # the limit was exceeded before the end
     assert len(CodeCache(tmp_path)) == len(source.opened) - 2

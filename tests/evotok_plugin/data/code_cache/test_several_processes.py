@@ -10,6 +10,7 @@ from encoding_runs import SIZE, Noise, encode, expected, files, in_child, mappin
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.code_cache import CodeCache, encode_images
 from evotok_plugin.data.sources import FileSource
+from evotok_plugin.errors import UserError
 
 
 def _rank(rank, port, folder, source, model, values):
@@ -18,7 +19,7 @@ def _rank(rank, port, folder, source, model, values):
     processes = Processes.join("cpu")
     try:
         encode_images(folder, source, model, SIZE, processes, options(**values))
-    except ValueError as error:
+    except UserError as error:
         (folder.parent / f"error{rank}").write_text(str(error))
     processes.leave()
 
@@ -91,7 +92,7 @@ def test_a_second_run_is_rejected_until_the_first_has_ended(model, tmp_path):
     source = Noise(300, seconds=0.01)
     child = in_child(encode, tmp_path, source, model, num_workers=2)
     wait_for(lambda: num_shards(tmp_path))
-    with pytest.raises(ValueError, match="another run is writing to .*wait until it has ended"):
+    with pytest.raises(UserError, match="another run is writing to .*wait until it has ended"):
         encode(tmp_path, Noise(300), model)
     assert len(encode(tmp_path, Noise(7), model)) >= 7  # nothing to write, so no lock is needed
     os.kill(child.pid, signal.SIGKILL)
@@ -106,7 +107,7 @@ def test_a_surviving_process_of_a_killed_run_excludes_other_runs(model, tmp_path
     os.kill(children[1].pid, signal.SIGSTOP)
     os.kill(children[0].pid, signal.SIGKILL)
     children[0].join()
-    with pytest.raises(ValueError, match="another run is writing"):
+    with pytest.raises(UserError, match="another run is writing"):
         encode(folder, Noise(60), model)
     os.kill(children[1].pid, signal.SIGKILL)
     children[1].join()
