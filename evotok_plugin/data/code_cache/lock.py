@@ -50,7 +50,7 @@ def only_run(folder: Path, facts: CacheFacts, processes: Processes) -> Iterator[
         def begin() -> None:
             file = held.enter_context(_locked(folder, start=0, length=0))
             _make_ready(folder, facts)
-            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # all but the first byte
+            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # unlocks all but the first byte
 
         def follow() -> None:
             held.enter_context(_locked(folder, start=processes.rank, length=1))
