@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor  # noqa: E402
-from evotok_plugin.data.code_cache import EncodingOptions, encode_images  # noqa: E402
+from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images  # noqa: E402
 from evotok_plugin.data.images import open_picture  # noqa: E402
 from evotok_plugin.data.sources import FileSource  # noqa: E402
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor  # noqa: E402
