@@ -7,8 +7,7 @@ from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.code_cache.cache import CodeCache
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.sources import ImageSource, open_sources
 from evotok_plugin.errors import UserError
 from evotok_plugin.tokenizer_folder import open_tokenizer

@@ -8,7 +8,7 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.common.recipes import add_arguments, load_recipe, save_resolved
-from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache import CodeCache
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_images_are_encoded_and_rebuilt_at_another_size(capsys, images, tiny_evo
     large, own = CodeCache(tmp_path / "large"), CodeCache(tmp_path / "own")
     assert large.facts.image_size == 96 and large.facts.num_positions == 4 * own.facts.num_positions
     code, _, error = run(capsys, "encode", *images, "-o", tmp_path / "own", "--model", tiny_evotok_folder, "--size", 96)
-    assert code == 2 and "from images of 48 pixels, wanted are codes" in error
+    assert code == 2 and "from images of 48 pixels, expected codes" in error
     picture = tmp_path / "r.png"
     assert run(capsys, "reconstruct", images[0], "-o", picture, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
     assert Image.open(picture).size == (96, 2 * 96 + 4)

@@ -500,7 +500,7 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
         ({"weights_ema": 1.0}, "weights_ema must lie in"),
         ({"report_to": "paper"}, "report_to must be tensorboard, wandb, both or none"),
         ({"max_loss_growth": 1.0}, "max_loss_growth must be above 1"),
-        ({"data_weights": [1.0, 2.0]}, "expected 1 weights above 0, one a source"),
+        ({"data_weights": [1.0, 2.0]}, "expected 1 weights above 0, one per source"),
         ({"preset": "huge"}, "unknown preset"),
     ],
 )

@@ -281,7 +281,7 @@ def test_two_image_folders_with_equal_names_keep_their_codes(tiny_mllm, config_o
             pixels = processor.image_processor(Image.open(image), return_tensors="pt").pixel_values
             assert torch.equal(dataset[number].read_codes[0], model.vision_tower.encode(pixels).codes[0])
     assert len(CodeCache(config.code_cache)) == 8
-    assert f"code cache {config.code_cache}: holds 4 images, 0 of 4 of this source; 4 to look at" in caplog.text
+    assert f"code cache {config.code_cache} contains 4 images, 0 of 4 from this source; 4 to read" in caplog.text
 
 
 def test_images_in_rows_are_trained_and_named_shortly(tiny_mllm, config_of, scene_folder, tmp_path):

@@ -118,7 +118,7 @@ def test_an_image_folder_may_be_a_link_and_a_home_folder(folder, tmp_path_factor
         ("pipe.png", "is a folder, a pipe or a device"),
         ("https://example.org/a.png", "URLs are not fetched, .* download it first"),
         ("GS://bucket/a.png", "URLs are not fetched"),
-        ("file://server/a.png", "a file of host 'server'"),
+        ("file://server/a.png", "it is on host 'server'"),
         ("a\0.png", "contains a NUL character"),
         ("data:image/png;base64,", "embedded image is empty"),
         ("data:image/png;base64,AAAAA", "its base64 content is broken"),
