@@ -92,6 +92,11 @@ def test_compressed_files_are_rejected(tmp_path, name):
         open_records(tmp_path / name, RowOptions())
 
 
+def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
+        JsonRecords([tmp_path / "absent.json"], "data", RowOptions())
+
+
 def test_a_long_id_is_shortened_in_names(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([ROW | {"id": "x" * 100_000}]))
     assert len(open_records(tmp_path / "a.json", RowOptions()).row_name(0)) < 300 + len(str(tmp_path))

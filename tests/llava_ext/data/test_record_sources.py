@@ -229,6 +229,31 @@ def test_errors_name_missing_data(tmp_path):
         open_records("hf:nobody/nothing", RowOptions())
 
 
+def test_text_of_a_data_set_that_is_not_utf_8_is_a_bad_sample(tmp_path):
+    import datasets
+    import pyarrow
+
+    text = pyarrow.array([b"\xff", b"hi"]).view(pyarrow.string())
+    turns = pyarrow.array([json.dumps(ROWS[2]["conversations"])] * 2)
+    table = pyarrow.table({"id": text, "conversations": turns})
+    source = _records_of(datasets.Dataset(datasets.table.InMemoryTable(table)), tmp_path / "saved", tmp_path)
+    assert one_record(source, 1).id == "hi"
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        source.records(0)
+    assert source.row_name(0).endswith("saved:0") and source.row_name(1).endswith("saved:1 (hi)")
+
+
+def test_a_shard_that_becomes_unreadable_is_reported_as_such(tmp_path, monkeypatch):
+    source = open_records(write_shard(tmp_path / "w.tar", [("x.png", png(1)), ("x.txt", b"a ring")]), RowOptions())
+
+    def fail(*_):
+        raise UserError("w.tar cannot be read")
+
+    monkeypatch.setattr(source._files, "read", fail)
+    with pytest.raises(UserError, match="^w.tar cannot be read"):
+        source.records(0)
+
+
 def test_a_data_set_without_conversations_names_its_columns(tmp_path):
     import datasets
 
