@@ -90,8 +90,8 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
     All spellings of the path of a file give the same key.
 
     Raises:
-        UserError: the image does not exist, there is no image folder, the path is outside of it, or base64 cannot be
-            decoded.
+        UserError: the image does not exist, the image folder is missing, the path is outside of it, or base64 cannot
+            be decoded.
     """
     try:
         content = embedded_content(name)

@@ -46,6 +46,16 @@ def test_the_readme_of_an_export_works_and_contains_no_path(model_folder, tmp_pa
     assert Path("drawn.png").is_file()
 
 
+def test_the_card_counts_the_tokenizer_separately_and_names_the_dtype_of_the_rest(model_folder, tmp_path):
+    model, _ = load_model(model_folder)
+    tower = sum(parameter.numel() for parameter in model.vision_tower.parameters())
+    others = sum(parameter.numel() for parameter in model.parameters()) - tower
+    assert main(["export", str(model_folder), "-o", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| parameters | {others / 1e6:.1f} M in bfloat16 |" in card
+    assert f"| of the tokenizer | {tower / 1e6:.1f} M in float32 |" in card
+
+
 def test_an_export_never_overwrites_files(model_folder, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("dear")
     assert main(["export", str(model_folder), "-o", str(tmp_path)]) == 2
