@@ -177,7 +177,7 @@ def test_a_changed_setting_is_rejected_with_both_values(recipe, finished, change
 def test_a_run_without_its_recipe_warns_that_settings_are_not_compared(recipe, finished, caplog):
     config = prepared_config(recipe, {**PLAIN, "output_dir": str(finished)})
     (finished / "recipe.yaml").write_text("learning_rate: [")
-    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
+    with pytest.raises(UserError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
         plan_output(config, {}, RunShape(1))
     (finished / "recipe.yaml").unlink()
     assert plan_output(config, {}, RunShape(1)).finished_steps == 2
