@@ -115,7 +115,7 @@ def draw_skills() -> None:
     """Draw four images for one prompt of each skill."""
     import numpy as np
 
-    from evotok_plugin.common.pictures import labelled_rows
+    from evotok_plugin.common.pictures import labeled_rows
     from evotok_plugin.scenes.captions import scene_prompts
     from llava_ext.model_folder import load_model
 
@@ -124,7 +124,7 @@ def draw_skills() -> None:
     prompts = [scene_prompts(skill, 1, rng)[0]["prompt"] for skill in SKILLS]
     images = model.generate_images(prompts, processor=processor, num_images=4, batch_size=24, seed=0)
     rows = {prompt: images[4 * i : 4 * i + 4] for i, prompt in enumerate(prompts)}
-    labelled_rows(rows, scale=3).save(WORKSPACE / "drawn.png")
+    labeled_rows(rows, scale=3).save(WORKSPACE / "drawn.png")
 
 
 def evaluate(fast: bool) -> None:

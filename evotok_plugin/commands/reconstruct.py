@@ -1,13 +1,14 @@
-"""`evotok reconstruct`: originals over reconstructions, and the PSNR of each."""
+"""`evotok reconstruct`: a picture of originals over reconstructions, and the PSNR of each image."""
 
 import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from evotok_plugin.commands.options import SharedOptions, at_size, batches
-from evotok_plugin.common.files import check_output_file
-from evotok_plugin.common.pictures import image_grid, picture_suffixes
+from evotok_plugin.common.files import check_output_file, writing
+from evotok_plugin.common.pictures import image_grid, picture_suffixes, save_picture
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.tokenizer_folder import open_tokenizer
@@ -17,11 +18,11 @@ _COLUMNS = 12
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
-        "reconstruct", parents=[shared.model, shared.sizing], help="originals over reconstructions"
+        "reconstruct", parents=[shared.model, shared.sizing], help="a picture of originals over reconstructions"
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="reconstruction.png")
-    parser.add_argument("--depth", type=int, help="levels to sum (default: pixel_depth)")
+    parser.add_argument("--depth", type=int, help="number of levels to sum (default: pixel_depth)")
     parser.set_defaults(run=run)
 
 
@@ -32,9 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
     processor = at_size(processor, model, arguments.size)
     source = open_sources(arguments.source)
     depth = model.config.pixel_depth if arguments.depth is None else arguments.depth
-    originals, rebuilt = [], []
+    originals: list[Image.Image] = []
+    rebuilt: list[Image.Image] = []
     for batch in batches(source, range(len(source)), processor):
-        pixels = model.decode_pixels(model.encode(batch.to(model.device), depth=depth).codes).cpu()
+        codes = model.encode(batch.to(model.device), depth=depth).codes
+        assert codes is not None
+        pixels = model.decode_pixels(codes).cpu()
         for index, score in enumerate(psnr(pixels, batch).tolist(), start=len(originals)):
             print(f"{source.key(index)}: PSNR {score:.2f} dB")
         originals += processor.to_pil(batch)
@@ -44,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     for start in range(0, len(originals), columns):
         rows += originals[start : start + columns] + rebuilt[start : start + columns]
     out = Path(arguments.output)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, columns, scale=max(1, 96 // originals[0].width)).save(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(image_grid(rows, columns, scale=max(1, 96 // originals[0].width)), out)
     print(out)

@@ -25,7 +25,8 @@ class Stream(io.StringIO):
 def clock(monkeypatch):
     """The time that bars see, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for module in ("tqdm.std", "evotok_plugin.common.progress"):
+        monkeypatch.setattr(f"{module}.time", lambda: now[0])
     return now
 
 
