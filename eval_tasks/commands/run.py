@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from evotok_plugin.common.progress import progress_environment
 from evotok_plugin.errors import UserError
 
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
@@ -82,7 +83,7 @@ class Evaluation:
         ]  # fmt: skip
 
     def environment(self, task: str) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = {**progress_environment(), **os.environ}
         if task == "evotok_reconstruction":
             environment["EVOTOK_RECONSTRUCTION_IMAGES"] = str(self.images)
             if self.limit:

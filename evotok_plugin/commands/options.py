@@ -21,6 +21,7 @@ class SharedOptions:
 
 
 def shared_options() -> SharedOptions:
+    """New parent parsers for one command."""
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="tokenizer folder (default: the newest output in the working folder)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

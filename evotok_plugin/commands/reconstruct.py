@@ -28,6 +28,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
+    """Write the picture, and print the PSNR of each image."""
     check_output_file(arguments.output, picture_suffixes())
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)

@@ -37,11 +37,17 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
     ):
         for name in names:
             if flag in given and is_off and name in values and name not in given:
-                logger.info("--%s %s replaces the recipe's %s %s", flag, values[flag], name, values.pop(name))
+                dropped = values.pop(name)
+                logger.info("--%s %s replaces the recipe's %s %s", flag, values[flag], name, dropped)
     return values
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Start or resume a run in all processes that torchrun has started.
+
+    Raises:
+        UserError: a setting is missing, unknown or wrong, or the run fails on its data or its output.
+    """
     from evotok_plugin.training.trainer import TokenizerTrainer
 
     fields = [field for field in dataclasses.fields(TokenizerTrainingConfig) if field.init]

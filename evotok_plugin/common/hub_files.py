@@ -1,6 +1,7 @@
 """Weights of metric networks that no package contains: found in torch's hub folder or downloaded, and verified."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -42,7 +43,8 @@ class HubFile:
         try:
             urlopen(self.url, timeout=_TIMEOUT).close()  # the download itself would wait for minutes
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.digest)
+            has_terminal = sys.stderr.isatty()  # in a log file its bar would print hundreds of states
+            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.digest, progress=has_terminal)
         except (OSError, HTTPException, RuntimeError) as error:
             raise UserError(f"{path} does not exist and {self.url} cannot be fetched ({error}); {advice}") from error
         return path

@@ -18,6 +18,18 @@ def progress_interval() -> float:
     return _TERMINAL_INTERVAL if sys.stderr.isatty() else _LOG_INTERVAL
 
 
+def progress_environment() -> dict[str, str]:
+    """Environment variables that limit the bars of other programs, started as child processes, in log files.
+
+    tqdm then updates its bars every 15 s; the short bars of huggingface_hub, transformers and datasets are disabled.
+    """
+    if sys.stderr.isatty():
+        return {}
+    interval = str(_LOG_INTERVAL)
+    disabled = dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+    return {"TQDM_MININTERVAL": interval, "TQDM_MAXINTERVAL": interval, **disabled}
+
+
 class _Bar(tqdm):
     """A bar that obeys `mininterval` however it is refreshed.
 

@@ -73,6 +73,7 @@ class LossWatch:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state that `state_dict` returned."""
         for name, values in state.items():
             self._means[name], seen, above = values.tolist()
             self._seen[name], self._above[name] = int(seen), int(above)
@@ -119,6 +120,7 @@ class Reporter:
             )
 
     def figures(self, step: int, values: dict[str, float]) -> None:
+        """Report the figures of a step."""
         line = {"step": step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
         with writing(self._file), self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -129,6 +131,7 @@ class Reporter:
             self._run.log(values, step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Report a picture to TensorBoard and Weights & Biases."""
         if self._writer is not None:
             self._writer.add_image(name, np.array(picture), step, dataformats="HWC")
         if self._run is not None:
@@ -137,6 +140,7 @@ class Reporter:
             self._run.log({name: wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
+        """Flush and close the reporters."""
         if self._writer is not None:
             self._writer.close()
         if self._run is not None:

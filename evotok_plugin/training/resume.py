@@ -85,7 +85,7 @@ def sample_contents(content: Callable[[int], bytes], indices: Sequence[int]) -> 
 def _digest_of(content: Callable[[int], bytes], index: int) -> str:
     try:
         return hashlib.sha256(content(index)).hexdigest()[:8]
-    except (ValueError, TypeError):  # a row without an image
+    except (ValueError, TypeError):  # a broken image, or a row without one
         return ""
 
 

@@ -107,6 +107,8 @@ def train_teacher(
     Raises:
         UserError: the captions are missing or malformed, or the loss is not finite.
     """
+    if max_steps < 1:
+        raise UserError(f"max_steps must be at least 1, got {max_steps}")
     pairs = captioned_images(data)
     tokenizer = open_tokenizer_folder(tokenizer_folder)
     length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])
@@ -150,6 +152,7 @@ def train_teacher(
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train a teacher; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="images with captions.jsonl, or with captions as names"
