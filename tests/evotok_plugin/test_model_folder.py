@@ -121,7 +121,7 @@ def test_missing_shards_are_named(tiny_evotok_folder, tmp_path):
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors does not exist.*1 of 2 files"):
         open_tokenizer(str(folder), "cpu")
     (folder / f"{WEIGHTS}.index.json").unlink()
-    with pytest.raises(ValueError, match="index.json is missing beside its 1 shards"):
+    with pytest.raises(ValueError, match="index.json is missing for its 1 shards"):
         weight_files(folder)
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')
     with pytest.raises(ValueError, match="expected a file of the folder"):

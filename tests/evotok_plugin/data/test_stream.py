@@ -7,7 +7,7 @@ from evotok_plugin.common.processes import Processes
 from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.errors import UserError
-from evotok_plugin.training.trainer import _Positions
+from evotok_plugin.training.step_sampler import StepSampler
 
 
 class Pictures:
@@ -110,7 +110,7 @@ def test_weights_must_match_sources(sources, weights, message):
 
 
 def test_processes_take_disjoint_parts_of_every_batch():
-    parts = [list(_Positions(2, 5, 12, Processes(rank, 3, torch.device("cpu")))) for rank in range(3)]
+    parts = [list(StepSampler(2, 5, 12, Processes(rank, 3, torch.device("cpu")))) for rank in range(3)]
     assert [len(part) for part in parts] == [3, 3, 3] and parts[1][0] == [28, 29, 30, 31]
     for step in range(3):
         together = [position for part in parts for position in part[step]]

@@ -215,7 +215,7 @@ def test_other_images_with_the_same_names_are_rejected(recipe, scene_folder, tmp
     data.write_text(json.dumps(rows))
     settings = {**PLAIN, "data_path": [str(data)], "code_cache": str(tmp_path / "codes")}
     run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[0])})
-    with pytest.raises(RuntimeError, match="images: 8 looked at before, 8 of them with other content"):
+    with pytest.raises(RuntimeError, match="images: 8 compared before, 8 of them with other content"):
         run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[1]), "max_steps": 3})
     folders[0].rename(tmp_path / "moved")
     moved = {**settings, "image_folder": str(tmp_path / "moved"), "max_steps": 3}
