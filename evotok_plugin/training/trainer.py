@@ -338,7 +338,7 @@ class TokenizerTrainer:
                 shown = shown or (pixel_values[:_SHOWN], output.pixels[:_SHOWN])
         self.model.train()
         self.processes.add_up(sums)
-        usage.all_reduce()
+        usage.add_up(self.processes)
         self._note_broken(broken)
         if self.processes.is_first and shown:
             self._show(*shown)
@@ -384,7 +384,7 @@ class TokenizerTrainer:
 
     def _warn_of_collapse(self) -> None:
         """Say which levels have used few of their codes since the last validation, and count anew."""
-        self._usage.all_reduce()
+        self._usage.add_up(self.processes)
         if self.processes.is_first:
             for line in collapsed_levels(self._usage, self.config.min_code_usage):
                 logger.warning("step %d: %s", self.step, line)
