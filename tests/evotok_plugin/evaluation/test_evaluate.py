@@ -312,7 +312,7 @@ def test_metrics_that_cannot_be_had_are_refused(given, message):
 
 
 def test_a_teacher_of_other_images_is_refused(model, teacher):
-    with pytest.raises(ValueError, match="its positions a side is 3, 6 is needed"):
+    with pytest.raises(ValueError, match="number of positions per side to be 6, got 3"):
         evaluate(model, EvoTokImageProcessor(size=96), Pictures(2), options(teacher=teacher))
 
 

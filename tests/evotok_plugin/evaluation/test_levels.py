@@ -158,7 +158,7 @@ def test_a_model_in_training_mode_is_refused_and_learns_nothing(tokenizer, folde
     [
         ({"hidden_size": 64}, r"width \(semantic_dim\) is 64, 128 is needed"),
         ({"patch_size": 12}, "patch_size is 12, 16 is needed"),
-        ({"image_size": 64}, "positions a side is 4, 3 is needed"),
+        ({"image_size": 64}, "number of positions per side to be 3, got 4"),
     ],
 )
 def test_a_teacher_of_other_features_is_refused(tokenizer, folder, tmp_path, changes, message):
@@ -242,7 +242,7 @@ def test_another_size_is_measured_at_that_size(capsys, folder, tiny_evotok_folde
     [
         (["absent.png"], "'absent.png' does not exist"),
         (["{folder}", "--teacher", "absent"], "teacher 'absent' cannot be loaded"),
-        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "positions a side is 3, 4 is needed"),
+        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "number of positions per side to be 4, got 3"),
         (["{folder}", "--size", "50"], "--size must be a multiple of the patch size 16, got 50"),
         (["{folder}", "--max_images", "0"], "max_images must be at least 1, got 0"),
     ],
