@@ -1,14 +1,14 @@
-"""FID's Inception network, as torch-fidelity keeps it, and statistics of real images that need not be made twice."""
+"""The Inception network of rFID, from torch-fidelity, and a cache of the statistics of real images."""
 
 import hashlib
 import io
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from evotok_plugin.common.files import cache_folder, writing
 from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.data import images
 from evotok_plugin.data.code_cache.ledger import stamps_of
@@ -25,18 +25,18 @@ INCEPTION = HubFile(
     digest="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 )
 INCEPTION_DIM = 2048
-_WITHOUT = "or evaluate without rfid among --metrics"
-_SAMPLED = 16  # images whose pixels are part of a cache entry's name
+_WITHOUT = "or evaluate without rfid in --metrics"
+_SAMPLED = 16  # images whose pixels are hashed for the name of a cache entry
 
 
 def load_inception(weights: str | Path | None = None) -> nn.Module:
-    """The frozen network: images (B, 3, H, W), uint8, to a tuple of one, the pool features (B, 2048).
+    """Load the frozen network, which maps uint8 images (B, 3, H, W) to a tuple with the pool features (B, 2048).
 
     Args:
-        weights: the weights file; without it torch's hub folder is looked into, and the file is downloaded to it.
+        weights: the weights file; by default the one in torch's hub folder, which is downloaded if necessary.
 
     Raises:
-        UserError: torch-fidelity is not installed, the weights are not there, or they are others.
+        UserError: torch-fidelity is not installed, or the weights are missing or not the expected ones.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -51,20 +51,20 @@ def load_inception(weights: str | Path | None = None) -> nn.Module:
 
 
 def default_cache_folder() -> Path:
-    """Where statistics of real images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evotok" / "inception"
+    """Default folder for cached statistics of real images."""
+    return cache_folder("inception")
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers 0..count-1, evenly spread, first and last among them."""
+    """At most `wanted` of the numbers 0..count-1, evenly spaced, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
 class StatisticsCache:
-    """Inception statistics of a source's images, kept in a file from run to run.
+    """Inception statistics of a source's images, cached in a file between runs.
 
-    The file is named by a hash over the number, the keys and the stamps (place, size, times) of the images, their size,
-    the network's weights, the version of the image reader, and the pixels of 16 images spread over the source.
+    The file is named by a hash over the number of images, their keys and stamps (path, size, times), the processor's
+    size, the network's weights, the version of the image reader, and the pixels of 16 images spread over the source.
     """
 
     def __init__(self, folder: Path, source: ImageSource, processor: EvoTokImageProcessor) -> None:
@@ -72,24 +72,25 @@ class StatisticsCache:
         self._num_images = len(source)
 
     def load(self) -> FeatureStatistics | None:
-        """What is kept; None if nothing is, or nothing that can be used."""
+        """Read the cached statistics; None if there are none or they are damaged."""
         if not self.path.is_file():
             return None
         try:
             return FeatureStatistics.load(self.path, INCEPTION_DIM)
-        except ValueError as error:
-            logger.warning("%s; it will be made again", error)
+        except UserError as error:
+            logger.warning("%s; computing the statistics again", error)
             return None
 
     def save(self, statistics: FeatureStatistics) -> None:
-        """Keep them, if they are of the whole source; where there is no place to, the run goes on."""
+        """Cache statistics of all images of the source; logs a warning if the file cannot be written."""
         if int(statistics.count) != self._num_images:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             statistics.save(self.path)
-        except OSError as error:
-            logger.warning("statistics of the real images cannot be kept: %s", error)
+        except UserError as error:
+            logger.warning("statistics of the real images are not cached: %s", error)
 
 
 def _identity(source: ImageSource, processor: EvoTokImageProcessor) -> str:
@@ -101,6 +102,6 @@ def _identity(source: ImageSource, processor: EvoTokImageProcessor) -> str:
     for index in spread(len(source), _SAMPLED):
         try:
             digest.update(as_bytes(processor.crop(source.picture(index))).numpy().tobytes())
-        except ValueError:
+        except UserError:
             digest.update(b"broken")
     return digest.hexdigest()[:32]
