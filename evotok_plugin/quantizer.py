@@ -100,7 +100,7 @@ class ResidualVectorQuantizer(nn.Module):
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.ema_decay, self.restart_threshold, self.warmup_steps = ema_decay, restart_threshold, warmup_steps
         self.restart_by_error, self.level_dropout = restart_by_error, level_dropout
-        # float32 whatever the default is: rounded codebooks would give other codes.
+        # Always float32, whatever the default dtype: rounded codebooks would give other codes.
         codebooks = torch.randn(num_quantizers, codebook_size, codebook_dim, dtype=torch.float32)
         self.register_buffer("codebooks", codebooks)
         # Learning state is not part of the model: it is created when training starts, and the trainer saves it.

@@ -129,7 +129,7 @@ def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
     return ConvertedProjector(in_features, out_features, convert_weights(weights, sources, {}).state)
 
 
-# A whole model -----------------------------------------------------------------------------------------------
+# A complete model --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

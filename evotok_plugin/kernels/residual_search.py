@@ -4,8 +4,10 @@ M vectors, L levels, K codes per level, C dimensions. Requires Triton. `evotok_p
 result is exact, and uses this module for latents on a GPU if it can be imported.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates the annotations of a kernel's parameters, so only constexpr ones have any.
+
 import contextlib
-from typing import Any
 
 import torch
 import triton
@@ -17,9 +19,8 @@ _BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
 
 @triton.jit
 def _rank_tile(
-    vectors: Any, codebook: Any, tile: Any, wanted: Any, distance: Any, code: Any, K: Any,
-    C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr,
-) -> Any:  # fmt: skip
+    vectors, codebook, tile, wanted, distance, code, K, C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Compare the wanted float64 vectors with the codes of one tile each, updating their nearest distance and code."""
     columns = tl.arange(0, PADDED_C)[None, :]
     for place in range(BLOCK_K):
@@ -37,9 +38,9 @@ def _rank_tile(
 
 @triton.jit
 def _scores(
-    vectors: Any, codebook: Any, bias: Any, tile: Any, K: Any,
+    vectors, codebook, bias, tile, K,
     C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """Computed scores of all vectors of the block for a tile of codes (BLOCK_M, BLOCK_K)."""
     index = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, PADDED_C)
@@ -51,10 +52,9 @@ def _scores(
 
 @triton.jit
 def _search_level(
-    residual_pointer: Any, codebook: Any, bias: Any, slack_pointer: Any, codes_pointer: Any, M: Any, K: Any,
-    codes_stride: Any,
+    residual_pointer, codebook, bias, slack_pointer, codes_pointer, M, K, codes_stride,
     C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, PADDED_C)[None, :]
     places = residual_pointer + rows[:, None] * C + columns

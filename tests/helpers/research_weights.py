@@ -15,7 +15,7 @@ _EMBEDDINGS = ("pos_emb", "position_embedding", "cls_token", "probe")  # not sca
 
 
 def read_layout(name: str) -> dict[str, list[int]]:
-    """Read names and shapes of all tensors of a research checkpoint from `tests/golden/NAME.txt`: `TENSOR 4x8x8` lines."""
+    """Read names and shapes of all tensors of a research checkpoint from `tests/golden/NAME.txt`, a tensor per line."""
     lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
     pairs = (line.split(" ") for line in lines)
     return {tensor: [int(size) for size in shape.split("x")] for tensor, shape in pairs}
