@@ -71,6 +71,15 @@ class Processes:
             dist.init_process_group("nccl" if use_cuda else "gloo")
         return cls(rank, world_size, chosen)
 
+    @classmethod
+    def current(cls) -> "Processes":
+        """The process group that this process has already joined, or this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, torch.device("cpu"))
+        on_gpu = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
@@ -82,11 +91,27 @@ class Processes:
 
     def add_up(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place. The values may be on any device; NCCL sums them on the GPU."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all processes, in place; like `add_up`."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size > 1:
             on_device = values.to(self.device)
-            dist.all_reduce(on_device)
+            dist.all_reduce(on_device, operation)
             values.copy_(on_device)
         return values
+
+    def gather_tensors(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which must be of one shape, in rank order."""
+        if self.world_size == 1:
+            return [values]
+        there = values.to(self.device)
+        gathered = [torch.empty_like(there) for _ in range(self.world_size)]
+        dist.all_gather(gathered, there)
+        return [part.to(values.device) for part in gathered]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""

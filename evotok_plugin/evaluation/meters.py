@@ -113,7 +113,7 @@ class Usage:
         self._usage.update(batch.codes)
 
     def add_up(self, processes: Processes) -> None:
-        self._usage.all_reduce()
+        self._usage.add_up(processes)
 
     def results(self) -> dict[str, list[float]]:
         return {"code_usage": self._usage.usage(), "perplexity": self._usage.perplexity()}

@@ -364,7 +364,7 @@ class TokenizerTrainer:
 
     def _warn_of_collapse(self) -> None:
         """Log the levels that have used few of their codes since the last validation, and reset the counts."""
-        self._usage.all_reduce()
+        self._usage.add_up(self.processes)
         if self.processes.is_first:
             for line in collapsed_levels(self._usage, self.config.min_code_usage):
                 logger.warning("step %d: %s", self.step, line)

@@ -83,7 +83,7 @@ class Validator:
             shown = shown or (pixel_values[:_SHOWN], output.pixels[:_SHOWN])
         model.train()
         self._processes.add_up(sums)
-        usage.all_reduce()
+        usage.add_up(self._processes)
         self._report_broken(broken)
         total_psnr, total_cosine, count = sums.tolist()
         if not count:

@@ -189,3 +189,15 @@ def test_truncated_files_are_rejected_in_every_thread(monkeypatch, rng):
     assert not read and ImageFile.LOAD_TRUNCATED_IMAGES is True
     with pytest.raises(UserError, match="cannot be read"):
         as_picture(Image.open(io.BytesIO(half)))
+
+
+def test_truncated_images_are_rejected_even_if_pillow_is_set_to_accept_them(tmp_path, monkeypatch, rng):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    half = tmp_path / "half.png"
+    Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(half)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    with pytest.raises(ValueError, match="half.png' cannot be read"):
+        open_picture(half)
+    with pytest.raises(ValueError, match="a name' cannot be read"):
+        open_picture(half.read_bytes(), "a name")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True

@@ -152,7 +152,7 @@ def test_metrics_that_cannot_be_measured_are_rejected(given, message):
 
 
 def test_a_teacher_with_another_image_size_is_rejected(model, teacher):
-    with pytest.raises(UserError, match="its positions a side is 3, 6 is needed"):
+    with pytest.raises(UserError, match="number of positions per side to be 6, got 3"):
         evaluate(model, EvoTokImageProcessor(size=96), Pictures(2), options(teacher=teacher))
 
 

@@ -159,7 +159,7 @@ def test_a_model_in_training_mode_is_rejected_unchanged(tokenizer, folder):
     [
         ({"hidden_size": 64}, r"width \(semantic_dim\) is 64, 128 is needed"),
         ({"patch_size": 12}, "patch_size is 12, 16 is needed"),
-        ({"image_size": 64}, "positions a side is 4, 3 is needed"),
+        ({"image_size": 64}, "number of positions per side to be 3, got 4"),
     ],
 )
 def test_a_teacher_with_other_features_is_rejected(tokenizer, folder, tmp_path, changes, message):
@@ -251,7 +251,7 @@ def test_size_changes_the_image_size(capsys, folder, tiny_evotok_folder, tmp_pat
     [
         (["absent.png"], "'absent.png' does not exist"),
         (["{folder}", "--teacher", "absent"], "teacher 'absent' cannot be loaded"),
-        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "positions a side is 3, 4 is needed"),
+        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "number of positions per side to be 4, got 3"),
         (["{folder}", "--size", "50"], "--size must be a multiple of the patch size 16, got 50"),
         (["{folder}", "--max_images", "0"], "max_images must be at least 1, got 0"),
     ],

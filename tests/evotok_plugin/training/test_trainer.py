@@ -592,7 +592,7 @@ def test_a_teacher_learns_from_the_names_of_photographs(tmp_path, tiny_tokenizer
 
 
 def test_a_teacher_of_another_size_is_rejected(scene_folder, teacher_folder, tmp_path):
-    with pytest.raises(UserError, match="positions a side is 3, 4 is needed"):
+    with pytest.raises(UserError, match="number of positions per side to be 4, got 3"):
         TokenizerTrainer.open(
             config(scene_folder, tmp_path, semantic_weight=1.0, teacher=str(teacher_folder), model={"image_size": 64})
         )
