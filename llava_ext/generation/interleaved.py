@@ -259,6 +259,7 @@ class Answers:
     def _emit_text(self, row: _AnswerState, last: bool) -> Iterator[Event]:
         """Emit the new text; an incomplete character waits for its remaining bytes unless this is the `last` call."""
         text = self._processor.tokenizer.decode(row.words, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one sequence
         if not last and text.endswith(_INCOMPLETE_CHARACTER):
             return
         if len(text) > len(row.shown):
