@@ -225,8 +225,8 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         rendered = template.render(contents, add_generation_prompt, continue_final_message)
         spans = [
             span
-            for message, place in zip(messages, rendered.content_spans, strict=True)
-            for span in message.user_spans(*place)
+            for message, content in zip(messages, rendered.content_spans, strict=True)
+            for span in message.user_spans(*content)
         ]
         return RenderedPrompt(rendered.text, sorted(spans), rendered.assistant_spans)
 
