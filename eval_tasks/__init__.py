@@ -1,1 +1,1 @@
-"""EvoTok's lmms-eval plug-in: the model adapter, the tasks and their judges. Importing this costs nothing."""
+"""The lmms-eval plugin of EvoTok: the model adapter, the tasks and their judges."""

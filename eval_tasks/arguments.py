@@ -1,4 +1,4 @@
-"""Checks of `--model_args` and `--gen_kwargs`: a value takes effect, or is rejected with the names that are known."""
+"""Checks of `--model_args` and `--gen_kwargs`: a value that has no effect is an error that names the known options."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from eval_tasks.registration import GivenKwargs
 from evotok_plugin.errors import UserError
 
-# Kind, least and largest value of every number; a level of the drawing may have its own.
+# Type, minimum and maximum of each number; options for drawing may be lists with one value per level.
 _NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_new_tokens": (int, 1, float("inf")),
     "num_beams": (int, 1, float("inf")),
@@ -25,13 +25,13 @@ MODALITIES = ("text", "image", "reconstruction")
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:
-    """Check the values whose names are known, as lmms-eval has parsed them; None is a value that is not set.
+    """Check the type and range of the values with known names, as parsed by lmms-eval; None means not set.
 
     Args:
         where: for the error: the option or task that the values come from.
 
     Raises:
-        UserError: a value of another type or out of range.
+        UserError: a value of the wrong type or out of range.
     """
     for name, value in values.items():
         if value is None:
@@ -63,11 +63,11 @@ def _is_texts(value: Any) -> bool:
 
 
 def check_given(tasks: Mapping[str, GivenKwargs], known: Mapping[str, Collection[str]]) -> None:
-    """Check that every key of `--gen_kwargs` takes effect on at least one task of the run.
+    """Check that every key of `--gen_kwargs` has an effect on at least one task of the run.
 
     Args:
-        tasks: what was given and the settings that came of it, by task.
-        known: the options by modality.
+        tasks: the keys of `--gen_kwargs`, by task.
+        known: names of options by modality.
 
     Raises:
         UserError: a key without effect.
@@ -84,7 +84,7 @@ def check_given(tasks: Mapping[str, GivenKwargs], known: Mapping[str, Collection
         near = difflib.get_close_matches(name, everything, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
         lists = "; ".join(f"for {kind}: {', '.join(sorted(keys))}" for kind, keys in known.items() if keys)
-        raise UserError(f"--gen_kwargs: {name} has no effect on {', '.join(sorted(tasks))}; {hint}known are, {lists}")
+        raise UserError(f"--gen_kwargs: {name} has no effect on {', '.join(sorted(tasks))}; {hint}options {lists}")
 
 
 def _used(task: GivenKwargs, known: Mapping[str, Collection[str]]) -> set[str]:
@@ -93,17 +93,17 @@ def _used(task: GivenKwargs, known: Mapping[str, Collection[str]]) -> set[str]:
 
 
 def parse_batch_size(batch_size: int | str, max_batch_size: int | str | None, automatic: int) -> int:
-    """The batch size of `--batch_size` and `--max_batch_size`.
+    """Parse `--batch_size` and `--max_batch_size`.
 
     Args:
-        automatic: the size that "auto" means; "auto:N", which asks other models to try N times, is "auto".
+        automatic: the batch size for "auto" and "auto:N" (N, the number of attempts of other models, is ignored).
 
     Raises:
-        UserError: no such size, or a `max_batch_size` without effect.
+        UserError: an invalid batch size, or a `max_batch_size` without effect.
     """
     is_auto = str(batch_size) == "auto" or (str(batch_size).startswith("auto:") and str(batch_size)[5:].isdigit())
     if max_batch_size is not None and not is_auto:
-        raise UserError(f"max_batch_size has no effect beside batch_size {batch_size}; leave one out, or pass auto")
+        raise UserError(f"max_batch_size has no effect with batch_size {batch_size}; leave one out, or pass auto")
     value = (max_batch_size or automatic) if is_auto else batch_size
     if not str(value).isdigit() or int(value) < 1:
         name = "max_batch_size" if is_auto else "batch_size"
@@ -112,10 +112,10 @@ def parse_batch_size(batch_size: int | str, max_batch_size: int | str | None, au
 
 
 def parse_model_args(text: str, others: Mapping[str, Any]) -> dict[str, Any]:
-    """`key=value,key=value` as lmms-eval parses it, together with options that have flags of their own.
+    """Parse `key=value,key=value` as lmms-eval does, and merge it with the options that have their own flags.
 
     Raises:
-        UserError: something without a value, or an option that is given twice.
+        UserError: a key without a value, or an option that is given twice.
     """
     from lmms_eval.utils import simple_parse_args_string
 
@@ -124,7 +124,7 @@ def parse_model_args(text: str, others: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--model_args must be KEY=VALUE,KEY=VALUE, got {text!r}") from error
     flags = {key: value for key, value in others.items() if value is not None}
-    # lmms-eval always passes its default batch size; one in --model_args is meant.
+    # lmms-eval always passes its default batch size; one in --model_args takes precedence.
     if "batch_size" in given and flags.get("batch_size") in (1, "1"):
         del flags["batch_size"]
     if twice := sorted(set(given) & set(flags)):

@@ -1,23 +1,24 @@
-"""`evotok-eval run | judge | report`: evaluation on the command line, on top of lmms-eval."""
+"""`evotok-eval`: evaluation on the command line, on top of lmms-eval."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 
-from eval_tasks.commands import judge, report, run
 from evotok_plugin.common import command_line
 
+DESCRIPTION = "Evaluate models with lmms-eval, judge drawn images, and report results."
+COMMANDS = {
+    "run": "run tasks one after another in lmms-eval and report all results",
+    "judge": "judge images that were drawn before",
+    "report": "show results as a table and a plot next to published figures",
+}
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evotok-eval", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (run, judge, report):
-        command.add(commands)
-    return parser
 
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    return command_line.run(build_parser(), argv, stopped="stopped; the same command resumes")
+    stopped = "stopped; rerun the command to resume"
+    return command_line.run_command(
+        "evotok-eval", DESCRIPTION, COMMANDS, command_line.add_from("eval_tasks.commands"), argv, stopped
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The model in lmms-eval: one object that reads and draws, for all tasks of a run mixed in one list of requests."""
+"""The model adapter for lmms-eval, which answers, draws and reconstructs for all tasks of a run."""
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -15,73 +16,69 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from tqdm import tqdm
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
-from eval_tasks.loading import LoadedModel, load_checkpoint, parse_device, parse_dtype
+from eval_tasks.loading import LoadedModel, choose_device, choose_dtype, load_checkpoint
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
-    _KINDS,
-    DrawingOptions,
-    ReadingOptions,
+    OPTION_NAMES,
+    ImageOptions,
+    Options,
+    PlannedImage,
     ReconstructionOptions,
-    _known,
-    _prompt,
-    _readable,
-    _Request,
-    _samples,
-    _Wanted,
+    Request,
+    TextOptions,
     image_seed,
+    sample_numbers,
+    to_conversation,
+    to_prompt,
 )
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
-from llava_ext.generation import DrawingOptions as Drawing
+from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import default_model_folder
-from llava_ext.serving.image_files import chunks_of, write_png
+from llava_ext.serving.image_files import read_png_text, write_png
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
-# A model that has learned little says such characters; upstream's XLSX writers abort the whole run on one.
+# A barely trained model generates these; a single one makes upstream's XLSX writers abort the run.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
-
-
-# What a request asks for ---------------------------------------------------------------------------------------
 
 
 class EvoTokLmms(lmms):
     """`lmms-eval --model evotok --model_args pretrained=DIR,guidance_scale=3,dtype=float32,...`
 
-    A request whose `generation_kwargs` say `modality: image` is drawn, its answer is the JSON
-    `{"text": "", "images": [absolute paths]}`; one with `modality: reconstruction` measures the tokenizer; any other is
-    read and answered with text.
+    The `modality` in a task's `generation_kwargs` selects the answer: `image` draws images and answers with the JSON
+    `{"text": "", "images": [absolute paths]}`, `reconstruction` measures the tokenizer, `text` (the default) answers
+    with text.
 
-    `--gen_kwargs` reaches every task of a run: its temperature, top_k and top_p are those of the answers in a task that
-    reads and those of the images in one that draws. For images alone, put them into `--model_args`. A key that takes
-    effect on none of the tasks is an error; a task's own keys that this model has no use for are logged.
+    `--gen_kwargs` reaches every task of a run: its temperature, top_k and top_p apply to the text of an understanding
+    task and to the images of a drawing task. Put options for images alone into `--model_args`. A key without effect on
+    any task is an error; unused keys in a task's own `generation_kwargs` are logged.
 
-    With `--use_cache`, answers are reused only from the same content of the model folder; images never come from that
-    cache, since they are reused from `images_dir` by prompt, seed, settings and fingerprint.
+    With `--use_cache`, text answers are reused as long as the content of the model folder is the same. Images are never
+    taken from that cache: they are reused from `images_dir` by prompt, seed, settings and fingerprint.
 
     Args:
-        pretrained: output folder of `scripts/finetune.sh`; by default the newest of this working folder, else the model
-            that comes with the package. Which it is, is said.
-        device: "cpu", "cuda:0", ...; by default what Accelerate picks, and always that with several processes.
-        dtype: float32, bfloat16 or float16; by default float32 on a CPU, the checkpoint's on a GPU.
-        batch_size: questions answered, and images drawn, together; "auto" and "auto:N" are `max_batch_size` (16 unless
-            given).
-        images_dir: where drawn images go, as `<task>/<document>_<sample>.png`; by default a folder of
+        pretrained: output folder of `scripts/finetune.sh`; by default the newest in the working folder, else the model
+            included in the package. The choice is logged.
+        device: "cpu", "cuda:0", ...; by default the device that Accelerate selects, as always with several processes.
+        dtype: float32, bfloat16 or float16; by default float32 on a CPU, and the checkpoint's dtype on a GPU.
+        batch_size: number of questions or images per batch; "auto" and "auto:N" mean `max_batch_size` (default 16).
+        images_dir: folder for drawn images, `<task>/<document>_<sample>.png`; by default a folder in
             `./outputs/lmms_eval_images` for this model and these settings.
-        guidance_scale, guidance_schedule, negative_prompt: of drawing, unless a task or `--gen_kwargs` sets them; by
-            default the model's own (`image_generation` in its generation_config.json).
-        temperature, top_k, top_p, min_p: likewise.
-        seed: of drawing; an image depends on it, on its task, document and sample number, and on nothing else.
-        load: `load_checkpoint`, or a stand-in for it.
+        guidance_scale, guidance_schedule, negative_prompt, temperature, top_k, top_p, min_p: defaults for drawing,
+            overridden by a task's `generation_kwargs` and `--gen_kwargs`; without them the model's own settings apply
+            (`image_generation` in its generation_config.json).
+        seed: for drawing; an image depends only on the seed, its task, its document and its sample number.
+        load: replaces `load_checkpoint` in tests.
 
     Raises:
-        UserError: `pretrained` is no such folder, or an unknown or impossible argument.
+        UserError: an unknown or invalid argument, or `pretrained` is not a complete model folder.
     """
 
     is_simple = False
@@ -111,47 +108,46 @@ class EvoTokLmms(lmms):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"--model_args: unknown argument {name!r}; {hint}")
-        drawing = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        check_values({**drawing, "min_p": min_p, "seed": seed}, "--model_args")
+        numbers = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_values({**numbers, "min_p": min_p, "seed": seed}, "--model_args")
         self._batch_size = parse_batch_size(batch_size, max_batch_size, _AUTO_BATCH_SIZE)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._device = parse_device(device, self.accelerator)
+        self._device = choose_device(device, self.accelerator)
         self.seed = int(seed)
-        asked = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "negative_prompt": negative_prompt,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-        }
-        asked = Drawing(**asked)
+        drawing = DrawingOptions(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            negative_prompt=negative_prompt,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
         pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
             logger.warning("no pretrained= in --model_args: the model is %s", pretrained)
-        # Modules stand directly on this object: lmms-eval frees such attributes before it scores.
-        loaded = load(pretrained, parse_dtype(dtype, self._device), self._device)
+        # The model must be an attribute of this object: lmms-eval frees such attributes before scoring.
+        loaded = load(pretrained, choose_dtype(dtype, self._device), self._device)
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
         own = model_settings(getattr(self._model, "generation_config", None))
-        self.drawing = asked.completed(own).settings()
+        self.drawing = drawing.completed(own).settings()
         self.images_dir = Path(str(images_dir or "") or self._default_images_dir(pretrained)).expanduser().resolve()
-        self._named_tasks: set[str] = set()
+        self._warned_tasks: set[str] = set()
         key_by_weights()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "EvoTokLmms":
-        """The model of `--model_args` and of lmms-eval's own flags.
+        """Create the model from `--model_args` and lmms-eval's own flags.
 
         Raises:
-            UserError: an argument without a value, unknown, impossible or given twice.
+            UserError: an argument that is unknown, invalid, without a value, or given twice.
         """
         return cls(**parse_model_args(arg_string, additional_config or {}))
 
     def _default_images_dir(self, pretrained: str) -> Path:
-        """One folder a model and setting, so that runs with other settings do not overwrite each other's images."""
+        """A folder for this model and these settings, so that runs with other settings keep their images."""
         folder = Path(pretrained).expanduser().resolve()
         settings = json.dumps([str(folder), self.seed, self.drawing], sort_keys=True)
         name = "__".join(folder.parts[-2:]).replace("/", "")
@@ -167,96 +163,90 @@ class EvoTokLmms(lmms):
 
     @property
     def response_identity(self) -> str:
-        """Identity of the answers beyond the model arguments, which are all that lmms-eval's response cache keys by."""
+        """The content of the model folder and the dtype; lmms-eval's response cache knows only the model arguments."""
         return f"{self._fingerprint}|{self._model.dtype}"
 
     def may_be_cached(self, request: Instance) -> bool:
-        """Whether an answer stays right whatever happens to files: images and measured folders may change."""
+        """Whether an answer is text; images and measured folders are files, which may change."""
         return (request.args[2].get("modality") or "text") == "text"
 
     # lmms-eval's interface -----------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answer all requests of a run, in their order; padding clones get an empty answer and leave no file."""
-        given = {task: GIVEN[task] for task in self.task_dict if task in GIVEN}
-        check_given(given, {modality: kind.__dataclass_fields__ for modality, kind in _KINDS.items()})
+        """Answer all requests of a run in order; padding clones get an empty answer and write no files."""
+        check_given({task: GIVEN[task] for task in self.task_dict if task in GIVEN}, OPTION_NAMES)
         wanted = list(self._parse(requests))
         answers = [""] * len(requests)
-        with tqdm(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
+        with progress_bar(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
             for batch in self._batches(wanted):
-                give = self._answerers[type(batch[0].options)]
-                for request, answer in zip(batch, give(batch), strict=True):
+                for request, answer in zip(batch, self._answer(batch, batch[0].options), strict=True):
                     answers[request.place] = answer
                 progress.update(len(batch))
         return answers
 
-    @property
-    def _answerers(self) -> dict[type, Callable[[Sequence[_Request]], list[str]]]:
-        return {ReadingOptions: self._read, DrawingOptions: self._draw, ReconstructionOptions: self._rebuild}
+    def _answer(self, batch: Sequence[Request], options: Options) -> list[str]:
+        if isinstance(options, TextOptions):
+            return self._read(batch, options)
+        if isinstance(options, ImageOptions):
+            return self._draw(batch, options)
+        return self._reconstruct(batch)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("evotok answers by generating; tasks that score given answers are not supported")
+        raise NotImplementedError("evotok only generates answers; tasks that score given answers are not supported")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("evotok does not support multi-round tasks")
 
     # Requests ------------------------------------------------------------------------------------------------
 
-    def _parse(self, requests: Sequence[Instance]) -> Iterator[_Request]:
+    def _parse(self, requests: Sequence[Instance]) -> Iterator[Request]:
         seen: Counter = Counter()
         for place, request in enumerate(requests):
             if request.metadata.get("__padding_only__"):
                 continue
             context, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
-
-            def messages(doc_to_messages=doc_to_messages, task=task, split=split, doc_id=doc_id) -> ChatMessages:
-                return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-
+            messages = functools.partial(self._messages, doc_to_messages, task, split, doc_id)
             options = self._options(gen_kwargs, task)
-            yield _Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
+            yield Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
             seen[task, doc_id] += 1
 
-    def _options(
-        self, gen_kwargs: dict[str, Any], task: str
-    ) -> ReadingOptions | DrawingOptions | ReconstructionOptions:
-        check_values(gen_kwargs, f"{task}: generation_kwargs")
-        kind = _KINDS[gen_kwargs.get("modality") or "text"]
-        self._name_unused(kind, gen_kwargs, task)
-        if kind is ReconstructionOptions:
-            return ReconstructionOptions()
-        if kind is DrawingOptions:
-            known = _known(DrawingOptions, gen_kwargs)
-            num_images = known.pop("num_images", DrawingOptions.num_images)
-            settings = Drawing(**{**self.drawing, **known}).completed().settings()
-            return DrawingOptions(num_images=num_images, **settings)
-        known = _known(ReadingOptions, gen_kwargs)
-        if known.get("do_sample") and known.get("temperature") == 0:
-            raise UserError(f"{task}: generation_kwargs: do_sample=true needs a temperature above 0, got 0")
-        until = known.get("until", ())
-        return ReadingOptions(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
+    def _messages(self, doc_to_messages: Callable[[Any], Any], task: str, split: str, doc_id: int) -> ChatMessages:
+        return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
 
-    def _name_unused(self, kind: type, gen_kwargs: dict[str, Any], task: str) -> None:
-        """Log, once a task, the keys of its own that have no effect here; tasks bring them for other models."""
-        ignored = set(gen_kwargs) - set(kind.__dataclass_fields__) - {"modality", "until"}
-        if ignored and task not in self._named_tasks:
-            self._named_tasks.add(task)
-            logger.warning("%s: generation_kwargs without effect on evotok: %s", task, ", ".join(sorted(ignored)))
+    def _options(self, gen_kwargs: dict[str, Any], task: str) -> Options:
+        where = f"{task}: generation_kwargs"
+        check_values(gen_kwargs, where)
+        modality = gen_kwargs.get("modality") or "text"
+        self._warn_of_unused(set(gen_kwargs) - OPTION_NAMES[modality] - {"modality", "until"}, task)
+        try:
+            if modality == "text":
+                return TextOptions.from_gen_kwargs(gen_kwargs)
+            if modality == "image":
+                return ImageOptions.from_gen_kwargs(gen_kwargs, self.drawing)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        return ReconstructionOptions()
 
-    def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
-        """Requests with equal options, the longest texts first: little padding, and too large a batch fails soon."""
+    def _warn_of_unused(self, keys: set[str], task: str) -> None:
+        """Log, once per task, the keys without effect here; tasks set them for other models."""
+        if keys and task not in self._warned_tasks:
+            self._warned_tasks.add(task)
+            logger.warning("%s: generation_kwargs without effect on evotok: %s", task, ", ".join(sorted(keys)))
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Batches of requests with equal options, longest first for little padding and early out-of-memory errors."""
         for options in dict.fromkeys(request.options for request in requests):
             group = [request for request in requests if request.options == options]
             group.sort(key=lambda request: -len(request.context))
-            num_images = options.num_images if isinstance(options, DrawingOptions) else 1
+            num_images = options.num_images if isinstance(options, ImageOptions) else 1
             size = max(1, self.batch_size // num_images)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
-    # Reading -------------------------------------------------------------------------------------------------
+    # Text ----------------------------------------------------------------------------------------------------
 
-    def _read(self, batch: Sequence[_Request]) -> list[str]:
-        options = batch[0].options
-        conversations = [_readable(request) for request in batch]
+    def _read(self, batch: Sequence[Request], options: TextOptions) -> list[str]:
+        conversations = [to_conversation(request) for request in batch]
         inputs = self._processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -269,40 +259,42 @@ class EvoTokLmms(lmms):
         texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
 
-    # Rebuilding ----------------------------------------------------------------------------------------------
+    # Reconstruction ------------------------------------------------------------------------------------------
 
-    def _rebuild(self, batch: Sequence[_Request]) -> list[str]:
+    def _reconstruct(self, batch: Sequence[Request]) -> list[str]:
         tower, processor = self._model.vision_tower, self._processor.image_processor
         processes = Processes(self.rank, self.world_size, self.device)
         return [measure(tower, processor, self.images_dir / request.task, processes) for request in batch]
 
-    # Drawing -------------------------------------------------------------------------------------------------
+    # Images --------------------------------------------------------------------------------------------------
 
-    def _draw(self, batch: Sequence[_Request]) -> list[str]:
-        """Draw what is not there yet: an interrupted run's images are taken as they are."""
-        wanted = [[self._wanted(request, sample) for sample in _samples(request)] for request in batch]
-        missing = [image for images in wanted for image in images if chunks_of(image.path) != image.chunks]
+    def _draw(self, batch: Sequence[Request], options: ImageOptions) -> list[str]:
+        """Draw the images that do not exist yet; those of an interrupted run are reused."""
+        settings = options.drawing.settings()
+        planned = [
+            [self._plan(request, sample, settings) for sample in sample_numbers(request, options.num_images)]
+            for request in batch
+        ]
+        missing = [image for images in planned for image in images if read_png_text(image.path) != image.chunks]
         if missing:
-            settings = batch[0].options.generate_kwargs() | {"num_images": 1}
             drawn = self._model.generate_images(
                 [image.prompt for image in missing],
                 processor=self._processor,
+                num_images=1,
                 seed=[image.seed for image in missing],
                 batch_size=self.batch_size,
                 **settings,
             )
             for image, picture in zip(missing, drawn, strict=True):
                 write_png(picture, image.path, image.chunks)
-        return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in wanted]
+        return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in planned]
 
-    def _wanted(self, request: _Request, sample: int) -> _Wanted:
-        seed = image_seed(self.seed, request.task, request.doc_id, sample)
-        settings = request.options.generate_kwargs()
-        del settings["num_images"]  # an image does not depend on how many are drawn beside it
+    def _plan(self, request: Request, sample: int, settings: dict[str, Any]) -> PlannedImage:
+        prompt, seed = to_prompt(request), image_seed(self.seed, request.task, request.doc_id, sample)
         chunks = {
-            "prompt": (prompt := _prompt(request)),
+            "prompt": prompt,
             "seed": str(seed),
             "model": self._fingerprint,
             "settings": json.dumps(settings, sort_keys=True),
         }
-        return _Wanted(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)
+        return PlannedImage(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)

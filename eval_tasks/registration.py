@@ -1,9 +1,8 @@
-"""lmms-eval's entry point: registers the model `evotok`, also as the one meant where no `--model` is given, and makes
-our task folder visible.
+"""Entry point of lmms-eval: registers the model `evotok`, also as the default of `--model`, and adds our task folder.
 
-lmms-eval loads the entry points of all plug-ins under one try/except and imports `lmms_eval.tasks` (seconds) only
-when it evaluates. So this module imports next to nothing, never raises, and adds the tasks when, and only when,
-`lmms_eval.tasks` is imported.
+lmms-eval loads the entry points of all plugins under one try/except, and imports `lmms_eval.tasks` (seconds) only for
+an evaluation. Therefore this module imports almost nothing, never raises, and patches `lmms_eval.tasks` when that is
+imported.
 """
 
 import functools
@@ -13,9 +12,11 @@ import importlib.machinery
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from evotok_plugin.errors import UserError
 
@@ -30,12 +31,12 @@ _MARK = "_evotok_registered"
 
 @dataclass(frozen=True)
 class GivenKwargs:
-    """Keys that `--gen_kwargs` set in a task, and whether they were used.
+    """The effect of `--gen_kwargs` on a task.
 
     Attributes:
         given: the keys and values of the command line.
-        modality: of the task's requests.
-        samples: whether its answers are sampled.
+        modality: the modality of the task's requests.
+        samples: whether the task's answers are sampled.
     """
 
     given: dict
@@ -43,33 +44,33 @@ class GivenKwargs:
     samples: bool
 
 
-# By name of the task, for the run that is being set up; lmms-eval mixes these keys with the task's own.
+# By name of the task, for the current run; lmms-eval itself merges these keys into the task's own.
 GIVEN: dict[str, GivenKwargs] = {}
 
 
-def register():
-    """Entry point of the group `lmms_eval.models`: returns the model's `ModelManifest`."""
+def register() -> Any:
+    """Entry point of the group `lmms_eval.models`; returns the model's `ModelManifest`."""
     from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 
     try:
-        _answer_to_the_default_name(ModelRegistryV2)
+        _resolve_default_name(ModelRegistryV2)
         _patch_tasks_when_imported()
-    except Exception as error:  # raising here would unregister every plug-in that comes after ours
+    except Exception as error:  # an error here would also disable every plugin after ours
         logger.warning("evotok's tasks are not visible (%s); pass --include_path %s", error, TASKS_FOLDER)
     return ModelManifest(model_id="evotok", chat_class_path="eval_tasks.model.EvoTokLmms")
 
 
-# The model that `lmms-eval --tasks ...` means ------------------------------------------------------------------
+# The default model -------------------------------------------------------------------------------------------
 
 
-def _answer_to_the_default_name(registry: type) -> None:
-    """`--model` has a default that lmms-eval itself has no model for; without one of that name, it means ours."""
+def _resolve_default_name(registry: Any) -> None:
+    """Resolve the default of `--model` to ours, unless a model of that name is installed; lmms-eval has none."""
     if getattr(registry, _MARK, False):
         return
     resolve = registry.resolve
 
     @functools.wraps(resolve)
-    def resolve_default(self, model_name, *args, **kwargs):
+    def resolve_default(self: Any, model_name: str, *args: Any, **kwargs: Any) -> Any:
         unclaimed = model_name == _DEFAULT_NAME and model_name not in self.list_model_names()
         return resolve(self, "evotok" if unclaimed else model_name, *args, **kwargs)
 
@@ -89,9 +90,11 @@ def _patch_tasks_when_imported() -> None:
 
 
 class _TasksFinder(importlib.abc.MetaPathFinder):
-    """Finds `lmms_eval.tasks` as Python itself would, with a loader that patches the module it has loaded."""
+    """Finds `lmms_eval.tasks` like Python itself, with a loader that patches the loaded module."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _TASKS_MODULE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -105,13 +108,15 @@ class _PatchingLoader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         try:
             _patch(module)
-        except Exception as error:  # lmms-eval must go on without our tasks
+        except Exception as error:  # lmms-eval must keep working without our tasks
             logger.warning("evotok's tasks are not visible (%s); pass --include_path %s", error, TASKS_FOLDER)
 
 
 def _patch(tasks: ModuleType) -> None:
-    """Add our folder to the task index, let `EVOTOK_DATA_ROOT` redirect data sets, find judges before drawing, note
-    `--gen_kwargs`; once."""
+    """Add our task folder, redirect data sets by `EVOTOK_DATA_ROOT`, locate judges first, and record `--gen_kwargs`.
+
+    Only the first call has an effect.
+    """
     from tenacity import RetryError
 
     if getattr(tasks.TaskManager, _MARK, False):
@@ -120,48 +125,50 @@ def _patch(tasks: ModuleType) -> None:
     build_requests, set_config = tasks.ConfigurableTask.build_all_requests, tasks.ConfigurableTask.set_config
 
     @functools.wraps(index_tasks)
-    def initialize_tasks(self, include_path=None, *args, **kwargs):
+    def initialize_tasks(self: Any, include_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         folders = [include_path] if isinstance(include_path, (str, os.PathLike)) else list(include_path or ())
         if TASKS_FOLDER not in (Path(folder).resolve() for folder in folders):
-            folders.append(str(TASKS_FOLDER))  # last: names of lmms-eval's own tasks and of the user's win
+            folders.append(str(TASKS_FOLDER))  # last: tasks of lmms-eval and of the user take precedence
         return index_tasks(self, folders, *args, **kwargs)
 
     @functools.wraps(download)
-    def download_from_data_root(self, dataset_kwargs=None):
-        GIVEN.pop(self.config.task, None)  # a task that is set up anew has been given nothing yet
-        if (folder := local_dataset(self.DATASET_PATH)) != self.DATASET_PATH:
+    def download_from_data_root(self: Any, dataset_kwargs: dict | None = None) -> Any:
+        GIVEN.pop(self.config.task, None)  # a new task has not been given anything yet
+        folder = local_dataset(self.DATASET_PATH)
+        if folder is not None and folder != self.DATASET_PATH:
             self.DATASET_PATH = folder
             dataset_kwargs = {"cache_dir": local_cache(folder), **(dataset_kwargs or {})}
-        if judged := _judged(self):  # here, because lmms-eval hides what `download` raises behind five attempts
+        if judged := _judged(self):  # here, because lmms-eval retries `download` five times and hides its errors
             self.config.metadata = {**(self.config.metadata or {}), "judges": judged.prepare()}
         try:
             return download(self, dataset_kwargs)
-        except RetryError as error:  # says that something was raised; what it was helps
-            raise error.last_attempt.exception() from error
+        except RetryError as error:  # raise the actual error instead
+            cause = error.last_attempt.exception()
+            raise (cause or error) from error
 
     @functools.wraps(build_requests)
-    def build_requests_when_judges_are_there(self, *args, **kwargs):
+    def build_requests_after_judges(self: Any, *args: Any, **kwargs: Any) -> Any:
         if judged := _judged(self):
             judged.before_drawing()
         return build_requests(self, *args, **kwargs)
 
     @functools.wraps(set_config)
-    def set_config_and_note(self, key, value, update=False):
+    def set_config_and_record(self: Any, key: str, value: Any, update: bool = False) -> None:
         set_config(self, key, value, update)
-        if key == "generation_kwargs" and update:  # which only --gen_kwargs does
+        if key == "generation_kwargs" and update:  # only --gen_kwargs updates
             settings = self.config.generation_kwargs
             sampled = settings.get("do_sample")
             sampled = (settings.get("temperature") or 0) != 0 if sampled is None else bool(sampled)
             GIVEN[self.config.task] = GivenKwargs(dict(value), settings.get("modality") or "text", sampled)
 
-    tasks.ConfigurableTask.set_config = set_config_and_note
+    tasks.ConfigurableTask.set_config = set_config_and_record
     tasks.TaskManager.initialize_tasks = initialize_tasks
     tasks.ConfigurableTask.download = download_from_data_root
-    tasks.ConfigurableTask.build_all_requests = build_requests_when_judges_are_there
+    tasks.ConfigurableTask.build_all_requests = build_requests_after_judges
     setattr(tasks.TaskManager, _MARK, True)
 
 
-def _judged(task):
+def _judged(task: Any) -> Any:
     """The `JudgedTask` that scores a task's answers; None for other tasks, and with --predict_only."""
     owner = getattr(task.config.process_results, "__self__", None)
     return owner if hasattr(owner, "before_drawing") else None
@@ -171,12 +178,12 @@ def _judged(task):
 
 
 def local_dataset(dataset_path: str | None) -> str | None:
-    """Where a task's data lies: `$EVOTOK_DATA_ROOT/<dataset_path>`; without the variable nothing changes.
+    """The local folder of a task's data, `$EVOTOK_DATA_ROOT/<dataset_path>`; the path itself without the variable.
 
-    Only names of the hub's form (`owner/name`) are looked up. Where the variable is set, nothing comes from the hub.
+    Only names in the form of the hub (`owner/name`) are looked up. With the variable set, nothing is downloaded.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     root = os.environ.get(DATA_ROOT_VARIABLE)
     if not root or not isinstance(dataset_path, str) or "/" not in dataset_path or os.path.isabs(dataset_path):
@@ -185,20 +192,20 @@ def local_dataset(dataset_path: str | None) -> str | None:
     if folder.is_dir():
         logger.info("data set %s is read from %s", dataset_path, folder)
         return str(folder)
-    if Path(dataset_path).is_dir():  # a task of the user's, with data beside the working folder
+    if Path(dataset_path).is_dir():  # a task of the user with data in the working folder
         return dataset_path
     raise UserError(
-        f"{DATA_ROOT_VARIABLE} is set, so {dataset_path} is expected in {folder}, which is no folder; fetch it with "
-        f"`hf download --repo-type dataset {dataset_path} --local-dir {folder}`, or unset {DATA_ROOT_VARIABLE} to read "
-        "from the hub"
+        f"{DATA_ROOT_VARIABLE} is set, but {folder} is not a folder; download {dataset_path} with "
+        f"`hf download --repo-type dataset {dataset_path} --local-dir {folder}`, or unset {DATA_ROOT_VARIABLE} to use "
+        "the hub"
     )
 
 
 def local_cache(folder: str) -> str:
-    """Where `datasets` keeps a local folder's tables: a place of its own for every state of the folder.
+    """The cache folder of `datasets` for a local folder, a separate one for every state of its files.
 
-    Left to itself, `datasets` tells local folders apart by their last name and README alone, and gives the rows of one
-    for those of another, or of an earlier state.
+    By default `datasets` identifies a local folder by its name and README only, and may return the rows of another
+    folder or of an earlier state.
     """
     import datasets
 

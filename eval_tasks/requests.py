@@ -1,8 +1,8 @@
-"""Requests of lmms-eval: their options by kind, their images, their prompts and their seeds."""
+"""The requests of lmms-eval: their options by modality, their prompts and images, and the seeds of drawn images."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,18 @@ from lmms_eval.protocol import ChatMessages
 
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
+from llava_ext.generation import DrawingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How an answer is generated: the keys of a task's `generation_kwargs` that `model.generate` shall see."""
+class TextOptions:
+    """Options of generated answers: the keys of a task's `generation_kwargs` that are passed to `model.generate`.
+
+    Attributes:
+        do_sample: None samples if the temperature is above 0.
+        repetition_penalty: None is the model's own.
+        until: stop strings.
+    """
 
     max_new_tokens: int = 128
     do_sample: bool | None = None
@@ -22,15 +29,30 @@ class ReadingOptions:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
-    repetition_penalty: float | None = None  # the model's own
+    repetition_penalty: float | None = None
     until: tuple[str, ...] = ()
 
+    @classmethod
+    def from_gen_kwargs(cls, gen_kwargs: Mapping[str, Any]) -> "TextOptions":
+        """Select the options among a task's `generation_kwargs`.
+
+        Raises:
+            UserError: sampling with a temperature of 0.
+        """
+        known = _select(gen_kwargs, OPTION_NAMES["text"])
+        if known.get("do_sample") and known.get("temperature") == 0:
+            raise UserError("do_sample=true needs a temperature above 0, got 0")
+        until = known.get("until", ())
+        return cls(**{**known, "until": (until,) if isinstance(until, str) else tuple(until)})
+
     def generate_kwargs(self) -> dict[str, Any]:
-        sampled = self.temperature > 0 if self.do_sample is None else self.do_sample
-        kwargs = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampled}
+        """The arguments of `model.generate`."""
+        do_sample = self.temperature > 0 if self.do_sample is None else self.do_sample
+        kwargs: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        kwargs["do_sample"] = do_sample
         if self.repetition_penalty is not None:
             kwargs["repetition_penalty"] = self.repetition_penalty
-        if sampled:
+        if do_sample:
             kwargs |= {"temperature": self.temperature or 1.0, "top_k": self.top_k, "top_p": self.top_p}
         return kwargs
 
@@ -41,43 +63,63 @@ class ReadingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
-    """Settings for drawing, named as in `generate_images` and completed by the model's own."""
+class ImageOptions:
+    """The number of images of a request, and complete options for drawing them."""
 
-    guidance_scale: float
-    guidance_schedule: str
-    negative_prompt: str
-    temperature: float | tuple[float, ...]
-    top_k: int | tuple[int, ...]
-    top_p: float | tuple[float, ...]
-    min_p: float | tuple[float, ...]
+    drawing: DrawingOptions
     num_images: int = 1
 
-    def generate_kwargs(self) -> dict[str, Any]:
-        return dict(vars(self))
+    @classmethod
+    def from_gen_kwargs(cls, gen_kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> "ImageOptions":
+        """Select the options among a task's `generation_kwargs`.
+
+        Args:
+            defaults: the complete settings of the model (`DrawingOptions.settings`).
+        """
+        known = _select(gen_kwargs, OPTION_NAMES["image"])
+        num_images = int(known.pop("num_images", cls.num_images))
+        return cls(drawing=DrawingOptions(**{**defaults, **known}).completed(), num_images=num_images)
 
 
 @dataclass(frozen=True)
 class ReconstructionOptions:
-    """The tokenizer is measured on a folder of images; the task `evotok_reconstruction` says which and how."""
+    """No options: the task `evotok_reconstruction` itself determines the images and metrics."""
+
+
+Options = TextOptions | ImageOptions | ReconstructionOptions
+OPTION_NAMES: dict[str, frozenset[str]] = {
+    "text": frozenset(field.name for field in fields(TextOptions)),
+    "image": frozenset({"num_images", *DrawingOptions().completed().settings()}),
+    "reconstruction": frozenset(),
+}
+
+
+def _select(gen_kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {key: value for key, value in gen_kwargs.items() if key in names and value is not None}
 
 
 @dataclass(frozen=True)
-class _Request:
-    """One answer to give: where it goes in the list, whose it is, and the options it asks for."""
+class Request:
+    """One requested answer.
+
+    Attributes:
+        place: index in lmms-eval's list.
+        repeat: number of earlier requests for the same document; lmms-eval repeats a request by listing it again.
+        context: the prompt's text, of which only the length is used.
+    """
 
     place: int
     task: str
     doc_id: int
-    repeat: int  # lmms-eval repeats a request by listing it again
+    repeat: int
     context: str
     messages: Callable[[], ChatMessages]
-    options: ReadingOptions | DrawingOptions | ReconstructionOptions
+    options: Options
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """One image to draw: its file, and the text chunks that tell how it was drawn, which it keeps."""
+class PlannedImage:
+    """An image to draw, and the text chunks of its PNG file, which record how it was drawn."""
 
     path: Path
     prompt: str
@@ -85,55 +127,46 @@ class _Wanted:
     chunks: dict[str, str]
 
 
-_KINDS = {"text": ReadingOptions, "image": DrawingOptions, "reconstruction": ReconstructionOptions}
-
-
-def _known(kind: type, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are options of `kind`."""
-    return {key: value for key, value in gen_kwargs.items() if key in kind.__dataclass_fields__ and value is not None}
-
-
 def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
-    """The seed of one image: the same in every run, whatever the batch, the rank or the limit."""
+    """The seed of one image, independent of batch, rank and limit."""
     digest = hashlib.sha256(f"{seed}|{task}|{doc_id}|{sample}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 2
 
 
-def _samples(request: _Request) -> range:
-    """The numbers of a request's images among those of its document."""
-    count = request.options.num_images
-    return range(request.repeat * count, (request.repeat + 1) * count)
+def sample_numbers(request: Request, num_images: int) -> range:
+    """The numbers of a request's images among all images of its document."""
+    return range(request.repeat * num_images, (request.repeat + 1) * num_images)
 
 
-def _readable(request: _Request) -> list[dict]:
-    """A document as Hugging Face messages with RGB images.
+def to_conversation(request: Request) -> list[dict]:
+    """The messages of a request in the format of Hugging Face, with RGB images.
 
     Raises:
-        UserError: it holds video or audio, or an image that cannot be read.
+        UserError: the document has video or audio, or an image that cannot be read.
     """
     messages = request.messages()
     _, videos, audios = messages.extract_media()
     if videos or audios:
-        raise UserError(f"{request.task}, document {request.doc_id}: evotok reads images, this one has video or audio")
+        raise UserError(f"{request.task}, document {request.doc_id}: evotok reads images, but got video or audio")
     conversation = messages.to_hf_messages()
     for message in conversation:
         for part in message["content"]:
             if part["type"] == "image":
                 try:
                     part["image"] = as_picture(part["image"])
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(f"{request.task}, document {request.doc_id}: {error}") from error
     return conversation
 
 
-def _prompt(request: _Request) -> str:
-    """The text of a drawing request.
+def to_prompt(request: Request) -> str:
+    """The text of a request for images.
 
     Raises:
-        UserError: it comes with images: editing is something else.
+        UserError: the document has images or other media; image editing is not supported.
     """
     messages = request.messages()
     if any(messages.extract_media()):
-        raise UserError(f"{request.task}, document {request.doc_id}: evotok draws from text, this one brings media")
+        raise UserError(f"{request.task}, document {request.doc_id}: evotok draws from text, but got media")
     texts = [part.text for message in messages.messages for part in message.content]
     return "\n".join(texts)

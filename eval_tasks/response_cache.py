@@ -1,7 +1,8 @@
-"""lmms-eval's `--use_cache` for this model: answers are kept by the content of the model folder, drawings not at all.
+"""lmms-eval's `--use_cache` for this model: answers are keyed by the model folder's content, images are not cached.
 
-The cache knows a model by its name and arguments alone, so that answers of a model would be scored as those of a later
-training in the same folder. Drawn images are files that a later run may overwrite; they are reused by their own rule.
+lmms-eval identifies a model by its name and arguments only, so that after another training in the same folder it would
+reuse the answers of the old weights. Drawn images are files that a later run may overwrite; the model adapter decides
+whether to reuse them.
 """
 
 import functools
@@ -19,7 +20,7 @@ _KEY = "_model_fingerprint_hash"
 
 
 def key_by_weights() -> None:
-    """Make the response cache ask the model for its identity, where it has one; models of others are left alone."""
+    """Patch the response cache to include a model's `response_identity` in its keys; other models are not affected."""
     if getattr(ResponseCache, _MARK, False):
         return
     execute = ResponseCache.execute
@@ -37,17 +38,17 @@ def key_by_weights() -> None:
 
 def _execute(cache: ResponseCache, execute: Any, lm: Any, reqtype: str, requests: Sequence[Instance]) -> list:
     if not hasattr(cache, _KEY):
-        raise UserError("this version of lmms_eval keys its response cache in another way; leave --use_cache out")
+        raise UserError("this version of lmms_eval keys its response cache differently; leave --use_cache out")
     answers: list = [None] * len(requests)
-    kept = [place for place, request in enumerate(requests) if lm.may_be_cached(request)]
-    others = sorted(set(range(len(requests))) - set(kept))
+    cached = [place for place, request in enumerate(requests) if lm.may_be_cached(request)]
+    others = sorted(set(range(len(requests))) - set(cached))
     before = getattr(cache, _KEY)
     setattr(cache, _KEY, hashlib.sha256(f"{before}|{lm.response_identity}".encode()).hexdigest()[:16])
     try:
-        found = execute([requests[place] for place in kept])
+        found = execute([requests[place] for place in cached])
     finally:
         setattr(cache, _KEY, before)
     made = getattr(lm, reqtype)([requests[place] for place in others]) if others else []
-    for place, answer in zip([*kept, *others], [*found, *made], strict=True):
+    for place, answer in zip([*cached, *others], [*found, *made], strict=True):
         answers[place] = answer
     return answers

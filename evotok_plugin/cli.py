@@ -1,24 +1,31 @@
-"""`evotok train | encode | reconstruct | evolve | evaluate | convert`: the tokenizer on the command line."""
+"""`evotok`: the tokenizer on the command line."""
 
 import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 
-from evotok_plugin.commands import convert, encode, evaluate, evolve, reconstruct, train
-from evotok_plugin.commands.options import shared_options
 from evotok_plugin.common import command_line
 
+COMMANDS = {
+    "train": "train a tokenizer",
+    "encode": "encode images into a cache of codes",
+    "reconstruct": "show images above their reconstructions",
+    "evolve": "decode images level by level and plot what each level adds",
+    "evaluate": "measure reconstruction, features and code usage",
+    "convert": "convert a research checkpoint into a model folder",
+}
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evotok", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, encode, reconstruct, evolve, evaluate, convert):
-        command.add(commands, shared_options())
-    return parser
+
+def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
+    from evotok_plugin.commands.options import shared_options
+
+    import_module(f"evotok_plugin.commands.{name}").add(subparsers, shared_options())
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    return command_line.run(build_parser(), argv)
+    return command_line.run_command("evotok", "Train, measure and use an EvoTok tokenizer.", COMMANDS, _add, argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin.errors import UserError
 
@@ -222,3 +222,6 @@ class EvoTokConfig(PreTrainedConfig):
         if unknown := sorted(set(overrides) - set(fields)):
             raise UserError(f"EvoTokConfig has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         return cls(**{**_PRESETS[name], **overrides})
+
+
+AutoConfig.register(EvoTokConfig.model_type, EvoTokConfig, exist_ok=True)

@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import TensorType
 
+from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
 
@@ -182,3 +183,6 @@ def as_bytes(picture: Image.Image) -> Tensor:
 def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
     """Scale uint8 (B, 3, H, W) to [-1, 1], on the device."""
     return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
+
+
+AutoImageProcessor.register(EvoTokConfig, slow_image_processor_class=EvoTokImageProcessor, exist_ok=True)

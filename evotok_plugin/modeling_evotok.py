@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils import ModelOutput
 
@@ -224,3 +224,6 @@ class EvoTokModel(PreTrainedModel):
                 digest.update(f"{prefix}.{name}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+AutoModel.register(EvoTokConfig, EvoTokModel, exist_ok=True)

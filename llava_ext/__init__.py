@@ -1,15 +1,15 @@
 """The extended LLaVA: one model that reads and draws images through EvoTok's residual tokens."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from typing import TYPE_CHECKING
 
-from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
-from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.vocabulary import ResidualVocabulary
+from evotok_plugin.common.lazy import lazy_package
 
-AutoConfig.register(EvoTokLlavaConfig.model_type, EvoTokLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(EvoTokLlavaConfig, EvoTokLlavaProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+    from llava_ext.model_folder import default_model_folder
+    from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
+    from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+    from llava_ext.vocabulary import ResidualVocabulary
 
 __all__ = [
     "EvoTokLlavaConfig",
@@ -17,4 +17,18 @@ __all__ = [
     "EvoTokLlavaOutput",
     "EvoTokLlavaProcessor",
     "ResidualVocabulary",
+    "default_model_folder",
 ]
+
+__getattr__, __dir__ = lazy_package(
+    __name__,
+    {
+        "EvoTokLlavaConfig": "configuration_evotok_llava",
+        "EvoTokLlavaForConditionalGeneration": "modeling_evotok_llava",
+        "EvoTokLlavaOutput": "modeling_evotok_llava",
+        "EvoTokLlavaProcessor": "processing_evotok_llava",
+        "ResidualVocabulary": "vocabulary",
+        "default_model_folder": "model_folder",
+    },
+    registering=["modeling_evotok_llava", "processing_evotok_llava"],
+)

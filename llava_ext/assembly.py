@@ -1,9 +1,9 @@
-"""Assemble a model from a text backbone and a tokenizer: new parts, grown vocabulary, starting values."""
+"""Assemble a model from a text backbone and an image tokenizer: new parts, new tokens, initial values."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig
@@ -32,23 +32,32 @@ def assemble(
     image_head: str = "depth",
     residual_embeddings: str = "tied",
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
-    """A new model from a causal LM folder and an EvoTok folder; projectors and image head start at random.
+    """Create a model from a causal LM folder and an EvoTok folder, with random projectors and a random image head.
 
-    The new image tokens start near the mean of all others (`new_tokens`). Residual tokens have no rows in the backbone:
-    the image head reads and writes them, the backbone's embedding and output layers end before them.
+    New image tokens are initialized near the mean of all other tokens (`new_tokens`). Residual tokens have no rows in
+    the backbone's embedding and output layers: the image head has them.
+
+    Args:
+        language_model: folder or hub id of a causal LM.
+        vision_tower: folder of an EvoTok tokenizer with a trained semantic decoder.
+        head_hidden_size, head_num_layers, head_num_heads: size of the depth transformer.
+        dtype: of the backbone and the new parts; the tokenizer is always float32.
+        quantization_config: a quantization config of transformers, to quantize the backbone while it loads.
+        image_head: "depth" or "flat".
+        residual_embeddings: with the flat head, "tied" to the codebooks or "free".
 
     Raises:
-        UserError: a folder that does not hold what is needed.
+        UserError: a folder does not hold a complete model of the expected kind.
     """
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
         raise UserError(
             f"{str(vision_tower)!r} is not an EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})"
         )
     if not Path(language_model).is_dir() and Path(language_model).exists():
-        raise UserError(f"text model {str(language_model)!r} is a file; give the folder of a causal LM or a hub id")
+        raise UserError(f"text model {str(language_model)!r} is a file; pass the folder of a causal LM or a hub id")
     if Path(language_model).is_dir():
         read_config(language_model)
-    tower = load_tokenizer(vision_tower, dtype=torch.float32)  # what chooses codes is fp32
+    tower = load_tokenizer(vision_tower, dtype=torch.float32)  # rounded codebooks would choose other codes
     tower.config.require_semantics(repr(str(vision_tower)))
     images = open_image_processor(vision_tower)
     tokenizer = open_tokenizer_folder(language_model, "the text tokenizer")
@@ -63,10 +72,11 @@ def assemble(
     new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for table in {layer.weight for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}:
+    layers = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    for table in {_table(layer) for layer in layers}:  # one table where embeddings are tied
         initialize_new_rows(table, sorted(new))
     backbone.config.use_cache = True
-    backbone.config._name_or_path = tower.config._name_or_path = ""  # a checkpoint names no folder of this machine
+    backbone.config._name_or_path = tower.config._name_or_path = ""  # no paths of this machine
     config = EvoTokLlavaConfig(
         text_config=backbone.config.to_dict(),
         vision_config=tower.config.to_dict(),
@@ -81,7 +91,7 @@ def assemble(
         head_num_heads=head_num_heads,
         initializer_range=backbone.config.initializer_range,
     )
-    # A skeleton without memory receives the loaded parts; only what is new is then filled with random numbers.
+    # The loaded parts go into a model on the meta device; only the new parts are then initialized.
     with torch.device("meta"):
         model = EvoTokLlavaForConditionalGeneration(config)
     model.vision_tower = tower.requires_grad_(False)
@@ -92,9 +102,9 @@ def assemble(
         part.to_empty(device=tower.device)
         part.to(backbone.dtype)
         part.apply(model._init_weights)
-    _start_on_the_scale_of_text(model)
+    _match_scale_of_text(model)
     model.generation_config = backbone.generation_config
-    if model.generation_config._from_model_config:  # where `use_cache` is what the backbone's training has left
+    if model.generation_config._from_model_config:  # `use_cache` may be a leftover of training
         model.generation_config.use_cache = True
     store_settings(model.generation_config)
     if model.generation_config.eos_token_id is None:
@@ -107,24 +117,32 @@ def assemble(
 
 
 @torch.no_grad()
-def _start_on_the_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
-    """Scale what comes before the LLM so that images of random codes are as large as token embeddings, and the rows of
-    a flat head's output like those of text.
+def _match_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Scale the projectors so that images of random codes match the root mean square of token embeddings, and the
+    output rows of a flat head so that they match those of text.
 
-    A tower's features may be tens of times larger; they would drown the embedding of the place in the image.
+    The tokenizer's features can be tens of times larger and would drown out the position embedding.
     """
     vision, tower = model.config.vision_config, model.vision_tower
     shape = (max(2, 256 // vision.num_positions), vision.num_positions, vision.num_quantizers)
     codes = torch.randint(vision.codebook_size, shape, generator=torch.Generator().manual_seed(0)).to(tower.device)
-    size, of_output = (_root_mean_square(layer.weight) for layer in (model.get_input_embeddings(), model.lm_head))
-    before = [(model.read_projector, tower.decode_semantics(codes))]
+    layers = (model.get_input_embeddings(), model.lm_head)
+    size, of_output = (float(_root_mean_square(_table(layer))) for layer in layers)
+    inputs = [(model.read_projector, tower.decode_semantics(codes))]
     if isinstance(model.image_head, FlatHead):
         initialize_rows(model.image_head, tower.quantizer.codebooks, size, of_output)
     else:
-        before.append((model.write_projector, tower.codes_to_latents(codes[..., : vision.pixel_depth])))
-    for projector, features in before:
-        projected = projector.project(features.to(projector.linear_1.weight.dtype))
-        projector.linear_2.weight.mul_(size / _root_mean_square(projected))
+        inputs.append((model.write_projector, tower.codes_to_latents(codes[..., : vision.pixel_depth])))
+    for projector, features in inputs:
+        output = projector.project(features.to(projector.linear_1.weight.dtype))
+        projector.linear_2.weight.mul_(size / _root_mean_square(output))
+
+
+def _table(layer: nn.Module) -> Tensor:
+    """The rows of an embedding or output layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

@@ -1,25 +1,33 @@
-"""`evotok-llava draw | chat | demo | merge | export | estimate | convert`: use a trained model, prepare one for others,
-estimate a training run."""
+"""`evotok-llava`: the multimodal model on the command line."""
 
 import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 
 from evotok_plugin.common import command_line
-from llava_ext.commands import chat, convert, demo, draw, estimate, export, merge
-from llava_ext.commands.options import shared_options
+
+DESCRIPTION = "Use a trained model, prepare it for others, or estimate a training run."
+COMMANDS = {
+    "draw": "draw images for prompts",
+    "chat": "ask about images, and draw",
+    "demo": "open a web page to chat, draw and watch an image evolve",
+    "convert": "convert research adapters into a model folder",
+    "merge": "merge a LoRA or QLoRA adapter into the model it was trained on",
+    "export": "export a self-contained model folder",
+    "estimate": "estimate parameters, memory and tokens per step of a training run",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evotok-llava", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (draw, chat, demo, convert, merge, export, estimate):
-        command.add(commands, shared_options())
-    return parser
+def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
+    from llava_ext.commands.options import shared_options
+
+    import_module(f"llava_ext.commands.{name}").add(subparsers, shared_options())
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    return command_line.run(build_parser(), argv)
+    return command_line.run_command("evotok-llava", DESCRIPTION, COMMANDS, _add, argv)
 
 
 if __name__ == "__main__":

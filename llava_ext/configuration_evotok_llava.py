@@ -191,3 +191,6 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                 f"the tokenizer has {len(processor.tokenizer)} tokens, but the language model has rows for "
                 f"{self.text_config.vocab_size}; call model.resize_token_embeddings({len(processor.tokenizer)})"
             )
+
+
+AutoConfig.register(EvoTokLlavaConfig.model_type, EvoTokLlavaConfig, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokConfig
-from evotok_plugin.common.files import check_new_folder, write_whole_folder
+from evotok_plugin.common.folders import check_new_folder, write_whole_folder
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
 from evotok_plugin.errors import UserError

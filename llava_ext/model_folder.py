@@ -1,11 +1,11 @@
-"""Model folders: assemble one from a text backbone and a tokenizer, open, save and export one, say what is wrong."""
+"""Model folders: open and save an EvoTok-LLaVA model with its processor, and identify its weights."""
 
-import argparse
+import contextlib
 import hashlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
+    CONFIG,
     load_strictly,
     load_whole,
     model_type_of,
@@ -27,7 +28,7 @@ from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import put_rows_into_tables
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
-TOWER = "vision_tower."  # how names of the tokenizer's weights begin in a model folder
+TOWER = "vision_tower."  # prefix of the tokenizer's weights in a model folder
 INCLUDED_MODEL = Path(__file__).parent / "pretrained" / "scenes"
 DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
 
@@ -38,29 +39,29 @@ def load_model(
     attn_implementation: str = "sdpa",
     quantization_config: object | None = None,
 ) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
-    """Open a saved EvoTok-LLaVA folder; every weight must be there and fit.
+    """Load a saved EvoTok-LLaVA folder; every weight must be present and fit.
 
     Args:
-        dtype: of all weights but the tokenizer's, which stay float32; "auto" takes the one they were saved in.
-        quantization_config: transformers', for a backbone that is quantized while it loads.
+        dtype: of all weights except the tokenizer's, which stay float32; "auto" keeps the dtype they were saved in.
+        quantization_config: a quantization config of transformers, to quantize the backbone while it loads.
 
     Raises:
-        UserError: not such a folder, or weights that are missing, left over or of another shape.
+        UserError: the folder holds another kind of model, or weights are missing, unexpected or of another shape.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         raise UserError(
-            f"{str(folder)!r} holds an adapter, not a whole model; fold it into the model that it was trained on: "
+            f"{str(folder)!r} holds an adapter, not a complete model; merge it into the model that it was trained on: "
             f"evotok-llava merge BASE {folder} -o OUT"
         )
     kind = model_type_of(folder)
     if kind != EvoTokLlavaConfig.model_type:
         raise UserError(
             f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; "
-            "give the output folder of scripts/pretrain.sh or scripts/finetune.sh"
+            "pass the output folder of scripts/pretrain.sh or scripts/finetune.sh"
         )
     for part in ("text_config", "vision_config"):
-        if not isinstance(read_config(folder).get(part), dict):  # a default would be a model of billions of weights
-            raise UserError(f"{Path(folder) / 'config.json'}: expected the settings of a model as {part}; restore it")
+        if not isinstance(read_config(folder).get(part), dict):  # the default has billions of weights
+            raise UserError(f"{Path(folder) / CONFIG}: expected an object with model settings as {part}; restore it")
     model = load_whole(
         EvoTokLlavaForConditionalGeneration,
         folder,
@@ -68,21 +69,22 @@ def load_model(
         attn_implementation=attn_implementation,
         quantization_config=quantization_config,
     )
+    assert isinstance(model, EvoTokLlavaForConditionalGeneration)
     return model, open_llava_processor(folder, model.config)
 
 
 def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTokLlavaProcessor:
-    """The processor of a model folder.
+    """Load the processor of a model folder.
 
     Raises:
-        UserError: its files are missing or damaged, or it belongs to another model.
+        UserError: its files are missing or damaged, or it does not fit the model.
     """
     processor = open_processor(
         EvoTokLlavaProcessor,
         folder,
         "the processor",
         [("processor_config.json",), ("tokenizer_config.json",), ("tokenizer.json",)],
-        "copy the processor's files from the folder that the model was trained or saved in, "
+        "copy the processor's files from the folder where the model was trained or saved, "
         "or write them with processor.save_pretrained",
     )
     if not isinstance(processor.image_processor, EvoTokImageProcessor):
@@ -93,20 +95,20 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
     if processor.pad_id is None:
         raise UserError(
             f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
-            "folder that the model was trained or saved in"
+            "folder where the model was trained or saved"
         )
     try:
         config.check_processor(processor)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
     return processor
 
 
 def read_tower(folder: str | Path) -> EvoTokModel:
-    """The tokenizer alone of a model folder, in float32 on the CPU, whatever engine is about to take the rest.
+    """Load only the tokenizer of a model folder, in float32 on the CPU, independent of DeepSpeed.
 
     Raises:
-        UserError: its weights are missing, damaged or do not fit.
+        UserError: its weights are missing or damaged, or do not fit.
     """
     config = open_config(EvoTokLlavaConfig, folder).vision_config
     weights = {name.removeprefix(TOWER): read() for name, _, read in named_weights(folder) if name.startswith(TOWER)}
@@ -116,10 +118,10 @@ def read_tower(folder: str | Path) -> EvoTokModel:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """sha256 over names, shapes, dtypes and first rows of a folder's weights, the tokenizer's left out.
+    """sha256 over the names, shapes, dtypes and first rows of a folder's weights, except the tokenizer's.
 
-    Only for adapters and runs from before `folder_fingerprint` was recorded: weights that differ in later rows alone
-    have the same value here.
+    Only for adapters and runs that predate `folder_fingerprint`: weights that differ only in later rows have the same
+    value.
     """
     facts = []
     for name, part, read in named_weights(folder):
@@ -132,44 +134,51 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 def base_fingerprints(folder: str | Path) -> dict[str, str | None]:
     """Identity of the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
-    `fingerprint`, which earlier versions compare; both None where its weights are not at hand as safetensors."""
+    `fingerprint`, which earlier versions compare. Both are None if the folder has no safetensors weights."""
     if not any(Path(folder).glob("model*.safetensors")):
         return {"fingerprint": None, "sha256": None}
     return {"fingerprint": weights_fingerprint(folder), "sha256": folder_fingerprint(folder)}
 
 
 def has_fingerprint(folder: str | Path, known: Mapping[str, str | None]) -> bool:
-    """Whether a folder's model is the one of recorded `base_fingerprints`; true where none are recorded."""
+    """Whether a folder's model matches recorded `base_fingerprints`; true if none are recorded.
+
+    Raises:
+        UserError: config.json is missing or damaged, or the weights cannot be read.
+    """
+    read_config(folder)  # a damaged file is reported as such, not as another model
     if known.get("sha256") is not None:
         return folder_fingerprint(folder) == known["sha256"]
     return known.get("fingerprint") is None or weights_fingerprint(folder) == known["fingerprint"]
 
 
 def default_model_folder() -> Path:
-    """Where the newest trained model of this working folder lies; without one, the model that comes with the package.
+    """The newest model trained in the working folder; if there is none, the model included in the package.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
-    found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / "config.json").is_file()]
-    if not found and (INCLUDED_MODEL / "config.json").is_file():
+    found = [Path(folder) for folder in DEFAULT_MODELS if (Path(folder) / CONFIG).is_file()]
+    if not found and (INCLUDED_MODEL / CONFIG).is_file():
         return INCLUDED_MODEL
     if not found:
         raise UserError(
             f"no trained model in {' or '.join(DEFAULT_MODELS)}; run `bash scripts/quickstart.sh`, "
-            "or name one with --model"
+            "or pass one with --model"
         )
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    return max(found, key=lambda folder: (folder / CONFIG).stat().st_mtime)
 
 
 # Writing -----------------------------------------------------------------------------------------------------
 
 
 def set_tower_aside(model: EvoTokLlavaForConditionalGeneration) -> None:
-    """Take the frozen tokenizer out of the model's modules; the model goes on calling it as `vision_tower`.
+    """Remove the frozen tokenizer from the model's modules for the lifetime of the model; `model.vision_tower` still
+    returns it.
 
-    An engine rounds all modules to the training dtype, spreads them over processes and saves them with every
-    checkpoint. Rounded codebooks choose other codes, so the tokenizer is none of its business.
+    A training engine casts all modules to the training dtype, shards them over processes and saves them with every
+    checkpoint. Rounded codebooks would choose other codes, so the engine must not see the tokenizer. Move it to the
+    device separately: `model.to` no longer does. `tower_aside` does the same for a block.
     """
     if "vision_tower" in model._modules:
         tower = model.vision_tower
@@ -177,47 +186,76 @@ def set_tower_aside(model: EvoTokLlavaForConditionalGeneration) -> None:
         object.__setattr__(model, "vision_tower", tower)
 
 
+@contextlib.contextmanager
+def tower_aside(model: EvoTokLlavaForConditionalGeneration) -> Iterator[None]:
+    """`set_tower_aside` for a block: afterwards, also after an error, the model has its modules in their old order.
+
+    A model whose tokenizer is already set aside stays that way.
+    """
+    names = list(model._modules)
+    set_tower_aside(model)
+    try:
+        yield
+    finally:
+        if "vision_tower" in names:
+            following = names[names.index("vision_tower") + 1 :]
+            model.add_module("vision_tower", model.__dict__.pop("vision_tower"))
+            for name in following:
+                model._modules[name] = model._modules.pop(name)
+
+
 def save_model(
     model: EvoTokLlavaForConditionalGeneration,
     folder: str | Path,
     state_dict: dict[str, Tensor] | None = None,
-    **options,
+    **options: Any,
 ) -> None:
-    """Write weights and configuration; the tokenizer is set aside, so that the dtype noted down is the others', and
-    new tokens' rows that train apart go into their tables.
+    """Write weights and configuration; the model keeps its modules and weights.
+
+    The dtype in config.json is that of the weights other than the tokenizer's. Rows of new tokens that train separately
+    are written into their tables.
 
     Args:
-        state_dict: the weights where they are not the model's own (gathered from other processes); the tokenizer's
-            are always those of the model.
-        options: of `save_pretrained`.
+        state_dict: the weights, if not the model's own (gathered from other processes); the tokenizer's weights are
+            always those of the model.
+        options: passed to `save_pretrained`.
     """
-    set_tower_aside(model)
-    weights = put_rows_into_tables(model, dict(model.state_dict() if state_dict is None else state_dict))
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight")  # copies of tied weights no longer show that they are tied
-    tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
-    model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
+    with tower_aside(model):  # transformers records the dtype of the first parameter
+        weights = put_rows_into_tables(model, dict(model.state_dict() if state_dict is None else state_dict))
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight")  # a copy is not recognized as tied
+        tower = {f"{TOWER}{name}": value for name, value in model.vision_tower.state_dict().items()}
+        model.save_pretrained(folder, state_dict={**weights, **tower}, **options)
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model on its device, in evaluation mode, and its processor; `name` is its folder's, without the path, `weights`
-    the fingerprint of the folder's content."""
+    """A model on its device in evaluation mode, with its processor.
+
+    Attributes:
+        name: name of the model's folder, without its path.
+        fingerprint: fingerprint of the folder's content (`folder_fingerprint`).
+    """
 
     model: EvoTokLlavaForConditionalGeneration
     processor: EvoTokLlavaProcessor
     name: str
-    weights: str
+    fingerprint: str
 
 
-def open_model(arguments: argparse.Namespace) -> OpenModel:
-    """Open what --model and --device name.
+def open_model(
+    folder: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | str = torch.float32
+) -> OpenModel:
+    """Open a model folder for inference.
+
+    Args:
+        device: a `torch.device`, or a name that `resolve_device` takes.
+        dtype: as `load_model` takes it.
 
     Raises:
-        UserError: no such model, or no such device.
+        UserError: the folder does not hold such a model, or the device is not available.
     """
-    folder = Path(arguments.model or default_model_folder())
-    device = resolve_device(arguments.device)
-    print(f"model: {folder}", file=sys.stderr)
-    model, processor = load_model(folder)
-    return OpenModel(model.to(device).eval(), processor, folder.resolve().name, folder_fingerprint(folder))
+    chosen = device if isinstance(device, torch.device) else resolve_device(device)
+    model, processor = load_model(folder, dtype)
+    model.to(chosen)  # type: ignore[arg-type]  # transformers' decorator of `to` loses `self`
+    return OpenModel(model.eval(), processor, Path(folder).resolve().name, folder_fingerprint(folder))

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, TransformersKwargs, can_return_tuple
 
 from evotok_plugin import DepthTransformerHead, EvoTokModel
@@ -441,3 +441,6 @@ class EvoTokLlavaForConditionalGeneration(
         fold = self.config.image_head == "depth"
         folded = fold_residual_tokens(self.vocabulary, input_ids, attention_mask, None, None, fold, pad_left=True)
         return self._embed(folded, pixel_values, image_codes), folded.attention_mask
+
+
+AutoModelForImageTextToText.register(EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, exist_ok=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import flat_images
 from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.prompts.batching import BatchOptions
 from llava_ext.prompts.call_arguments import assign_images, check_count, text_and_images
 from llava_ext.prompts.decoding import DecodingMixin
@@ -445,3 +446,6 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             tokens, _, _ = self._encode(self._render([message], self.template, True), self.template)
             rows.append({"input_ids": torch.tensor([*tokens, self.image_start_id])})
         return BatchFeature(BatchOptions().batch(rows, {"input_ids": self.pad_id}, self.tokenizer, ()))
+
+
+AutoProcessor.register(EvoTokLlavaConfig, EvoTokLlavaProcessor, exist_ok=True)

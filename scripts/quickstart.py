@@ -1,4 +1,4 @@
-"""Run every stage of the embedded default in order, then show what was learned: one table and three pictures."""
+"""Run every stage of the embedded default in order, then show the results: one table and three pictures."""
 
 import argparse
 import json
@@ -8,12 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from evotok_plugin.common import command_line
+from evotok_plugin.common.files import write_json, write_text, writing
+from evotok_plugin.common.pictures import labelled_rows
+from evotok_plugin.errors import UserError
+from evotok_plugin.scenes.captions import scene_prompts
+from evotok_plugin.scenes.scene import SKILLS
 
 WORKSPACE = Path("outputs/quickstart")
-SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASKS = ("mmbench_scenes", "geneval_scenes")
 FAST_STEPS = {"pretrain": 20, "finetune": 40}
 EVAL_LIMIT_FAST = 12
-# What a run leaves in the workspace.
+# Everything that a run writes to the workspace.
 OUTPUTS = (
     "scenes", "backbone", "teacher", "evotok", "codes", "pretrain", "finetune", "reconstruction.json",
     "reconstruction.png", "bad_samples.jsonl", "evolution", "drawn.png", "geneval_images", "lmms_eval", "results.json",
@@ -22,7 +30,7 @@ OUTPUTS = (
 
 
 class Quickstart:
-    """The stages, their times, and what an interrupted run had finished."""
+    """The stages of a run and their durations, recorded so that an interrupted run can be resumed."""
 
     def __init__(self, fast: bool) -> None:
         self.fast = fast
@@ -31,19 +39,27 @@ class Quickstart:
         self._begin()
 
     def _begin(self) -> None:
-        """Resume an unfinished run of the same kind; another run is moved into a folder of its own, nothing is
-        deleted."""
-        state = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
+        """Resume an unfinished run of the same kind; move the files of any other run to a new folder."""
+        state = self._read_state()
         if state.get("fast") == self.fast and not state.get("finished"):
             self.seconds = state["seconds"]
-            print(f"going on after: {', '.join(self.seconds) or 'nothing'}", flush=True)
+            print(f"resuming after: {', '.join(self.seconds) or 'nothing'}", flush=True)
         else:
-            WORKSPACE.mkdir(parents=True, exist_ok=True)
-            if state:
-                self._keep_previous()
+            with writing(WORKSPACE):
+                WORKSPACE.mkdir(parents=True, exist_ok=True)
+                if state:
+                    self._move_previous()
         self._write_state(finished=False)
 
-    def _keep_previous(self) -> None:
+    def _read_state(self) -> dict[str, Any]:
+        if not self._state_file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self._state_file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self._state_file} is damaged ({error}); delete it to start a new run") from error
+
+    def _move_previous(self) -> None:
         number = 1
         while (previous := WORKSPACE / f"previous-{number}").exists():
             number += 1
@@ -51,15 +67,13 @@ class Quickstart:
         for name in OUTPUTS:
             if (WORKSPACE / name).exists():
                 os.replace(WORKSPACE / name, previous / name)
-        print(f"the run that was in {WORKSPACE} is now in {previous}; delete it when it is not needed", flush=True)
+        print(f"moved the previous run from {WORKSPACE} to {previous}; delete it if you do not need it", flush=True)
 
     def _write_state(self, finished: bool) -> None:
-        temporary = self._state_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"fast": self.fast, "seconds": self.seconds, "finished": finished}))
-        os.replace(temporary, self._state_file)
+        write_json(self._state_file, {"fast": self.fast, "seconds": self.seconds, "finished": finished})
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
-        """Run a stage unless it is done, and note how long it took."""
+        """Run a stage unless it is finished, and record its duration."""
         if name in self.seconds:
             return
         print(f"\n=== {name}", flush=True)
@@ -70,37 +84,43 @@ class Quickstart:
         self._write_state(finished=False)
 
     def finish(self) -> None:
+        """Mark the run as finished, so that the next one starts from scratch."""
         self._write_state(finished=True)
 
 
 def run(*command: str) -> None:
-    """Run a command and stop the quickstart when it fails."""
+    """Run a command; if it fails, exit with its code."""
     result = subprocess.run(command)
     if result.returncode:
         print(f"error: {' '.join(command)} ended with exit code {result.returncode}", file=sys.stderr)
         sys.exit(result.returncode)
 
 
+# Stages --------------------------------------------------------------------------------------------------------
+
+
 def prepare(fast: bool) -> None:
+    """Render the corpus, and train the text tokenizer, the teacher and the image tokenizer."""
     run(
         sys.executable, "-m", "llava_ext.embedded.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else [])
     )
 
 
 def prepared_seconds() -> dict[str, float]:
-    """How long each part of `prepare` took, as it noted itself."""
+    """The duration of each step of `prepare`."""
     from llava_ext.embedded.prepare import DONE, STEPS
 
     return {name: json.loads((WORKSPACE / name / DONE).read_text())["seconds"] for name in STEPS}
 
 
 def train(stage: str, fast: bool) -> None:
+    """Run a training stage of the MLLM."""
     steps = ["--max_steps", str(FAST_STEPS[stage])] if fast else []
     run("bash", f"scripts/{stage}.sh", "--workspace", str(WORKSPACE), *steps)
 
 
 def reconstruct() -> None:
-    """Measure the tokenizer on held-out scenes; draw originals over reconstructions, and what each level adds."""
+    """Measure the tokenizer on held-out scenes, and show reconstructions and the contribution of each level."""
     images = WORKSPACE / "scenes" / "val" / "images"
     tokenizer = str(WORKSPACE / "evotok")
     evotok = (sys.executable, "-m", "evotok_plugin.cli")
@@ -115,8 +135,6 @@ def draw_skills() -> None:
     """Draw four images for one prompt of each skill."""
     import numpy as np
 
-    from evotok_plugin.common.pictures import labelled_rows
-    from evotok_plugin.scenes.captions import scene_prompts
     from llava_ext.model_folder import load_model
 
     model, processor = load_model(WORKSPACE / "finetune")
@@ -128,7 +146,7 @@ def draw_skills() -> None:
 
 
 def evaluate(fast: bool) -> None:
-    """Both tasks through lmms-eval; its exit code does not tell failure, so its results are read at once."""
+    """Evaluate both tasks with lmms-eval, and check its results, since it exits with 0 even on failure."""
     from eval_tasks.reporting.results import read_results
 
     started = time.time()
@@ -136,17 +154,20 @@ def evaluate(fast: bool) -> None:
     run(
         sys.executable, "-m", "lmms_eval", "--model", "evotok",
         "--model_args", f"pretrained={WORKSPACE / 'finetune'},images_dir={WORKSPACE / 'geneval_images'}",
-        "--tasks", "mmbench_scenes,geneval_scenes", "--batch_size", "64",
+        "--tasks", ",".join(TASKS), "--batch_size", "64",
         "--output_path", str(WORKSPACE / "lmms_eval"), "--log_samples", *limit,
     )  # fmt: skip
-    read_results(WORKSPACE / "lmms_eval", tasks=("mmbench_scenes", "geneval_scenes"), not_before=started)
+    read_results(WORKSPACE / "lmms_eval", TASKS, not_before=started)
 
 
-def collect(seconds: dict[str, float]) -> dict:
-    """All results as one dictionary, also written to results.json."""
+# Results -------------------------------------------------------------------------------------------------------
+
+
+def collect(seconds: dict[str, float]) -> dict[str, Any]:
+    """Collect all results and write them to results.json."""
     from eval_tasks.reporting.results import read_results
 
-    scores = read_results(WORKSPACE / "lmms_eval")
+    scores = read_results(WORKSPACE / "lmms_eval", TASKS)
     reconstruction = json.loads((WORKSPACE / "reconstruction.json").read_text())
     results = {
         "reconstruction": {"psnr": reconstruction["psnr"]},
@@ -154,22 +175,23 @@ def collect(seconds: dict[str, float]) -> dict:
         "geneval_scenes": scores["geneval_scenes"],
         "seconds": seconds,
     }
-    (WORKSPACE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(WORKSPACE / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
-def print_table(results: dict) -> None:
-    bench, drawn = results["mmbench_scenes"], results["geneval_scenes"]
-    print("\n| what | score | beside |")
+def print_table(results: dict[str, Any]) -> None:
+    """Print the results, the durations, and the paths of the pictures."""
+    understanding, drawing = results["mmbench_scenes"], results["geneval_scenes"]
+    print("\n| metric | score | baseline |")
     print("|---|---|---|")
     print(f"| reconstruction of held-out scenes, PSNR | {results['reconstruction']['psnr']:.2f} dB | |")
-    print(f"| mmbench_scenes, accuracy | {bench['overall']:.3f} | chance {bench['chance']:.3f} |")
-    print(f"| geneval_scenes, overall | {drawn['overall']:.3f} | shuffled prompts {drawn['baseline']:.3f} |")
+    print(f"| mmbench_scenes, accuracy | {understanding['overall']:.3f} | chance {understanding['chance']:.3f} |")
+    print(f"| geneval_scenes, overall | {drawing['overall']:.3f} | shuffled prompts {drawing['baseline']:.3f} |")
     for skill in SKILLS:
-        print(f"| - {skill} | {drawn[skill]:.3f} | |")
+        print(f"| - {skill} | {drawing[skill]:.3f} | |")
     total = sum(results["seconds"].values())
     stages = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    print(f"\n{total:.0f} s in all: {stages}")
+    print(f"\n{total:.0f} s in total: {stages}")
     print(f"results:         {WORKSPACE / 'results.json'}")
     print(f"reconstructions: {WORKSPACE / 'reconstruction.png'}")
     print(f"evolution:       {WORKSPACE / 'evolution' / 'evolution.png'}")
@@ -178,29 +200,28 @@ def print_table(results: dict) -> None:
     print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {WORKSPACE / "finetune"}')
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="far fewer steps: shows that all works, learns little")
-    fast = parser.parse_args().fast
-    try:
-        return run_all(fast)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+# Command line --------------------------------------------------------------------------------------------------
 
 
-def run_all(fast: bool) -> int:
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run all stages that are not finished, and print the results."""
+    fast = arguments.fast
     quickstart = Quickstart(fast)
     quickstart.stage("prepare", lambda: prepare(fast))
-    for name in ("pretrain", "finetune"):
-        quickstart.stage(name, lambda name=name: train(name, fast))
+    quickstart.stage("pretrain", lambda: train("pretrain", fast))
+    quickstart.stage("finetune", lambda: train("finetune", fast))
     quickstart.stage("reconstruction", reconstruct)
     quickstart.stage("drawing", draw_skills)
     quickstart.stage("lmms_eval", lambda: evaluate(fast))
     seconds = {name: value for name, value in quickstart.seconds.items() if name != "prepare"}
     print_table(collect({**prepared_seconds(), **seconds}))
     quickstart.finish()
-    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fast", action="store_true", help="far fewer steps; learns little, but shows that all works")
+    return command_line.run(parser, work=run_all, stopped="stopped; the same command resumes")
 
 
 if __name__ == "__main__":

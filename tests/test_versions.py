@@ -1,4 +1,4 @@
-"""The versions that are allowed, and the set that is tested."""
+"""The allowed versions of dependencies, and the tested ones."""
 
 import tomllib
 from itertools import chain
@@ -45,7 +45,7 @@ def test_the_tested_versions_are_allowed():
             assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
 
 
-def test_the_license_is_named_and_comes_along():
+def test_the_license_is_declared_and_included():
     assert project()["license"] == "Apache-2.0" and project()["license-files"] == ["LICENSE"]
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text

@@ -1,16 +1,17 @@
-"""`evotok-eval judge`: judge drawn images again, or for the first time, without the model that drew them."""
+"""`evotok-eval judge`: judge drawn images, again or for the first time, without the model that drew them."""
 
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval_tasks.judging.drawn_run import KeptRun, answers_of, keep, kept_folders, new_folder, open_kept, samples_file
-from eval_tasks.judging.judge_run import as_table, judge_run
-from eval_tasks.judging.options import JudgeOptions
-from eval_tasks.tasks.benchmarks import BENCHMARKS
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.errors import UserError
 
+if TYPE_CHECKING:
+    from eval_tasks.judging.drawn_run import DrawnRun
+
+TASKS = ("dpg_bench", "genai_bench", "geneval", "geneval_scenes")
 SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 
 
@@ -18,58 +19,69 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "judge",
         help="judge images that were drawn before",
-        description="Options that are not given come from EVOTOK_JUDGE_<OPTION>, then from the benchmark.",
+        description="Defaults come from EVOTOK_JUDGE_<OPTION>, then from the benchmark.",
     )
     parser.add_argument(
-        "folder", type=Path, help="a folder of kept images, an lmms-eval output folder, or its *_samples_<task>.jsonl"
+        "folder", type=Path, help="a folder of drawn images, an lmms-eval output folder, or its *_samples_<task>.jsonl"
     )
-    parser.add_argument("--task", choices=sorted(BENCHMARKS), help="where the folder holds images of several")
-    parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: beside the images)")
+    parser.add_argument("--task", choices=TASKS, help="required if the folder holds images of several tasks")
+    parser.add_argument("-o", "--output", type=Path, help="folder for the report (default: that of the images)")
     parser.add_argument("--detector", help="geneval: Mask2Former with COCO's classes, folder or hub id; or scenes")
     parser.add_argument("--clip", help="geneval: CLIP in open_clip's format, folder or hub id")
     parser.add_argument("--vqa", help="genai_bench, dpg_bench: a VQA model of transformers, folder or hub id")
-    parser.add_argument("--device", help="cpu, cuda:0, ... (default: CUDA where there is one)")
-    parser.add_argument("--batch_size", type=int, help="images, crops or questions a batch")
+    parser.add_argument("--device", help="cpu, cuda:0, ... (default: CUDA if available)")
+    parser.add_argument("--batch_size", type=int, help="images, crops or questions per batch")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Judge, print the table, say where the report is."""
+    """Judge a run, print its scores, and print where the report is."""
+    from eval_tasks.judging.judge_run import as_table, judge_run
+    from eval_tasks.judging.options import JudgeOptions
+    from eval_tasks.tasks.benchmarks import BENCHMARKS
+
     given = {
         name: value for name in JudgeOptions.__dataclass_fields__ if (value := getattr(arguments, name)) is not None
     }
     options = JudgeOptions(**{**JudgeOptions.from_environment().as_dict(), **given})
     if arguments.output:
         check_output_folder(arguments.output)
-    kept = find_run(arguments.folder, arguments.task)
-    outcome = judge_run(kept, BENCHMARKS[kept.task], options, arguments.output)
+    drawn_run = find_run(arguments.folder, arguments.task)
+    outcome = judge_run(drawn_run, BENCHMARKS[drawn_run.task], options, arguments.output)
     print(as_table(outcome.scores))
-    print(f"report: {(arguments.output or kept.folder) / 'contact_sheet.html'}")
+    print(f"report: {(arguments.output or drawn_run.folder) / 'contact_sheet.html'}")
 
 
-def find_run(folder: Path, task: str | None) -> KeptRun:
-    """The newest images below a folder: kept ones, else those of lmms-eval's samples, which are kept now.
+def find_run(folder: Path, task: str | None) -> "DrawnRun":
+    """Open the newest drawn run below a folder, or create one from the newest samples of lmms-eval.
+
+    Args:
+        folder: a folder, or a samples file.
 
     Raises:
-        UserError: there are none, or of several tasks.
+        UserError: no images, or images of several tasks.
     """
-    if samples := SAMPLES_NAME.search(folder.name):
-        return _keep_samples(folder, samples["task"])
+    from eval_tasks.judging.drawn_run import drawn_run_folders, open_drawn_run, samples_file
+
+    if match := SAMPLES_NAME.search(folder.name):
+        return _store_samples(folder, match["task"])
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
-    wanted = [task] if task else list(BENCHMARKS)
-    kept = {name: path for name in wanted if (path := next(reversed(kept_folders(folder, name)), None))}
-    samples = {name: path for name in wanted if name not in kept and (path := samples_file(folder, name))}
-    found = sorted([*kept, *samples])
+        raise UserError(f"{folder} is not a folder")
+    wanted = [task] if task else TASKS
+    runs = {name: path for name in wanted if (path := next(reversed(drawn_run_folders(folder, name)), None))}
+    samples = {name: path for name in wanted if name not in runs and (path := samples_file(folder, name))}
+    found = sorted([*runs, *samples])
     if not found:
-        raise UserError(f"{folder} holds neither kept images nor lmms-eval samples of {' or '.join(wanted)}")
+        raise UserError(f"{folder} holds neither drawn images nor lmms-eval samples of {' or '.join(wanted)}")
     if len(found) > 1:
         raise UserError(f"{folder} holds images of {', '.join(found)}: choose one with --task")
     (name,) = found
-    return open_kept(kept[name]) if name in kept else _keep_samples(samples[name], name)
+    return open_drawn_run(runs[name]) if name in runs else _store_samples(samples[name], name)
 
 
-def _keep_samples(samples: Path, task: str) -> KeptRun:
-    if task not in BENCHMARKS:
-        raise UserError(f"{samples} is of the task {task!r}; known are {', '.join(BENCHMARKS)}")
-    return keep(new_folder(samples.parent / "drawn", task), task, answers_of(samples))
+def _store_samples(samples: Path, task: str) -> "DrawnRun":
+    from eval_tasks.judging.drawn_run import answers_of, new_folder, store_drawn_run
+
+    if task not in TASKS:
+        raise UserError(f"{samples} belongs to the task {task!r}; expected one of {', '.join(TASKS)}")
+    return store_drawn_run(new_folder(samples.parent / "drawn", task), task, answers_of(samples))

@@ -1,4 +1,4 @@
-"""Evaluate a model on task after task, each an lmms-eval run of its own, and make one report of all results."""
+"""`evotok-eval run`: evaluate a model on several tasks, one lmms-eval run each, and report all results together."""
 
 import argparse
 import ctypes
@@ -10,20 +10,64 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from eval_tasks.commands.report import show
+from eval_tasks.reporting.results import read_results_file, require_figures
+from eval_tasks.reporting.runs import make_run, read_run
+from evotok_plugin.common.files import check_output_folder, write_json, writing
 from evotok_plugin.errors import UserError
 
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
 DONE = "finished.json"
-SCENES, NUM_SCENES = "scenes", 300  # drawn for evotok_reconstruction where no images are named
+SCENES, NUM_SCENES = "scenes", 300  # the images of evotok_reconstruction without --images
+_SCENES_SEED = 20260312  # not used by any training corpus
 _PR_SET_PDEATHSIG = 1
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("run", help="run tasks one after another in lmms-eval and report all results")
+    parser.add_argument("--model", type=Path, help="output folder of scripts/finetune.sh (default: the newest)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(SCENE_TASKS),
+        help=f"tasks of lmms-eval or of this project (default: {' '.join(SCENE_TASKS)})",
+    )
+    parser.add_argument("--limit", type=int, help="documents per task (evotok_reconstruction: images), for trial runs")
+    parser.add_argument("--output", type=Path, help="folder for results (default: outputs/evaluation/<model>)")
+    parser.add_argument("--images", type=Path, help="for evotok_reconstruction (default: a folder of rendered scenes)")
+    parser.add_argument("--batch_size", default="32", help="questions or images per batch")
+    parser.add_argument("--model_args", default="", help="for the model in lmms-eval: guidance_scale=5,dtype=bfloat16")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    evaluation = open_evaluation(arguments)
+    if "evotok_reconstruction" in arguments.tasks and evaluation.images == scene_images(evaluation.output):
+        render_scenes(evaluation.output)
+    failed = evaluate_all(evaluation, expand_suite(arguments.tasks))
+    report(evaluation)
+    for task, reason in failed.items():
+        print(f"FAILED {task}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# One evaluation ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is evaluated, how, and where results go."""
+    """The settings of an evaluation, and its tasks' folders of results.
+
+    Attributes:
+        weights: `weights_state` of the model.
+    """
 
     model: Path
     output: Path
@@ -36,8 +80,8 @@ class Evaluation:
     def folder(self, task: str) -> Path:
         return self.output / task
 
-    def settings(self, task: str) -> dict:
-        """What a task's results depend on; results of other settings are not taken for these."""
+    def settings(self, task: str) -> dict[str, Any]:
+        """Everything that a task's results depend on; results with other settings are not reused."""
         return {
             "task": task,
             "model": str(self.model),
@@ -50,25 +94,23 @@ class Evaluation:
         }
 
     def is_finished(self, task: str) -> bool:
-        """Whether a whole run with these settings is there."""
-        from eval_tasks.reporting.runs import read_results_file, require_figures
-
+        """Whether a complete run with these settings exists."""
         try:
             if self._state(task)["settings"] != self.settings(task):
                 return False
             require_figures(read_results_file(self.results_file(task)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: run the task again
             return False
         return True
 
-    def _state(self, task: str) -> dict:
+    def _state(self, task: str) -> dict[str, Any]:
         return json.loads((self.folder(task) / DONE).read_text())
 
     def results_file(self, task: str) -> Path:
         return self.folder(task) / self._state(task)["results"]
 
     def command(self, task: str) -> list[str]:
-        """lmms-eval's, over as many processes as NPROC says."""
+        """The lmms-eval command, with as many processes as NPROC says."""
         launcher = ["-m", "lmms_eval"]
         if (processes := os.environ.get("NPROC", "1")) != "1":
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *launcher]
@@ -82,6 +124,7 @@ class Evaluation:
         ]  # fmt: skip
 
     def environment(self, task: str) -> dict[str, str]:
+        """The environment of the command; `evotok_reconstruction` gets its images and limit through variables."""
         environment = dict(os.environ)
         if task == "evotok_reconstruction":
             environment["EVOTOK_RECONSTRUCTION_IMAGES"] = str(self.images)
@@ -90,36 +133,31 @@ class Evaluation:
         return environment
 
     def run(self, task: str) -> None:
-        """One lmms-eval run, whose results are read at once: its exit code does not tell failure.
+        """Run a task in lmms-eval and read its results at once, since lmms-eval exits with 0 even on failure.
 
         Raises:
-            UserError: it has left no whole results.
+            UserError: the run left no complete results.
         """
-        from eval_tasks.reporting.runs import read_run, require_figures
-
         folder = self.folder(task)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / DONE).unlink(missing_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / DONE).unlink(missing_ok=True)
         started = time.time()
-        code = _run_to_its_end(self.command(task), self.environment(task))
-        if code:
+        if code := _run_process(self.command(task), self.environment(task)):
             raise UserError(f"lmms-eval ended with exit code {code}")
         results = list(read_run(folder, not_before=started).tasks.values())
         require_figures(results)
         newest = max({result.file for result in results}, key=lambda file: file.stat().st_mtime)
-        state = {"settings": self.settings(task), "results": str(newest.relative_to(folder))}
-        temporary = folder / f"{DONE}.tmp"
-        temporary.write_text(json.dumps(state, indent=1) + "\n")
-        os.replace(temporary, folder / DONE)
+        write_json(folder / DONE, {"settings": self.settings(task), "results": str(newest.relative_to(folder))})
 
 
-def _run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command that ends with this process, also when that is stopped; its exit code.
+def _run_process(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command that is terminated together with this process; returns its exit code.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    process = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
+    process = subprocess.Popen(command, env=environment, preexec_fn=_terminate_with_parent)
     try:
         return process.wait()
     finally:
@@ -132,53 +170,33 @@ def _run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
                 process.wait()
 
 
-def _end_with_parent() -> None:
-    """A killed script leaves no evaluation behind that would work beside the next one's (Linux)."""
+def _terminate_with_parent() -> None:
+    """On Linux: have the kernel send SIGTERM when the parent dies, so that a killed command leaves no evaluation."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-# What to evaluate ----------------------------------------------------------------------------------------------
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("run", help="run tasks one after another in lmms-eval and report all results")
-    parser.add_argument("--model", type=Path, help="output folder of scripts/finetune.sh (default: the newest)")
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=list(SCENE_TASKS),
-        help=f"of lmms-eval and ours (default: {' '.join(SCENE_TASKS)})",
-    )
-    parser.add_argument("--limit", type=int, help="documents a task, images for evotok_reconstruction; for trials")
-    parser.add_argument("--output", type=Path, help="folder of results (default: outputs/evaluation/<model>)")
-    parser.add_argument("--images", type=Path, help="for evotok_reconstruction (default: scenes that are drawn)")
-    parser.add_argument("--batch_size", default="32", help="questions and images at once")
-    parser.add_argument("--model_args", default="", help="for the model in lmms-eval: guidance_scale=5,dtype=bfloat16")
-    parser.set_defaults(run=run)
+# Settings ------------------------------------------------------------------------------------------------------
 
 
 def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
-    """Check what can be checked before a model works.
+    """Resolve the settings and check them before any model is loaded.
 
     Raises:
-        UserError: no model, no images, or a limit that means nothing.
+        UserError: not a model folder, an invalid limit, or an output folder that cannot be written to.
     """
     from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE
-    from evotok_plugin.common.files import check_output_folder
+    from evotok_plugin.model_folder import read_config
     from llava_ext.model_folder import default_model_folder
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be at least 1, got {arguments.limit}")
     model = (arguments.model or default_model_folder()).expanduser().resolve()
-    if not (model / "config.json").is_file():
-        raise UserError(f"--model {model} is no model folder: it does not exist or holds no config.json")
+    read_config(model)
     output = arguments.output or Path("outputs/evaluation") / "__".join(model.parts[-2:])
     output = output.expanduser().resolve()
     check_output_folder(output, "--output")
-    images = arguments.images or os.environ.get(IMAGES_VARIABLE) or output / SCENES / "val" / "images"
-    if images == output / SCENES / "val" / "images" and "evotok_reconstruction" in arguments.tasks:
-        draw_scenes(output / SCENES)
+    images = arguments.images or os.environ.get(IMAGES_VARIABLE) or scene_images(output)
     return Evaluation(
         model=model,
         output=output,
@@ -191,7 +209,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
 
 
 def weights_state(model: Path) -> str:
-    """Tells a model's files from those of a later training in the same folder: names, sizes, times."""
+    """Hash the names, sizes and modification times of a model's files; it changes when the folder is trained again."""
     state = hashlib.sha256()
     for path in sorted(model.glob("*")):
         if path.suffix in (".safetensors", ".json", ".jinja") and path.name != "trainer_state.json":
@@ -199,29 +217,34 @@ def weights_state(model: Path) -> str:
     return state.hexdigest()
 
 
-def draw_scenes(folder: Path) -> None:
-    """Scenes of a seed that no training uses, to rebuild, in `folder/val/images`; drawn once."""
+def scene_images(output: Path) -> Path:
+    """The default image folder of `evotok_reconstruction`."""
+    return output / SCENES / "val" / "images"
+
+
+def render_scenes(output: Path) -> None:
+    """Render the default images of `evotok_reconstruction`, unless an earlier run has done so."""
     from evotok_plugin.scenes.corpus import write_corpus
 
-    images = folder / "val" / "images"
+    images = scene_images(output)
     if not images.is_dir() or len(list(images.iterdir())) < NUM_SCENES:
-        print(f"no --images for evotok_reconstruction: {NUM_SCENES} scenes are drawn to {images}", flush=True)
-        write_corpus(folder, num_train=0, num_val=NUM_SCENES, seed=20260312)
+        print(f"no --images for evotok_reconstruction: rendering {NUM_SCENES} scenes to {images}", flush=True)
+        write_corpus(output / SCENES, num_train=0, num_val=NUM_SCENES, seed=_SCENES_SEED)
 
 
-# All of it -----------------------------------------------------------------------------------------------------
-
-
-def one_by_one(tasks: list[str]) -> list[str]:
-    """The understanding suite as its benchmarks, which take hours each: what is stopped has lost no more than one."""
+def expand_suite(tasks: Sequence[str]) -> list[str]:
+    """Replace the understanding suite by its benchmarks, so that an interruption loses one benchmark at most."""
     from eval_tasks.tasks.evotok_understanding.task import suite
 
     members = [member for task in tasks for member in (suite() if task == "evotok_understanding" else [task])]
     return list(dict.fromkeys(members))
 
 
-def evaluate_all(evaluation: Evaluation, tasks: list[str]) -> dict[str, str]:
-    """Run what is not finished, whatever fails; the failed tasks and why."""
+# All tasks -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_all(evaluation: Evaluation, tasks: Sequence[str]) -> dict[str, str]:
+    """Run all tasks that are not finished, also after a failure; returns the failed tasks with their errors."""
     failed = {}
     for number, task in enumerate(tasks, start=1):
         title = f"[{number}/{len(tasks)}] {task}"
@@ -232,7 +255,7 @@ def evaluate_all(evaluation: Evaluation, tasks: list[str]) -> dict[str, str]:
         started = time.monotonic()
         try:
             evaluation.run(task)
-        except ValueError as error:
+        except UserError as error:
             failed[task] = str(error)
         outcome = "FAILED" if task in failed else "finished"
         print(f"=== {title}: {outcome} after {time.monotonic() - started:.0f} s", flush=True)
@@ -240,23 +263,9 @@ def evaluate_all(evaluation: Evaluation, tasks: list[str]) -> dict[str, str]:
 
 
 def report(evaluation: Evaluation) -> None:
-    """The table and the plot of all tasks that are finished with these settings, now or before."""
-    from eval_tasks.commands.report import show
-    from eval_tasks.reporting.runs import make_run
-
+    """Print and write the report card of all tasks finished with these settings, in this run or before."""
     tasks = sorted(path.parent.name for path in evaluation.output.glob(f"*/{DONE}"))
     files = [evaluation.results_file(task) for task in tasks if evaluation.is_finished(task)]
     if files:
         print(flush=True)
         show([make_run(evaluation.output.name, files)], evaluation.output / "report")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, report, and name the failed tasks; 1 if there are any."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    evaluation = open_evaluation(arguments)
-    failed = evaluate_all(evaluation, one_by_one(arguments.tasks))
-    report(evaluation)
-    for task, reason in failed.items():
-        print(f"FAILED {task}: {reason}", file=sys.stderr)
-    return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""What a drawing model answers, and the images that it names."""
+"""The answers of a drawing model and the images that they name."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ _EXPECTED = 'expected {"text": "", "images": ["/path/to/image.png", ...]} as JSO
 
 
 def image_paths(answer: str) -> list[Path]:
-    """The image paths of a model's answer, existing or not.
+    """The image paths in a model's answer; the files may be missing.
 
     Raises:
-        UserError: not the JSON that drawing tasks expect, or no image in it.
+        UserError: not the JSON that drawing tasks expect, or no images in it.
     """
     try:
         images = json.loads(answer)["images"]
@@ -27,29 +27,29 @@ def image_paths(answer: str) -> list[Path]:
 
 
 def parse_images(answer: str) -> list[Path]:
-    """The image paths of a model's answer.
+    """The image paths in a model's answer, all of which exist.
 
     Raises:
-        UserError: not the JSON that drawing tasks expect, or no image in it.
-        FileNotFoundError: an image is missing; it is never counted as a failed drawing.
+        UserError: not the JSON that drawing tasks expect, no images in it, or a missing image (which must not be
+            counted as a failed drawing).
     """
     paths = image_paths(answer)
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} drawn images are gone, first {missing[0]}; if the answers come from "
-            "lmms-eval's --use_cache, delete that cache and draw again"
+        raise UserError(
+            f"{len(missing)} of {len(paths)} drawn images are missing, first {missing[0]}; if the answers come from "
+            "lmms-eval's --use_cache, delete its cache and draw again"
         )
     return paths
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a drawn image as every reader of images does: RGB, whole, upright.
+    """Read a drawn image: RGB, complete, upright.
 
     Raises:
         UserError: the file is missing, not an image, or truncated.
     """
     try:
         return open_picture(path)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"drawn image {path} cannot be read; draw it again: {error}") from error

@@ -1,9 +1,10 @@
-"""The colour of a detected object, as CLIP names it on the object's crop with its surroundings greyed out."""
+"""Colors of detected objects: CLIP classifies the crop of an object whose surroundings are grayed out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,38 +23,45 @@ _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {lab
 
 
 def crop(image: Image.Image, instance: Instance) -> Image.Image:
-    """An instance's box with everything outside its mask painted grey."""
+    """Crop an image to an instance's box and paint everything outside its mask gray."""
+    assert instance.mask is not None, "colors need the instance's mask"
     ground = Image.new("RGB", image.size, _GROUND)
     return Image.composite(image, ground, Image.fromarray(instance.mask)).crop(instance.box)
 
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """An object to name the colour of: pixels (3, S, S) as the model sees them, and the object's class."""
+    """The crop of an object: preprocessed pixels (3, S, S), and the object's class."""
 
     pixels: Tensor
     label: str
 
 
 class ColorClassifier:
-    """CLIP through open_clip; the original judge is ViT-L/14 with OpenAI's weights."""
+    """Color classification with CLIP through open_clip; the original judge is ViT-L/14 with OpenAI's weights."""
 
-    def __init__(self, model: torch.nn.Module, transform, tokenizer, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Any,  # open_clip's CLIP
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.model, self._transform, self._tokenizer = model.to(device).eval(), transform, tokenizer
         self.device = torch.device(device)
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | str = "cpu") -> "ColorClassifier":
-        """Load a folder in open_clip's format (open_clip_config.json beside safetensors).
+        """Load a folder in open_clip's format (open_clip_config.json and safetensors).
 
         Raises:
-            UserError: no such folder, or damaged files.
+            UserError: the folder is missing, incomplete or damaged, or open_clip is not installed.
         """
-        require_weights(folder, "the colour classifier's weights", "open_clip_config.json")
+        require_weights(folder, "the color classifier's weights", "open_clip_config.json")
         try:
             import open_clip
         except ImportError as error:
-            raise UserError("colours are judged with open_clip; pip install open_clip_torch") from error
+            raise UserError("judging colors needs open_clip: pip install open_clip_torch") from error
         for file in (folder / "open_clip_config.json", *sorted(folder.glob("*.safetensors"))):
             if cause := damage_of(file):
                 raise UserError(f"{file} {cause}")
@@ -65,19 +73,19 @@ class ColorClassifier:
         return cls(model, transform, tokenizer, device)
 
     def prepare(self, image: Image.Image, instance: Instance) -> Crop:
-        """An instance with its mask, as a crop; afterwards the mask is no longer needed."""
+        """Crop an instance by its mask, which is not needed afterwards."""
         return Crop(self._transform(crop(image, instance)), instance.label)
 
     @torch.inference_mode()
     def classify(self, crops: Sequence[Crop]) -> list[str]:
-        """The colour of each crop, all in one batch."""
+        """Classify all crops in one batch."""
         pixels = torch.stack([item.pixels for item in crops]).to(self.device)
         features = F.normalize(self.model.encode_image(pixels), dim=-1)  # (B, D)
-        prompts = torch.stack([self._prompts(item.label) for item in crops])  # (B, colours, D)
+        prompts = torch.stack([self._prompts(item.label) for item in crops])  # (B, colors, D)
         return [COLORS[number] for number in (prompts @ features[..., None])[..., 0].argmax(dim=-1).tolist()]
 
     def _prompts(self, label: str) -> Tensor:
-        """One direction a colour (colours, D): the mean of the templates' directions."""
+        """One unit vector per color (colors, D): the normalized mean over the templates."""
         if label not in self._known_prompts:
             texts = [template.format(color=color, label=label) for color in COLORS for template in _TEMPLATES]
             features = F.normalize(self.model.encode_text(self._tokenizer(texts).to(self.device)), dim=-1)

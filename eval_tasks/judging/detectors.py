@@ -1,11 +1,11 @@
-"""What finds objects in images: the interface, and Mask2Former through transformers.
+"""Object detectors: the interface, and Mask2Former through transformers.
 
 Q queries, K classes, H, W size of an image in pixels; boxes are (left, top, right, bottom) in pixels.
 """
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,18 +20,18 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
 
 _WHAT = "the detector's weights"
-# COCO's own names where GenEval has others.
+# COCO's names where GenEval's differ.
 _COCO_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-# Names that differ between lists of COCO's classes.
+# Spellings that differ between lists of COCO's classes.
 _SPELLINGS = {
     "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
     "diningtable": "dining table", "tvmonitor": "tv", "hair dryer": "hair drier",
 }  # fmt: skip
-_MAX_DETECTIONS = 100  # pairs of query and class an image, as mmdet's Mask2Former keeps
+_MAX_DETECTIONS = 100  # pairs of query and class per image, as in mmdet's Mask2Former
 
 
 class Detector(Protocol):
-    """Finds instances; `rules` have its scale of confidence, `classes` are the names that it knows."""
+    """Finds instances of `classes`; the thresholds in `rules` fit its scale of confidence."""
 
     @property
     def classes(self) -> Collection[str]: ...
@@ -40,32 +40,32 @@ class Detector(Protocol):
     def rules(self) -> Rules: ...
 
     def detect_batch(self, images: Sequence[Image]) -> list[list[Instance]]:
-        """Per RGB image all instances that some rule could trust, of any class, with masks (H, W)."""
+        """For each RGB image, all instances that pass the lowest threshold of the rules, with masks (H, W)."""
         ...
 
 
 class Mask2FormerDetector:
     """COCO instance segmentation with GenEval's class names; the original judge is the Swin-S checkpoint.
 
-    Scores and boxes follow mmdet's Mask2Former, which GenEval was built on: the class's probability times the mean
-    probability of the mask's own pixels, the box around these pixels, masks scaled up as logits.
+    Scores and boxes follow mmdet's Mask2Former, which GenEval was built on: a score is the class probability times the
+    mean probability of the mask's pixels, a box encloses these pixels, and masks are upsampled as logits.
     """
 
     rules = GENEVAL_RULES
     classes = CLASSES
 
-    def __init__(self, model: torch.nn.Module, processor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: Any, processor: Any, device: torch.device | str = "cpu") -> None:
         self.model, self.processor, self.device = model.to(device).eval(), processor, torch.device(device)
         self._least = min(self.rules.min_score, self.rules.min_score_counting)
         _check_labels(model.config.id2label)
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | str = "cpu") -> "Mask2FormerDetector":
-        """Load a folder of transformers' Mask2Former.
+        """Load a Mask2Former folder of transformers.
 
         Raises:
-            UserError: no such folder, another kind of model, damaged files, weights that are missing or do not fit, or
-                other classes than COCO's 80.
+            UserError: a missing folder, another kind of model, damaged files, missing or mismatched weights, or other
+                classes than COCO's 80.
         """
         require_weights(folder, _WHAT)
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
@@ -92,9 +92,9 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def detect_batch(self, images: Sequence[Image]) -> list[list[Instance]]:
-        """The instances of each image; images of one size go through the model together.
+        """The instances of each image; only images of the same size are batched.
 
-        Padding a smaller image to a larger one's size would change what is found in it.
+        Padding a smaller image to the size of a larger one would change its detections.
         """
         found: list[list[Instance]] = [[] for _ in images]
         for size in dict.fromkeys(image.size for image in images):
@@ -120,7 +120,7 @@ class Mask2FormerDetector:
         """Class logits (Q, K + 1) and mask logits (Q, h, w) as instances of an image of `size` = (H, W)."""
         probabilities = logits.softmax(dim=-1)[:, :-1].flatten()
         scores, pairs = probabilities.topk(min(_MAX_DETECTIONS, probabilities.numel()))
-        # A mask's mean probability is at most 1, so what is not trusted by its class alone need not be scaled up.
+        # The mean probability of a mask is at most 1, so a class probability below the threshold needs no upsampling.
         pairs = pairs[scores > self._least]
         queries, labels = pairs // (logits.shape[-1] - 1), pairs % (logits.shape[-1] - 1)
         instances = []
@@ -137,17 +137,17 @@ class Mask2FormerDetector:
 
 
 def _box(mask: np.ndarray) -> Box:
-    """The box around a mask (H, W) that is not empty; right and bottom edges lie behind its last pixels."""
+    """The box around a nonempty mask (H, W); right and bottom edges are exclusive."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _check_labels(labels: dict[int, str]) -> None:
-    """Labels must be COCO's 80 in COCO's order: classes are told apart by their number."""
+    """Check that the labels are COCO's 80 in COCO's order, since classes are identified by their number."""
     if len(labels) != len(CLASSES):
         raise UserError(
-            f"the detector knows {len(labels)} classes, expected COCO's {len(CLASSES)} things; take an instance "
-            "segmentation checkpoint, not a panoptic or a semantic one"
+            f"the detector knows {len(labels)} classes, expected COCO's {len(CLASSES)} things; use a checkpoint for "
+            "instance segmentation, not for panoptic or semantic segmentation"
         )
     for number, name in sorted(labels.items()):
         plain = str(name).lower().replace("_", " ")

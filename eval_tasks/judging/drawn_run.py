@@ -1,7 +1,9 @@
-"""A run's images, kept in a folder with what was asked for, so that judging needs neither the model nor lmms-eval.
+"""The drawn images of a run, stored in a folder together with their prompts.
 
-DIR/drawn.json      the task, and the model's answers that could not be kept
-DIR/drawn.jsonl     a line an image: index, sample, image, document
+Judging such a folder needs neither the model nor lmms-eval:
+
+DIR/drawn.json      the task, and the faults of answers that could not be stored
+DIR/drawn.jsonl     one line per image: index, sample, image, document
 DIR/images/         the images
 """
 
@@ -10,7 +12,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from eval_tasks.judging.answers import image_paths, open_image
+from evotok_plugin.common.files import write_json, writing
 from evotok_plugin.errors import UserError
 
 _ABOUT, _LINES = "drawn.json", "drawn.jsonl"
@@ -26,8 +29,14 @@ _THREADS = 2
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image: the number of its prompt, which of the prompt's images it is, its path within the folder, and the
-    document that it was drawn for."""
+    """One drawn image.
+
+    Attributes:
+        index: number of its prompt.
+        sample: number of the image among those of its prompt.
+        image: path within the run's folder.
+        document: the document that it was drawn for.
+    """
 
     index: int
     sample: int
@@ -36,7 +45,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class KeptRun:
+class DrawnRun:
     """A folder of drawn images of one task."""
 
     folder: Path
@@ -44,79 +53,82 @@ class KeptRun:
     drawn: tuple[Drawn, ...]
 
     def images(self, batch_size: int) -> Iterator[list[tuple[Drawn, Image.Image]]]:
-        """All images in batches, the next batch read while the present one is judged.
+        """All images in batches; the next batch is read in the background.
 
         Raises:
             UserError: an image is missing or broken.
         """
         batches = [self.drawn[start : start + batch_size] for start in range(0, len(self.drawn), batch_size)]
         with ThreadPoolExecutor(_THREADS) as readers:
-            waiting: deque = deque()
+            pending: deque[tuple[Sequence[Drawn], list[Future[Image.Image]]]] = deque()
             for batch in batches:
-                waiting.append((batch, [readers.submit(open_image, self.folder / item.image) for item in batch]))
-                if len(waiting) > 1:
-                    yield _finished(*waiting.popleft())
-            while waiting:
-                yield _finished(*waiting.popleft())
+                pending.append((batch, [readers.submit(open_image, self.folder / item.image) for item in batch]))
+                if len(pending) > 1:
+                    yield _results(*pending.popleft())
+            while pending:
+                yield _results(*pending.popleft())
 
 
-def _finished(batch: Sequence[Drawn], images: Sequence) -> list[tuple[Drawn, Image.Image]]:
+def _results(batch: Sequence[Drawn], images: Sequence[Future[Image.Image]]) -> list[tuple[Drawn, Image.Image]]:
     return [(item, image.result()) for item, image in zip(batch, images, strict=True)]
 
 
 def new_folder(parent: Path, task: str) -> Path:
-    """The path of a folder for a run's images, named by the time, that is not there yet."""
+    """A path for the folder of a new run, named after the time, that does not exist yet."""
     name = f"{time.strftime('%Y%m%d_%H%M%S')}_{task}"
     numbered = (parent / (name if number == 1 else f"{name}_{number}") for number in count(1))
     return next(folder for folder in numbered if not folder.exists())
 
 
-def keep(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> KeptRun:
-    """Copy what a model has drawn into a new folder.
+def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> DrawnRun:
+    """Copy the images of a model's answers into a new folder.
+
+    They are copied because a later run of the same model overwrites its images.
 
     Args:
-        answers: documents with `index` and the model's answers. Copies, because a later run of the same model writes
-            over its images.
+        answers: documents with `index`, and the model's answers.
 
     Raises:
-        UserError: an answer is no drawing, or an image is missing; everything else has been kept by then.
+        UserError: an answer without images, or a missing image; all other images are stored nevertheless.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=False)
-    drawn, faults = [], []
-    with (folder / _LINES).open("w", encoding="utf-8") as lines:
-        for document, answer in sorted(answers, key=lambda pair: pair[0]["index"]):
-            try:
-                paths = image_paths(answer)
-            except ValueError as error:
-                faults.append(f"document {document['index']}: {error}")
-                continue
-            for sample, path in enumerate(paths):
-                name = f"images/{document['index']:05d}_{sample}{path.suffix.lower()}"
-                if (folder / name).exists():
-                    faults.append(f"document {document['index']}: its number comes twice")
-                    continue
+    drawn: list[Drawn] = []
+    faults: list[str] = []
+    with writing(folder):
+        (folder / "images").mkdir(parents=True, exist_ok=False)
+        with (folder / _LINES).open("w", encoding="utf-8") as lines:
+            for document, answer in sorted(answers, key=lambda pair: pair[0]["index"]):
                 try:
-                    shutil.copyfile(path, folder / name)
-                except OSError as error:
-                    faults.append(f"document {document['index']}: drawn image {path} cannot be copied ({error})")
+                    paths = image_paths(answer)
+                except UserError as error:
+                    faults.append(f"document {document['index']}: {error}")
                     continue
-                item = Drawn(document["index"], sample, name, document)
-                drawn.append(item)
-                lines.write(json.dumps(vars(item)) + "\n")
-    (folder / _ABOUT).write_text(json.dumps({"task": task, "images": len(drawn), "faults": faults}, indent=1) + "\n")
+                for sample, path in enumerate(paths):
+                    name = f"images/{document['index']:05d}_{sample}{path.suffix.lower()}"
+                    if (folder / name).exists():
+                        faults.append(f"document {document['index']}: its index occurs twice")
+                        continue
+                    try:
+                        shutil.copyfile(path, folder / name)
+                    except OSError as error:
+                        faults.append(f"document {document['index']}: drawn image {path} cannot be copied ({error})")
+                        continue
+                    item = Drawn(document["index"], sample, name, document)
+                    drawn.append(item)
+                    lines.write(json.dumps(vars(item)) + "\n")
+    write_json(folder / _ABOUT, {"task": task, "images": len(drawn), "faults": faults})
     if faults:
         raise UserError(
             f"{len(faults)} of the model's answers cannot be judged, first {faults[0]}; the other {len(drawn)} images "
-            f"are kept in {folder}. Draw again (if answers come from lmms-eval's --use_cache, delete that cache first)"
+            f"are stored in {folder}. Draw again (if answers come from lmms-eval's --use_cache, delete its cache first)"
         )
-    return KeptRun(folder, task, tuple(drawn))
+    return DrawnRun(folder, task, tuple(drawn))
 
 
-def open_kept(folder: Path) -> KeptRun:
-    """Read a folder that `keep` has written.
+def open_drawn_run(folder: Path) -> DrawnRun:
+    """Open a folder written by `store_drawn_run`.
 
     Raises:
-        UserError: it is none, or was drawn incompletely, or holds no image.
+        UserError: not such a folder, or one that is damaged, incomplete or empty.
     """
     try:
         about = json.loads((folder / _ABOUT).read_text())
@@ -129,15 +141,15 @@ def open_kept(folder: Path) -> KeptRun:
     if faults:
         raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
     if not drawn:
-        raise UserError(f"{folder} holds no image: the run was empty")
-    return KeptRun(folder, task, drawn)
+        raise UserError(f"{folder} holds no images: the run was empty")
+    return DrawnRun(folder, task, drawn)
 
 
-def kept_folders(folder: Path, task: str) -> list[Path]:
-    """The folders of a task's kept images at or below a folder, the newest last.
+def drawn_run_folders(folder: Path, task: str) -> list[Path]:
+    """The folders of a task's drawn runs at or below a folder, the newest last.
 
     Raises:
-        UserError: what stands in one of them is damaged.
+        UserError: a damaged drawn.json.
     """
     found = [path.parent for path in folder.rglob(_ABOUT) if _task_of(path) == task]
     return sorted(found, key=lambda path: path.name)
@@ -146,35 +158,39 @@ def kept_folders(folder: Path, task: str) -> list[Path]:
 def _task_of(about: Path) -> str | None:
     try:
         return json.loads(about.read_text(encoding="utf-8")).get("task")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a JSON-lines file; other characters that end a line elsewhere may stand within one."""
+    """The lines of a JSON-lines file; `str.splitlines` would also split at other characters within a line."""
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-# What lmms-eval itself leaves ----------------------------------------------------------------------------------
+# lmms-eval's samples files ---------------------------------------------------------------------------------------
 
 
 def samples_file(folder: Path, task: str) -> Path | None:
-    """The newest lmms-eval samples file (`--log_samples`, `--predict_only`) of a task below a folder."""
+    """The newest samples file of lmms-eval (`--log_samples`, `--predict_only`) of a task below a folder."""
     found = sorted(folder.rglob(f"*_samples_{task}.jsonl"), key=lambda path: path.name)
     return found[-1] if found else None
 
 
 def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
-    """The documents and answers of an lmms-eval samples file.
+    """The documents and answers in a samples file of lmms-eval.
 
     Raises:
-        UserError: the file has another format.
+        UserError: the file cannot be read or has another format.
     """
-    for number, line in enumerate(_lines(samples), start=1):
+    try:
+        lines = _lines(samples)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{samples} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             document, answer = json.loads(row["target"]), row["filtered_resps"]
             document["index"]
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{samples}, line {number}: no answer of a drawing task ({error!r})") from error
+            raise UserError(f"{samples}, line {number}: not an answer of a drawing task ({error!r})") from error
         yield document, answer

@@ -1,6 +1,4 @@
-"""What a drawing benchmark is to the code that keeps, judges and reports: its skills, its judge, its way to an overall
-score; and judging a kept run from its first image to its report.
-"""
+"""The judging of a drawn run: a benchmark's judge, its scores, and the report."""
 
 import json
 import logging
@@ -12,12 +10,13 @@ from typing import Literal, Protocol
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from eval_tasks.judging.drawn_run import Drawn, KeptRun
+from eval_tasks.judging.drawn_run import Drawn, DrawnRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
-from eval_tasks.judging.scores import OVERALL, Clock, Judgement, Score, summarize
+from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
+from evotok_plugin.common.files import write_json, write_text, writing
+from evotok_plugin.common.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -25,24 +24,25 @@ Batch = Sequence[tuple[Drawn, Image.Image]]
 
 
 class ImageJudge(Protocol):
-    """Judges a stream of images; `clock` counts the seconds of its models."""
+    """Judges a stream of images; `stopwatch` measures the seconds spent in its models."""
 
-    clock: Clock
+    stopwatch: Stopwatch
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
-        """One judgement an image, in order; it may look further ahead than it answers."""
+        """Yield one judgement per image, in order; a judge may read ahead."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A drawing benchmark.
+    """A drawing benchmark: its judge and the aggregation of its scores.
 
     Attributes:
-        name: of the lmms-eval task.
-        overall: the overall score is the mean of the skills or of the images.
-        find_judges: the local folders of its judges, fetched if need be; raises a ValueError that says what is missing.
-        open_judge: loads them.
+        name: name of the lmms-eval task.
+        overall: whether the overall score is the mean over skills or over images.
+        find_judges: locates the weights of the judges, downloading them if necessary, and returns the judges' names;
+            raises a UserError that says what is missing.
+        open_judge: loads the judge.
     """
 
     name: str
@@ -59,47 +59,46 @@ class Outcome:
     scores: dict[str, Score]
 
 
-def judge_run(run: KeptRun, benchmark: Benchmark, options: JudgeOptions, output: Path | None = None) -> Outcome:
-    """Judge all images of a kept run and write `judgements.jsonl`, `scores.json` and the contact sheets.
+def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output: Path | None = None) -> Outcome:
+    """Judge all images of a run and write `judgements.jsonl`, `scores.json` and the contact sheets.
 
-    Judgements are written as they come; the judges leave memory before the report is made.
+    The judges are freed before the report is written.
 
     Args:
-        output: folder of the report, by default the run's own.
+        output: folder for the report, by default that of the run.
 
     Raises:
-        UserError: an image cannot be read, or a judge is missing.
+        UserError: an image cannot be read, a judge is missing, or the folder cannot be written to.
     """
     started, output = time.perf_counter(), output or run.folder
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     judges = benchmark.find_judges(options)
     judge = benchmark.open_judge(options)
     loaded = time.perf_counter()
-    judgements = []
-    unfinished = output / "judgements.jsonl.part"
-    with unfinished.open("w") as lines, tqdm(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
+    judgements: list[Judgement] = []
+    with progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
         for judgement in judge.judge(run.images(options.batch_size)):
             judgements.append(judgement)
-            lines.write(json.dumps(asdict(judgement)) + "\n")
             bar.update()
-    unfinished.replace(output / "judgements.jsonl")
-    model_seconds, device = judge.clock.seconds, options.torch_device
+    write_text(output / "judgements.jsonl", "".join(json.dumps(asdict(item)) + "\n" for item in judgements))
+    model_seconds, device = judge.stopwatch.seconds, options.torch_device
     del judge
     if device.type == "cuda":
         torch.cuda.empty_cache()
     scores = summarize(judgements, benchmark.overall)
     write_report(output, run, judgements, scores)
     seconds = {"loading": loaded - started, "models": model_seconds}
-    seconds["beside"] = time.perf_counter() - loaded - model_seconds
+    seconds["beside"] = time.perf_counter() - loaded - model_seconds  # everything else
     _write_scores(output / "scores.json", run, options, judges, scores, seconds)
     logger.info("%s: %s", run.task, as_text(scores))
     return Outcome(judgements, scores)
 
 
 def _write_scores(
-    path: Path, run: KeptRun, options: JudgeOptions, judges: dict[str, str], scores: dict[str, Score], seconds: dict
+    path: Path, run: DrawnRun, options: JudgeOptions, judges: dict[str, str], scores: dict[str, Score], seconds: dict
 ) -> None:
-    """Figures, who judged, and where the time went: the judges' models, and all that the task adds to them."""
+    """Write the scores, the judges, and the seconds spent in the judges' models and in everything else."""
     content = {
         "task": run.task,
         "images": len(run.drawn),
@@ -109,11 +108,11 @@ def _write_scores(
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "scores": {name: asdict(score) for name, score in scores.items()},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def as_text(scores: dict[str, Score]) -> str:
-    """The overall score with its interval, then the skills."""
+    """Scores with their intervals in one line."""
     figures = [f"{name} {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" for name, score in scores.items()]
     return ", ".join(figures)
 

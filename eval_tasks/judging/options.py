@@ -1,12 +1,13 @@
-"""How judging is set up: command line options, or the environment inside lmms-eval, which has no options of tasks.
+"""Options of judging, from the command line or, inside lmms-eval, which has no options for tasks, from the environment.
 
-The environment changes evaluation only, never a model; what was chosen is written into the results.
+The environment changes only how images are judged, never a model; the options are recorded in the results.
 """
 
 import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -18,15 +19,18 @@ _PREFIX = "EVOTOK_JUDGE_"
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Which judges, where they run, how many images a batch; `EVOTOK_JUDGE_<NAME>` sets them in lmms-eval.
+    """The judges, their device and their batch size; `EVOTOK_JUDGE_<NAME>` sets them in lmms-eval.
 
     Attributes:
         detector: GenEval's detector: a Mask2Former with COCO's classes (folder or hub id), or `scenes`, the exact
-            detector of coloured shapes; by default the task's own.
-        clip: GenEval's colour classifier in open_clip's format (folder or hub id).
-        vqa: who answers GenAI-Bench's and DPG-Bench's questions (folder or hub id).
-        device: by default CUDA where there is one.
-        batch_size: images, crops or questions a batch.
+            detector of colored shapes; by default the task's own.
+        clip: GenEval's color classifier in open_clip's format (folder or hub id).
+        vqa: the model that answers the questions of GenAI-Bench and DPG-Bench (folder or hub id).
+        device: by default CUDA if available.
+        batch_size: images, crops or questions per batch.
+
+    Raises:
+        UserError: an unavailable device, or a batch size below 1.
     """
 
     detector: str = ""
@@ -46,25 +50,27 @@ class JudgeOptions:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "JudgeOptions":
-        """Options from variables named `EVOTOK_JUDGE_<NAME>`.
+        """Read the variables named `EVOTOK_JUDGE_<NAME>`.
 
         Raises:
-            UserError: a variable of that form that means nothing, or a batch size that is no number.
+            UserError: an unknown variable of that form, or an invalid batch size or device.
         """
         known = {f"{_PREFIX}{item.name.upper()}": item.name for item in fields(cls)}
         given = {name: value for name, value in environment.items() if name.startswith(_PREFIX)}
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise UserError(f"{name} is no option of the judges; did you mean {near[0]}? Known: {', '.join(known)}")
-        values = {known[name]: value for name, value in given.items()}
+                raise UserError(
+                    f"{name} is not an option of the judges; did you mean {near[0]}? Known: {', '.join(known)}"
+                )
+        values: dict[str, Any] = {known[name]: value for name, value in given.items()}
         if "batch_size" in values:
             if not values["batch_size"].isdigit():
                 raise UserError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}")
             values["batch_size"] = int(values["batch_size"])
         return cls(**values)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

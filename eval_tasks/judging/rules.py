@@ -15,8 +15,14 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """One detected object: class name, confidence in [0, 1], box, mask (H, W) bool while it is needed, colour where it
-    is known."""
+    """One detected object.
+
+    Attributes:
+        label: class name.
+        score: confidence in [0, 1].
+        mask: (H, W) bool; None once it has been dropped.
+        color: None where it is unknown.
+    """
 
     label: str
     score: float
@@ -25,21 +31,21 @@ class Instance:
     color: str | None = None
 
     def as_dict(self) -> dict:
-        """What a report says of it."""
+        """The instance as it appears in reports."""
         box = [round(float(side), 2) for side in self.box]
         return {"class": self.label, "color": self.color, "score": round(self.score, 3), "box": box}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """GenEval's thresholds; a judge with another scale of confidence brings its own."""
+    """GenEval's thresholds; a detector with another scale of confidence has its own."""
 
     min_score: float = 0.3
     min_score_counting: float = 0.9
-    max_instances: int = 16  # of one class, the most confident ones
-    box_shrink: float = 0.1  # of the two boxes' summed sizes: offsets below count as none
-    min_offset: float = 1e-3  # pixels on either axis: shrunk offsets below on both are no direction
-    min_direction: float = 0.5  # of the unit offset: how far an axis must lead
+    max_instances: int = 16  # per class, the most confident ones
+    box_shrink: float = 0.1  # share of the boxes' summed sizes: smaller offsets count as zero
+    min_offset: float = 1e-3  # pixels: shrunk offsets below this on both axes have no direction
+    min_direction: float = 0.5  # share of the unit offset that counts as a direction
 
 
 GENEVAL_RULES = Rules()
@@ -47,14 +53,14 @@ GENEVAL_RULES = Rules()
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image fulfils its record; `reason` names every clause that failed and is empty otherwise."""
+    """Whether an image matches its record; `reason` names every failed clause, and is empty if there are none."""
 
     correct: bool
     reason: str
 
 
 def directions(box: Box, other: Box, rules: Rules = GENEVAL_RULES) -> frozenset[str]:
-    """Where `box` stands relative to `other`: any of "left of", "right of", "above", "below"."""
+    """The position of `box` relative to `other`: any of "left of", "right of", "above", "below"."""
     corners, other_corners = np.reshape(box, (2, 2)), np.reshape(other, (2, 2))  # rows: top left, bottom right
     offset = corners.mean(axis=0) - other_corners.mean(axis=0)
     sizes = np.ptp(corners, axis=0) + np.ptp(other_corners, axis=0)
@@ -72,7 +78,7 @@ def directions(box: Box, other: Box, rules: Rules = GENEVAL_RULES) -> frozenset[
 
 
 def confident(instances: Sequence[Instance], tag: str, rules: Rules = GENEVAL_RULES) -> dict[str, list[Instance]]:
-    """Instances by class, the most confident first, without those the rules do not trust."""
+    """Instances above the rules' thresholds by class, the most confident first."""
     least = rules.min_score_counting if tag == "counting" else rules.min_score
     by_class: dict[str, list[Instance]] = {}
     for instance in sorted(instances, key=lambda item: -item.score):
@@ -100,7 +106,7 @@ def _position_fault(
 def _clause_fault(
     clause: dict, taken: Sequence[Instance], groups: Sequence[Sequence[Instance] | None], rules: Rules
 ) -> str | None:
-    """Why an `include` clause fails on the instances taken for it, or None."""
+    """The reason why an `include` clause fails on the instances selected for it, or None."""
     label, count = clause["class"], clause["count"]
     if len(taken) < count:
         return f"expected {label} >= {count}, found {len(taken)}"
@@ -115,7 +121,7 @@ def _clause_fault(
 
 
 def colors_wanted(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL_RULES) -> list[Instance]:
-    """The instances whose colour decides about a record: those taken for its clauses with a colour."""
+    """The instances whose color affects the verdict: those selected for clauses with a color."""
     by_class = confident(instances, record["tag"], rules)
     wanted: dict[int, Instance] = {}
     for clause in record["include"]:
@@ -126,13 +132,13 @@ def colors_wanted(record: dict, instances: Sequence[Instance], rules: Rules = GE
 
 
 def evaluate(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL_RULES) -> Verdict:
-    """Judge what was detected in an image against a GenEval record (`tag`, `include`, optional `exclude`).
+    """Judge the detections in an image against a GenEval record (`tag`, `include`, optional `exclude`).
 
-    Clauses are judged in order; one that fails leaves no target for a later clause's position. The instances of
-    `colors_wanted` must know their colour.
+    Clauses are judged in order; a failed clause cannot be the target of a later clause's position. The instances of
+    `colors_wanted` must have a color.
 
     Raises:
-        UserError: a position refers to a clause that does not come before it.
+        UserError: a position that does not refer to an earlier clause.
     """
     by_class = confident(instances, record["tag"], rules)
     groups: list[Sequence[Instance] | None] = []
@@ -156,7 +162,7 @@ def evaluate(record: dict, instances: Sequence[Instance], rules: Rules = GENEVAL
 
 
 def task_scores(scored: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Mean of (tag, score) pairs per tag, one pair an image."""
+    """The mean score of each tag, from one (tag, score) pair per image."""
     by_tag: dict[str, list[float]] = {}
     for tag, score in scored:
         by_tag.setdefault(tag, []).append(score)
@@ -164,11 +170,11 @@ def task_scores(scored: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def overall_score(scored: Sequence[tuple[str, float]]) -> float:
-    """GenEval's overall score: the mean of the task scores, not of the images.
+    """GenEval's overall score: the mean over tasks, not over images.
 
     Raises:
         UserError: nothing was scored.
     """
     if not scored:
-        raise UserError("no image was judged, so there is no overall score; was the run limited to 0 documents?")
+        raise UserError("no image was judged, so the overall score is undefined; was the run limited to 0 documents?")
     return float(np.mean(list(task_scores(scored).values())))

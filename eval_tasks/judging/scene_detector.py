@@ -1,9 +1,9 @@
-"""The exact detector of coloured shapes on a plain ground: a `Detector` for scenes that needs no weights.
+"""A detector of colored shapes on a plain background, for rendered scenes: exact, and without weights.
 
-An image is unmixed into how much of each pixel an object covers and which colour it has; connected regions become
-instances, their shape is the template that overlaps best, their colour the nearest named one.
+Every pixel is unmixed into a color and the share of the pixel that an object covers. Connected regions become
+instances; their shape is that of the best overlapping template, their color the nearest named one.
 
-H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.judging.scene_detector` measures its accuracy.
+H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.judging.scene_detector` measures the accuracy.
 """
 
 import argparse
@@ -20,14 +20,15 @@ from scipy import ndimage
 from eval_tasks.judging.rules import Box, Instance, Rules
 from evotok_plugin.common import command_line
 from evotok_plugin.data.images import as_picture
+from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
 
 _NAMES = tuple(COLORS)
-_RGB = np.array([COLORS[name] for name in _NAMES], dtype=np.float64)  # (colours, 3)
+_RGB = np.array([COLORS[name] for name in _NAMES], dtype=np.float64)  # (colors, 3)
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (..., 3) in 0..255 to CIE L*a*b* (D65), where distances follow how different colours look."""
+    """Convert sRGB (..., 3) in 0..255 to CIE L*a*b* (D65), where distances approximate perceived differences."""
     value = np.asarray(rgb, dtype=np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
@@ -40,28 +41,28 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 _LAB = lab(_RGB)
 _BLURS = (0.0, 0.6, 1.0, 1.4)  # standard deviations in pixels
-_FAINT = 0.1  # coverage below is noise
-_UNNAMED = 40.0  # RGB distance from every named colour's line beyond which a pixel has none of these colours
-_FULL_CONTRAST = 130.0  # RGB distance from the ground at which such a pixel is covered whole
+_FAINT = 0.1  # coverage below this is noise
+_UNNAMED = 40.0  # RGB distance to the lines of all named colors beyond which a pixel has an unnamed color
+_FULL_CONTRAST = 130.0  # RGB distance to the background at which such a pixel is fully covered
 
 
 def unmix(pixels: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explain every pixel as a mixture of the ground and one named colour.
+    """Explain every pixel as a mixture of the background and one named color.
 
-    An edge pixel lies on the line from the ground to its object's colour, so lines tell mixed pixels apart that
-    the nearest colour would confuse (half a black pixel on grey is dark grey, and black). A pixel far from all lines
-    has an unnamed colour; it counts by how far it is from the ground.
+    In RGB, an edge pixel is on the line from the background to its object's color. The nearest line identifies mixed
+    pixels that the nearest color would confuse (half black on gray is dark gray, but belongs to a black object). A
+    pixel far from all lines has an unnamed color; its coverage follows from its distance to the background.
 
     Args:
         pixels: (H, W, 3) sRGB in 0..255.
         ground: (3,).
 
     Returns:
-        coverage (H, W) in [0, 1] and the index of the colour (H, W) whose line passes nearest.
+        The coverage (H, W) in [0, 1], and the index (H, W) of the color with the nearest line.
     """
-    lines = _RGB - ground  # (colours, 3)
+    lines = _RGB - ground  # (colors, 3)
     offsets = pixels - ground
-    share = np.clip(offsets @ lines.T / np.maximum((lines**2).sum(axis=1), 1e-9), 0.0, 1.0)  # (H, W, colours)
+    share = np.clip(offsets @ lines.T / np.maximum((lines**2).sum(axis=1), 1e-9), 0.0, 1.0)  # (H, W, colors)
     errors = np.linalg.norm(offsets[..., None, :] - share[..., None] * lines, axis=-1)
     nearest = errors.argmin(axis=-1)
     share, error = (np.take_along_axis(values, nearest[..., None], axis=-1)[..., 0] for values in (share, errors))
@@ -70,7 +71,7 @@ def unmix(pixels: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _absorb(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Extend numbered parts (0 is none) to all of `where`, every pixel to the nearest part."""
+    """Assign every pixel of `where` to the nearest numbered part; 0 is not a part."""
     index = ndimage.distance_transform_edt(parts == 0, return_distances=False, return_indices=True)
     return np.where(where, parts[tuple(index)], 0)
 
@@ -81,7 +82,7 @@ def _drop_small(parts: np.ndarray, min_area: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The best template for a region: `score` is the overlap (soft intersection over union)."""
+    """The best template for a region; `score` is its overlap (soft intersection over union)."""
 
     shape: str
     score: float
@@ -89,7 +90,7 @@ class _Fit:
 
 
 def _edges(profile: np.ndarray) -> tuple[float, float]:
-    """Where a coverage profile begins and ends, in fractions of a pixel, from its partly covered end pixels."""
+    """The start and end of a coverage profile with subpixel precision, from its partly covered end pixels."""
     inside = np.flatnonzero(profile >= 0.5)
     first, last = int(inside[0]), int(inside[-1])
     before = profile[first - 1] if first else 0.0
@@ -98,14 +99,14 @@ def _edges(profile: np.ndarray) -> tuple[float, float]:
 
 
 def _draw(shape: str, x: float, y: float, size: float, side: int) -> np.ndarray:
-    """Coverage (side, side) of one shape; centre and size in pixels."""
+    """Render the coverage (side, side) of one shape; center and size in pixels."""
     item = SceneObject(shape, "white", x / side, y / side, size / side)
-    return np.asarray(render(Scene((item,), ground=(0, 0, 0)), side))[..., 0] / COLORS["white"][0]
+    return np.asarray(render(Scene((item,), background=(0, 0, 0)), side))[..., 0] / COLORS["white"][0]
 
 
 @cache
 def _moments(shape: str) -> tuple[float, float, float]:
-    """Area of a shape of size 1 and its centroid relative to the centre of its box."""
+    """The area of a shape of size 1, and its centroid relative to the center of its box."""
     size = 64.0
     drawn = _draw(shape, size, size, size, side=128)
     y, x = ndimage.center_of_mass(drawn)
@@ -117,10 +118,10 @@ def _overlap(coverage: np.ndarray, template: np.ndarray) -> float:
 
 
 def fit_shape(coverage: np.ndarray) -> _Fit:
-    """Match one object's coverage (H, W) with every shape.
+    """Find the shape that best matches the coverage (H, W) of one object.
 
-    A template stands where the coverage's box says, and where its area and centroid say (which no blur moves);
-    it is drawn sharp and at several degrees of blur. The best overlap of all counts.
+    Templates are placed by the box of the coverage, and by its area and centroid (which blur does not move). They are
+    rendered sharp and with several degrees of blur; the best overlap counts.
     """
     (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
     box = (left, top, right, bottom)
@@ -136,20 +137,20 @@ def fit_shape(coverage: np.ndarray) -> _Fit:
         size = np.sqrt(mass / area)
         places = (
             ((left + right) / 2 - x0, (top + bottom) / 2 - y0, max(right - left, bottom - top)),
-            (x_mean - x_shift * size, y_mean - y_shift * size, size),
+            (x_mean - x_shift * size, y_mean - y_shift * size, float(size)),
         )
-        drawings = [_draw(shape, *place, side) for place in places]
+        drawings = [_draw(shape, x, y, size, side) for x, y, size in places]
         scores[shape] = max(
             _overlap(window, ndimage.gaussian_filter(drawn, blur) if blur else drawn)
             for drawn in drawings
             for blur in _BLURS
         )
-    best = max(scores, key=scores.get)
+    best = max(scores, key=scores.__getitem__)
     return _Fit(best, scores[best], box)
 
 
 def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
-    """A (side, side) cut of (H, W) values that may reach beyond the image, where it is 0."""
+    """A (side, side) crop of (H, W) values, padded with 0 beyond the image."""
     window = np.zeros((side, side))
     height, width = values.shape
     rows, columns = slice(max(y0, 0), min(y0 + side, height)), slice(max(x0, 0), min(x0 + side, width))
@@ -159,13 +160,12 @@ def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDetector:
-    """Detects the shapes and colours of `evotok_plugin.scenes.scene`; an instance's score is its overlap with the
-    template.
+    """Detects the shapes and colors of `evotok_plugin.scenes.scene`; scores are overlaps with the templates.
 
     Attributes:
-        min_area: smallest region that is an object, as a fraction of the image.
-        min_score: overlap below which a region is no known shape.
-        max_color_distance: L*a*b* distance beyond which a colour has no name.
+        min_area: area of the smallest object, as a fraction of the image.
+        min_score: minimum overlap of an object with its template.
+        max_color_distance: maximum L*a*b* distance to a named color; beyond it an instance has no color.
     """
 
     min_area: float = 0.01
@@ -174,16 +174,16 @@ class SceneDetector:
 
     @property
     def classes(self) -> frozenset[str]:
-        """The shapes that it knows."""
+        """The names of the shapes."""
         return frozenset(SHAPES)
 
     @property
     def rules(self) -> Rules:
-        """GenEval's rules with this detector's scale of confidence: what it returns is an object."""
+        """GenEval's rules without confidence thresholds: everything that this detector returns is an object."""
         return Rules(min_score=0.0, min_score_counting=0.0)
 
     def detect(self, image: Image.Image) -> list[Instance]:
-        """All shapes of an RGB image, coloured, in no particular order."""
+        """Detect all shapes of an RGB image with their colors, in arbitrary order."""
         pixels = np.asarray(as_picture(image), dtype=np.float64)
         border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
         coverage, colors = unmix(pixels, np.median(border, axis=0))
@@ -197,13 +197,13 @@ class SceneDetector:
         return found
 
     def detect_batch(self, images: Sequence[Image.Image]) -> list[list[Instance]]:
-        """`detect` of each image."""
+        """Apply `detect` to each image."""
         return [self.detect(image) for image in images]
 
     def _regions(self, coverage: np.ndarray, colors: np.ndarray) -> np.ndarray:
-        """Number the connected regions of one colour (H, W), 0 for ground and specks.
+        """Number the connected regions of one color (H, W); 0 is background and specks.
 
-        Mislabelled pixels inside or along the edge of an object go to the nearest large region that they touch.
+        Pixels of another color inside or along the edge of an object are assigned to the nearest large region.
         """
         foreground = coverage >= 0.5
         blobs, num_blobs = ndimage.label(foreground)
@@ -215,8 +215,8 @@ class SceneDetector:
                 continue
             parts = np.zeros_like(blobs)
             for color in np.unique(colors[where]):
-                labelled, count = ndimage.label(where & (colors == color))
-                parts = np.where(labelled > 0, labelled + parts.max(), parts)
+                labeled, count = ndimage.label(where & (colors == color))
+                parts = np.where(labeled > 0, labeled + parts.max(), parts)
             large = _drop_small(parts, min_pixels)
             grown = _absorb(large, where) if large.any() else where.astype(int)
             numbers = np.unique(grown[where])
@@ -225,12 +225,12 @@ class SceneDetector:
         return regions
 
     def _objects(self, mask: np.ndarray, regions: np.ndarray, coverage: np.ndarray) -> list[tuple[np.ndarray, _Fit]]:
-        """The region as one object, or as several of one colour that touch where that fits better."""
+        """Fit a region as one object, or as several touching objects of one color if that fits better."""
         whole = fit_shape(self._own_coverage(mask, regions, coverage))
         best = [(mask, whole)]
         if whole.score >= 0.85:
             return best
-        # What joins two objects is fainter than they are, or narrower.
+        # The bridge between two objects is fainter or narrower than the objects.
         depth = ndimage.distance_transform_edt(mask)
         candidates = [coverage >= share for share in (0.6, 0.7, 0.8, 0.9)] + [depth > pixels for pixels in (1, 2, 3)]
         for candidate in candidates:
@@ -248,12 +248,12 @@ class SceneDetector:
 
     @staticmethod
     def _own_coverage(mask: np.ndarray, regions: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-        """Coverage by one region alone: its pixels and the faint pixels around it that belong to no other."""
+        """The coverage by one region: its pixels, and the faint pixels around it that belong to no other region."""
         around = ndimage.binary_dilation(mask, iterations=2) & ((regions == 0) | mask) & (coverage >= _FAINT)
         return np.where(around, coverage, 0.0)
 
     def _color(self, pixels: np.ndarray, coverage: np.ndarray, mask: np.ndarray) -> str | None:
-        """Nearest named colour of the region's fully covered pixels, None beyond `max_color_distance`."""
+        """The named color nearest to the region's fully covered pixels; None beyond `max_color_distance`."""
         core = mask & (coverage >= np.quantile(coverage[mask], 0.5))
         distances = np.linalg.norm(_LAB - lab(np.median(pixels[core], axis=0)), axis=-1)
         nearest = int(distances.argmin())
@@ -262,7 +262,7 @@ class SceneDetector:
 
 @dataclass
 class Accuracy:
-    """How often a detector is right about whole scenes: every object's shape and colour and their number."""
+    """The accuracy of a detector on scenes; a scene counts if all shapes, colors and counts are right."""
 
     scenes: int = 0
     right: int = 0
@@ -280,24 +280,24 @@ def measure(
     image_size: int = 48,
     transform: Callable[[Image.Image], Image.Image] | None = None,
 ) -> Accuracy:
-    """Render scenes of all skills in turn, detect them (after `transform`, if given), compare."""
+    """Render scenes of all skills in turn, apply `transform` if given, detect, and compare."""
     rng = np.random.default_rng([seed, 99])
     result = Accuracy()
     for number in range(num_scenes):
         scene = sample_scene(rng, SKILLS[number % len(SKILLS)])
         image = render(scene, image_size)
         found = detector.detect(transform(image) if transform else image)
-        seen = Counter((item.color, item.label) for item in found)
-        there = Counter((item.color, item.shape) for item in scene.objects)
+        detected = Counter((item.color, item.label) for item in found)
+        rendered = Counter((item.color, item.shape) for item in scene.objects)
         result.scenes += 1
-        result.right += seen == there
-        if seen != there:
-            result.faults.append(f"scene {number}: there {dict(there)}, seen {dict(seen)}")
+        result.right += detected == rendered
+        if detected != rendered:
+            result.faults.append(f"scene {number}: rendered {dict(rendered)}, detected {dict(detected)}")
     return result
 
 
 def degrading(blur: float, noise: float, seed: int = 0) -> Callable[[Image.Image], Image.Image]:
-    """Blurs by a radius in pixels and adds Gaussian noise in grey levels, as a small image tokenizer might."""
+    """A transform that blurs by a radius in pixels and adds Gaussian noise in gray levels, like a small tokenizer."""
     rng = np.random.default_rng([seed, 98])
 
     def degrade(image: Image.Image) -> Image.Image:
@@ -308,8 +308,8 @@ def degrading(blur: float, noise: float, seed: int = 0) -> Callable[[Image.Image
     return degrade
 
 
-def rebuilding(folder: str) -> Callable[[Image.Image], Image.Image]:
-    """Rebuilds images with an EvoTok model: what a drawer that makes no mistake would be judged on."""
+def reconstructing(folder: str) -> Callable[[Image.Image], Image.Image]:
+    """A transform that reconstructs images with an EvoTok model, as if a perfect model had drawn them with it."""
     import torch
 
     from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
@@ -317,34 +317,37 @@ def rebuilding(folder: str) -> Callable[[Image.Image], Image.Image]:
     model, processor = load_tokenizer(folder).eval(), open_image_processor(folder)
 
     @torch.no_grad()
-    def rebuild(image: Image.Image) -> Image.Image:
+    def reconstruct(image: Image.Image) -> Image.Image:
         pixels = processor(image, return_tensors="pt").pixel_values
         return processor.to_pil(model.decode_pixels(model.encode(pixels, model.config.pixel_depth).codes))[0]
 
-    return rebuild
+    return reconstruct
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Accuracy of the exact scene detector on freshly drawn scenes.")
+    """Measure the accuracy on the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Measure the accuracy of the scene detector on newly rendered scenes.")
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image_size", type=int, default=48)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--degrade", type=float, nargs=2, metavar=("BLUR", "NOISE"), help="pixels and grey levels")
-    how.add_argument("--tokenizer", metavar="FOLDER", help="an EvoTok model that rebuilds the scenes first")
+    how.add_argument("--degrade", type=float, nargs=2, metavar=("BLUR", "NOISE"), help="pixels, gray levels")
+    how.add_argument("--tokenizer", metavar="FOLDER", help="an EvoTok model that reconstructs the scenes first")
     return command_line.run(parser, argv, _measure)
 
 
 def _measure(args: argparse.Namespace) -> None:
+    if args.scenes < 1:
+        raise UserError(f"--scenes must be at least 1, got {args.scenes}")
     transform = None
     if args.degrade:
         transform = degrading(*args.degrade)
     elif args.tokenizer:
-        transform = rebuilding(args.tokenizer)
+        transform = reconstructing(args.tokenizer)
     accuracy = measure(SceneDetector(), args.scenes, args.seed, args.image_size, transform)
     for fault in accuracy.faults[:20]:
         print(fault)
-    print(f"{accuracy.right} of {accuracy.scenes} scenes right in every shape, colour and count: {accuracy.share:.2%}")
+    print(f"{accuracy.right} of {accuracy.scenes} scenes right in every shape, color and count: {accuracy.share:.2%}")
 
 
 if __name__ == "__main__":

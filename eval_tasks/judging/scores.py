@@ -1,4 +1,4 @@
-"""Judgements, and the scores with intervals that follow from them.
+"""Judgements of images, and scores with confidence intervals.
 
 I judgements, P prompts, R resamples.
 """
@@ -18,16 +18,17 @@ _RESAMPLES, _SEED = 2000, 0
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What a judge says of one image.
+    """The judgement of one image.
 
     Attributes:
-        index, sample: the prompt's number, and which of its images this is.
+        index: number of the prompt.
+        sample: number of the image among those of its prompt.
         image: path relative to the run's folder.
-        score: of the image, in [0, 1].
-        marks: what it contributes to each skill, in [0, 1]; none, one or several values.
-        correct: the verdict where there is one.
-        reason: why it is not correct; empty where it is.
-        details: what was seen.
+        score: in [0, 1].
+        marks: values in [0, 1] that count for each skill; any number of them.
+        correct: the verdict; None for judges that only give scores.
+        reason: why the image is not correct; empty if it is.
+        details: the judge's observations.
     """
 
     index: int
@@ -53,12 +54,12 @@ class Score:
 
 
 def _share(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over counts, NaN where nothing was counted (a skill that a resample has no prompt of)."""
+    """Sums divided by counts; NaN where the count is 0 (a resample without prompts of a skill)."""
     return np.divide(sums, counts, out=np.full_like(sums, np.nan, dtype=float), where=counts > 0)
 
 
 def _resampled(strata: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """How often each prompt (R, P) is drawn when as many as there are of its stratum are drawn with replacement."""
+    """The number of times each prompt is drawn (R, P) when each stratum is resampled with replacement to its size."""
     weights = np.zeros((_RESAMPLES, len(strata)), dtype=np.int64)
     for stratum in dict.fromkeys(strata):
         members = np.flatnonzero(np.array(strata) == stratum)
@@ -67,18 +68,18 @@ def _resampled(strata: Sequence[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "images"]) -> dict[str, Score]:
-    """The overall score and every skill's.
+    """Compute the overall score and the score of each skill.
 
     Args:
-        overall: it is the mean of the skills' scores, and the prompts of each skill are resampled apart (GenEval), or
-            the mean of the images' scores.
+        overall: "skills" for the mean over skills, with the prompts of each skill resampled separately (GenEval);
+            "images" for the mean over images.
 
     Raises:
-        UserError: there are no judgements.
+        UserError: no judgements.
     """
     judgements = list(judgements)
     if not judgements:
-        raise UserError("no image was judged, so there is no score; was the run limited to 0 documents?")
+        raise UserError("no image was judged, so the score is undefined; was the run limited to 0 documents?")
     prompts = list(dict.fromkeys(item.index for item in judgements))
     row = {index: number for number, index in enumerate(prompts)}
     skills = list(dict.fromkeys(skill for item in judgements for skill in item.marks))
@@ -109,13 +110,13 @@ def summarize(judgements: Iterable[Judgement], overall: Literal["skills", "image
     }
 
 
-class Clock:
+class Stopwatch:
     """Adds up the seconds spent in its `with` blocks."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self) -> "Clock":
+    def __enter__(self) -> "Stopwatch":
         self._started = time.perf_counter()
         return self
 

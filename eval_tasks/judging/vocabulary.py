@@ -1,7 +1,7 @@
-"""Words of GenEval: its skills, the classes of COCO and the colors."""
+"""GenEval's skills, object classes and colors."""
 
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# COCO's classes in COCO's order; three have names of GenEval's own (computer mouse, tv remote, computer keyboard).
+# COCO's classes in COCO's order; GenEval renamed three (computer mouse, tv remote, computer keyboard).
 CLASSES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
     "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"

@@ -1,8 +1,9 @@
-"""How sure a visual question answering model of transformers is that the answer is yes (VQAScore, arXiv 2404.01291)."""
+"""VQAScore (arXiv 2404.01291): the probability that a visual question answering model answers yes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -17,32 +18,32 @@ _WHAT = "the VQA judge's weights"
 
 @dataclass(frozen=True)
 class Answer:
-    """The probabilities that the model's answer begins with Yes and with No."""
+    """The probabilities that the model's answer starts with Yes and with No."""
 
     yes: float
     no: float
 
 
 class YesNoJudge:
-    """Asks yes-or-no questions; several rows a batch give the answers of one at a time.
+    """Asks yes-or-no questions in batches; the answers do not depend on the batch.
 
-    A model with a chat template is asked through it, any other gets the bare question.
+    A model with a chat template is asked through it, any other model gets the bare question.
     """
 
-    def __init__(self, model: torch.nn.Module, processor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: Any, processor: Any, device: torch.device | str = "cpu") -> None:
         self.model, self.processor, self.device = model.to(device).eval(), processor, torch.device(device)
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._chat = getattr(processor, "chat_template", None) is not None
         if self._chat:
-            self._tokenizer.padding_side = "left"  # the answer begins where the prompt ends, in every row
+            self._tokenizer.padding_side = "left"  # the answer starts right after the prompt in every row
         self._yes, self._no = self._first_tokens("Yes"), self._first_tokens("No")
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | str = "cpu") -> "YesNoJudge":
-        """Load a folder of a transformers model that answers questions about images.
+        """Load a model folder of transformers that answers questions about images.
 
         Raises:
-            UserError: no such folder, another kind of model, damaged files, or weights that are missing or do not fit.
+            UserError: a missing folder, another kind of model, damaged files, or missing or mismatched weights.
         """
         require_weights(folder, _WHAT)
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering
@@ -50,14 +51,19 @@ class YesNoJudge:
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as GENERATIVE
 
         config = open_config(AutoConfig, folder)
-        answering = (config.architectures or [""])[0].endswith("ForQuestionAnswering")
+        architecture = (config.architectures or [""])[0]
+        answering = architecture.endswith("ForQuestionAnswering")
         if not answering and config.model_type not in GENERATIVE:
-            raise UserError(f"{_WHAT}: {folder} holds a {config.model_type!r}, which answers no questions about images")
+            raise UserError(
+                f"{_WHAT}: {folder} holds a {config.model_type!r}, which does not answer questions on images"
+            )
         kind = AutoModelForVisualQuestionAnswering if answering else AutoModelForImageTextToText
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         model = load_whole(kind, folder, use_safetensors=True, dtype=dtype, local_files_only=True)
         if not hasattr(model, "generate"):
-            raise UserError(f"{_WHAT}: {folder} holds a {config.architectures[0]}, which does not write its answers")
+            raise UserError(
+                f"{_WHAT}: {folder} holds a {architecture or config.model_type}, which does not generate text"
+            )
         processor = open_processor(
             Processor,
             folder,
@@ -69,20 +75,20 @@ class YesNoJudge:
         return cls(model, processor, device)
 
     def _first_tokens(self, answer: str) -> list[int]:
-        """The ids of an answer that is one token, at the start of a text or behind a space."""
+        """The ids of an answer that is a single token, at the start of a text or after a space."""
         spelled = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, f" {answer}")]
-        # A word that the tokenizer does not know is one token too.
+        # An unknown word is a single token, too.
         unknown = self._tokenizer.unk_token_id
         single = sorted({ids[0] for ids in spelled if len(ids) == 1 and ids[0] != unknown})
         if not single:
             raise UserError(
-                f"{_WHAT}: its tokenizer has no single token for {answer!r}, so its probability is not told"
+                f"{_WHAT}: its tokenizer has no single token for {answer!r}, so the answer has no probability"
             )
         return single
 
     @torch.inference_mode()
     def ask(self, images: Sequence[Image], questions: Sequence[str]) -> list[Answer]:
-        """One question an image, all in one batch."""
+        """Ask one question per image, all in one batch."""
         inputs = self._inputs(images, questions).to(device=self.device, dtype=self.model.dtype)
         outputs = self.model.generate(
             **inputs,
@@ -96,7 +102,7 @@ class YesNoJudge:
         yes, no = (probabilities[:, ids].sum(dim=-1).tolist() for ids in (self._yes, self._no))
         return [Answer(*pair) for pair in zip(yes, no, strict=True)]
 
-    def _inputs(self, images: Sequence[Image], questions: Sequence[str]):
+    def _inputs(self, images: Sequence[Image], questions: Sequence[str]) -> Any:
         if not self._chat:
             return self.processor(images=list(images), text=list(questions), padding=True, return_tensors="pt")
         texts = [
@@ -107,31 +113,30 @@ class YesNoJudge:
             )
             for question in questions
         ]
-        begin = self._tokenizer.bos_token  # some templates write it, and then the tokenizer must not
+        bos = self._tokenizer.bos_token  # if the template writes it, the tokenizer must not add it again
         return self.processor(
             images=[[image] for image in images],
             text=texts,
             padding=True,
             return_tensors="pt",
-            add_special_tokens=not (begin and texts[0].startswith(begin)),
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
 
 
 def find_judges(options: JudgeOptions) -> dict[str, str]:
-    """The judge's name, when it is there.
+    """Locate the judge, downloading it if necessary; returns its name.
 
     Raises:
-        UserError: it is not, and where it comes from.
+        UserError: the judge is missing; the message says where to get it.
     """
     _folder(options)
     return {"vqa": options.vqa}
 
 
 def open_vqa(options: JudgeOptions) -> YesNoJudge:
-    """The VQA model on the options' device."""
+    """Load the VQA model on the device of the options."""
     return YesNoJudge.open(_folder(options), options.torch_device)
 
 
 def _folder(options: JudgeOptions) -> Path:
-    what = "the VQA judge's weights"
-    return require_weights(fetch(options.vqa, what, variable("vqa")), what)
+    return require_weights(fetch(options.vqa, _WHAT, variable("vqa")), _WHAT)

@@ -1,4 +1,4 @@
-"""Where judges and prompt lists come from: a local path, or a hub id that is fetched before anything is drawn."""
+"""Sources of judges and prompt lists: local paths, or repositories of the hub, downloaded before anything is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +11,23 @@ TRANSFORMERS_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 def fetch(
     source: str, what: str, option: str, files: Sequence[str] = TRANSFORMERS_FILES, *, dataset: bool = False
 ) -> Path:
-    """A local path as it is, or the local copy of a repository of the hub.
+    """Return a local path as it is, or the local copy of a repository of the hub.
 
     Args:
         source: path of a file or folder, or `owner/name` on the hub.
-        what: for the error: what is looked for.
-        option: for the error: the environment variable that names another.
+        what: for the error: a description of the source.
+        option: for the error: the environment variable that sets the source.
         files: patterns of the files to fetch.
-        dataset: the repository is a data set's.
+        dataset: whether the repository holds a data set.
 
     Raises:
-        UserError: there is no such path, and the hub does not give it.
+        UserError: the path does not exist, and the hub does not provide it.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
     local = f"hf download {source}{' --repo-type dataset' if dataset else ''} --local-dir DIR"
-    advice = f"get it where there is a network with `{local}`, then set {option}=DIR"
+    advice = f"download it on a machine with network access with `{local}`, then set {option}=DIR"
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
     from huggingface_hub import snapshot_download
@@ -40,16 +40,16 @@ def fetch(
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{what}: {source} is no path here and the hub does not give it ({reason}); {advice}"
+            f"{what}: {source} is not a local path, and the hub does not provide it ({reason}); {advice}"
         ) from error
     return Path(folder)
 
 
 def require_weights(folder: Path, what: str, config: str = "config.json") -> Path:
-    """The folder, if it holds a model's configuration and safetensors.
+    """Check that a folder holds a model's configuration and safetensors, and return it.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: the folder or one of these files is missing.
     """
     if not folder.is_dir() or not (folder / config).is_file():
         raise UserError(f"{what}: {folder} must be a folder with {config}")

@@ -1,1 +1,1 @@
-"""The report card: result files of lmms-eval to one table and one plot, beside published figures."""
+"""The report card: lmms-eval results of several runs as one table and one plot, next to published figures."""

@@ -1,11 +1,13 @@
-"""The report card: runs and published models side by side, with what is not comparable marked; Markdown and JSON."""
+"""The report card: runs next to published models, with incomparable figures marked; as Markdown and JSON."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval_tasks.reporting.published import Benchmark, PublishedModel
-from eval_tasks.reporting.runs import Run, TaskResult
+from eval_tasks.reporting.published import CardRow, PublishedModel
+from eval_tasks.reporting.results import TaskResult
+from eval_tasks.reporting.runs import Run
+from eval_tasks.templates import open_template
 from evotok_plugin.errors import UserError
 
 MARK = "*"
@@ -13,57 +15,68 @@ MARK = "*"
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in its row's unit; `differs` says why published figures cannot be compared with it, or it with ours."""
+    """A figure in the unit of its row; `differs` is the reason why ours and published figures are not comparable."""
 
     value: float
     differs: str = ""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A benchmark: our cells by run, published cells by model; `beside` is what no skill scores, by run."""
+class FilledRow:
+    """The figures of one benchmark.
 
-    benchmark: Benchmark
+    Attributes:
+        ours: cells by run.
+        theirs: cells by published model.
+        baseline: by run, the score of a model without any skill.
+    """
+
+    benchmark: CardRow
     ours: dict[str, Cell]
     theirs: dict[str, Cell]
-    beside: dict[str, float]
+    baseline: dict[str, float]
 
 
 @dataclass(frozen=True)
 class ReportCard:
-    """Rows in order, of the tasks that a run has been given, and the published models that have a figure in them."""
+    """Rows in order, for the tasks of the runs, and the published models with a figure in any of these rows."""
 
     runs: list[Run]
     published: list[PublishedModel]
-    rows: list[Row]
+    rows: list[FilledRow]
 
     def as_markdown(self) -> str:
-        """The table, what the marks mean, what was evaluated, and where published figures stand."""
-        names = [run.name for run in self.runs], [model.name for model in self.published]
-        lines = [_line("", *names[0], *names[1]), _line("---", *["---:"] * (len(names[0]) + len(names[1])))]
+        """The table, the reasons behind its marks, what was evaluated, and the sources of published figures."""
+        runs, models = [run.name for run in self.runs], [model.name for model in self.published]
+        table: list[list[str]] = []
         reasons: dict[str, int] = {}
         for row in self.rows:
             cells = [
                 _cell(row, row.ours.get(run.name), reasons) or _without_figure(run.tasks.get(row.benchmark.task))
                 for run in self.runs
             ]
-            cells += [_cell(row, row.theirs.get(name), reasons) for name in names[1]]
-            lines.append(_line(_label(row), *cells))
-            if row.beside:
-                beside = [_number(row.benchmark, row.beside[name]) if name in row.beside else "" for name in names[0]]
-                lines.append(_line(f"- {row.benchmark.beside}", *beside, *[""] * len(names[1])))
-        parts = ["\n".join(lines)]
-        if reasons:
-            parts.append("Not comparable:\n\n" + "\n".join(f"{n}. {reason}" for reason, n in reasons.items()))
-        parts.append("Evaluated:\n\n" + "\n".join(_about(run) for run in self.runs))
-        if unreadable := [line for run in self.runs for line in run.unreadable]:
-            parts.append("Not readable:\n\n" + "\n".join(f"- {line}" for line in unreadable))
-        if sources := [line for model in self.published if (line := _sources(model, self.rows))]:
-            parts.append("Published:\n\n" + "\n".join(sources))
-        return "\n\n".join(parts) + "\n"
+            cells += [_cell(row, row.theirs.get(name), reasons) for name in models]
+            table.append([_label(row), *cells])
+            if row.baseline:
+                values = [_number(row.benchmark, row.baseline[name]) if name in row.baseline else "" for name in runs]
+                table.append([f"- {row.benchmark.baseline}", *values, *[""] * len(models)])
+        sources = {model.name: _sources(model, self.rows) for model in self.published}
+        template = open_template("eval_tasks.reporting", "report.md.jinja")
+        return template.render(
+            header=["", *runs, *models],
+            alignment=["---", *["---:"] * (len(runs) + len(models))],
+            table=table,
+            reasons=list(reasons),
+            runs=[
+                {"name": run.name, "model": run.model, "coverage": [_coverage(r) for r in run.tasks.values()]}
+                for run in self.runs
+            ],
+            unreadable=[error for run in self.runs for error in run.unreadable],
+            sources={name: figures for name, figures in sources.items() if figures},
+        )
 
     def as_json(self) -> str:
-        """Everything, figures unrounded."""
+        """All figures, unrounded, as JSON."""
         content = {
             "runs": [
                 {
@@ -84,7 +97,7 @@ class ReportCard:
                     "task": row.benchmark.task,
                     "metric": row.benchmark.metric,
                     "ours": {name: vars(cell) for name, cell in row.ours.items()},
-                    "beside": row.beside,
+                    "beside": row.baseline,
                     "published": {
                         model.name: vars(model.figures[row.benchmark.name])
                         | {"differs": row.theirs[model.name].differs}
@@ -98,18 +111,18 @@ class ReportCard:
         return json.dumps(content, indent=1) + "\n"
 
 
-def make_card(runs: Sequence[Run], rows: Sequence[Benchmark], models: Sequence[PublishedModel]) -> ReportCard:
-    """Put runs beside published models.
+def make_card(runs: Sequence[Run], rows: Sequence[CardRow], models: Sequence[PublishedModel]) -> ReportCard:
+    """Put runs next to published models.
 
     Args:
-        rows: benchmarks in order; tasks of the runs that have none are shown last, all their metrics.
+        rows: the card's rows in order; tasks without a row follow with all their metrics.
 
     Raises:
         UserError: no run has a figure to show.
     """
-    runs = _with_own_names(runs)
+    runs = _with_unique_names(runs)
     known = [*rows, *_unknown_tasks(runs, rows)]
-    shown = [row for benchmark in known if (row := _row(benchmark, runs, models)) is not None]
+    shown = [row for benchmark in known if (row := _fill(benchmark, runs, models)) is not None]
     if not any(row.ours for row in shown):
         tasks = ", ".join(task for run in runs for task in run.tasks)
         raise UserError(
@@ -120,17 +133,18 @@ def make_card(runs: Sequence[Run], rows: Sequence[Benchmark], models: Sequence[P
     return ReportCard(list(runs), compared, shown)
 
 
-def _with_own_names(runs: Sequence[Run]) -> list[Run]:
-    """Folders of one name are told apart by a number."""
-    names: dict[str, int] = {}
-    own = []
+def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
+    """Number the runs whose folders have the same name."""
+    counts: dict[str, int] = {}
+    renamed = []
     for run in runs:
-        names[run.name] = names.get(run.name, 0) + 1
-        own.append(run if names[run.name] == 1 else replace(run, name=f"{run.name} ({names[run.name]})"))
-    return own
+        counts[run.name] = counts.get(run.name, 0) + 1
+        renamed.append(run if counts[run.name] == 1 else replace(run, name=f"{run.name} ({counts[run.name]})"))
+    return renamed
 
 
-def _unknown_tasks(runs: Sequence[Run], rows: Sequence[Benchmark]) -> list[Benchmark]:
+def _unknown_tasks(runs: Sequence[Run], rows: Sequence[CardRow]) -> list[CardRow]:
+    """A row for each metric of each task that has no row, and one for a task without metrics."""
     tasks = {row.task for row in rows}
     metrics = dict.fromkeys(
         (task, metric)
@@ -141,41 +155,44 @@ def _unknown_tasks(runs: Sequence[Run], rows: Sequence[Benchmark]) -> list[Bench
     )
     scored = {task for task, metric in metrics if metric}
     return [
-        Benchmark(name=f"{task}: {metric}" if metric else task, group="other", task=task, metric=metric, digits=3)
+        CardRow(name=f"{task}: {metric}" if metric else task, group="other", task=task, metric=metric, digits=3)
         for task, metric in metrics
         if metric or task not in scored
     ]
 
 
-def _row(benchmark: Benchmark, runs: Sequence[Run], models: Sequence[PublishedModel]) -> Row | None:
-    """None if no run was given the task, or there is nothing to show. A figure that a task left out, as rFID where
-    weights are missing, has a row where others have published it; a task without any figure always has one."""
+def _fill(benchmark: CardRow, runs: Sequence[Run], models: Sequence[PublishedModel]) -> FilledRow | None:
+    """Fill a row; None if no run evaluated its task, or nothing is known about it.
+
+    A task without any figure always has a row. A single figure that a task left out (rFID without its weights) has one
+    only if a model has published it.
+    """
     if not any(benchmark.task in run.tasks for run in runs):
         return None
-    ours, beside = {}, {}
+    ours, baseline = {}, {}
     for run in runs:
         result = run.tasks.get(benchmark.task)
         if result is None or benchmark.metric not in result.figures:
             continue
         ours[run.name] = Cell(benchmark.scale * result.figures[benchmark.metric], _why_ours_differs(benchmark, result))
-        if benchmark.beside in result.figures:
-            beside[run.name] = benchmark.scale * result.figures[benchmark.beside]
+        if benchmark.baseline in result.figures:
+            baseline[run.name] = benchmark.scale * result.figures[benchmark.baseline]
     theirs = {}
     for model in models:
         if figure := model.figures.get(benchmark.name):
             theirs[model.name] = Cell(figure.value, "; ".join(filter(None, (benchmark.differs, figure.differs))))
     empty = any(not run.tasks[benchmark.task].figures for run in runs if benchmark.task in run.tasks)
-    return Row(benchmark, ours, theirs, beside) if ours or theirs or empty else None
+    return FilledRow(benchmark, ours, theirs, baseline) if ours or theirs or empty else None
 
 
-def _why_ours_differs(benchmark: Benchmark, result: TaskResult) -> str:
+def _why_ours_differs(benchmark: CardRow, result: TaskResult) -> str:
     if result.limited:
         count = "some" if result.documents is None else result.documents
         return f"{result.task}: only {count} documents were asked"
-    made_of = tuple(int(result.figures.get(name, 0)) for name in ("num_images", "image_size"))
-    wanted = benchmark.images, benchmark.image_size
-    if benchmark.images and made_of != wanted:
-        ours, theirs = (f"{count} images of {side} x {side}" for count, side in (made_of, wanted))
+    measured = tuple(int(result.figures.get(name, 0)) for name in ("num_images", "image_size"))
+    published = benchmark.images, benchmark.image_size
+    if benchmark.images and measured != published:
+        ours, theirs = (f"{count} images of {side} x {side}" for count, side in (measured, published))
         return f"{benchmark.name}: ours is of {ours}, published ones of ImageNet-1K val, {theirs}"
     return ""
 
@@ -183,20 +200,16 @@ def _why_ours_differs(benchmark: Benchmark, result: TaskResult) -> str:
 # Markdown ------------------------------------------------------------------------------------------------------
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _label(row: Row) -> str:
+def _label(row: FilledRow) -> str:
     return f"{row.benchmark.name} {'(lower is better)' if row.benchmark.lower else ''}".strip()
 
 
-def _number(benchmark: Benchmark, value: float) -> str:
+def _number(benchmark: CardRow, value: float) -> str:
     return f"{value:.{benchmark.digits}f}"
 
 
-def _cell(row: Row, cell: Cell | None, reasons: dict[str, int]) -> str:
-    """A figure; one that is not comparable is followed by the numbers of its reasons."""
+def _cell(row: FilledRow, cell: Cell | None, reasons: dict[str, int]) -> str:
+    """A figure; one that is not comparable is followed by the number of its reason."""
     if cell is None:
         return ""
     text = _number(row.benchmark, cell.value)
@@ -207,18 +220,14 @@ def _cell(row: Row, cell: Cell | None, reasons: dict[str, int]) -> str:
 
 
 def _without_figure(result: TaskResult | None) -> str:
-    """The cell of a run that has no figure in a row."""
+    """The cell of a run without a figure in a row."""
     if result is None:
         return ""
     return "not measured" if result.figures else "no figure"
 
 
-def _about(run: Run) -> str:
-    return f"- **{run.name}**: {run.model}; " + ", ".join(_asked(result) for result in run.tasks.values())
-
-
-def _asked(result: TaskResult) -> str:
-    """How much a task's figures rest on."""
+def _coverage(result: TaskResult) -> str:
+    """The number of documents or images behind a task's figures."""
     if "num_images" in result.figures:
         return f"{result.task} {result.figures['num_images']:.0f} images"
     if result.documents is None:
@@ -226,12 +235,10 @@ def _asked(result: TaskResult) -> str:
     return f"{result.task} {result.documents} documents"
 
 
-def _sources(model: PublishedModel, rows: Sequence[Row]) -> str:
-    """Where the figures that are shown stand; empty if none is."""
+def _sources(model: PublishedModel, rows: Sequence[FilledRow]) -> dict[str, list[str]]:
+    """The benchmarks whose published figures are shown, by source."""
     by_source: dict[str, list[str]] = {}
     for row in rows:
         if figure := model.figures.get(row.benchmark.name):
             by_source.setdefault(f"{figure.source} ({figure.setting})", []).append(row.benchmark.name)
-    if not by_source:
-        return ""
-    return f"- **{model.name}**: " + "; ".join(f"{', '.join(names)}: {source}" for source, names in by_source.items())
+    return by_source

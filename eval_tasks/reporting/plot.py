@@ -1,8 +1,8 @@
-"""The report card as bars: a panel a benchmark, because their units differ; ours in colour, published ones in grey."""
+"""The report card as bar charts, one panel per benchmark since units differ; our runs in color."""
 
 from typing import TYPE_CHECKING
 
-from eval_tasks.reporting.card import Cell, ReportCard, Row
+from eval_tasks.reporting.card import Cell, FilledRow, ReportCard
 from evotok_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _BAR_INCHES = 0.26
 
 
 def plot_card(card: ReportCard) -> "Figure":
-    """A figure; bars that are not comparable are hatched, dashed lines say what no skill scores.
+    """Draw the card: incomparable bars are hatched, dashed lines mark the score of a model without any skill.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -33,14 +33,16 @@ def plot_card(card: ReportCard) -> "Figure":
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, row in zip(panels, rows, strict=False):
         _draw(panel, row, card)
-        panel.set_ylim(bars - 0.5, -0.5)  # bars of all panels are alike, the first on top
+        panel.set_ylim(bars - 0.5, -0.5)  # equally high bars in all panels, the first on top
     for panel in panels[len(rows) :]:
         panel.set_axis_off()
-    figure.suptitle("hatched: not comparable, see the table; dashed: what no skill scores", fontsize=8, color="#555555")
+    figure.suptitle(
+        "hatched: not comparable, see the table; dashed: score without any skill", fontsize=8, color="#555555"
+    )
     return figure
 
 
-def _draw(axes: "Axes", row: Row, card: ReportCard) -> None:
+def _draw(axes: "Axes", row: FilledRow, card: ReportCard) -> None:
     bars: list[tuple[str, Cell, str]] = []
     for number, run in enumerate(card.runs):
         if run.name in row.ours:
@@ -52,7 +54,7 @@ def _draw(axes: "Axes", row: Row, card: ReportCard) -> None:
         axes.barh(place, cell.value, color=color, edgecolor="white", hatch=hatch, height=0.8, linewidth=0)
         text = f" {cell.value:.{row.benchmark.digits}f}"
         axes.text(max(cell.value, 0), place, text, va="center", fontsize=8)
-    for name, value in row.beside.items():
+    for name, value in row.baseline.items():
         place = next(place for place, (bar, _, _) in enumerate(bars) if bar == name)
         axes.plot([value, value], [place - 0.45, place + 0.45], color="black", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)

@@ -1,4 +1,4 @@
-"""The benchmarks of the report card, and what others have published; `published.yaml` beside this file holds both."""
+"""The rows of the report card and the figures that others have published, both read from `published.yaml`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ _ABOUT_FIGURES = ("source", "setting", "differs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """A row: which figure of ours it shows, in which unit, and what keeps published ones from being compared with it.
+class CardRow:
+    """A row of the report card: a metric of ours, its published unit, and its comparability with published figures.
 
     Attributes:
         group: reconstruction, reading or drawing.
-        scale: our figure times this has the published unit; `full` is the best possible in it, if there is one.
-        images, image_size: what a figure that is comparable was made of; 0 where it does not matter.
-        beside: metric that says what no skill scores.
+        scale: factor from our figure to the published unit.
+        full: the best possible figure in the published unit, where there is one.
+        lower: whether lower figures are better.
+        images, image_size: number and side of the images behind published figures; 0 where they do not matter.
+        baseline: the task's metric that gives the score of a model without any skill.
+        differs: why published figures are never comparable with ours.
     """
 
     name: str
@@ -34,13 +37,13 @@ class Benchmark:
     lower: bool = False
     images: int = 0
     image_size: int = 0
-    beside: str = ""
+    baseline: str = ""
     differs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigure:
-    """A figure in the benchmark's unit, where it stands, how it was made, and why it cannot be compared."""
+    """A figure in its row's unit, with its source, the setting it was measured in, and why it is not comparable."""
 
     value: float
     source: str
@@ -50,20 +53,20 @@ class PublishedFigure:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model's figures by name of the benchmark."""
+    """A model's figures by name of the row."""
 
     name: str
     setting: str
     figures: dict[str, PublishedFigure]
 
 
-def benchmarks() -> list[Benchmark]:
+def card_rows() -> list[CardRow]:
     """All rows, in order."""
-    return [Benchmark(**row) for row in yaml.safe_load(_FILE.read_text())["benchmarks"]]
+    return [CardRow(**row) for row in yaml.safe_load(_FILE.read_text())["benchmarks"]]
 
 
 def published(names: Sequence[str] | None = None) -> list[PublishedModel]:
-    """Published models, all or those that are named.
+    """The published models, all of them or those of the given names.
 
     Raises:
         UserError: an unknown name.
@@ -77,10 +80,8 @@ def published(names: Sequence[str] | None = None) -> list[PublishedModel]:
 
 
 def _model(row: dict) -> PublishedModel:
-    figures = {}
-    for together in row["figures"]:
-        about = {key: together[key] for key in _ABOUT_FIGURES if key in together}
-        figures |= {
-            name: PublishedFigure(value=value, **about) for name, value in together.items() if name not in about
-        }
+    figures: dict[str, PublishedFigure] = {}
+    for entry in row["figures"]:
+        about = {key: entry[key] for key in _ABOUT_FIGURES if key in entry}
+        figures |= {name: PublishedFigure(value=value, **about) for name, value in entry.items() if name not in about}
     return PublishedModel(row["name"], row["setting"], figures)

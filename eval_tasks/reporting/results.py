@@ -1,68 +1,132 @@
-"""The figures of an lmms-eval run, read from its output folder; lmms-eval itself exits with 0 when it fails."""
+"""The one reader of lmms-eval results files: which files hold results, and each task's metrics.
+
+lmms-eval exits with 0 even when a run fails, so the results files decide whether it succeeded.
+"""
 
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from evotok_plugin.errors import UserError
 
-# `20260731_120000_results.json`; tasks leave other *_results.json beside it.
-RESULTS_NAME = re.compile(r"\d{8}_\d{6}_results\.json")
+# `20260731_120000_results.json` in the supported version; results.json or 0731_1200_NAME_results.json in older ones.
+_RESULTS_NAMES = re.compile(r"(\d{8}_\d{6}_|\d{4}_\d{4}_(.+_)?)?results\.json")
+_OTHER_KEYS = {"config", "configs", "versions", "n-samples", "group_subtasks", "model_configs", "model_name"}
 _NOT_METRICS = ("alias", "name", "samples", "sample_len", "sample_count")
 
 
-def newest_results_file(output_dir: str | Path, not_before: float = 0.0) -> Path:
-    """The last results file below a folder.
+@dataclass(frozen=True)
+class TaskResult:
+    """The results of one task.
+
+    Attributes:
+        model: the evaluated model, as lmms-eval names it.
+        figures: values by metric; keys are `metric`, or `metric,filter` where a filter has a name. Empty for a task
+            without metrics, such as one that writes a submission file.
+        documents: number of evaluated documents; None where the file does not record it.
+        limited: whether only some of the task's documents were evaluated.
+        file: the results file.
+    """
+
+    task: str
+    model: str
+    figures: dict[str, float]
+    documents: int | None
+    limited: bool
+    file: Path
+
+
+# Files ---------------------------------------------------------------------------------------------------------
+
+
+def results_files(folder: str | Path, not_before: float = 0.0) -> list[Path]:
+    """All results files below a folder, oldest first.
+
+    Names differ between versions of lmms-eval, so a file with another name is recognized by its content.
 
     Args:
         not_before: seconds since the epoch; older files belong to an earlier run.
 
     Raises:
-        UserError: there is none, which is how a failed lmms-eval run shows.
+        UserError: no results file, which is the sign of a failed lmms-eval run.
     """
-    found = [path for path in Path(output_dir).rglob("*_results.json") if RESULTS_NAME.fullmatch(path.name)]
-    recent = [path for path in found if path.stat().st_mtime >= not_before]
+    named = [file for file in Path(folder).rglob("*results*.json") if file.is_file()]
+    found = [file for file in named if _RESULTS_NAMES.fullmatch(file.name) or _holds_results(file)]
+    recent = [file for file in found if file.stat().st_mtime >= not_before]
     if not recent:
-        older = f" ({len(found)} of earlier runs are there)" if found else ""
+        older = f" ({len(found)} from earlier runs)" if found else ""
         raise UserError(
-            f"no lmms-eval results in {output_dir}{older}: the run failed. lmms-eval exits with 0 even then; its "
-            "error stands above 'Error during evaluation' in its output"
+            f"no lmms-eval results in {folder}{older}: nothing was evaluated, or the run failed. lmms-eval exits with "
+            "0 even then; its output shows the error above 'Error during evaluation'"
         )
-    return max(recent, key=lambda path: (path.stat().st_mtime, path.name))
+    return sorted(recent, key=lambda file: (file.stat().st_mtime, file.name))
 
 
-def read_results(
-    output_dir: str | Path, tasks: Sequence[str] = (), not_before: float = 0.0
-) -> dict[str, dict[str, float]]:
-    """The newest run's metrics, {task: {metric: value}}.
+def _holds_results(file: Path) -> bool:
+    """Whether a file is an lmms-eval results file; tasks write submissions under similar names."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("results"), dict) and bool(_OTHER_KEYS & set(content))
 
-    Args:
-        tasks: names that must be among the results.
-        not_before: start of the run (`time.time()`), so that an earlier run's file is not taken for this one's.
+
+# Content -------------------------------------------------------------------------------------------------------
+
+
+def read_results_file(file: Path) -> list[TaskResult]:
+    """Read the tasks of a results file of any version; groups, whose members are listed themselves, are skipped.
 
     Raises:
-        UserError: no results, an unreadable file, or a task without any figure.
+        UserError: not a results file, or a file without tasks.
     """
-    path = newest_results_file(output_dir, not_before)
     try:
-        content = json.loads(path.read_text())
-        by_task = content["results"]
-        groups = {name for name, members in content.get("group_subtasks", {}).items() if members}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an lmms-eval results file ({error}); run lmms-eval again") from error
-    results = {task: figures_of(values) for task, values in by_task.items()}
-    results = {task: figures for task, figures in results.items() if figures or task not in groups}
-    empty = [task for task in {**dict.fromkeys(tasks), **results} if not results.get(task)]
-    if empty or not results:
-        raise UserError(f"{path} has no figures for {', '.join(empty) or 'any task'}; it has {sorted(results)}")
+        content = json.loads(file.read_text())
+        groups = {name for name, members in (content.get("group_subtasks") or {}).items() if members}
+        by_task = {
+            task: values
+            for task, values in content["results"].items()
+            if task not in groups and isinstance(values, dict) and values.get(" ") != " "  # an empty group
+        }
+        model, config = _model_of(content), content.get("config") or {}
+        limited = isinstance(config, dict) and config.get("limit") not in (None, 0, -1)
+        results = [
+            _task_result(task, values, model, (content.get("n-samples") or {}).get(task), limited, file)
+            for task, values in by_task.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
+    if not results:
+        raise UserError(f"{file} has no results of any task; run lmms-eval again")
     return results
 
 
-def figures_of(values: dict) -> dict[str, float]:
-    """Numbers by metric of one task's row, whose keys are `metric,filter`; the filter `none` is left out.
+def _model_of(content: dict) -> str:
+    """The model's name; its key differs between versions."""
+    config = content.get("config") or content.get("model_configs") or {}
+    values = (content.get("model_name"), *(config.get(key) for key in ("model_args", "model") if config))
+    return next((str(value) for value in values if value), "unnamed model")
 
-    Rows of versions before filters have bare metrics.
+
+def _task_result(task: str, values: dict, model: str, samples: object, limited: bool, file: Path) -> TaskResult:
+    counts = samples if isinstance(samples, dict) else {"effective": samples, "original": samples}
+    effective, original = counts.get("effective"), counts.get("original")
+    return TaskResult(
+        task=task,
+        model=model,
+        figures=_figures_of(values),
+        documents=effective if isinstance(effective, int) else None,
+        limited=limited or effective != original,
+        file=file,
+    )
+
+
+def _figures_of(values: dict) -> dict[str, float]:
+    """The numbers in a task's row, whose keys are `metric,filter`; the filter `none` is dropped from the name.
+
+    Versions before filters wrote bare metrics.
     """
     figures, has_filters = {}, any("," in key for key in values)
     for key, value in values.items():
@@ -73,3 +137,38 @@ def figures_of(values: dict) -> dict[str, float]:
             continue
         figures[metric if selection == "none" else key] = float(value)
     return figures
+
+
+# Checks --------------------------------------------------------------------------------------------------------
+
+
+def require_figures(results: Sequence[TaskResult], tasks: Sequence[str] = ()) -> None:
+    """Check that every task was scored, which lmms-eval's exit code does not tell.
+
+    Args:
+        tasks: tasks that must be among the results.
+
+    Raises:
+        UserError: a task without figures.
+    """
+    by_task = {result.task: result.figures for result in results}
+    if empty := [task for task in {**dict.fromkeys(tasks), **by_task} if not by_task.get(task)]:
+        raise UserError(
+            f"{results[0].file} has no figures for {', '.join(empty)}: nothing was scored, or the task only writes a "
+            f"submission file; the file has the tasks {', '.join(sorted(by_task))}"
+        )
+
+
+def read_results(folder: str | Path, tasks: Sequence[str] = (), not_before: float = 0.0) -> dict[str, dict[str, float]]:
+    """Read the newest results file below a folder: {task: {metric: value}}.
+
+    Args:
+        tasks: tasks that must be among the results.
+        not_before: start of the run (`time.time()`), so that the file of an earlier run is not used.
+
+    Raises:
+        UserError: no results, an unreadable file, or a task without figures.
+    """
+    results = read_results_file(results_files(folder, not_before)[-1])
+    require_figures(results, tasks)
+    return {result.task: result.figures for result in results}

@@ -1,0 +1,1 @@
+"""Tasks of lmms-eval: one folder per task, and what several tasks share."""

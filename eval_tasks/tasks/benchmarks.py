@@ -1,4 +1,4 @@
-"""The drawing benchmarks by the name of their task."""
+"""The drawing benchmarks by name of their task."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ def _on_scenes(options: JudgeOptions) -> JudgeOptions:
     return replace(options, detector=options.detector or geneval.SCENES)
 
 
-# Scored by its own task in lmms-eval; here so that its images can be judged again by themselves.
+# lmms-eval scores this benchmark with its own task; it is listed here so that `evotok-eval judge` can judge its images.
 GENEVAL_SCENES = Benchmark(
     name="geneval_scenes",
     overall="skills",

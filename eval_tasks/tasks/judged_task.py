@@ -1,44 +1,46 @@
-"""A benchmark as an lmms-eval task: documents, answers kept, all images judged at once, figures by name.
+"""A drawing benchmark as an lmms-eval task whose images are stored and judged together.
 
-lmms-eval scores document by document; judges work in batches, and only when the drawing model has left memory. So a
-document's answer is only passed on, and the overall figure, which is asked for first, keeps and judges the whole run.
+lmms-eval scores one document at a time, but judges work in batches and only after the drawing model has been freed.
+Therefore `process_results` only passes the answers on, and the aggregation of the overall score, which lmms-eval calls
+first, stores and judges the images of all documents.
 """
 
 import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 
-from eval_tasks.judging.drawn_run import keep, new_folder
+from eval_tasks.judging.drawn_run import new_folder, store_drawn_run
 from eval_tasks.judging.judge_run import Benchmark, judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.scores import OVERALL, Score
 from evotok_plugin.errors import UserError
 
 _INTERVAL = {f"{OVERALL}_low": "low", f"{OVERALL}_high": "high"}
-_NO_FOLDER = "outputs/lmms_eval"  # without --output_path
+_DEFAULT_FOLDER = "outputs/lmms_eval"  # without --output_path
 
 
 def doc_to_visual(doc: dict) -> list:
-    """A drawing prompt shows no image."""
+    """No images: a drawing prompt consists of text."""
     return []
 
 
 def doc_to_target(doc: dict) -> str:
-    """The whole document as JSON: of a document lmms-eval's samples keep only this, and judging later needs it all."""
+    """The complete document as JSON: the only part of a document in lmms-eval's samples, and needed to judge them."""
     return json.dumps(doc)
 
 
 class JudgedTask:
-    """What a task's YAML names: `process_docs`, `process_results` and one aggregation a metric.
+    """The functions of a task's YAML: `process_docs`, `process_results` and the aggregation of each metric.
 
     Args:
-        benchmark: how it is judged.
-        documents: the prompts, `index` and `prompt` in each; called once.
-        skills: of a document: the metrics that it counts for.
+        benchmark: the benchmark and its judge.
+        documents: returns the documents, each with `index` and `prompt`; called once.
+        skills: returns the metrics that a document counts for.
     """
 
     def __init__(
@@ -46,16 +48,16 @@ class JudgedTask:
     ) -> None:
         self.benchmark, self._load, self._skills = benchmark, documents, skills
         self._documents: list[dict] | None = None
-        self._marks: dict[str, dict[str, list[float]]] = {}  # of each answer, by its key
+        self._marks: dict[str, dict[str, list[float]]] = {}  # marks by skill, by key of the answer
         self._scores: dict[str, Score] = {}
 
     # Before drawing ------------------------------------------------------------------------------------------
 
     def prepare(self) -> dict:
-        """Load the documents; returns the judges' options, for the results.
+        """Load the documents, and return the judges' options, which are recorded in the results.
 
         Raises:
-            UserError: no prompts, or an option that means nothing.
+            UserError: missing prompts, or an invalid option.
         """
         options = JudgeOptions.from_environment()
         if self._documents is None:
@@ -63,28 +65,29 @@ class JudgedTask:
         return options.as_dict()
 
     def before_drawing(self) -> None:
-        """Find the judges.
+        """Locate the judges, so that a missing one is reported before anything is drawn.
 
         Raises:
-            UserError: one is missing: better told now than when everything is drawn.
+            UserError: a judge is missing.
         """
         try:
             self.benchmark.find_judges(JudgeOptions.from_environment())
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"{self.benchmark.name}: {error}. Nothing has been drawn: --predict_only draws without judging, and "
                 "`evotok-eval judge OUTPUT_PATH` judges what was drawn"
             ) from error
 
     def process_docs(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """The documents, in place of the task's own row, which lmms-eval needs but says nothing."""
+        """Replace the placeholder row, without which lmms-eval does not load a task, by the documents."""
         self.prepare()
+        assert self._documents is not None
         return datasets.Dataset.from_list(self._documents)
 
     # Scoring -------------------------------------------------------------------------------------------------
 
     def process_results(self, doc: dict, results: Sequence[str]) -> dict:
-        """Pass the answer on: whole for the overall score, by its key for everything else."""
+        """Pass the complete answer to the overall score, and its key to all other metrics."""
         key = uuid.uuid4().hex
         others = dict.fromkeys((*_INTERVAL, *self._skills(doc)), None)
         return {
@@ -92,18 +95,21 @@ class JudgedTask:
             **{name: {"key": key, "metric": name} for name in others},
         }
 
-    def aggregate_overall(self, items: Sequence[dict], args=None) -> float:
-        """Keep the images of all answers, judge them, report; the overall score.
+    def aggregate_overall(self, items: Sequence[dict], args: Any = None) -> float:
+        """Store the images of all answers, judge them and write the report; returns the overall score.
+
+        Args:
+            args: lmms-eval's command line, of which `output_path` is used.
 
         Raises:
-            UserError: an answer is no drawing or an image is broken; the images stay where the error says.
+            UserError: an answer without images, or a broken image; the message says where the images are stored.
         """
-        folder = new_folder(Path(getattr(args, "output_path", None) or _NO_FOLDER) / "drawn", self.benchmark.name)
-        run = keep(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])
+        folder = new_folder(Path(getattr(args, "output_path", None) or _DEFAULT_FOLDER) / "drawn", self.benchmark.name)
+        run = store_drawn_run(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])
         try:
             outcome = judge_run(run, self.benchmark, JudgeOptions.from_environment())
         except Exception as error:
-            error.add_note(f"everything drawn is kept; `evotok-eval judge {folder}` judges it")
+            error.add_note(f"all drawn images are stored; `evotok-eval judge {folder}` judges them")
             raise
         keys = {item["document"]["index"]: item["key"] for item in items}
         self._marks = {key: {} for key in keys.values()}
@@ -114,9 +120,9 @@ class JudgedTask:
         return self._scores[OVERALL].value
 
     def aggregate_interval(self, items: Sequence[dict]) -> float:
-        """An end of the overall score's interval."""
+        """The lower or upper end of the interval of the overall score."""
         return getattr(self._scores[OVERALL], _INTERVAL[items[0]["metric"]])
 
     def aggregate_skill(self, items: Sequence[dict]) -> float:
-        """A skill's score: the mean of the marks of all images of its documents."""
+        """The score of a skill: the mean of the marks of all images of its documents."""
         return float(np.mean([mark for item in items for mark in self._marks[item["key"]][item["metric"]]]))

@@ -1,8 +1,9 @@
-"""Rows of the files that benchmarks publish their prompts in: CSV, JSON, JSONL, parquet."""
+"""Reading of the files in which benchmarks publish their prompts: CSV, JSON, JSONL, parquet."""
 
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from evotok_plugin.errors import UserError
 
@@ -10,10 +11,10 @@ _FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file; of a JSON object of rows each row with its key as `id`, where it has none.
+    """Read the rows of a file; a row of a JSON object gets its key as `id`, unless it has an `id`.
 
     Raises:
-        UserError: no such file, another format, a damaged file, or no rows.
+        UserError: a missing or damaged file, another format, or no rows.
     """
     kind = path.suffix.lower()
     if kind not in _FORMATS:
@@ -26,7 +27,7 @@ def read_rows(path: Path) -> list[dict]:
         else:
             text = path.read_text(encoding="utf-8-sig")
             rows = {".csv": _csv_rows, ".jsonl": _json_lines, ".json": _json_rows}[kind](text)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as error:
         raise UserError(f"prompts file {path} cannot be read: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"prompts file {path} must hold rows with named columns")
@@ -48,14 +49,29 @@ def _json_rows(text: str) -> list:
     return content if isinstance(content, list) else []
 
 
-def column(row: dict, names: tuple[str, ...], path: Path) -> object:
-    """The first of several columns that a row has, whatever their case.
+def column(row: dict, names: tuple[str, ...], path: Path) -> Any:
+    """The value of the first of several columns that a row has, ignoring case.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the row has none of these columns.
     """
     plain = {str(name).strip().lower(): value for name, value in row.items()}
     for name in names:
         if plain.get(name) is not None:
             return plain[name]
-    raise UserError(f"prompts file {path} needs a column {' or '.join(map(repr, names))}, it has {sorted(plain)}")
+    raise UserError(f"prompts file {path} needs a column {' or '.join(map(repr, names))}, got {sorted(plain)}")
+
+
+def whole_number(value: Any, what: str, path: Path) -> int:
+    """A value of a prompts file as an integer; tables often hold integers as `1.0`.
+
+    Args:
+        what: for the error: a description of the value.
+
+    Raises:
+        UserError: not an integer.
+    """
+    try:
+        return int(float(value))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"prompts file {path}: expected a number as {what}, got {value!r}") from error

@@ -1,13 +1,8 @@
-"""What several commands have in common: options, opening a tokenizer, batches of pictures."""
+"""Options that several commands share."""
 
 import argparse
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
-from evotok_plugin.common.progress import progress_interval
-from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -47,11 +42,3 @@ def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | Non
     if size < patch or size % patch:
         raise UserError(f"--size must be a multiple of the patch size {patch}, got {size}")
     return EvoTokImageProcessor(size=size)
-
-
-def batches(source: ImageSource, indices: Sequence[int], processor: EvoTokImageProcessor, size: int = 32) -> Iterator:
-    """`pixel_values` (B, 3, H, W) of the images that are asked for, in order; a broken one raises."""
-    for start in tqdm(
-        range(0, len(indices), size), unit="batch", disable=len(indices) <= size, mininterval=progress_interval()
-    ):
-        yield processor([source.picture(index) for index in indices[start : start + size]]).pixel_values

@@ -4,15 +4,20 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
-from evotok_plugin.commands.options import SharedOptions, at_size, batches
+from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_file
 from evotok_plugin.common.pictures import image_grid, picture_suffixes
+from evotok_plugin.common.progress import progress_bar
+from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
 _COLUMNS = 12
+_BATCH_SIZE = 32
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
@@ -32,12 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
     processor = at_size(processor, model, arguments.size)
     source = open_sources(arguments.source)
     depth = model.config.pixel_depth if arguments.depth is None else arguments.depth
-    originals, rebuilt = [], []
-    for batch in batches(source, range(len(source)), processor):
-        pixels = model.decode_pixels(model.encode(batch.to(model.device), depth=depth).codes).cpu()
-        for index, score in enumerate(psnr(pixels, batch).tolist(), start=len(originals)):
+    num_batches = -(-len(source) // _BATCH_SIZE)
+    batches = decoded(source, range(len(source)), processor, _BATCH_SIZE)
+    originals: list[Image] = []
+    rebuilt: list[Image] = []
+    for batch in progress_bar(batches, total=num_batches, unit="batch", disable=num_batches <= 1):
+        for reason in batch.broken.values():
+            raise UserError(reason)
+        pixel_values = batch.pixel_values
+        pixels = model.decode_pixels(model.encode(pixel_values.to(model.device), depth=depth).codes).cpu()
+        for index, score in zip(batch.indices, psnr(pixels, pixel_values).tolist(), strict=True):
             print(f"{source.key(index)}: PSNR {score:.2f} dB")
-        originals += processor.to_pil(batch)
+        originals += processor.to_pil(pixel_values)
         rebuilt += processor.to_pil(pixels)
     columns = min(_COLUMNS, len(originals))
     rows = []

@@ -6,7 +6,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 
 from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 from evotok_plugin.errors import UserError
@@ -14,48 +15,123 @@ from evotok_plugin.errors import UserError
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 
+Work = Callable[[argparse.Namespace], int | None]
+
 
 def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
-    work: Callable[[argparse.Namespace], int | None] | None = None,
+    work: Work | None = None,
     stopped: str = "stopped",
+    translate: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> int:
     """Parse flags, do the work, and translate how it ends.
 
-    A `UserError` becomes one line on stderr, Ctrl-C the line `stopped`; with `--debug` both are followed by the
-    traceback. Any other exception is a bug and keeps its traceback.
+    A `UserError` becomes one line on stderr, Ctrl-C the line `stopped`; with `--debug` both follow their traceback. Any
+    other exception is a bug and keeps its traceback.
 
     Args:
-        parser: its commands set `run`, the function that takes the parsed flags and returns an exit code or None. A
-            command that sets `takes_rest` gets unknown flags as `rest`; for all others they are an error.
-        argv: the command line, by default that of the process.
-        work: what to run where the parser has no commands.
+        parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
+            given. Where it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
+        argv: the command line without the program, by default that of the process.
+        work: takes the place of the parser's `run`.
         stopped: the line that Ctrl-C ends with.
+        translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
-        The exit code: that of the command, 2 for a user error, 130 after Ctrl-C.
+        The exit code: that of the work, 2 for a user error, 130 after Ctrl-C.
     """
-    commands = _commands_of(parser)
-    for command in commands or [parser]:
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(flags=flags_of(command))
-    arguments, arguments.rest = parser.parse_known_args(argv)
+    return _run(lambda: parser, argv, work, stopped, translate)
+
+
+def run_command(
+    prog: str,
+    description: str,
+    commands: Mapping[str, str],
+    add: Callable[["argparse._SubParsersAction", str], object],
+    argv: Sequence[str] | None = None,
+    stopped: str = "stopped",
+) -> int:
+    """`run` for a program of several commands.
+
+    Args:
+        commands: the help of every command by its name.
+        add: adds a command, by its name, with its flags. It is called for the command that `argv` names alone, so that
+            `--help` imports none.
+    """
+    return _run(lambda: parser_of(prog, description, commands, add, _arguments(argv)), argv, None, stopped)
+
+
+def parser_of(
+    prog: str,
+    description: str,
+    commands: Mapping[str, str],
+    add: Callable[["argparse._SubParsersAction", str], object],
+    argv: Sequence[str],
+) -> argparse.ArgumentParser:
+    """The parser of a program of several commands; only the command that `argv` names has its flags."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    named = next((word for word in argv if not word.startswith("-")), None)
+    for name, text in commands.items():
+        if name == named:
+            add(subparsers, name)
+        else:
+            subparsers.add_parser(name, help=text)
+    return parser
+
+
+def add_from(package: str) -> Callable[["argparse._SubParsersAction", str], None]:
+    """The `add` of `run_command` for commands that are modules of a package: `NAME.add(subparsers)`."""
+
+    def add(subparsers: "argparse._SubParsersAction", name: str) -> None:
+        import_module(f"{package}.{name}").add(subparsers)
+
+    return add
+
+
+def _arguments(argv: Sequence[str] | None) -> Sequence[str]:
+    return sys.argv[1:] if argv is None else argv
+
+
+def _run(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None,
+    work: Work | None,
+    stopped: str,
+    translate: Callable[[Sequence[str]], Sequence[str]] = list,
+) -> int:
+    debug = "--debug" in _arguments(argv)
     try:
-        if not getattr(arguments, "takes_rest", False):
-            reject_unknown_flags(arguments.rest, arguments.flags)
+        arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
         _quiet_libraries()
-        return (work or arguments.run)(arguments) or 0
+        return work(arguments) or 0
     except UserError as error:
-        if arguments.debug:
+        if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        if arguments.debug:
+        if debug:
             traceback.print_exc()
         print(stopped, file=sys.stderr)
         return INTERRUPTED
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
+    """The flags, and the work that they ask for."""
+    for each in _commands_of(parser) or [parser]:
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        each.set_defaults(flags=flags_of(each))
+    arguments, rest = parser.parse_known_args(argv)
+    values = vars(arguments)
+    flags = values.pop("flags")
+    values.pop("debug")
+    if values.pop("takes_rest", False):
+        arguments.rest = rest
+    else:
+        reject_unknown_flags(rest, flags)
+    return arguments, work or values.pop("run")
 
 
 def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

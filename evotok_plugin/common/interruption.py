@@ -47,7 +47,7 @@ class StopSignals:
         self.end()
 
 
-def serve_the_parent(worker: int = 0) -> None:
+def exit_with_parent(worker: int = 0) -> None:
     """What a data-loading process does first (`worker_init_fn`).
 
     A terminal's Ctrl-C and a cluster's SIGTERM go to every process: the one that works ends those that read for it.

@@ -8,22 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evotok_plugin.common.files import temporary_path, write_json, writing
 from evotok_plugin.errors import UserError
 
 MARKER = ".evotok.json"
 PROGRAM = "evotok"
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-def write_marker(path: Path, value: dict) -> None:
-    """Replace the marker of a folder as a whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_marker(folder: Path) -> dict | None:
@@ -124,8 +114,9 @@ class OwnedFolder:
         self.forget(*entries)
 
     def _write(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_marker(self.path / MARKER, self._marker)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / MARKER, self._marker)
         self.has_marker = True
 
     # Replacing -----------------------------------------------------------------------------------------------
@@ -143,12 +134,12 @@ class OwnedFolder:
         moved = self.files(entry for entry in self.entries if entry not in kept)
         if not moved:
             return None
-        if self._aside.exists() and any(path.name != f"{MARKER}.tmp" for path in self._aside.iterdir()):
+        if self._aside.exists() and set(self._aside.iterdir()) - {temporary_path(self._aside / MARKER)}:
             raise UserError(f"{self._aside} is there already; move it away")
         self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
         names = [str(path.relative_to(self.path)) for path in moved]
         record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
-        write_marker(self._aside / MARKER, record)
+        write_json(self._aside / MARKER, record)
         _move(self.path, self._aside, names)
         self._marker = {**self._marker, "entries": [entry for entry in self.entries if entry in kept], "facts": {}}
         self._write()
@@ -182,7 +173,7 @@ class OwnedFolder:
         record = read_marker(self._aside)
         if record is None or "moved" not in record:
             return
-        write_marker(self._aside / MARKER, {**record, "obsolete": True})
+        write_json(self._aside / MARKER, {**record, "obsolete": True})
         delete_files(self._aside, [self._aside / name for name in record["moved"]])
         (self._aside / MARKER).unlink()
         _remove_if_empty(self._aside)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evotok_plugin.common.files import check_new_folder, write_whole_folder
+from evotok_plugin.common.folders import check_new_folder, write_whole_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint

@@ -1,0 +1,1 @@
+"""Reading images: sources, formats, batches, training streams and the code cache."""

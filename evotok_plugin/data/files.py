@@ -183,7 +183,7 @@ def local_path(spec: str) -> str:
         raise UserError(f"{shorten(spec)}: commands are not run; only local files are read")
     try:
         path = local_file(spec)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{shorten(spec)}: {error}") from None
     if path != spec:
         return path

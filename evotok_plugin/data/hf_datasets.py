@@ -89,7 +89,7 @@ def _content_of(text: str, name: str) -> bytes:
     try:
         content = embedded_content(text)
         path = local_path(text) if content is None else ""
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
     return read_file(path, f"{name}: {text}") if content is None else content
 
@@ -97,7 +97,7 @@ def _content_of(text: str, name: str) -> bytes:
 def _state_of(path: str) -> tuple[int, ...]:
     try:
         return file_state(local_path(path))
-    except ValueError:  # a URL, whose row has no image
+    except UserError:  # a URL, whose row has no image
         return ()
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evotok_plugin.data.cropping import resized_crop
+from evotok_plugin.data.mixture import BLOCK, block_pattern, whole_shares
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 
 _WINDOW = 16_384  # images of shards that are shuffled together: reading stays within a few shards at a time
-_BLOCK = 1_024  # positions over which the sources' shares are kept
 _KEPT_BYTES = 1 << 30  # pictures that are kept decoded where they are always cropped alike
 _TRIES = 100
 
@@ -103,10 +103,10 @@ class TrainingStream(Dataset):
         for source in sources:
             if not len(source):
                 raise UserError(f"{source.name!r} has no images to train on")
-        self._shares = _whole_shares([len(source) for source in sources] if weights is None else weights)
+        self._shares = whole_shares([len(source) for source in sources] if weights is None else weights)
         for source, share in zip(sources, self._shares, strict=True):
             if not share:
-                raise UserError(f"source {source.name!r} would get less than 1 of {_BLOCK} images; raise its weight")
+                raise UserError(f"source {source.name!r} would get less than 1 of {BLOCK} images; raise its weight")
         self._shuffled = [
             _Shuffled(source, [seed, number] if number else [seed]) for number, source in enumerate(sources)
         ]
@@ -127,7 +127,7 @@ class TrainingStream(Dataset):
             source = self._shuffled[number].source
             try:
                 return StreamItem(self._pixels(number, index, position), broken)
-            except ValueError as error:
+            except UserError as error:
                 broken.append((f"{source.name}/{source.key(index)}", str(error)))
         raise UserError(f"{_TRIES} images in a row are broken. First: {broken[0][1]}")
 
@@ -135,10 +135,9 @@ class TrainingStream(Dataset):
         """Which source a position belongs to, and which of its images stands there."""
         if len(self._shuffled) == 1:
             return 0, self._shuffled[0].index(position)
-        block, place = divmod(position, _BLOCK)
+        block, place = divmod(position, BLOCK)
         if block != self._block[0]:
-            pattern = np.repeat(np.arange(len(self._shares)), self._shares)
-            self._block = (block, np.random.default_rng([self._seed, 2, block]).permutation(pattern))
+            self._block = (block, block_pattern(self._shares, [self._seed, 2, block]))
         pattern = self._block[1]
         number = int(pattern[place])
         before = block * self._shares[number] + int((pattern[:place] == number).sum())
@@ -155,11 +154,3 @@ class TrainingStream(Dataset):
             if self._keep:
                 self._kept[number, index] = pixels
         return pixels
-
-
-def _whole_shares(weights: Sequence[float]) -> list[int]:
-    """Shares of a block in whole positions, the largest remainders rounded up."""
-    exact = np.asarray(weights, float) / sum(weights) * _BLOCK
-    shares = np.floor(exact).astype(int)
-    shares[np.argsort(shares - exact, kind="stable")[: _BLOCK - shares.sum()]] += 1
-    return shares.tolist()

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.meters import (
@@ -28,7 +27,7 @@ from evotok_plugin.evaluation.meters import (
     Usage,
 )
 from evotok_plugin.evaluation.report import _COLUMNS, Evaluation
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics import probes
 from evotok_plugin.metrics.image import psnr, ssim
@@ -270,46 +269,6 @@ def _values(
 # Images --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """An image by number: its pixels (3, H, W), uint8, or why it cannot be read."""
-
-    index: int
-    pixels: Tensor | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class _LoadedBatch:
-    """Pixels (B, 3, H, W), uint8, and the images that cannot be read, with the reason."""
-
-    indices: list[int]
-    pixels: Tensor | None
-    broken: dict[int, str]
-
-
-class _Decoded(Dataset):
-    """The images of a source as the processor crops them."""
-
-    def __init__(self, source: ImageSource, processor: EvoTokImageProcessor) -> None:
-        self._source, self._processor = source, processor
-
-    def __getitem__(self, index: int) -> _Loaded:
-        try:
-            return _Loaded(index, as_bytes(self._processor.crop(self._source.picture(index))))
-        except ValueError as error:
-            return _Loaded(index, None, str(error))
-
-
-def _collate(items: Sequence[_Loaded]) -> _LoadedBatch:
-    whole = [item for item in items if item.pixels is not None]
-    return _LoadedBatch(
-        indices=[item.index for item in whole],
-        pixels=torch.stack([item.pixels for item in whole]) if whole else None,
-        broken={item.index: item.reason for item in items if item.pixels is None},
-    )
-
-
 def _tokenized(
     model: EvoTokModel,
     processor: EvoTokImageProcessor,
@@ -325,23 +284,17 @@ def _tokenized(
     """
     own = range(processes.rank, len(source), processes.world_size)
     num_batches = -(-len(own) // options.batch_size)
-    loader = DataLoader(
-        _Decoded(source, processor),
-        batch_size=options.batch_size,
-        sampler=own,
-        collate_fn=_collate,
-        num_workers=min(options.num_workers, max(0, num_batches - 1)),
-    )
+    batches = decoded(source, own, processor, options.batch_size, options.num_workers)
     silent = not processes.is_first or num_batches <= 1
-    with tqdm(total=len(own), unit="image", disable=silent, mininterval=progress_interval()) as bar:
-        for loaded in loader:
-            for index, reason in loaded.broken.items():
+    with progress_bar(total=len(own), unit="image", disable=silent) as bar:
+        for batch in batches:
+            for index, reason in batch.broken.items():
                 bad.add(source.key(index), reason)
             if len(bad.reasons) > bad.limit * len(source):
                 bad.check(len(source))
-            if loaded.pixels is not None:
-                yield TokenizedBatch(model, loaded.indices, loaded.pixels.to(model.device))
-            bar.update(len(loaded.indices) + len(loaded.broken))
+            if batch.indices:
+                yield TokenizedBatch(model, batch.indices, batch.pixels.to(model.device))
+            bar.update(len(batch))
 
 
 def _own_bad_samples(options: EvaluationOptions, processes: Processes) -> BadSamples:

@@ -11,10 +11,11 @@ from PIL import Image
 from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.errors import UserError
-from evotok_plugin.evaluation.levels import _GREY, _LEFT, _RIGHT, Curve, Evolution
+from evotok_plugin.evaluation.levels import Curve, Evolution
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 
+_LEFT, _RIGHT, _GRAY = "#0072B2", "#D55E00", "#555555"  # blue and vermilion, distinguishable with any color vision
 _STRIP_WIDTH = 2000  # pixels that a row of the strip may take
 
 
@@ -87,7 +88,7 @@ def plot_curves(evolution: Evolution) -> "Figure":
     if evolution.num_images > 1:
         from matplotlib.patches import Patch
 
-        lines.append(Patch(color=_GREY, alpha=0.25, linewidth=0, label="the middle half of the images"))
+        lines.append(Patch(color=_GRAY, alpha=0.25, linewidth=0, label="the middle half of the images"))
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
     return figure
 
@@ -114,7 +115,7 @@ def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
     """Vertical lines where the decoders are meant to read, named above the frame."""
     close = abs(config.pixel_depth - config.semantic_depth) < 0.3 * config.num_quantizers
     for name, depth, height in (("pixel", config.pixel_depth, 1.01), ("semantic", config.semantic_depth, 1.01)):
-        axes.axvline(depth, color=_GREY, linestyle=":", linewidth=1.5, zorder=0)
+        axes.axvline(depth, color=_GRAY, linestyle=":", linewidth=1.5, zorder=0)
         if name == "semantic" and close:
             height += 0.05  # a line above the other name
         axes.annotate(
@@ -124,7 +125,7 @@ def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
             ha="center",
             va="bottom",
             fontsize=9,
-            color=_GREY,
+            color=_GRAY,
         )
 
 
@@ -147,14 +148,14 @@ def plot_code_usage(evolution: Evolution) -> "Figure":
         (perplexities, np.array(evolution.perplexity), even.perplexity()[0], "perplexity (codes)", _RIGHT),
     ):
         axes.bar(evolution.depths, values, color=color, width=0.7)
-        axes.axhline(reference, color=_GREY, linestyle=":", linewidth=1.5)
+        axes.axhline(reference, color=_GRAY, linestyle=":", linewidth=1.5)
         axes.set_ylim(0, 1.12 * max(reference, values.max()))
         axes.set_ylabel(name)
         axes.spines["right"].set_visible(False)
         _finish_depth_axis(axes, config.num_quantizers)
     perplexities.set_xlabel("level")
     note = f"dotted: as many codes drawn evenly from a level's {config.codebook_size:,}"
-    shares.set_title(note, fontsize=9, color=_GREY)
+    shares.set_title(note, fontsize=9, color=_GRAY)
     figure.suptitle(f"Code usage by level: {evolution.images}, {evolution.num_codes:,} positions")
     return figure
 

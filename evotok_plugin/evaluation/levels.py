@@ -7,17 +7,16 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
@@ -25,11 +24,6 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features
-
-if TYPE_CHECKING:
-    pass
-
-_LEFT, _RIGHT, _GREY = "#0072B2", "#D55E00", "#555555"  # blue and vermillion: told apart by every kind of eye
 
 
 @dataclass(frozen=True)
@@ -217,22 +211,15 @@ def _batches(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Names and `pixel_values` (B, 3, H, W) of the images that can be read."""
     chosen = np.linspace(0, len(source) - 1, min(len(source), max_images)).round().astype(int)
-    starts = range(0, len(chosen), batch_size)
+    num_batches = -(-len(chosen) // batch_size)
+    batches = decoded(source, chosen, processor, batch_size)
     found = False
-    for start in tqdm(starts, unit="batch", disable=len(starts) == 1, mininterval=progress_interval()):
-        names, pictures = [], []
-        for index in map(int, chosen[start : start + batch_size]):
-            try:
-                pictures.append(source.picture(index))
-                names.append(source.key(index))
-            except ValueError as error:
-                bad.add(source.key(index), str(error))
+    for batch in progress_bar(batches, total=num_batches, unit="batch", disable=num_batches == 1):
+        for index, reason in batch.broken.items():
+            bad.add(source.key(index), reason)
         bad.check(len(chosen))
-        if pictures:
+        if batch.indices:
             found = True
-            yield names, processor(pictures).pixel_values
+            yield [source.key(index) for index in batch.indices], batch.pixel_values
     if not found:
         raise UserError(f"none of the {len(chosen)} images of {source.name!r} can be read")
-
-
-# Drawing -------------------------------------------------------------------------------------------------------

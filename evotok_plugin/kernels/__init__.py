@@ -1,0 +1,1 @@
+"""Fast paths of inner loops: Triton kernels and thin matrix products."""

@@ -13,7 +13,7 @@ B images, N positions, D semantic_dim.
 from typing import Any
 
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import TensorType
@@ -152,3 +152,8 @@ class EvoTokVisionImageProcessor(BaseImageProcessor):
 
 
 # The LLaVA and LLaVA-NeXT code bases ---------------------------------------------------------------------------
+
+
+AutoConfig.register(EvoTokVisionConfig.model_type, EvoTokVisionConfig, exist_ok=True)
+AutoModel.register(EvoTokVisionConfig, EvoTokVisionModel, exist_ok=True)
+AutoImageProcessor.register(EvoTokVisionConfig, slow_image_processor_class=EvoTokVisionImageProcessor, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Drawn scenes, the embedded data set: simple shapes on a plain background, their captions, questions and records."""
+"""Scenes, the embedded data set: colored shapes on a plain background with captions, questions and records."""

@@ -1,4 +1,4 @@
-"""Questions about drawn scenes with their answers, open and as multiple choice in MMBench's format."""
+"""Questions about scenes with their answers, open-ended or multiple choice in MMBench's format."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evotok_plugin.scenes.captions import NUMBERS, _kind, plural, with_article
+from evotok_plugin.scenes.captions import NUMBERS, plural, with_article
 from evotok_plugin.scenes.scene import (
     CELL_NAMES,
     COLORS,
@@ -25,7 +25,7 @@ MULTIPLE_CHOICE_PROMPT = "Answer with one of the options."
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its true answer and the wrong ones it can be confused with."""
+    """A question about a scene with its correct answer and plausible wrong ones."""
 
     category: str
     text: str
@@ -44,6 +44,7 @@ L2_CATEGORY = {
 
 
 def _unique(values: Sequence[str]) -> list[str]:
+    """Values that occur exactly once."""
     return [value for value, times in Counter(values).items() if times == 1]
 
 
@@ -75,11 +76,11 @@ def _counting_question(scene: Scene, rng: np.random.Generator) -> Question | Non
 
 
 def _location_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    kinds = _unique([_kind(item) for item in scene.objects])
+    kinds = _unique([item.kind for item in scene.objects])
     if not kinds:
         return None
     kind = str(rng.choice(kinds))
-    answer = CELL_NAMES[next(item.cell for item in scene.objects if _kind(item) == kind)]
+    answer = CELL_NAMES[next(item.cell for item in scene.objects if item.kind == kind)]
     return Question("location", f"Where is the {kind}?", answer, tuple(n for n in CELL_NAMES if n != answer))
 
 
@@ -95,11 +96,11 @@ def _relation_question(scene: Scene, rng: np.random.Generator) -> Question | Non
 
 
 def _existence_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    present = {_kind(item) for item in scene.objects}
+    present = {item.kind for item in scene.objects}
     if rng.random() < 0.5:
         return Question("existence", f"Is there {with_article(str(rng.choice(sorted(present))))}?", "yes", ("no",))
     item = scene.objects[int(rng.integers(len(scene.objects)))]
-    # An absent object that shares its shape or its colour with one that is there: a question worth asking.
+    # Absent objects that share their shape or color with a present one make the question nontrivial.
     near = [f"{color} {item.shape}" for color in COLORS] + [f"{item.color} {shape}" for shape in SHAPES]
     absent = sorted(set(near) - present)
     return Question("existence", f"Is there {with_article(str(rng.choice(absent)))}?", "no", ("yes",))
@@ -116,7 +117,7 @@ _QUESTIONS = {
 
 
 def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
-    """A question that the scene answers, categories drawn with the corpus's fixed weights."""
+    """Sample a question that the scene answers; categories have the fixed weights of the corpus."""
     names, weights = list(_QUESTIONS), np.array([weight for _, weight in _QUESTIONS.values()])
     while True:
         question = _QUESTIONS[str(rng.choice(names, p=weights / weights.sum()))][0](scene, rng)
@@ -125,20 +126,20 @@ def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def options(question: Question, rng: np.random.Generator) -> tuple[list[str], str]:
-    """Up to four options in random order, and the letter of the right one."""
+    """Up to four options in random order, and the letter of the correct one."""
     wrong = rng.permutation(question.distractors)[: len(OPTION_LETTERS) - 1].tolist()
     choices = [str(choice) for choice in rng.permutation([question.answer, *wrong])]
     return choices, OPTION_LETTERS[choices.index(question.answer)]
 
 
 def multiple_choice(text: str, choices: Sequence[str]) -> str:
-    """A question in MMBench's layout: question, lettered options, the instruction to name one of them."""
+    """Format a question as in MMBench: question, lettered options, instruction to choose one of them."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(OPTION_LETTERS, choices, strict=False)]
     return "\n".join([text, *lines, MULTIPLE_CHOICE_PROMPT])
 
 
 def mmbench_rows(count: int, rng: np.random.Generator, image_size: int = 48) -> list[dict]:
-    """`count` questions with MMBench's columns; absent options are the string "nan", as MMBench has them."""
+    """Sample `count` questions with MMBench's columns; missing options are the string "nan", as in MMBench."""
     rows = []
     for index in range(count):
         scene = sample_scene(rng, SKILLS[index % len(SKILLS)])

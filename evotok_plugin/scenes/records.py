@@ -1,4 +1,4 @@
-"""LLaVA records about drawn scenes: descriptions, drawings, questions, interleaved conversations and text."""
+"""LLaVA records about scenes: descriptions, drawings, questions, interleaved conversations and text."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ def _record(name: str, kind: str, turns: list[dict]) -> dict:
 
 
 def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """One reading and one drawing record: the alignment data of stage 1."""
+    """One record that reads the image and one that draws it: the alignment data of stage 1."""
     full = description(scene)
     return [
         _record(name, "read", _turns((f"<image>\n{DESCRIBE_PROMPT}", full))),
@@ -33,7 +33,10 @@ def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
 
 
 def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[tuple[str, str]]:
-    """Question and answer pairs, one third of them with options: open questions teach as much in fewer tokens."""
+    """Sample question and answer pairs, a third of them multiple choice.
+
+    Open-ended questions teach as much in fewer tokens.
+    """
     pairs = []
     for _ in range(num_questions):
         question = sample_question(scene, rng)
@@ -46,7 +49,7 @@ def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -
 
 
 def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """One reading record of several questions and three drawing records: the instruction data of stage 2."""
+    """One record with several questions about the image and three that draw it: the instruction data of stage 2."""
     pairs = question_turns(scene, rng, num_questions=3)
     pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
     bare = prompt_record(scene, skill)["prompt"]
@@ -56,17 +59,17 @@ def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
 
 
 @dataclass(frozen=True)
-class Pictured:
-    """A scene, the skill that it was made for, and the name of its image."""
+class SceneImage:
+    """A scene, the skill it was sampled for, and the file name of its image."""
 
     scene: Scene
     skill: str
     name: str
 
 
-def interleaved_records(this: Pictured, other: Pictured, rng: np.random.Generator) -> list[dict]:
-    """Conversations that go on: questions about what was drawn, a drawing after questions or after another drawing, and
-    an image drawn again as it is shown."""
+def interleaved_records(this: SceneImage, other: SceneImage, rng: np.random.Generator) -> list[dict]:
+    """Conversations of several turns: questions about a drawn image, a drawing after a question or another drawing, and
+    a copy of a shown image."""
     asked = [(rich_prompt(this.scene, this.skill, rng), "<image>"), *question_turns(this.scene, rng, num_questions=2)]
     wish = (rich_prompt(other.scene, other.skill, rng), "<image>")
     if rng.random() < 0.5:
@@ -86,7 +89,7 @@ def interleaved_records(this: Pictured, other: Pictured, rng: np.random.Generato
 
 
 def text_records(count: int, seed: int) -> list[dict]:
-    """Text-only conversations about scenes told in words: what the embedded backbone learns language from."""
+    """Text-only conversations about described scenes, which the embedded backbone learns language from."""
     rng = np.random.default_rng([seed, 2])
     records = []
     for n in range(count):

@@ -1,7 +1,7 @@
-"""The embedded scene corpus: coloured shapes on a plain ground, drawn on the fly from a seed.
+"""Scenes of colored shapes on a plain background: sampled from a random generator and rendered as images.
 
-A scene is a small value (`Scene`), so that captions, questions, pictures and judgements all follow from the same
-facts. Objects stand in the cells of a 3x3 grid, a little off their cells' centres, so they never overlap.
+A `Scene` is a small value from which images, captions, questions and judgements are all derived. Each object is placed
+in its own cell of a 3x3 grid, slightly off the cell's center, so objects never overlap.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ COLORS = {
     "black": (20, 20, 20),
     "white": (250, 250, 250),
 }
-GROUND = (165, 165, 165)
+BACKGROUND = (165, 165, 165)
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GRID = 3
 CELL_NAMES = (
@@ -37,7 +37,7 @@ _SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. `x`, `y` (centre) and `size` (side of its bounding box) are fractions of the image side."""
+    """One shape; `x`, `y` (its center) and `size` (side of its bounding box) are fractions of the image side."""
 
     shape: str
     color: str
@@ -47,18 +47,25 @@ class SceneObject:
 
     @property
     def cell(self) -> int:
-        """Row-major index of the grid cell that holds the centre."""
+        """Row-major index of the grid cell that contains the center."""
         return min(GRID - 1, int(self.y * GRID)) * GRID + min(GRID - 1, int(self.x * GRID))
+
+    @property
+    def kind(self) -> str:
+        """Color and shape: "red circle"."""
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
+    """Objects on a background of one color (RGB, 0..255)."""
+
     objects: tuple[SceneObject, ...]
-    ground: tuple[int, int, int] = GROUND
+    background: tuple[int, int, int] = BACKGROUND
 
 
 def place(rng: np.random.Generator, shape: str, color: str, cell: int) -> SceneObject:
-    """An object of the given kind in `cell` (0..8, row-major), with random jitter and size."""
+    """Create an object in `cell` (0..8, row-major) with random jitter and size."""
     dx, dy = rng.uniform(-_JITTER, _JITTER, size=2)
     return SceneObject(
         shape=shape,
@@ -70,7 +77,7 @@ def place(rng: np.random.Generator, shape: str, color: str, cell: int) -> SceneO
 
 
 def relation(first: SceneObject, second: SceneObject) -> str | None:
-    """How `first` stands to `second` ("left of", ...), or None where no direction dominates."""
+    """The position of `first` relative to `second` ("left of", ...), or None if no direction dominates."""
     row, column = divmod(first.cell, GRID)
     other_row, other_column = divmod(second.cell, GRID)
     dx, dy = column - other_column, row - other_row
@@ -82,7 +89,7 @@ def relation(first: SceneObject, second: SceneObject) -> str | None:
 
 
 def _cells_in_relation(rng: np.random.Generator, wanted: str) -> tuple[int, int]:
-    """Two cells of one row or one column, the first `wanted` of the second."""
+    """Two cells in one row or column, the first `wanted` (such as "left of") the second."""
     low, high = sorted(rng.choice(GRID, size=2, replace=False).tolist())
     line = int(rng.integers(GRID))
     first, second = (low, high) if wanted in ("left of", "above") else (high, low)
@@ -92,7 +99,7 @@ def _cells_in_relation(rng: np.random.Generator, wanted: str) -> tuple[int, int]
 
 
 def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
-    """A random scene that a prompt of this GenEval skill can describe.
+    """Sample a scene that a prompt of a GenEval skill can describe.
 
     Raises:
         UserError: `skill` is not one of `SKILLS`.
@@ -116,7 +123,7 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
     return Scene(tuple(place(rng, s, c, cell) for (s, c), cell in zip(kinds, cells, strict=True)))
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground: tuple[int, int, int]) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, background: tuple[int, int, int]) -> None:
     fill, half = COLORS[item.color], item.size / 2
     left, top, right, bottom = ((v * side) for v in (item.x - half, item.y - half, item.x + half, item.y + half))
     if item.shape == "circle":
@@ -132,7 +139,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground:
     elif item.shape == "ring":
         draw.ellipse((left, top, right, bottom), fill=fill)
         inset = 0.25 * (right - left)
-        draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=ground)
+        draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=background)
     else:
         raise UserError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
 
@@ -140,8 +147,8 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ground:
 def render(scene: Scene, image_size: int = 48) -> Image.Image:
     """Draw a scene, anti-aliased, as an RGB image of `image_size` x `image_size` pixels."""
     side = image_size * _SUPERSAMPLE
-    canvas = Image.new("RGB", (side, side), scene.ground)
+    canvas = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
-        _draw_shape(draw, item, side, scene.ground)
+        _draw_shape(draw, item, side, scene.background)
     return canvas.resize((image_size, image_size), Image.Resampling.BOX)

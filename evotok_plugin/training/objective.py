@@ -51,7 +51,7 @@ class TokenizerObjective:
         for network in filter(None, (self.teacher, self.lpips, self.discriminator)):
             network.compile()
 
-    def plays(self, step: int) -> bool:
+    def is_active(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
         return self.discriminator is not None and step >= self._config.gan_start
 
@@ -69,7 +69,7 @@ class TokenizerObjective:
             target = teacher_features(self.teacher, pixel_values)
             both = cosine_loss(output.features, target) + folded_cosine_loss(output.features, target)
             terms["semantic"] = config.semantic_weight * both
-        if self.plays(step):
+        if self.is_active(step):
             terms["gan"] = self._adversarial(pixels, terms)
         return terms
 

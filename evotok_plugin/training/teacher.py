@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import (
     SiglipConfig,
     SiglipModel,
@@ -24,7 +23,7 @@ from transformers import (
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder
 from evotok_plugin.common.owned_folder import OwnedFolder
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import parse_mapping
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import open_picture
@@ -117,7 +116,7 @@ def train_teacher(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / max_steps))),
     )
-    bar = tqdm(range(max_steps), desc="teacher", unit="step", mininterval=progress_interval())
+    bar = progress_bar(range(max_steps), desc="teacher", unit="step")
     for _ in bar:
         chosen = [pairs[i] for i in rng.choice(len(pairs), size=min(batch_size, len(pairs)), replace=False)]
         pictures = [open_picture(path) for path, _ in chosen]

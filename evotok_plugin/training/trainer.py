@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from evotok_plugin.common.files import writing
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent
 from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
+from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.errors import UserError
@@ -179,7 +179,7 @@ class TokenizerTrainer:
             terms = self.objective.terms(pixel_values, output, self.step)
         sum(terms.values()).backward()
         norm = self._update(self.optimizer, self.model)
-        if self.objective.plays(self.step):
+        if self.objective.is_active(self.step):
             with self._autocast():
                 terms["discriminator"] = self.objective.discriminator_term(self._judge, pixel_values, output.pixels)
             terms["discriminator"].backward()
@@ -250,10 +250,9 @@ class TokenizerTrainer:
 
     def _train(self) -> None:
         config = self.config
-        bar = tqdm(
-            total=config.max_steps, initial=self.step, desc="tokenizer", unit="step", disable=self.rank > 0,
-            mininterval=progress_interval(),
-        )  # fmt: skip
+        bar = progress_bar(
+            total=config.max_steps, initial=self.step, desc="tokenizer", unit="step", disable=self.rank > 0
+        )
         started, seen = time.monotonic(), 0
         for pixels, broken in self._batches():
             terms = self.train_step(to_pixel_values(pixels, self.device))
@@ -295,7 +294,7 @@ class TokenizerTrainer:
             num_workers=self.config.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=serve_the_parent,
+            worker_init_fn=exit_with_parent,
             # A generator of its own: starting a loader must not advance the random numbers that a checkpoint holds.
             generator=torch.Generator(),
         )
@@ -354,15 +353,10 @@ class TokenizerTrainer:
     def _validation_batches(self, broken: list[tuple[str, str]]) -> Iterator[Tensor]:
         """This process's share of the held-out images as pixel values; the names of broken ones are put down."""
         own = self._looked_at[self.rank :: self.world_size]
-        for start in range(0, len(own), _VALIDATION_BATCH):
-            pictures = []
-            for index in map(int, own[start : start + _VALIDATION_BATCH]):
-                try:
-                    pictures.append(self._held_out.picture(index))
-                except ValueError as error:
-                    broken.append((self._held_out.key(index), str(error)))
-            if pictures:
-                yield self.processor(pictures).pixel_values.to(self.device)
+        for batch in decoded(self._held_out, own, self.processor, _VALIDATION_BATCH):
+            broken += [(self._held_out.key(index), reason) for index, reason in batch.broken.items()]
+            if batch.indices:
+                yield batch.pixel_values.to(self.device)
 
     def _cosine(self, features: Tensor, pixel_values: Tensor) -> float:
         """Mean cosine to the teacher; 0 where there is none."""

@@ -1,2 +1,1 @@
-"""The commands of `evotok-llava`, one a module: `add(commands, shared)` puts a parser in place, `run(arguments)` does
-it."""
+"""The commands of `evotok-llava`, one per module: `add(commands, shared)` adds the parser, `run(arguments)` runs it."""

@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from evotok_plugin.common.files import check_new_folder, check_output_folder
+from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.folders import check_new_folder
 from evotok_plugin.common.recipes import add_arguments, load_recipe
 from llava_ext.commands.options import SharedOptions
 from llava_ext.conversion import HeadOptions, convert_adapters

@@ -1,24 +1,25 @@
-"""`evotok-llava draw`: images for prompts, one by one and as grids."""
+"""`evotok-llava draw`: draw images for prompts, as single files and as grids."""
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
-from evotok_plugin.common.files import check_output_file
+from evotok_plugin.common.files import check_output_file, check_output_folder
 from evotok_plugin.common.pictures import image_grid
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
-from llava_ext.commands.options import SharedOptions, drawing_options
-from llava_ext.model_folder import OpenModel, open_model
-from llava_ext.serving.image_files import Origin, check_folder, chunks_of, file_name, write_drawn, write_png
+from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
+from llava_ext.model_folder import OpenModel
+from llava_ext.serving.image_files import Provenance, file_name, read_png_text, write_drawn, write_png
 
-_GRID_COLUMNS, _GRID_IMAGE = 4, 256  # images a row, and pixels a side that small ones are enlarged to
-_PREVIEW = {"preview": "evotok-llava draw"}  # by this text a preview is told from pictures that someone may miss
+_GRID_COLUMNS = 4
+_GRID_IMAGE = 256  # small images are enlarged to about this many pixels per side
+_PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
@@ -26,17 +27,17 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         "draw",
         parents=[shared.model, shared.drawing],
         help="draw images for prompts",
-        epilog="Every prompt gets images of the seeds SEED, SEED + 1, ..., written as PROMPT_seedN.png, several also "
-        "together as PROMPT_grid.png. PNG text in them says how they were drawn: prompt, seed, model, settings. A file "
-        "is replaced only by one of the same prompt, seed, settings and weights; beside any other a new one gets a "
-        "number. Ctrl-C keeps the images of finished batches.",
+        epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
+        "images are also combined in PROMPT_grid.png. The PNG text records how each one was drawn: prompt, seed, "
+        "model, settings. A file is replaced only by an image of the same prompt, seed, settings and weights; "
+        "otherwise the new file gets a number. Ctrl-C keeps the images of finished batches.",
     )
-    parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn together")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file of further prompts, one a line")
-    parser.add_argument("-n", "--num_images", type=int, default=1, help="images a prompt")
+    parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")
+    parser.add_argument("-n", "--num_images", type=int, default=1, help="images per prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the images")
-    parser.add_argument("--batch_size", type=int, default=16, help="images drawn together")
-    parser.add_argument("--preview", type=Path, metavar="FILE", help="PNG file that shows the images taking shape")
+    parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
+    parser.add_argument("--preview", type=Path, metavar="FILE", help="PNG file that shows the images in progress")
     parser.add_argument("--preview_every", type=int, default=16, metavar="N", help="positions between two previews")
     parser.set_defaults(run=run)
 
@@ -50,18 +51,18 @@ class _Job:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw, and write every image as soon as its batch is drawn."""
+    """Draw the images and write each one as soon as its batch is finished."""
     prompts = _prompts(arguments)
     _check(arguments)
     options = drawing_options(arguments)
-    opened = open_model(arguments)
+    opened = open_selected_model(arguments)
     settings = options.for_model(opened.model).settings()
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
 
     def write(image: Image.Image, ending: str, job: _Job, **more: int) -> None:
-        origin = Origin(job.prompt, job.seed, opened.name, settings | more, opened.weights)
-        print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, origin), flush=True)
+        provenance = Provenance(job.prompt, job.seed, opened.name, settings | more, opened.fingerprint)
+        print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
         for job, image in _draw(opened, jobs, settings, arguments):
@@ -76,22 +77,28 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(
-    opened: OpenModel, jobs: Sequence[_Job], settings: dict, arguments: argparse.Namespace
+    opened: OpenModel, jobs: Sequence[_Job], settings: Mapping[str, Any], arguments: argparse.Namespace
 ) -> Iterator[tuple[_Job, Image.Image]]:
-    """Every job with its image, batch by batch, over a progress bar."""
+    """Draw batch by batch under a progress bar; yield each job with its image."""
     positions = opened.model.config.vision_config.num_positions
-    with tqdm(
-        total=len(jobs) * positions, desc="drawing", unit="position", file=sys.stderr, mininterval=progress_interval()
-    ) as bar:
+    finished = 0  # positions of all batches before the current one
+
+    def on_progress(done: int, total: int) -> None:
+        bar.update(finished + done - bar.n)
+
+    def on_preview(images: Sequence[Image.Image]) -> None:
+        write_png(_grid(images), arguments.preview, _PREVIEW)
+
+    with progress_bar(total=len(jobs) * positions, desc="drawing", unit="position") as bar:
         for start in range(0, len(jobs), arguments.batch_size):
-            batch = jobs[start : start + arguments.batch_size]
+            batch, finished = jobs[start : start + arguments.batch_size], start * positions
             drawn = opened.model.generate_images(
                 [job.prompt for job in batch],
                 opened.processor,
                 seed=[job.seed for job in batch],
                 batch_size=len(batch),
-                on_progress=lambda done, _, before=start * positions: bar.update(before + done - bar.n),
-                on_preview=lambda images: write_png(_grid(images), arguments.preview, _PREVIEW),
+                on_progress=on_progress,
+                on_preview=on_preview,
                 preview_every=arguments.preview_every if arguments.preview else 0,
                 **settings,
             )
@@ -99,10 +106,10 @@ def _draw(
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file, each once.
+    """Collect the prompts of the command line and then those of the file, without duplicates.
 
     Raises:
-        UserError: there is none, one is empty, or the file cannot be read as text.
+        UserError: no prompt is given, one is empty, or the file cannot be read as text.
     """
     prompts = list(arguments.prompt)
     if arguments.prompts:
@@ -117,16 +124,20 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse at once what a model is not needed for to know."""
+    """Validate the flags that can be checked before the model is loaded.
+
+    Raises:
+        UserError: a number is too small, or an output cannot be written.
+    """
     for name in ("num_images", "batch_size", "preview_every"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     preview = arguments.preview
     if preview:
         check_output_file(preview, [".png"], "--preview")
-    if preview and preview.exists() and chunks_of(preview) != _PREVIEW:
-        raise UserError(f"--preview {preview} is there already and is no preview; name another file")
-    check_folder(arguments.output)
+    if preview and preview.exists() and read_png_text(preview) != _PREVIEW:
+        raise UserError(f"--preview {preview} exists and was not written as a preview; choose another file")
+    check_output_folder(arguments.output)
 
 
 def _grid(images: Sequence[Image.Image]) -> Image.Image:

@@ -2,7 +2,8 @@
 
 import argparse
 
-from evotok_plugin.common.files import check_new_folder, check_output_folder
+from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.folders import check_new_folder
 from llava_ext.commands.options import SharedOptions
 from llava_ext.export.causal_lm import export_causal_lm
 from llava_ext.export.portable import export_model

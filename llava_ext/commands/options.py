@@ -1,10 +1,12 @@
-"""What several commands have in common: options, opening a model, settings of drawing."""
+"""Flags that several commands share: the model and the settings of drawing."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
+from llava_ext.model_folder import OpenModel, default_model_folder, open_model
 
 
 @dataclass(frozen=True)
@@ -16,33 +18,36 @@ class SharedOptions:
 
 
 def shared_options() -> SharedOptions:
+    """Build the parent parsers; every command needs its own copy."""
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help="model folder (default: the newest of this working folder's outputs)")
+    model.add_argument("--model", help="model folder (default: the newest in the working folder's outputs)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     drawing = argparse.ArgumentParser(add_help=False)
     group = drawing.add_argument_group(
         "drawing",
-        "NUMBER is one for all levels, or one a level: 1,0.9,0.8,0.7. Settings that are not given are the model's own "
+        "NUMBER is one value for all levels or one per level: 1,0.9,0.8,0.7. The defaults are the model's settings "
         "(image_generation in its generation_config.json).",
     )
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--guidance_scale", type=float, help="how closely a prompt is followed; 1: freely")
+    group.add_argument("--seed", type=int, default=0, help="seed of the first image; each further image adds 1")
+    group.add_argument(
+        "--guidance_scale", type=float, help="how closely images follow the prompt; 1 turns guidance off"
+    )
     group.add_argument("--guidance_schedule", choices=SCHEDULES, help="schedule of the guidance scale over the image")
-    group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from")
-    for name, kind, what in (
-        ("temperature", float, "0 takes the most likely code"),
-        ("top_k", int, "only the so many most likely codes; 0: all"),
-        ("top_p", float, "only the most likely codes that make up this share; 1: all"),
-        ("min_p", float, "only codes at least so likely, beside the most likely one; 0: all"),
+    group.add_argument("--negative_prompt", metavar="TEXT", help="prompt that guidance steers away from")
+    for name, kind, explanation in (
+        ("temperature", float, "0 always picks the most likely code"),
+        ("top_k", int, "sample from the k most likely codes; 0: all"),
+        ("top_p", float, "sample from the most likely codes that reach this total probability; 1: all"),
+        ("min_p", float, "drop codes below this fraction of the highest probability; 0: none"),
     ):
-        group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=what)
+        group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=explanation)
     return SharedOptions(model, drawing)
 
 
 def _numbers(kind: type) -> Callable[[str], float | tuple[float, ...]]:
-    """A reader of flags: a number, or several between commas."""
+    """Build a parser of flag values: one number, or several separated by commas."""
 
-    def number(text: str) -> float | tuple[float, ...]:
+    def number(text: str) -> float | tuple[float, ...]:  # argparse names this function in errors
         values = tuple(kind(part) for part in text.split(","))
         return values[0] if len(values) == 1 else values
 
@@ -50,9 +55,20 @@ def _numbers(kind: type) -> Callable[[str], float | tuple[float, ...]]:
 
 
 def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:
-    """The flags of drawing; those that are not given are None, the model's own.
+    """Collect the drawing flags; the ones that were not given are None and leave the setting to the model.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of its range.
     """
     return DrawingOptions(**{field.name: getattr(arguments, field.name, None) for field in fields(DrawingOptions)})
+
+
+def open_selected_model(arguments: argparse.Namespace) -> OpenModel:
+    """Open the model that --model selects on --device, and report its folder on stderr.
+
+    Raises:
+        UserError: the model does not exist or cannot be read, or the device is not available.
+    """
+    folder = arguments.model or default_model_folder()
+    print(f"model: {folder}", file=sys.stderr)
+    return open_model(folder, arguments.device)

@@ -1,0 +1,1 @@
+"""Training records: reading, scanning, mixing, sampling and collating them."""

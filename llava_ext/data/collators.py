@@ -1,4 +1,7 @@
-"""Samples to batches: padded rows, or packed rows with segments."""
+"""Collators of samples to batches: one sample per row, or packed rows with segments.
+
+B rows, T flat tokens, I images read in the batch, N positions, L levels.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +15,8 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 @dataclass
 class Collator:
-    """Samples to one right-padded batch of `input_ids`, `attention_mask`, `labels` (B, T) and `image_codes`
-    (I, N, L; absent when nothing is read)."""
+    """Collate samples to a right-padded batch of `input_ids`, `attention_mask`, `labels` (B, T) and `image_codes`
+    (I, N, L; absent if no image is read)."""
 
     processor: EvoTokLlavaProcessor
 
@@ -32,10 +35,10 @@ class Collator:
 
 @dataclass
 class PackedCollator:
-    """Rows of samples to one right-padded batch of `input_ids`, `labels`, `segment_ids` (B, T) and `image_codes`
-    (I, N, L; absent when nothing is read).
+    """Collate rows of samples to a right-padded batch of `input_ids`, `labels`, `segment_ids` (B, T) and `image_codes`
+    (I, N, L; absent if no image is read).
 
-    `segment_ids` number a row's samples from 1 and are 0 on padding. The first token of a sample is never learned.
+    `segment_ids` number the samples of a row from 1 and are 0 on padding. The first token of a sample is never learned.
     """
 
     processor: EvoTokLlavaProcessor

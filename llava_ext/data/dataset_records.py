@@ -1,5 +1,6 @@
 """Records of parquet files and Hugging Face data sets."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from llava_ext.prompts.image_parts import is_empty
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of files, the number of the first row of each, and their states (`file_state`)."""
+    """The files of a data set: names, the number of the first row of each, and states (`file_state`)."""
 
     names: list[str]
     starts: np.ndarray
@@ -28,17 +29,16 @@ class Parts:
 
 
 class DatasetRecords:
-    """A Hugging Face data set with columns as `parse_row` names them. An image is bytes, `{"bytes", "path"}` (as
-    `datasets.Image` has it), or a path below the image folder; `image` holds one or several, `images` several.
+    """Records of a Hugging Face data set whose columns are the fields of `parse_row`.
 
-    Bytes of images are not touched but to decode them.
+    An image is bytes, `{"bytes", "path"}` (as in `datasets.Image`) or a path below the image folder; `image` holds one
+    or several, `images` several. The bytes of an image are only read to decode it.
 
     Args:
-        parts: the names of the files that the rows are in, and in which rows they start; keys of images then do not
-            change when files are added.
+        parts: the files that hold the rows; keys of images then stay the same when files are added.
 
     Raises:
-        UserError: no column of conversations or captions.
+        UserError: the data set is empty or has no column of conversations or captions.
     """
 
     def __init__(self, dataset: Any, name: str, options: RowOptions, parts: Parts | None = None) -> None:
@@ -62,8 +62,10 @@ class DatasetRecords:
         return len(self._rows)
 
     def row_name(self, index: int) -> str:
-        row = self._rows[int(index)]
-        identity = row.column("id")[0].as_py() if "id" in self._text_columns else None
+        identity = None
+        if "id" in self._text_columns:
+            with contextlib.suppress(UnicodeDecodeError):
+                identity = self._rows[int(index)].column("id")[0].as_py()
         return f"{self.name}:{numbered(index, {'id': identity})}"
 
     def records(self, index: int) -> tuple[Record, ...]:
@@ -82,8 +84,16 @@ class DatasetRecords:
         return open_picture(self.content(index, number), f"{self.name} row {index}, image {number}")
 
     def _row_and_images(self, index: int) -> tuple[dict, list[Any]]:
-        """A row as `parse_row` takes it, and the images in it as Arrow has them, none of them read. An image that is
-        not in the row is named by it."""
+        """A row as `parse_row` expects it, and its embedded images as Arrow scalars, which are not read yet.
+
+        Images that are not embedded are paths in the row.
+        """
+        try:
+            return self._decode_row(index)
+        except UnicodeDecodeError as error:
+            raise UserError(f"not valid UTF-8: {error}") from error
+
+    def _decode_row(self, index: int) -> tuple[dict, list[Any]]:
         table = self._rows[int(index)]
         (row,) = table.select(self._text_columns).to_pylist()
         for column in self._other_columns:
@@ -97,7 +107,7 @@ class DatasetRecords:
         return row, embedded
 
     def _stored_images(self, table: Any) -> list[Any]:
-        """The images of a row as Arrow has them; a column without any counts as absent."""
+        """The images of a row as Arrow scalars; a column without images counts as absent."""
         found = {column: images for column in self._image_columns if (images := _images_in(table.column(column)[0]))}
         if len(found) == 2 and _contents_of(found["image"]) != _contents_of(found["images"]):
             raise UserError("'images' and 'image' hold different images; keep one of them")
@@ -118,10 +128,10 @@ def _is_empty_list(value: Any) -> bool:
 
 
 def _images_in(value: Any) -> list[Any]:
-    """The images of a column's value, none if it is null or empty.
+    """The images in a value of an image column, an empty list if it is null or empty.
 
     Raises:
-        UserError: some of several are null or empty.
+        UserError: some of several images are null or empty.
     """
     import pyarrow
 
@@ -139,7 +149,7 @@ def _contents_of(images: list[Any]) -> list[Any]:
 
 
 def _field(image: Any, name: str) -> Any:
-    """A part of an image that is kept as `{"bytes", "path"}`, or None."""
+    """A field of an image stored as `{"bytes", "path"}`, or None."""
     value = image[name] if name in image.type.names else None
     return value if value is not None and value.is_valid else None
 
@@ -161,7 +171,7 @@ def _path_of(image: Any) -> Any:
 
 
 def parquet_parts(files: Sequence[Path]) -> Parts:
-    """Parquet files by name and a digest of their footers, which hold the places and extremes of all they contain."""
+    """Parquet files, named by stem and a digest of the footer, which has offsets and statistics of all columns."""
     import pyarrow.parquet
 
     names, counts = [], []

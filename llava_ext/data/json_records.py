@@ -1,4 +1,4 @@
-"""Records of JSON files, read in place."""
+"""Records of JSON and JSONL files, read in place."""
 
 import json
 import mmap
@@ -17,7 +17,7 @@ from llava_ext.data.records import CAPTIONS, TURNS, Record, RowOptions, named_im
 
 
 def numbered(index: int, row: object) -> str:
-    """A row's number and, where it has one, its id; ids alone are not unique in published sets."""
+    """The number of a row and its id, if it has one; ids alone are not unique in published data sets."""
     identity = row.get("id") if isinstance(row, dict) else None
     if identity is None:
         return str(index)
@@ -25,24 +25,26 @@ def numbered(index: int, row: object) -> str:
     return f"{index} ({text if len(text) <= 100 else shorten(text)})"
 
 
-# The possessive repeat keeps an unterminated string linear: it matches to the end of the file, once.
+# The possessive repeat keeps an unterminated string linear: it matches once, to the end of the file.
 _STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
 
 
 class JsonRecords:
-    """JSON and JSONL files, read in place. A file holds a list of records, one record a line, or one record; its
-    content decides, not its suffix.
+    """Records of JSON and JSONL files, read in place.
+
+    A file holds a list of records, one record per line, or a single record, as detected from its content, not from its
+    suffix.
 
     Raises:
-        UserError: a file that does not hold records.
+        UserError: a file cannot be read or does not hold records.
     """
 
     def __init__(self, files: Sequence[Path], name: str, options: RowOptions) -> None:
         self.name, self._options = name, options
         self._files, self._file_names = FilesInPlace(files), [str(file) for file in files]
         spans = [_rows_of(file) for file in files]
-        self._spans = np.concatenate(spans)  # (rows, 2): where a row starts and ends in its file
+        self._spans = np.concatenate(spans)  # (rows, 2): start and end of each row in its file, in bytes
         self._starts = np.cumsum([0, *map(len, spans)])
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class JsonRecords:
         file, number = self._place(index)
         try:
             row = self._row(index)
-        except ValueError:
+        except UserError:
             row = None
         return f"{self._file_names[file]}:{numbered(number, row)}"
 
@@ -67,6 +69,7 @@ class JsonRecords:
         return open_picture(image.content(), image.key)
 
     def _place(self, index: int) -> tuple[int, int]:
+        """The file of a row and the number of the row within it."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return file, index - int(self._starts[file])
 
@@ -75,12 +78,23 @@ class JsonRecords:
         content = self._files.read(self._place(index)[0], start, end - start)
         try:
             return json.loads(content)
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise UserError(f"not valid JSON: {error}") from error
 
 
 def _rows_of(file: Path) -> np.ndarray:
-    """Start and end in bytes of a file's rows, (rows, 2)."""
+    """Start and end in bytes of the rows of a file, (rows, 2).
+
+    Raises:
+        UserError: the file cannot be read or does not hold records.
+    """
+    try:
+        return _detect_rows(file)
+    except OSError as error:
+        raise UserError(f"data file {file} cannot be read: {error.strerror or error}") from error
+
+
+def _detect_rows(file: Path) -> np.ndarray:
     with file.open("rb") as opened:
         head = opened.read(1 << 16)
     if not head:
@@ -98,7 +112,7 @@ def _rows_of(file: Path) -> np.ndarray:
 
 
 def _starts_with_a_row(file: Path) -> bool:
-    """Whether the first line that is not blank is a JSON object of its own, with more lines after it."""
+    """Whether the first non-blank line is a complete JSON object and more lines follow."""
     with file.open("rb") as lines:
         line = next((line for line in lines if line.removeprefix(_BOM).strip()), b"")
         more = any(line.strip() for line in lines)
@@ -109,7 +123,7 @@ def _starts_with_a_row(file: Path) -> bool:
 
 
 def _only_record(file: Path) -> np.ndarray | None:
-    """The whole file, if it is one record; an object of records is an error."""
+    """The span of the file, (1, 2), if it is a single record; an object of several records is an error."""
     content = file.read_bytes()
     try:
         row = json.loads(content)
@@ -127,7 +141,7 @@ def _only_record(file: Path) -> np.ndarray | None:
 
 
 def _lines_of(file: Path) -> np.ndarray:
-    """Start and end in bytes of the lines that are not blank, (rows, 2)."""
+    """Start and end in bytes of the non-blank lines, (rows, 2)."""
     spans, start = [], 0
     with file.open("rb") as lines:
         for line in lines:
@@ -138,8 +152,11 @@ def _lines_of(file: Path) -> np.ndarray:
 
 
 def _objects_of(file: Path) -> np.ndarray:
-    """Start and end in bytes of the objects of a JSON list, (rows, 2), found by their brackets: a set of gigabytes is
-    never held as objects. What is inside is checked row by row."""
+    """Start and end in bytes of the objects of a JSON list, (rows, 2).
+
+    Only brackets are matched, so that a file of gigabytes is never parsed as one; each row is validated when it is
+    read.
+    """
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         spans, between, depth, start = [], b"[", 0, 0
         for match in _STRING_OR_BRACKET.finditer(content):
@@ -157,7 +174,7 @@ def _objects_of(file: Path) -> np.ndarray:
                 elif depth == 0:
                     break
         if depth:
-            raise UserError(f"data file {file} is not valid JSON: it ends within record {len(spans)}; was it cut off?")
+            raise UserError(f"data file {file} is not valid JSON: it ends within record {len(spans)}; is it truncated?")
         _check_between(content[start:], b"]" if spans else b"[]", start, file)
     return _as_spans(spans, file)
 
@@ -167,11 +184,11 @@ def _check_between(found: bytes, expected: bytes, start: int, file: Path) -> Non
     if found != expected:
         raise UserError(
             f"data file {file} is not valid JSON: expected a list of records, with {expected.decode()!r} at byte "
-            f"{start}, found {found[:40].decode(errors='replace')!r}; one record a line is a .jsonl file"
+            f"{start}, found {found[:40].decode(errors='replace')!r}; use .jsonl for one record per line"
         )
 
 
 def _as_spans(spans: list[tuple[int, int]], file: Path) -> np.ndarray:
     if not spans:
-        raise UserError(f"data file {file}: expected a non-empty list of records, it holds none")
+        raise UserError(f"data file {file}: expected a non-empty list of records, found no records")
     return np.array(spans, np.int64)

@@ -1,4 +1,4 @@
-"""The images that a row names: files of the image folder, or images in the row itself as base64."""
+"""Images that a row refers to: files in the image folder, or base64 content in the row itself."""
 
 import base64
 import os
@@ -16,13 +16,13 @@ from llava_ext.prompts.image_parts import is_empty, picture_in_part
 
 @dataclass(frozen=True)
 class NamedImage:
-    """An image that a row names.
+    """An image that a row refers to.
 
     Attributes:
-        key: its path relative to the image folder, or for an image in the row a digest of its content.
-        stamp: tells where the image lies and in which state (`stamp_of`).
-        path: its file, unless it is in the row.
-        data: its content, if it is in the row.
+        key: its path relative to the image folder, or a digest of its content if the row holds it.
+        stamp: its place and state (`stamp_of`).
+        path: its file, unless the row holds it.
+        data: its content, if the row holds it.
     """
 
     key: str
@@ -31,20 +31,24 @@ class NamedImage:
     data: bytes | None = None
 
     def content(self) -> bytes:
-        """The image's file.
+        """The content of the image file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the file cannot be read.
         """
         return read_file(self.path, self.key) if self.data is None else self.data
 
 
 def image_names(row: dict, in_parts: Sequence[object] = ()) -> list[str]:
-    """The images that a row names in `image`, in `images` or in the parts of its messages, each a string or an
-    object that holds one (`picture_in_part`). Fields that are empty count as absent.
+    """The images that a row refers to in `image`, in `images` or in the parts of its messages.
+
+    Each is a string or an object that holds one (`picture_in_part`). Empty fields count as absent.
+
+    Args:
+        in_parts: values found in the parts of messages.
 
     Raises:
-        UserError: names that contradict each other, or values that are not names.
+        UserError: fields contradict each other, or a value is not a reference to an image.
     """
     fields = {field: row.get(field) for field in ("images", "image")}
     given = {field: _as_names(value, field) for field, value in fields.items() if not is_empty(value)}
@@ -66,12 +70,12 @@ def _as_names(value: object, field: str) -> list[str]:
     for number, one in enumerate(several):
         try:
             key, name = picture_in_part(one) if isinstance(one, dict) else ("", one)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{field}: image {number} of {len(several)}: {error}") from None
         if isinstance(name, bytes):
             key, name = "base64", base64.b64encode(name).decode()
         if key == "base64" and isinstance(name, str) and not is_embedded(name):
-            name = f"data:;base64,{name}"  # base64 whose first characters do not tell that it is an image
+            name = f"data:;base64,{name}"  # base64 that is not recognized by its first characters
         if is_empty(name):
             raise UserError(f"{field}: image {number} of {len(several)} is empty")
         if not isinstance(name, str):
@@ -81,24 +85,26 @@ def _as_names(value: object, field: str) -> list[str]:
 
 
 def find_image(name: str, image_folder: Path | None) -> NamedImage:
-    """The image of a name: a path relative to the image folder or absolute within it, a `file:` URL, a data URI, or
-    base64. One file has one key, however its path is written.
+    """Find an image by a path relative to the image folder or absolute within it, a `file:` URL, a data URI or base64.
+
+    All spellings of the path of a file give the same key.
 
     Raises:
-        UserError: no such image, no image folder, a path outside of it, or base64 that cannot be decoded.
+        UserError: the image does not exist, there is no image folder, the path is outside of it, or base64 cannot be
+            decoded.
     """
     try:
         content = embedded_content(name)
         local = local_file(name) if content is None else ""
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"image {shorten(name)}: {error}") from None
     if content is not None:
         key = f"base64-{content_digest(content).hex()}"
         return NamedImage(key, stamp_of(key), data=content)
     if image_folder is None:
-        raise UserError(f"image {shorten(name)} but no image folder; pass --image_folder")
+        raise UserError(f"image {shorten(name)}: no image folder; pass --image_folder")
     if "\0" in local:
-        raise UserError(f"image {shorten(name)} not found in {image_folder}: its name holds a NUL")
+        raise UserError(f"image {shorten(name)} not found in {image_folder}: its name contains a NUL character")
     root = os.path.abspath(image_folder)
     path = _existing(root, local)
     if path is None:
@@ -113,7 +119,8 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
 
 
 def _existing(root: str, name: str) -> str | None:
-    """Where the file is: as it is written, in another Unicode normal form, or written with Windows' separators."""
+    """The path of a file as written, in another Unicode normal form, or with Windows path separators; None if it does
+    not exist."""
     for one in (name, name.replace("\\", "/")):
         path = os.path.abspath(os.path.join(root, one))
         if os.path.exists(path):
@@ -124,8 +131,8 @@ def _existing(root: str, name: str) -> str | None:
 
 
 def _check_inside(path: str, root: str, name: str, image_folder: Path) -> tuple[str, str]:
-    """The image folder and the path in it, with links resolved if the path is in the folder only then."""
+    """The image folder and the path within it; links are resolved only if the path is outside the folder otherwise."""
     for folder, file in ((root, path), (os.path.realpath(root), os.path.realpath(path))):
         if os.path.commonpath([folder, file]) == folder:
             return folder, file
-    raise UserError(f"image path {shorten(name)} leaves the image folder {image_folder}")
+    raise UserError(f"image path {shorten(name)} is outside the image folder {image_folder}")

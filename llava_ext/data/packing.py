@@ -1,9 +1,7 @@
-"""Several samples in one row: which go together, and the batch that the model gets.
+"""Packing of several samples into one row.
 
-Lengths are LLM steps, as `ConversationDataset.lengths` has them: a text token is one, and so is an image's position,
-though a drawn one stands in the flat sequence as a token a level; with the flat head each of these is one.
-
-B rows, T flat tokens, I images read in the batch, N positions, L levels.
+Lengths are LLM steps, as in `ConversationDataset.lengths`: one per text token and one per position of an image. With
+the flat head, a drawn image takes one per token, that is one per position and level.
 """
 
 from bisect import bisect_left, insort
@@ -12,34 +10,33 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from evotok_plugin.errors import UserError
-from llava_ext.data.dataset import Sample
+from llava_ext.data.dataset import ConversationDataset, Filler, Sample
 
 
-def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which samples go into one row: best-fit decreasing, each into the fullest row that has room.
+def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Assign samples to rows by best-fit decreasing: each goes into the fullest row that has room for it.
 
-    The number of rows depends on the lengths alone, not on their order; among samples of one length the earlier comes
-    first, so a shuffled order gives other rows.
+    The number of rows depends only on the set of lengths. Samples of equal length are assigned in order, so a shuffled
+    order gives other rows.
 
     Returns:
-        rows of indices into `lengths`; every index once.
+        Rows of indices into `lengths`; every index occurs once.
 
     Raises:
-        UserError: a length that is not in 1..capacity.
+        ValueError: a length is not in 1..capacity.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
+    sizes = np.asarray(lengths, dtype=np.int64)
+    wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if wrong.size:
-        raise UserError(
-            f"sample {wrong[0]} has {lengths[wrong[0]]} steps, but a row holds 1 to {capacity}; "
-            "cut samples to the row's length first, or give longer rows"
+        raise ValueError(
+            f"sample {wrong[0]} has {sizes[wrong[0]]} steps, but a row holds 1 to {capacity}; "
+            "truncate samples to the length of a row first"
         )
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the steps still free in them
-    rooms: list[int] = []  # its keys, in order
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
+    by_room: dict[int, list[int]] = {}  # rows by their free steps
+    rooms: list[int] = []  # the keys of `by_room`, sorted
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        length = int(sizes[index])
         at = bisect_left(rooms, length)
         if at == len(rooms):
             row, room = len(rows), capacity
@@ -60,17 +57,17 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedDataset(Dataset):
-    """Rows of a map-style data set of samples: `packed[[3, 5, 7]]` is the list of those samples."""
+    """A data set that is indexed by rows: `packed[[3, 5, 7]]` is the list of these samples."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: ConversationDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """Samples, not rows."""
+        """The number of samples, not of rows."""
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
 
-    def __getitem__(self, row: Sequence[int]) -> list[Sample]:
+    def __getitem__(self, row: Sequence[int | Filler]) -> list[Sample]:
         return [self.dataset[index] for index in row]

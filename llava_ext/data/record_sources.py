@@ -1,8 +1,8 @@
-"""Where conversations come from: JSON, JSONL, parquet, WebDataset shards and Hugging Face data sets.
+"""Sources of conversations: JSON, JSONL, parquet, WebDataset shards and Hugging Face data sets.
 
-Every source is addressed by number and held as the places of its rows: a row is read when it is asked for, an image
-only when it is encoded. So a set of many millions of rows costs some bytes a row, any number of processes reads it at
-once, and a run can be resumed at any row.
+A source gives rows by number and keeps only their positions in memory: a row is read on request, an image only when it
+is encoded. A data set of millions of rows takes a few bytes per row, any number of processes can read it at the same
+time, and a run can resume at any row.
 """
 
 from collections import Counter
@@ -28,41 +28,52 @@ from llava_ext.data.json_records import JsonRecords
 from llava_ext.data.records import Record, RowOptions
 from llava_ext.data.tar_records import TarRecords
 
-_ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}  # files of `datasets` that hold no rows
+_ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}  # files of `datasets` without rows
 
 
 class RecordSource(Protocol):
-    """Rows 0..len-1 and the records and images that are in them."""
+    """Rows 0..len-1 with their records and images."""
 
     name: str
 
     def __len__(self) -> int: ...
 
     def row_name(self, index: int) -> str:
-        """The row's name in reports: unique within a run."""
+        """The name of a row in reports, unique within a run."""
 
     def records(self, index: int) -> tuple[Record, ...]:
-        """The records of a row; ValueError if it is unusable. A row is one record, but for a caption with several
-        tasks. The records of a row have the same images."""
+        """The records of a row; they have the same images. Only a caption gives several, one for each of its tasks.
+
+        Raises:
+            UserError: the row is unusable.
+        """
 
     def picture(self, index: int, number: int) -> Image.Image:
-        """Image `number` of a row, as RGB; ValueError if it is missing or broken."""
+        """Image `number` of a row, as RGB.
+
+        Raises:
+            UserError: the image is missing or broken.
+        """
 
     def content(self, index: int, number: int) -> bytes:
-        """The file of image `number` of a row; ValueError if it cannot be read."""
+        """The file content of image `number` of a row.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
 
 
 def open_records(spec: str | Path, options: RowOptions) -> RecordSource:
-    """The source that an entry of `data_path` means.
+    """Open the source that an entry of `data_path` describes.
 
     Args:
-        spec: `.json` (a list of records) or `.jsonl` files (one a line); `.parquet` files; `.tar` shards; a folder of
-            files of one of these kinds, or one written by `datasets`' `save_to_disk`;
-            `hf:NAME[[:CONFIGURATION]:SPLIT]`. A pattern (`shards/{000..127}.tar`, `part-*.parquet`) means all its
-            files. Suffixes are compared without regard to case.
+        spec: `.json` (a list of records) or `.jsonl` files (one record per line); `.parquet` files; `.tar` shards; a
+            folder with files of one of these kinds, or one written by `save_to_disk` of `datasets`;
+            `hf:NAME[[:CONFIGURATION]:SPLIT]`. A pattern (`shards/{000..127}.tar`, `part-*.parquet`) stands for all
+            matching files. The case of suffixes is ignored.
 
     Raises:
-        UserError: nothing there, or nothing that can be understood.
+        UserError: no files match, or they are not in one of these formats.
     """
     spec = str(spec)
     if spec.startswith("hf:"):
@@ -90,7 +101,7 @@ def open_records(spec: str | Path, options: RowOptions) -> RecordSource:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The data files of a folder, which are of one kind; what else is there is reported."""
+    """The data files of a folder, all of one kind; other files are reported."""
     listing = list_folder(folder, flat=("tar", "parquet", "json"))
     skip_side_files(listing)
     if about := _ABOUT_DATA.intersection(listing.files.get("json", [])):
@@ -104,8 +115,8 @@ def _files_in(folder: Path) -> list[Path]:
         )
     if len(kinds) > 1:
         raise UserError(
-            f"data folder {folder} holds several kinds of data ({listing.found()}); keep one kind in a folder, or name "
-            f"the files by a pattern such as '{folder}/*.{kinds[-1]}'"
+            f"data folder {folder} holds several kinds of data ({listing.found()}); keep one kind per folder, or "
+            f"select files with a pattern such as '{folder}/*.{kinds[-1]}'"
         )
     report_skipped(str(folder), listing.others)
     return [folder / name for name in listing.files[kinds[0]]]

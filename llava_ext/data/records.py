@@ -1,7 +1,7 @@
-"""Rows of any source, checked and turned into role/content messages. A bad row is named, never replaced."""
+"""Rows of any source, validated and converted to role/content messages. A bad row is reported, never replaced."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from llava_ext.prompts.image_parts import IMAGE_PARTS, is_empty, picture_in_part
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, count_images, escape_images
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-KINDS = ("text", "read", "draw")
+KINDS = ("text", "read", "draw")  # of records; a number in arrays is an index into this
 CAPTION_TASKS = {"read": ("read",), "draw": ("draw",), "both": ("read", "draw")}
 DESCRIBE = "Describe the image."
 TURNS, CAPTIONS = ("conversations", "messages"), ("caption", "text")
@@ -22,9 +22,15 @@ UNSUPPORTED = ("video", "videos", "audio", "audios")
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `images` are the images' keys: paths relative to the image folder, or names that a source
-    gives to what it embeds. `drawn[i]` says that the assistant draws image i instead of reading it: one of an assistant
-    turn, unless it is only shown there as it was drawn before. `stamps` tell the state of the images (`stamp_of`)."""
+    """One conversation.
+
+    Attributes:
+        images: keys of the images: paths relative to the image folder, or names that the source gives to embedded
+            images.
+        drawn: for each image, whether the assistant draws it instead of reading it. Images of assistant turns are
+            drawn, except those that a turn only repeats from earlier.
+        stamps: for each image, its place and state (`stamp_of`).
+    """
 
     id: str
     messages: tuple[dict, ...]
@@ -34,23 +40,23 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`: "draw" if anything is drawn, "read" if anything is read."""
+        """One of `KINDS`: "draw" if any image is drawn, else "read" if any image is read, else "text"."""
         return "draw" if any(self.drawn) else "read" if self.images else "text"
 
     @property
     def reads(self) -> bool:
-        """Whether an image is read, be anything drawn or not."""
+        """Whether any image is read; a record that draws can read as well."""
         return not all(self.drawn)
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are understood.
+    """Options for converting rows to records.
 
     Attributes:
-        image_folder: where the paths that rows name start from.
-        caption_task: what becomes of an image with a caption: it is described ("read"), drawn, or both, which makes
-            two records of it.
+        image_folder: base folder of the image paths in rows.
+        caption_task: the task of an image with a caption: "read" describes the image, "draw" draws it, "both" makes a
+            record of each.
 
     Raises:
         UserError: an unknown task.
@@ -69,52 +75,54 @@ class RowOptions:
 def parse_row(
     row: object, options: RowOptions, embedded: Sequence[str] = (), stamps: Sequence[bytes] = ()
 ) -> tuple[Record, ...]:
-    """One row to its record; a caption to one for each of its tasks.
+    """Convert a row to its record, or a caption to one record per task.
 
-    A row holds `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`, the content a string or
-    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless it comes with its images. Fields
-    that are empty count as absent. An image in an assistant turn is drawn; `drawn` (a bool an image) says otherwise:
-    false shows one that was drawn before, which is read, as it is when a conversation goes on after a drawing.
+    A row has `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`; the content is a string or
+    a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless its images are embedded. Empty
+    fields count as absent. An image in an assistant turn is drawn, unless the row has `drawn`, a list of one bool per
+    image: false for an image that was drawn earlier and is now read, so that a conversation can continue after a
+    drawing.
 
     Args:
-        embedded: keys of the images that come with the row, and `stamps` their stamps.
+        embedded: keys of the images that the source holds with the row.
+        stamps: the stamps of these images.
 
     Raises:
-        UserError: no conversation, an unknown speaker, `<image>` and images that do not match, an image path that
-            leaves the image folder, a missing image file, or a video or sound.
+        UserError: the row has no conversation, an unknown speaker, unequal numbers of `<image>` and images, an image
+            path outside the image folder, a missing image file, or video or audio.
     """
-    row = _checked(row)
-    turns = _turns_of(row)
-    caption = next((row[name] for name in CAPTIONS if not is_empty(row.get(name))), None)
+    fields = _checked(row)
+    turns = _turns_of(fields)
+    caption = next((fields[name] for name in CAPTIONS if not is_empty(fields.get(name))), None)
     if turns is not None:
         conversations = [_messages(turns)]
     elif isinstance(caption, str):
         conversations = [_about_caption(caption.strip(), task) for task in CAPTION_TASKS[options.caption_task]]
     else:
         raise UserError("no 'conversations', 'messages' or 'caption': expected a list of {'from', 'value'} turns")
-    names = [] if embedded else image_names(row, _images_in_parts(turns))
+    names = [] if embedded else image_names(fields, _images_in_parts(turns))
     for messages in conversations:
         _check_text(messages)
         _check_counts(messages, len(embedded) or len(names))
     found = [find_image(name, options.image_folder) for name in names]
     images = tuple(embedded) or tuple(image.key for image in found)
     stamps = tuple(stamps) if embedded else tuple(image.stamp for image in found)
-    identity = "" if row.get("id") is None else str(row["id"])
-    return tuple(Record(identity, messages, images, _drawn(messages, row), stamps) for messages in conversations)
+    identity = "" if fields.get("id") is None else str(fields["id"])
+    return tuple(Record(identity, messages, images, _drawn(messages, fields), stamps) for messages in conversations)
 
 
 def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
-    """Image `number` of those that a row names.
+    """Image `number` of the images that a row names.
 
     Raises:
-        UserError: as `parse_row` raises it.
+        UserError: as in `parse_row`.
     """
-    row = _checked(row)
-    return find_image(image_names(row, _images_in_parts(_turns_of(row)))[number], options.image_folder)
+    fields = _checked(row)
+    return find_image(image_names(fields, _images_in_parts(_turns_of(fields)))[number], options.image_folder)
 
 
 def parse_record(row: object, image_folder: Path | None) -> Record:
-    """A LLaVA row as its one record; the errors are those of `parse_row`."""
+    """Convert a LLaVA row to its only record; errors are those of `parse_row`."""
     (record,) = parse_row(row, RowOptions(image_folder, caption_task="read"))
     return record
 
@@ -124,18 +132,18 @@ def _checked(row: object) -> dict:
         raise UserError(f"expected an object with 'conversations', got {type(row).__name__}")
     for name in UNSUPPORTED:
         if not is_empty(row.get(name)):
-            raise UserError(f"the row has {name!r}, which is not supported; only text and images are")
+            raise UserError(f"the row has {name!r}; only text and images are supported")
     return row
 
 
 def _turns_of(row: dict) -> object:
-    """The conversation of a row, None if it has none. Data sets also hold it as JSON text, or as lists by field."""
+    """The conversation of a row, or None. Some data sets store it as JSON text, or as one list per field."""
     turns = next((row[name] for name in TURNS if not is_empty(row.get(name))), None)
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"'conversations' is text that is not JSON: {error}") from error
+            raise UserError(f"'conversations' is text that is not valid JSON: {error}") from error
     if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
         if len({len(values) for values in turns.values()}) == 1:
             turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
@@ -145,7 +153,7 @@ def _turns_of(row: dict) -> object:
 def _messages(turns: object) -> tuple[dict, ...]:
     if not isinstance(turns, list) or not turns:
         raise UserError("no 'conversations': expected a list of {'from', 'value'} or {'role', 'content'} turns")
-    messages = []
+    messages: list[dict] = []
     for turn in turns:
         speaker, content = _speaker_and_content(turn)
         if speaker not in ROLES or content is None:
@@ -156,18 +164,19 @@ def _messages(turns: object) -> tuple[dict, ...]:
             raise UserError(f"turn {len(messages)}: the answer of {speaker!r} is empty")
         messages.append({"role": ROLES[speaker], "content": content})
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("no 'gpt' turn: there is nothing to learn")
+        raise UserError("no 'gpt' turn: nothing to learn")
     return tuple(messages)
 
 
 def _speaker_and_content(turn: object) -> tuple[str | None, str | None]:
-    """Who speaks, and the content as text; None for what is not understood."""
+    """The speaker of a turn and its content as text; None for a value of an unexpected form."""
     if not isinstance(turn, dict):
         return None, None
     speaker, content = (_first_of(turn, *names) for names in (("from", "role"), ("value", "content")))
     if isinstance(content, list):
         parts = [_part(part) for part in content]
-        content = None if None in parts else "\n".join(parts)
+        known = [part for part in parts if part is not None]
+        content = "\n".join(known) if len(known) == len(parts) else None
     return speaker if isinstance(speaker, str) else None, content if isinstance(content, str) else None
 
 
@@ -176,20 +185,23 @@ def _first_of(turn: dict, *names: str) -> object:
 
 
 def _part(part: object) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in IMAGE_PARTS:
+    """A part of a message as text, with `<image>` for an image; None for a part of another type."""
+    if not isinstance(part, dict):
+        return None
+    if part.get("type") in IMAGE_PARTS:
         return LLAVA_IMAGE
-    text = part.get("text") if kind == "text" else None
-    return escape_images(text) if isinstance(text, str) else None  # the text of a part is literal
+    text = part.get("text") if part.get("type") == "text" else None
+    return escape_images(text) if isinstance(text, str) else None  # <image> in the text of a part is literal
 
 
 def _images_in_parts(turns: object) -> list[object]:
-    """The images that parts of messages name themselves, as `picture_in_part` finds them.
+    """The images that the parts of messages hold or name, as found by `picture_in_part`.
 
     Raises:
-        UserError: a part with several of them.
+        UserError: a part has several images.
     """
-    contents = [_first_of(turn, "value", "content") for turn in turns if isinstance(turn, dict)] if turns else []
+    dicts = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, Iterable) else []
+    contents = [_first_of(turn, "value", "content") for turn in dicts]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     found = [picture_in_part(part) for part in parts if part.get("type") in IMAGE_PARTS]
     return [None if picture is None else {key: picture} for key, picture in found]
@@ -206,25 +218,25 @@ def _by_assistant(messages: Sequence[dict]) -> tuple[bool, ...]:
 
 
 def _drawn(messages: Sequence[dict], row: dict) -> tuple[bool, ...]:
-    may, said = _by_assistant(messages), row.get("drawn")
-    if said is None:
-        return may
-    if not isinstance(said, list) or [type(value) for value in said] != [bool] * len(may):
-        raise UserError(f"drawn: expected true or false for each of {len(may)} images, got {shorten(said)}")
-    if any(value and not allowed for value, allowed in zip(said, may, strict=True)):
-        raise UserError(f"drawn: {said} says that an image outside the assistant's turns is drawn")
-    return tuple(said)
+    by_assistant, given = _by_assistant(messages), row.get("drawn")
+    if given is None:
+        return by_assistant
+    if not isinstance(given, list) or [type(value) for value in given] != [bool] * len(by_assistant):
+        raise UserError(f"drawn: expected true or false for each of {len(by_assistant)} images, got {shorten(given)}")
+    if any(value and not allowed for value, allowed in zip(given, by_assistant, strict=True)):
+        raise UserError(f"drawn: {given} is true for an image outside the assistant's turns")
+    return tuple(given)
 
 
 def _check_text(messages: Sequence[dict]) -> None:
     for number, message in enumerate(messages):
         try:
             message["content"].encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
+        except UnicodeEncodeError as error:  # an unpaired surrogate, which JSON allows
             raise UserError(f"turn {number} is not valid Unicode: {error}") from error
         for tag in ("<video>", "<audio>"):
             if tag in message["content"]:
-                raise UserError(f"turn {number} holds {tag}, which is not supported; only text and images are")
+                raise UserError(f"turn {number} contains {tag}; only text and images are supported")
 
 
 def _check_counts(messages: Sequence[dict], num_images: int) -> None:

@@ -1,6 +1,11 @@
-"""Order of samples: epochs, batches of one modality or of one length class, packed rows."""
+"""Samplers: shuffled epochs, batches of one modality and similar lengths, packed rows.
+
+`epoch_of` returns the current epoch and is called when iteration starts, because a resumed run never calls
+`set_epoch`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -9,15 +14,12 @@ from llava_ext.data.dataset import Filler
 from llava_ext.data.mixture import Mixture
 from llava_ext.data.packing import pack_lengths
 
-_CLASSES_A_DOUBLING = 2  # of length
+_CLASSES_PER_DOUBLING = 2  # length classes per factor of 2
 _WINDOW = 50  # batches that are sorted together
 
 
 class EpochSampler(Sampler[int]):
-    """The order that `order_of(epoch)` gives.
-
-    `epoch_of` is asked when iteration starts, because a resumed run never sees `set_epoch`.
-    """
+    """Samples in the order of `order_of(epoch)`."""
 
     def __init__(self, order_of: Callable[[int], np.ndarray], length: int, epoch_of: Callable[[], float]) -> None:
         self._order_of, self._length, self._epoch_of = order_of, length, epoch_of
@@ -29,56 +31,62 @@ class EpochSampler(Sampler[int]):
         yield from self._order_of(int(self._epoch_of())).tolist()
 
 
-class FilledSampler(Sampler):
-    """Another sampler, filled up at its end to a multiple of `multiple` with what is not learned.
+class SizedSampler(Protocol):
+    """A sampler with a length; it yields samples, or rows of samples."""
 
-    Processes must make equally many micro-batches of one size. Left to itself, accelerate repeats samples of the
-    epoch's beginning for that, which would be learned twice.
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class FilledSampler(Sampler):
+    """Pads another sampler at its end to a multiple of `multiple` with a `Filler`, from which nothing is learned.
+
+    All processes must run the same number of micro-batches of the same size. accelerate would otherwise repeat samples
+    from the beginning of the epoch, which would then be learned twice.
     """
 
-    def __init__(self, sampler: Sampler, multiple: int) -> None:
+    def __init__(self, sampler: SizedSampler, multiple: int) -> None:
         self._sampler, self._multiple = sampler, multiple
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._multiple) * self._multiple
 
-    def __iter__(self) -> Iterator:
-        last = None
+    def __iter__(self) -> Iterator[Any]:
+        last: Any = None
         for last in self._sampler:
             yield last
-        # A sampler of packed rows yields lists; one sample is filler enough for a row.
+        # A sampler of packed rows yields lists; a row of a single filler is enough.
         filler = [Filler(last[0])] if isinstance(last, list) else Filler(last)
         for _ in range(len(self) - len(self._sampler)):
             yield filler
 
 
 class ModalityGroupedSampler(Sampler[int]):
-    """Batches of one kind each (read, draw, text) and of samples that are about as long as each other.
+    """Batches of one kind each (read, draw, text), of samples of similar lengths.
 
-    Of every window of 50 batches in the epoch's order, samples of a kind are sorted by length and cut into batches,
-    whose order is then shuffled; what fills no batch waits for the next window. Lengths within a factor of 1.4 count as
-    one: samples of exactly one length tend to be of one question, and batches of one question teach badly. All follows
-    from the order, `seed` and the epoch. `epoch_of` is asked when iteration starts, because a resumed run never sees
-    `set_epoch`.
+    In every window of 50 batches of the epoch's order, the samples of a kind are sorted by length and split into
+    batches, and the batches are shuffled; samples that do not fill a batch move to the next window. Lengths within a
+    factor of 1.4 count as equal: samples of exactly the same length tend to have the same question, and batches of a
+    single question train poorly. The result is determined by the order, `seed` and the epoch.
 
     Args:
         kinds, lengths: of each sample (len,).
-        batch_size: samples that go through the model at once, on all processes together.
-        order_of: the order of an epoch's samples; by default they are shuffled.
+        batch_size: samples per micro-batch, on all processes together.
+        order_of: the order of the samples in an epoch; by default they are shuffled.
     """
 
     def __init__(
         self,
-        kinds: Sequence,
+        kinds: Sequence | np.ndarray,
         batch_size: int,
         seed: int,
         epoch_of: Callable[[], float],
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
         order_of: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self._kinds, self._batch_size, self._seed, self._epoch_of = np.asarray(kinds), batch_size, seed, epoch_of
-        lengths = np.ones(len(self._kinds)) if lengths is None else np.maximum(lengths, 1)
-        self._classes = np.floor(_CLASSES_A_DOUBLING * np.log2(lengths)).astype(np.int32)
+        sizes = np.ones(len(self._kinds)) if lengths is None else np.maximum(lengths, 1)
+        self._classes = np.floor(_CLASSES_PER_DOUBLING * np.log2(sizes)).astype(np.int32)
         self._order_of = order_of or Mixture([len(self._kinds)], seed=seed).order
 
     def __len__(self) -> int:
@@ -95,7 +103,7 @@ class ModalityGroupedSampler(Sampler[int]):
         yield from waiting.tolist()
 
     def _batches(self, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Whole batches, and the samples that are left over."""
+        """Full batches, and the remaining samples."""
         batches, rest = [], []
         for kind in np.unique(self._kinds[samples]):
             mine = samples[self._kinds[samples] == kind]
@@ -107,25 +115,24 @@ class ModalityGroupedSampler(Sampler[int]):
 
 
 class PackingSampler(Sampler[list[int]]):
-    """Rows of samples, for a `PackedDataset`: the samples of an epoch's order, packed and shuffled.
+    """Rows of samples for a `PackedDataset`: the order of an epoch, packed, in shuffled rows.
 
-    All epochs have as many rows as the first. Where the order of a later one takes more or fewer, as weighted sources
-    can have it, its rows end within another epoch: the rows of all orders make one succession, and no sample is lost.
-    Rows follow from the arguments and the epoch alone, so a run that is resumed goes on at the right row. `epoch_of`
-    is asked when iteration starts, because a resumed run never sees `set_epoch`.
+    All epochs have as many rows as the first. The order of a later epoch can need more or fewer, with weighted sources:
+    the rows of all orders then form one sequence that is divided evenly into epochs, so that no sample is lost. Rows
+    depend only on the arguments and the epoch, so a resumed run continues at the right row.
 
     Args:
         lengths: LLM steps of each sample (len,).
         capacity: LLM steps of a row.
-        order_of: the order of an epoch's samples; by default they are shuffled.
+        order_of: the order of the samples in an epoch; by default they are shuffled.
 
     Raises:
-        UserError: a sample that no row holds.
+        ValueError: a sample does not fit a row.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         capacity: int,
         seed: int,
         epoch_of: Callable[[], float],
@@ -137,7 +144,7 @@ class PackingSampler(Sampler[list[int]]):
 
     @property
     def efficiency(self) -> float:
-        """Which share of the first epoch's steps holds samples."""
+        """The fraction of the steps of the first epoch that holds samples instead of padding."""
         return float(self._lengths[self._order_of(0)].sum()) / (self._num_rows * self._capacity)
 
     def __len__(self) -> int:

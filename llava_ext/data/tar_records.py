@@ -24,12 +24,14 @@ _UNSUPPORTED = ("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "flac", "ogg",
 
 
 class TarRecords:
-    """WebDataset tar shards, read in place. A row is a sample: its `.json` is the row as a JSON file has it, or its
-    `.txt` a caption, and its images (`.jpg`, or `.0.jpg`, `.1.png`, ...) are those of the row, in the order of their
-    numbers. A sample without images may name some of the image folder.
+    """Records of WebDataset tar shards, read in place.
+
+    A row is a sample. Its `.json` has the fields of a row in a JSON file, or its `.txt` is a caption; its images
+    (`.jpg`, or `.0.jpg`, `.1.png`, ...) are the images of the row, ordered by number. A sample without images can refer
+    to files of the image folder.
 
     Raises:
-        UserError: a shard that is missing, broken or compressed.
+        UserError: a shard is missing, damaged or compressed.
     """
 
     def __init__(self, shards: Sequence[Path], name: str, options: RowOptions) -> None:
@@ -60,10 +62,11 @@ class TarRecords:
 
     def records(self, index: int) -> tuple[Record, ...]:
         members = self._members(index)
-        if repeated := {suffix for suffix, _ in members if [s for s, _ in members].count(suffix) > 1}:
+        repeated = {suffix for suffix, count in Counter(suffix for suffix, _ in members).items() if count > 1}
+        if repeated:
             raise UserError(f"the sample occurs twice in the shard ({', '.join(sorted(repeated))})")
         if unsupported := [suffix for suffix, _ in members if _last(suffix) in _UNSUPPORTED]:
-            raise UserError(f"the sample has a .{unsupported[0]}, which is not supported; only text and images are")
+            raise UserError(f"the sample has a .{unsupported[0]} file; only text and images are supported")
         row = self._row(index, dict(members))
         shard = self._shard[index]
         images = [
@@ -86,7 +89,7 @@ class TarRecords:
         return open_picture(self.content(index, number), name)
 
     def _members(self, index: int) -> list[tuple[str, int]]:
-        """Suffix and number of each member of a sample."""
+        """Suffix and member number of each file of a sample."""
         first, end = self._member_starts[index : index + 2].tolist()
         return [(self._suffixes[member], member) for member in range(first, end)]
 
@@ -95,22 +98,28 @@ class TarRecords:
         return self._files.read(int(self._shard[index]), offset, size)
 
     def _row(self, index: int, members: dict[str, int]) -> object:
-        row = {}
+        content = {suffix: self._read(index, members[suffix]) for suffix in _TEXTS if suffix in members}
         try:
-            if "json" in members:
-                row = json.loads(self._read(index, members["json"]))
-            if "txt" in members and isinstance(row, dict):  # the .json may hold notes on the image alone
-                row = {"caption": self._read(index, members["txt"]).decode(), **row}
-        except (ValueError, RecursionError) as error:
+            row = json.loads(content["json"]) if "json" in content else {}
+            if "txt" in content and isinstance(row, dict):  # the .json may hold only metadata of the image
+                row = {"caption": content["txt"].decode(), **row}
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise UserError(f"not valid JSON or text: {error}") from error
         return row
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """The samples of one shard: their keys, how many members each has, the members' suffixes, and their offsets and
-    sizes (members, 2). `digest` tells the shard from others of the same name; `skipped` counts the members that belong
-    to no sample, by suffix."""
+    """The samples of one shard.
+
+    Attributes:
+        keys: of the samples.
+        num_members: of each sample.
+        suffixes: of all members, sample after sample.
+        places: offsets and sizes of these members, (members, 2).
+        digest: distinguishes shards of the same name.
+        skipped: number of members that do not belong to a sample, by suffix.
+    """
 
     keys: list[str]
     num_members: list[int]
@@ -150,16 +159,16 @@ def _last(name: str) -> str:
 
 
 def _suffix_in(name: str, key: str) -> str:
-    """The part of a member's name behind its sample's key; `json` and `txt` in lower case."""
+    """The part of a member's name after the key of its sample; `json` and `txt` in lower case."""
     suffix = name[len(key) + 1 :]
     return suffix.lower() if suffix.lower() in _TEXTS else suffix
 
 
 def _sample_keys(names: Sequence[str]) -> list[str]:
-    """The sample of each member: its name up to the first dot of the base name.
+    """The sample key of each member: its name up to the first dot of the base name.
 
-    Names with more dots are not mixed up: where `photo.v2.json` has an image (`photo.v2.jpg`, `photo.v2.0.jpg`), or
-    there is no `photo.json`, `photo.v2` is a sample of its own.
+    Keys can contain dots: `photo.v2` is a separate sample if `photo.v2.json` has an image (`photo.v2.jpg`,
+    `photo.v2.0.jpg`) or `photo.json` does not exist.
     """
     stems = [os.path.splitext(name)[0] for name in names]
     texts = {stem for name, stem in zip(names, stems, strict=True) if _last(name) in _TEXTS}
@@ -186,7 +195,7 @@ def _both_ends(file: Path, size: int = 65_536) -> bytes:
 
 
 def _images_first_to_last(members: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Those members that are images, by suffix: `0.jpg`, `1.png`, ..., `10.jpg`."""
+    """The members that are images, in natural order of their suffixes: `0.jpg`, `1.png`, ..., `10.jpg`."""
     images = [member for member in members if kind_of(f"x.{member[0]}") == "image"]
     by_number = [(re.split(r"(\d+)", suffix), suffix, member) for suffix, member in images]
     natural = sorted(by_number, key=lambda one: [int(t) if t.isdigit() else t for t in one[0]])

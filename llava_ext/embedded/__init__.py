@@ -1,1 +1,1 @@
-"""The embedded default: scenes, a small text backbone and the settings of its stages, made without a download."""
+"""The embedded default: scenes and small models of every kind, generated and trained without a download."""

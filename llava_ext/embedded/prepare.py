@@ -1,10 +1,9 @@
-"""Make what the embedded default needs: scenes, text tokenizer, text backbone, SigLIP teacher, EvoTok tokenizer.
+"""Prepare the embedded default: scenes, text tokenizer, text backbone, SigLIP teacher, EvoTok tokenizer.
 
-Every step is skipped when its result is there. Nothing is downloaded.
+A step is skipped if its result exists. Nothing is downloaded.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from evotok_plugin.common import command_line
-from evotok_plugin.common.files import check_output_folder, whole_folder
+from evotok_plugin.common.files import check_output_folder, write_json
+from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.recipes import find_recipe
 from evotok_plugin.errors import UserError
 
@@ -24,7 +24,7 @@ DONE = "done.json"
 
 @dataclass(frozen=True)
 class EmbeddedSizes:
-    """How much the embedded default trains."""
+    """Numbers of scenes and training steps of the embedded default."""
 
     num_train: int
     num_val: int
@@ -39,10 +39,10 @@ SEED = 0
 
 
 def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
-    """Say what stands in the place of a folder that this module makes: "nothing", "made" by it, or "usable" as it is.
+    """The state of a folder that a step writes: "nothing" there, "made" by an earlier run, or "usable" as it is.
 
     Raises:
-        UserError: something else, which is never changed.
+        UserError: the folder has other content, which is never changed.
     """
     if (folder / DONE).is_file():
         return "made"
@@ -51,35 +51,40 @@ def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
     if folder.is_dir() and usable(folder):
         return "usable"
     raise UserError(
-        f"{folder} was not made by this program and does not hold what the embedded default needs there; move it away, "
-        "or choose another --workspace"
+        f"{folder} was not made by this program and cannot be used by the embedded default; move it away, or choose "
+        "another --workspace"
     )
 
 
 def make(folder: Path, what: str, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> None:
-    """Run `build` into a temporary folder and move it in place; a folder that is there already is left alone.
+    """Create a folder atomically with `build`, which fills a temporary one; an existing folder is not changed.
 
     Raises:
-        UserError: as `check_place` raises it.
+        UserError: as in `check_place`, or the folder cannot be written.
     """
     found = check_place(folder, usable)
     if found != "nothing":
-        print(f"{what}: {folder} is there already{' and used as it is' if found == 'usable' else ''}", flush=True)
+        print(f"{what}: {folder} exists{' and is used as it is' if found == 'usable' else ''}", flush=True)
         return
     print(f"{what} -> {folder}", flush=True)
     started = time.monotonic()
-    with whole_folder(folder) as temporary:
+
+    def write(temporary: Path) -> None:
         build(temporary)
-        (temporary / DONE).write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}))
+        write_json(temporary / DONE, {"seconds": round(time.monotonic() - started, 1)})
+
+    write_whole_folder(folder, write)
 
 
 def holds_model(*model_types: str) -> Callable[[Path], bool]:
-    """Whether a folder holds a complete model of one of these types, or of any type where none is named."""
+    """A check whether a folder holds a complete model of one of these types, or of any type if none is given."""
 
     def check(folder: Path) -> bool:
+        from evotok_plugin.model_folder import model_type_of  # imports torch
+
         try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError):
+            kind = model_type_of(folder)
+        except UserError:
             return False
         return any(folder.glob("*.safetensors")) and (not model_types or kind in model_types)
 
@@ -92,7 +97,7 @@ USABLE: dict[str, Callable[[Path], bool]] = {
     "teacher": holds_model("siglip_vision_model", "siglip"),
     "evotok": holds_model("evotok"),
 }
-"""Whether a folder of the user in a step's place can be used instead of what the step makes."""
+"""By step: whether a folder of the user can be used instead of the result of the step."""
 
 
 def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
@@ -157,7 +162,7 @@ STEPS = {
 
 
 def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
-    """Whether a training command would train on what this module makes."""
+    """Whether a training command would use the results of this module."""
     own = {"--model_name_or_path", "--vision_tower", "--data_path"}
     if own & {argument.split("=")[0] for argument in overrides}:
         return False
@@ -166,10 +171,10 @@ def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
 
 
 def check_stage(argv: list[str]) -> None:
-    """Check the settings of the stage that follows, before minutes of work for it.
+    """Check the settings of the following training stage before minutes of work for it.
 
     Raises:
-        UserError: an unknown flag, or a setting that is wrong or has no effect.
+        UserError: a flag is unknown, or a setting is invalid or has no effect.
     """
     from llava_ext.training.config import StageConfig, check_reporting
     from llava_ext.training.settings import stage_values
@@ -185,9 +190,9 @@ def check_stage(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workspace", default="outputs", help="where everything is put")
+    parser.add_argument("--workspace", default="outputs", help="folder for all results")
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
-    parser.add_argument("--only", choices=STEPS, help="one step instead of all")
+    parser.add_argument("--only", choices=STEPS, help="run only this step")
     parser.add_argument("--recipe", help="do nothing unless this training recipe uses the embedded default")
     parser.set_defaults(takes_rest=True)
     return command_line.run(parser, argv, _prepare)
@@ -202,7 +207,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *arguments.rest])
         wanted = [name for name in STEPS if arguments.only in (None, name)]
         for name in wanted:
-            check_place(workspace / name, USABLE[name])  # all of them, before minutes of work for the first
+            check_place(workspace / name, USABLE[name])  # all before the first, which takes minutes
         for name in wanted:
             STEPS[name](workspace, FAST if arguments.fast else FULL)
     except subprocess.CalledProcessError as error:

@@ -1,5 +1,6 @@
-"""The embedded text backbone: a byte-level BPE and a small Qwen2-type LM, both from the scene corpus's text alone."""
+"""The embedded text backbone: a byte-level BPE and a small Qwen2 LM, both trained on the text of the scene corpus."""
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def train_text_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (no unknown tokens, any text round-trips) and save it with its chat template."""
+    """Train a byte-level BPE, which can encode any text, and save it with its chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -53,18 +54,16 @@ def train_text_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: i
 
 
 def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
-    """Everything that is said about the scenes."""
-    for record in records:
+    """All turns of text-only `records` and of the conversations in a scene folder."""
+    files = (scene_folder / "train" / name for name in ("pretrain.json", "finetune.json"))
+    saved = (record for file in files for record in json.loads(file.read_text()))
+    for record in itertools.chain(records, saved):
         for turn in record["conversations"]:
             yield turn["value"]
-    for file in ("pretrain.json", "finetune.json"):
-        for record in json.loads((scene_folder / "train" / file).read_text()):
-            for turn in record["conversations"]:
-                yield turn["value"]
 
 
 class EveryToken(Dataset):
-    """Conversations in which every token is learned, as in language-model pre-training."""
+    """Conversations in which every token is a target, as in language-model pretraining."""
 
     def __init__(self, conversations: ConversationDataset) -> None:
         self._conversations = conversations
@@ -80,7 +79,7 @@ class EveryToken(Dataset):
 def train_backbone(
     tokenizer: PreTrainedTokenizerFast, folder: str | Path, num_steps: int, seed: int = 0, batch_size: int = 32
 ) -> None:
-    """Train the small LM on text-only conversations about scenes, and save it as a plain causal LM folder."""
+    """Train the small LM on text-only conversations about scenes and save it as a causal LM folder."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -90,7 +89,7 @@ def train_backbone(
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=2048,
-        # The usual 0.02 suits widths of thousands; at this width attention would start out blind and stay so for long.
+        # The usual 0.02 suits widths of thousands; at this width attention would stay nearly uniform for a long time.
         initializer_range=0.0625,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -1,1 +1,1 @@
-"""Export: models for others to load."""
+"""Export: model folders to share, for this package or for transformers alone."""

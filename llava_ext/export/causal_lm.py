@@ -1,14 +1,16 @@
-"""A model with the flat head as a plain causal LM: what transformers' `AutoModelForCausalLM`, or any LLM server, loads.
+"""Export a model with the flat head as a plain causal LM, for transformers' `AutoModelForCausalLM` or any LLM server.
 
-Its embedding and output tables hold the residual tokens' rows at their ids; its tokenizer knows them as tokens of its
-BPE. What no weight can say, which level's turn it is, stands in the folder's README.
+The embedding and output tables hold the rows of the residual tokens at their ids, and the BPE of the tokenizer has them
+as tokens. Weights cannot express the order of levels, so the README in the folder explains it.
 
 V rows of the backbone's tables, L levels, K codebook_size, D LLM width.
 """
 
 import copy
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,19 +18,21 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from evotok_plugin.common.files import write_whole_folder
+from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.errors import UserError
+from llava_ext.export import residual_tokenizer
+from llava_ext.export.cards import render_card
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.vocabulary import ResidualVocabulary
 
-EVOTOK_FOLDER = "evotok"  # the tokenizer, which turns residual tokens into pictures, within the model's folder
-# Ours are the bare products with the output rows, whatever the backbone's own class would make of them.
+EVOTOK_FOLDER = "evotok"  # subfolder of the image tokenizer, which decodes residual tokens to images
+# Our logits are plain products with the output rows; these settings would make the backbone's class scale them.
 _SCALES_OF_LOGITS = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
 _TEXT_FORM = r"<\|evo:[0-9]+:[0-9]+\|>"
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own pattern
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
 
 
 def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype | str = "auto") -> None:
@@ -36,17 +40,17 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
 
     Args:
         folder: a trained model, or a checkpoint of a run.
-        dtype: of the weights; "auto" leaves it.
+        dtype: of the weights; "auto" keeps the saved dtype.
 
     Raises:
-        UserError: the folder is no whole model or has another head, its language model or tokenizer is of a kind that
-            residual tokens cannot be put into, or the output is there already or cannot be written.
+        UserError: the folder is not a complete model or has another head, residual tokens cannot be added to its
+            language model or tokenizer, or the output exists or cannot be written.
     """
     model, processor = load_model(folder, dtype)
     if model.config.image_head != "flat":
         raise UserError(
-            f"{str(folder)!r} draws with a depth transformer, which is no part of a plain causal LM; train a model "
-            "with --image_head flat (recipes pretrain_flat and finetune_flat), or leave out --format causal-lm"
+            f"{str(folder)!r} draws with a depth transformer, which a plain causal LM does not have; train a model "
+            "with --image_head flat (recipes pretrain_flat and finetune_flat), or omit --format causal-lm"
         )
     tokenizer = with_residual_tokens(processor.tokenizer, model.vocabulary)
     card = _card(model, processor)
@@ -57,7 +61,7 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
         save_tokenizer(tokenizer, out)
         model.vision_tower.save_pretrained(out / EVOTOK_FOLDER)
         processor.image_processor.save_pretrained(out / EVOTOK_FOLDER)
-        (out / "README.md").write_text(card)
+        (out / "README.md").write_text(card, encoding="utf-8")
 
     write_whole_folder(output, write)
 
@@ -67,10 +71,12 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
 
 @torch.no_grad()
 def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
-    """The language model with the rows of the residual tokens in its tables; it takes the backbone out of `model`.
+    """The language model with the rows of the residual tokens in its tables.
+
+    It reuses the backbone of `model`: do not use that object afterwards.
 
     Raises:
-        UserError: the backbone does not look embeddings up in a plain table.
+        UserError: the backbone's embedding layer is not a plain table.
     """
     embeddings, vocabulary, codebooks = (
         model.get_input_embeddings(),
@@ -80,7 +86,7 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
     if type(embeddings) is not nn.Embedding:
         raise UserError(
             f"the {model.config.text_config.model_type} backbone embeds tokens through {type(embeddings).__name__}, "
-            "and rows of residual tokens would go through it, too; expected a plain table"
+            "which would also change the rows of residual tokens; expected a plain embedding table"
         )
     head, dtype = model.image_head.float(), embeddings.weight.dtype
     tables = [
@@ -105,9 +111,9 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
 
 
 def _table(text: Tensor, residual: Tensor, vocabulary: ResidualVocabulary) -> Tensor:
-    """One table from the rows of text (V, D) and those of residual tokens (L, K, D), each at its ids.
+    """Combine the rows of text (V, D) and of residual tokens (L, K, D) in one table, each row at its id.
 
-    Ids that are nobody's get the mean of the text's rows: its logit is the mean of theirs and never the largest.
+    Unused ids get the mean of the text rows: its logit is the mean of theirs and never the largest.
     """
     end = vocabulary.offset + vocabulary.size
     table = text.mean(dim=0).repeat(max(text.shape[0], end), 1)
@@ -119,22 +125,22 @@ def _table(text: Tensor, residual: Tensor, vocabulary: ResidualVocabulary) -> Te
 # The tokenizer -----------------------------------------------------------------------------------------------
 
 
-def with_residual_tokens(tokenizer, vocabulary: ResidualVocabulary) -> PreTrainedTokenizerFast:
-    """The tokenizer with the residual tokens in its BPE's own vocabulary, where a hundred thousand load in an instant;
-    as added tokens they take many seconds.
+def with_residual_tokens(tokenizer: Any, vocabulary: ResidualVocabulary) -> PreTrainedTokenizerFast:
+    """The tokenizer with the residual tokens in the vocabulary of its BPE, where a hundred thousand of them load at
+    once; as added tokens they take many seconds.
 
     Raises:
-        UserError: no BPE, or one in which residual tokens would be torn or other text would be read differently.
+        UserError: the tokenizer is not a BPE, or its steps would split residual tokens or read other text differently.
     """
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = facts["model"]
     if bpe["type"] != "BPE":
-        raise UserError(f"the tokenizer is a {bpe['type']} model; residual tokens can be put into a BPE alone")
+        raise UserError(f"the tokenizer is a {bpe['type']} model; residual tokens can only be added to a BPE")
     for token_id in range(vocabulary.offset, vocabulary.offset + vocabulary.size):
         bpe["vocab"][vocabulary.to_text(token_id)] = token_id
-    for token in facts["added_tokens"]:  # else they would be numbered anew, from the vocabulary's size on
+    for token in facts["added_tokens"]:  # otherwise they get new ids after the vocabulary
         bpe["vocab"].setdefault(token["content"], token["id"])
-    bpe["ignore_merges"] = True  # a word that is in the vocabulary is one token, whatever its merges
+    bpe["ignore_merges"] = True  # a word in the vocabulary is one token
     facts |= {"pre_tokenizer": _isolating(facts["pre_tokenizer"]), "padding": None, "truncation": None}
     grown = Tokenizer.from_str(json.dumps(facts))
     _check_tokenizer(tokenizer.backend_tokenizer, grown, vocabulary)
@@ -150,7 +156,7 @@ def with_residual_tokens(tokenizer, vocabulary: ResidualVocabulary) -> PreTraine
 
 
 def _isolating(pre_tokenizer: dict | None) -> dict:
-    """A pre-tokenizer that cuts text forms of residual tokens out first, and then leaves them whole at every step."""
+    """A pre-tokenizer that first isolates the text forms of residual tokens and then never splits them."""
     steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     first = _isolated(_TEXT_FORM)
     return {"type": "Sequence", "pretokenizers": [first, *(one for step in steps for one in _sparing(step))]}
@@ -161,7 +167,7 @@ def _isolated(pattern: str) -> dict:
 
 
 def _sparing(step: dict) -> list[dict]:
-    """A step of a pre-tokenizer, or steps that do the same, which leave text forms whole where it cuts words."""
+    """Steps equivalent to one step of a pre-tokenizer, except that they never split the text form of a token."""
     if step["type"] == "ByteLevel" and step["use_regex"]:
         return [*_sparing(_isolated(_GPT2_WORDS)), step | {"use_regex": False}]
     if step["type"] == "Digits":
@@ -172,56 +178,49 @@ def _sparing(step: dict) -> list[dict]:
 
 
 def _check_tokenizer(before: Tokenizer, after: Tokenizer, vocabulary: ResidualVocabulary) -> None:
-    """Every token's text must be read as before, and residual tokens as themselves, wherever they stand."""
+    """Check that the text of every token is read as before, and that residual tokens are read as themselves in any
+    context."""
     ids = [vocabulary.offset + level * vocabulary.codebook_size for level in range(vocabulary.num_levels)]
     ids += [vocabulary.offset + vocabulary.size - 1, vocabulary.offset]
     forms = "".join(map(vocabulary.to_text, ids))
     for text in (forms, f"word{forms}word 7", f"two words {forms} <|{forms}", f"{forms}\n"):
         read = after.encode(text, add_special_tokens=False).ids
         if [token for token in read if token in ids] != ids * text.count(forms):
-            raise UserError(f"the tokenizer's steps tear residual tokens: {text!r} is read as {read}")
+            raise UserError(f"the tokenizer's steps split residual tokens: {text!r} is read as {read}")
     words = before.decode_batch([[token] for token in sorted(before.get_vocab().values())], skip_special_tokens=False)
     pairs = zip(*(one.encode_batch_fast(words, add_special_tokens=False) for one in (before, after)), strict=True)
     changed = [word for word, (old, new) in zip(words, pairs, strict=True) if old.ids != new.ids]
     if changed:
         raise UserError(
             f"with residual tokens in its vocabulary the tokenizer would read {len(changed)} words differently, e.g. "
-            f"{changed[0]!r}: its merges do not lead to its own tokens"
+            f"{changed[0]!r}: its merges do not produce its own tokens"
         )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer so that `AutoTokenizer` takes it as it is.
+    """Write the tokenizer so that `AutoTokenizer` loads it unchanged.
 
-    For some models transformers makes a tokenizer of the model's usual class from the vocabulary alone, without the
-    rule that keeps residual tokens whole, whatever class the folder names; but it leaves one alone that names its own
-    code. That code is an empty subclass of the general tokenizer, which is taken where foreign code is not trusted.
+    For some model types transformers ignores the tokenizer class in the folder and builds the usual class of that type
+    from the vocabulary alone, without the rule that keeps residual tokens whole. It does not do so if the folder names
+    custom code. Our custom code is an empty subclass of the general tokenizer, which is also what loads without
+    `trust_remote_code`.
 
     Raises:
-        UserError: the installed transformers loads another tokenizer from the folder all the same.
+        UserError: the installed transformers nevertheless loads another tokenizer from the folder.
     """
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that all versions of transformers know
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # known to all versions of transformers
     settings["auto_map"] = {"AutoTokenizer": [None, "residual_tokenizer.ResidualTokenizer"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "residual_tokenizer.py").write_text(_TOKENIZER_CODE)
+    code = inspect.getsource(residual_tokenizer)
+    (folder / "residual_tokenizer.py").write_text(code, encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     if loaded.to_str() != tokenizer.backend_tokenizer.to_str():
         raise UserError(
             f"transformers {transformers.__version__} does not load the tokenizer as it was written; export with "
-            "another version, 5.23 does"
+            "another version, such as 5.23"
         )
-
-
-_TOKENIZER_CODE = '''"""The tokenizer of tokenizer.json as it is."""
-
-from transformers import PreTrainedTokenizerFast
-
-
-class ResidualTokenizer(PreTrainedTokenizerFast):
-    """Keeps the text forms of residual tokens whole."""
-'''
 
 
 # The README --------------------------------------------------------------------------------------------------
@@ -229,124 +228,27 @@ class ResidualTokenizer(PreTrainedTokenizerFast):
 
 def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor) -> str:
     vision, vocabulary = model.config.vision_config, model.vocabulary
-    facts = {
-        "FIRST": vocabulary.offset,
-        "LEVELS": vocabulary.num_levels,
-        "CODES": vocabulary.codebook_size,
-        "POSITIONS": vision.num_positions,
-        "START": processor.image_start_id,
-        "END": processor.image_end_id,
-        "PLACEHOLDER": processor.image_token_id,
-        "TEXT": model.lm_head.weight.shape[0],
-        "SIZE": vision.image_size,
-        **_sampling_facts(DrawingOptions().for_model(model)),
+    settings = DrawingOptions().for_model(model).settings()
+    # transformers takes one value of each setting, ours may have one per level or position.
+    single = {name: value[0] if isinstance(value, tuple) else value for name, value in settings.items()}
+    varying = {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, tuple) or (name == "guidance_schedule" and value != "constant")
     }
-    card = _CARD
-    for name, value in facts.items():
-        card = card.replace(f"@{name}@", str(value))
-    return card
-
-
-def _sampling_facts(options: DrawingOptions) -> dict[str, str]:
-    """The model's settings of drawing as the card's snippet takes them, which has one value for all levels."""
-    settings = options.settings()
-    one = {name: value[0] if isinstance(value, tuple) else value for name, value in settings.items()}
-    notes = [name for name in settings if isinstance(settings[name], tuple)]
-    notes += ["guidance_schedule"] if options.guidance_schedule != "constant" else []
-    if one["temperature"] == 0:
-        sampling = "do_sample=False,"
-    else:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        sampling = "do_sample=True,\n    " + "\n    ".join(f"{name}={one[name]}," for name in names)
-    differs = {name: settings[name] for name in notes}
-    note = "" if not notes else (
-        f"\nThe model's own settings change over levels or positions ({differs}). This snippet takes the first level's "
-        "and a constant scale.\n"
-    )  # fmt: skip
-    return {"SCALE": str(one["guidance_scale"]), "SAMPLING": sampling, "NOTE": note}
-
-
-_CARD = """# A causal LM that draws
-
-A plain causal LM of transformers. It writes text and images in one sequence; an image of @SIZE@ x @SIZE@ pixels is
-`<|image_start|>`, @POSITIONS@ x @LEVELS@ residual tokens, `<|image_end|>`.
-
-| tokens | ids |
-|---|---|
-| text | 0 to @TEXT@ (not included), the three below among them |
-| `<|image_start|>`, `<|image_end|>` | @START@, @END@ |
-| `<|image_pad|>`, of no use here | @PLACEHOLDER@ |
-| `<|evo:LEVEL:CODE|>` | @FIRST@ + LEVEL x @CODES@ + CODE, LEVEL below @LEVELS@, CODE below @CODES@ |
-
-**What has to be kept to while it generates**, because it was trained on nothing else: residual token i of an image,
-counted from 0, is of level i mod @LEVELS@; exactly @POSITIONS@ x @LEVELS@ of them follow `<|image_start|>`, and then
-`<|image_end|>`; outside images come tokens of text alone, but neither `<|image_end|>` nor `<|image_pad|>`. With
-transformers, in this folder:
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
-
-FIRST, LEVELS, CODES, POSITIONS = @FIRST@, @LEVELS@, @CODES@, @POSITIONS@
-START, END, PLACEHOLDER, TEXT = @START@, @END@, @PLACEHOLDER@, @TEXT@
-
-
-class WhoseTurn(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        allowed = torch.zeros_like(scores, dtype=torch.bool)
-        for row, ids in enumerate(input_ids):
-            begun = (ids == START).nonzero()
-            inside = len(ids) - 1 - int(begun[-1]) if len(begun) else len(ids) + POSITIONS * LEVELS
-            if inside < POSITIONS * LEVELS:
-                first = FIRST + inside % LEVELS * CODES
-                allowed[row, first : first + CODES] = True
-            elif inside == POSITIONS * LEVELS:
-                allowed[row, END] = True
-            else:
-                allowed[row, :TEXT] = True
-                allowed[row, FIRST : FIRST + LEVELS * CODES] = False
-                allowed[row, [END, PLACEHOLDER]] = False
-        return scores.masked_fill(~allowed, -torch.inf)
-
-
-model = AutoModelForCausalLM.from_pretrained(".").eval()
-tokenizer = AutoTokenizer.from_pretrained(".")
-
-
-def ask(text):
-    chat = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + "<|image_start|>"
-
-
-def ids_of(text):
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-
-
-prompt = ids_of(ask("a photo of a red circle"))
-drawn = model.generate(
-    prompt,
-    guidance_scale=@SCALE@,  # away from what it would draw without a prompt
-    negative_prompt_ids=ids_of(ask("")),
-    @SAMPLING@
-    max_new_tokens=POSITIONS * LEVELS + 1,
-    logits_processor=LogitsProcessorList([WhoseTurn()]),
-)[:, prompt.shape[1] :]
-print(tokenizer.decode(drawn[0]))
-```
-@NOTE@
-Without `<|image_start|>` behind the prompt, and without guidance, it answers in text, and draws where it sees fit. The
-text forms are read as the tokens they name, so an image may also stand in a prompt as text.
-
-From ids to a picture, with the package `evotok` and the folder `evotok` in this one:
-
-```python
-from evotok_plugin import EvoTokImageProcessor, EvoTokModel
-
-codes = (drawn[:, : POSITIONS * LEVELS] - FIRST) % CODES
-pixels = EvoTokModel.from_pretrained("evotok").decode_pixels(codes.view(-1, POSITIONS, LEVELS))
-EvoTokImageProcessor.from_pretrained("evotok").to_pil(pixels)[0].save("drawn.png")
-```
-
-Images that are read go into the model that this was made of as features, which no causal LM takes: this one looks at no
-pictures but those that it has drawn.
-"""
+    return render_card(
+        "causal_lm_card.md.jinja",
+        first_id=vocabulary.offset,
+        num_levels=vocabulary.num_levels,
+        codebook_size=vocabulary.codebook_size,
+        num_positions=vision.num_positions,
+        image_size=vision.image_size,
+        start_id=processor.image_start_id,
+        end_id=processor.image_end_id,
+        placeholder_id=processor.image_token_id,
+        num_text_rows=model.lm_head.weight.shape[0],
+        guidance_scale=single["guidance_scale"],
+        greedy=single["temperature"] == 0,
+        sampling={name: single[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+        varying=varying,
+    )

@@ -1,11 +1,12 @@
-"""Export a model with its card into a folder that needs nothing else."""
+"""Export a model as a self-contained folder with a model card."""
 
 from pathlib import Path
 
 import torch
 
-from evotok_plugin.common.files import write_whole_folder
+from evotok_plugin.common.folders import write_whole_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.export.cards import render_card
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -17,16 +18,16 @@ def export_model(
     dtype: torch.dtype | str = "auto",
     decoder_dtype: torch.dtype | str = "float32",
 ) -> None:
-    """Write a model folder that needs nothing else: weights, configuration, processor, how to load it.
+    """Write a self-contained model folder: weights, configuration, processor and a model card.
 
     Args:
         folder: a trained model, or a checkpoint of a run.
-        dtype: of all weights but the tokenizer's; "auto" leaves it.
-        decoder_dtype: in which the tokenizer's two decoders are written; they are float32 again once loaded. What
-            chooses codes is always written in float32.
+        dtype: of all weights except the tokenizer's; "auto" keeps the saved dtype.
+        decoder_dtype: of the tokenizer's two decoders in the files; loading converts them to float32. The encoder and
+            the codebooks, which determine the codes, are always written in float32.
 
     Raises:
-        UserError: the folder is no whole model, or the output is there already or cannot be written.
+        UserError: the folder is not a complete model, or the output exists or cannot be written.
     """
     model, processor = load_model(folder, dtype)
     if isinstance(decoder_dtype, str):
@@ -37,7 +38,7 @@ def export_model(
     def write(out: Path) -> None:
         save_model(model, out, max_shard_size="5GB")
         processor.save_pretrained(out)
-        (out / "README.md").write_text(_model_card(model))
+        (out / "README.md").write_text(_model_card(model), encoding="utf-8")
 
     write_whole_folder(output, write)
 
@@ -50,46 +51,16 @@ def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
         "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
         "image tokenizer": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_positions} positions, "
         f"{vision.num_quantizers} levels of {vision.codebook_size} codes",
-        "image head": f"{_head_in_words(config)}, {vision.pixel_depth} levels",
+        "image head": f"{_describe_head(config)}, {vision.pixel_depth} levels",
         "parameters": f"{size:.1f} M in {str(model.dtype).removeprefix('torch.')}",
         "of the tokenizer": f"{tower:.1f} M in float32",
         "draws with": ", ".join(f"{name} {value}" for name, value in drawing.items() if name != "negative_prompt"),
     }
-    return _MODEL_CARD.replace("ROWS", "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
+    return render_card("model_card.md.jinja", rows=rows)
 
 
-def _head_in_words(config: EvoTokLlavaConfig) -> str:
+def _describe_head(config: EvoTokLlavaConfig) -> str:
     if config.image_head == "flat":
-        how = "rows tied to the codebooks" if config.residual_embeddings == "tied" else "rows of their own"
-        return f"flat: residual tokens are tokens of the LLM, {how}"
+        rows = "rows tied to the codebooks" if config.residual_embeddings == "tied" else "free rows"
+        return f"flat: residual tokens are tokens of the LLM, {rows}"
     return f"depth transformer, {config.head_num_layers} layers, {config.head_hidden_size} wide"
-
-
-_MODEL_CARD = """# EvoTok-LLaVA
-
-One model that answers questions about images and draws images.
-
-| part | |
-|---|---|
-ROWS
-
-It needs the package `evotok` (`import llava_ext`). In this folder:
-
-```python
-from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
-
-model = EvoTokLlavaForConditionalGeneration.from_pretrained(".").eval()
-processor = EvoTokLlavaProcessor.from_pretrained(".")
-image = model.generate_images("a photo of a red circle", processor=processor, seed=0)[0]
-image.save("drawn.png")
-
-inputs = processor("<image>\\nWhat is it?", images=[image])
-ids = model.generate(**inputs, max_new_tokens=32)
-print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-```bash
-evotok-llava draw "a photo of a red circle" --model . -o drawn/
-evotok-llava chat "What is it?" --image drawn.png --model .
-```
-"""

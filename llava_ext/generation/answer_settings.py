@@ -1,6 +1,7 @@
-"""Settings of answers that may hold images: those of a call above those of a `GenerationConfig` above the model's.
+"""Settings of answers that may contain images, in order of precedence: the call's keywords, its `GenerationConfig`, the
+model's.
 
-They are transformers' own, honored or rejected by name. T tokens, V rows of the output layer.
+They have transformers' names; a setting that is not supported is an error. T tokens, V rows of the output layer.
 """
 
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from transformers.generation import LogitsProcessorList
 
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
+from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import IMAGE_GENERATION
 
 GREEDY = SamplingOptions(temperature=0)
-MAX_NEW_TOKENS = 256  # the default where no setting is given
+MAX_NEW_TOKENS = 256  # the default if no setting is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _HONORED = {"max_new_tokens", "max_length", "do_sample", *_SAMPLING, "eos_token_id", "pad_token_id", IMAGE_GENERATION}
 # Applied by transformers' own logits processors.
@@ -26,7 +28,7 @@ _PROCESSORS = {
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
     "renormalize_logits",
 }  # fmt: skip
-# Without influence on which tokens are chosen here: where keys and values lie, how candidates are proposed, facts.
+# These do not affect which tokens are chosen here: cache layout, candidates of assisted decoding, metadata.
 _WITHOUT_EFFECT = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
     "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
@@ -42,11 +44,11 @@ class TextSettings:
 
     Attributes:
         max_new_tokens: None if it is not set.
-        max_length: of prompt and answer together, used without `max_new_tokens`.
+        max_length: length of prompt and answer together, used if `max_new_tokens` is not set.
         sampling: greedy unless `do_sample` is set.
         ends: ids that end an answer.
-        pad_token_id: of the call alone; None leaves it to the processor.
-        config: with what transformers' logits processors need.
+        pad_token_id: as set by the call; None means the processor's.
+        config: the settings of transformers' logits processors.
     """
 
     max_new_tokens: int | None
@@ -56,48 +58,51 @@ class TextSettings:
     pad_token_id: int | None
     config: GenerationConfig
 
-    def processors(self, model, prompt_length: int) -> LogitsProcessorList:
-        """transformers' logits processors for an answer to a prompt of so many tokens; mostly none."""
+    def processors(self, model: ModelInterface, prompt_length: int) -> LogitsProcessorList:
+        """Create transformers' logits processors for a prompt of that many tokens; usually an empty list."""
         # The model's own method would suppress the image tokens as well.
         return GenerationMixin._get_logits_processor(
-            model, self.config, input_ids_seq_length=prompt_length, device=model.device
+            model,  # type: ignore[arg-type]  # transformers annotates `self` as PreTrainedModel
+            self.config,
+            input_ids_seq_length=prompt_length,
+            device=model.device,  # type: ignore[arg-type]  # annotated as str, used as a device
         )
 
 
 def text_settings(
-    model, config: GenerationConfig | None = None, given: Mapping[str, Any] | None = None
+    model: ModelInterface, config: GenerationConfig | None = None, given: Mapping[str, Any] | None = None
 ) -> TextSettings:
     """Resolve the settings of text.
 
     Args:
-        config: a `GenerationConfig` of the call.
-        given: keywords of the call by the names of `GenerationConfig`; None is not given.
+        config: the call's `GenerationConfig`.
+        given: the call's keywords by the names of `GenerationConfig`; None counts as not given.
 
     Raises:
-        UserError: a setting that answers with images do not honor.
+        UserError: a setting is not supported for answers with images.
     """
     given = {name: value for name, value in (given or {}).items() if value is not None}
     unknown = sorted(set(given) - _HONORED - _PROCESSORS)
     if unknown:
         raise UserError(
-            f"generate with images does not take {', '.join(unknown)}; how images are drawn goes into "
+            f"generate with images does not take {', '.join(unknown)}; settings of the images go into "
             "drawing=DrawingOptions(...)"
         )
-    layers = [given, _set_in(config, "generation_config"), _set_in(model.generation_config, "model.generation_config")]
+    of_config = _set_in(config, "generation_config")
+    of_model = _set_in(model.generation_config, "model.generation_config")
     merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        if "max_new_tokens" in layer or "max_length" in layer:  # either replaces both of the layers below
+    for layer in (of_model, of_config, given):
+        if "max_new_tokens" in layer or "max_length" in layer:  # either one replaces both of the layers below
             merged = {name: value for name, value in merged.items() if name not in ("max_new_tokens", "max_length")}
         merged |= layer
     sampling = SamplingOptions(**{name: merged[name] for name in _SAMPLING if name in merged})
     ends = merged.get("eos_token_id")
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     return TextSettings(
         merged.get("max_new_tokens"),
         merged.get("max_length"),
         sampling if merged.get("do_sample") else GREEDY,
-        frozenset(ends),
-        {**layers[1], **layers[0]}.get("pad_token_id"),
+        frozenset([] if ends is None else torch.as_tensor(ends).flatten().tolist()),
+        {**of_config, **given}.get("pad_token_id"),
         _processor_config(model, merged),
     )
 
@@ -106,7 +111,7 @@ def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
     """Collect the values that a generation config sets.
 
     Raises:
-        UserError: a setting that is neither honored nor without effect.
+        UserError: a setting has an effect in transformers but is not supported here.
     """
     if config is None:
         return {}
@@ -128,14 +133,18 @@ def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
     return honored
 
 
-def _processor_config(model, merged: Mapping[str, Any]) -> GenerationConfig:
+def _processor_config(model: ModelInterface, merged: Mapping[str, Any]) -> GenerationConfig:
     config = GenerationConfig(**{name: merged[name] for name in _PROCESSORS if name in merged})
     config.eos_token_id = merged.get("eos_token_id")
     config.update(**config._get_default_generation_params(), defaults_only=True)
-    model._prepare_special_tokens(config, device=model.device)
+    model._prepare_special_tokens(  # type: ignore[misc]  # transformers annotates `self` as PreTrainedModel
+        config, device=model.device
+    )
     return config
 
 
 def process_logits(processors: LogitsProcessorList, ids: Tensor, logits: Tensor) -> Tensor:
-    """Apply processors to the logits (1, V) that follow ids (T,), of which those without a row are left out."""
-    return processors(ids[ids < logits.shape[-1]][None], logits) if len(processors) else logits
+    """Apply logits processors to the logits (1, V) that follow ids (T,), without the ids that have no row in V."""
+    if not len(processors):
+        return logits
+    return processors(ids[ids < logits.shape[-1]][None], logits)  # type: ignore[arg-type]  # annotated as LongTensor

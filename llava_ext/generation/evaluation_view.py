@@ -1,26 +1,26 @@
-"""A model in evaluation mode without touching the model, which others may be using at the same time."""
+"""A view of a model in evaluation mode that leaves the model, which other threads may be using, unchanged."""
 
 import copy
 from collections import OrderedDict
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
 from evotok_plugin.errors import UserError
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 
 def evaluation_view(model: M) -> M:
-    """The model in evaluation mode: itself where it is in that mode already, else modules of its own over the same
-    parameters.
+    """Return the model if it is in evaluation mode, else a copy of its modules in that mode over the same parameters.
 
-    `model.eval()` followed by `model.train()` would be seen by every other thread, and two threads that do so leave the
-    mode that the first one found half-way.
+    `model.eval()` followed by `model.train()` would be visible to other threads, and two threads that do so can leave
+    the model in the wrong mode.
 
     Raises:
-        UserError: a part whose `forward` another library has replaced in training mode; it is bound to the original.
+        UserError: another library has replaced the `forward` of a part in training mode; it is bound to the original.
     """
+    assert isinstance(model, nn.Module)  # the type of the generation mixins does not say so
     if not any(module.training for module in model.modules()):
         return model
     views: dict[int, nn.Module] = {}
@@ -41,4 +41,4 @@ def evaluation_view(model: M) -> M:
                 made.__dict__[hooks] = OrderedDict(module.__dict__[hooks])
         return views[id(module)]
 
-    return view(model)
+    return cast(M, view(model))

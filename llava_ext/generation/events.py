@@ -1,4 +1,4 @@
-"""What happens while an answer is written: text comes, images begin, take shape and are done.
+"""Events of an answer while it is generated: new text, and images that start, progress and finish.
 
 N positions, L levels, T tokens.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text of the answer in `row`; the pieces of a row in their order are its text."""
+    """New text of the answer in `row`; the deltas of a row, concatenated, are its text."""
 
     row: int
     text: str
@@ -19,7 +19,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ImageStarted:
-    """The answer in `row` begins image number `index`, counted from 0."""
+    """The answer in `row` starts image number `index`, counted from 0."""
 
     row: int
     index: int
@@ -27,7 +27,7 @@ class ImageStarted:
 
 @dataclass(frozen=True)
 class ImagePreview:
-    """An image after `positions` of `num_positions`; grey where nothing is drawn yet."""
+    """An image after `positions` of `num_positions`; the rest is gray."""
 
     row: int
     index: int
@@ -38,7 +38,7 @@ class ImagePreview:
 
 @dataclass(frozen=True)
 class ImageDrawn:
-    """An image that is whole, and its codes (N, L)."""
+    """A finished image and its codes (N, L)."""
 
     row: int
     index: int
@@ -48,7 +48,7 @@ class ImageDrawn:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer in `row` is complete: its new ids (T,), text, delimiters and residual tokens."""
+    """The answer in `row` is complete: its new ids (T,), made of text, delimiters and residual tokens."""
 
     row: int
     ids: Tensor

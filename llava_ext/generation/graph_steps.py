@@ -1,4 +1,4 @@
-"""The steps of images that are drawn together: one after another, or one of them recorded and repeated.
+"""The steps of images that are drawn together, run one by one or recorded as CUDA graphs and replayed.
 
 R rows, G = 2 R with guidance (conditional first), l codes a step.
 """
@@ -8,37 +8,47 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from evotok_plugin.sampling import SamplingOptions
+from llava_ext.generation.head_steps import ImageHeadStepper
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.steps import Steps
 
 
 class SingleSteps:
-    """Codes (R, l), step by step."""
+    """Iterator over the codes (R, l) of every step, computed one by one."""
 
-    def __init__(self, drawer, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
-        """`steps` has seen the prompts; noise (R, steps, l)."""
-        self._drawer, self._steps, self._noise, self._options = drawer, steps, noise, options
+    def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
+        """Start behind the prompts.
+
+        Args:
+            steps: the language model after the prompts.
+            noise: (R, steps, l).
+            options: complete.
+        """
+        self._stepper, self._steps, self._noise, self._options = stepper, steps, noise, options
 
     def __iter__(self) -> Iterator[Tensor]:
-        drawer, count = self._drawer, self._drawer.steps_per_image
+        stepper, count, sampling = self._stepper, self._stepper.steps_per_image, _sampling(self._options)
         for index in range(count):
-            scale = drawer.scale_at(index, self._options)
-            codes = drawer.draw(self._steps.hidden, index, self._noise[:, index], self._options.sampling, scale)
+            scale = stepper.scale_at(index, self._options)
+            codes = stepper.draw(self._steps.hidden, index, self._noise[:, index], sampling, scale)
             yield codes
             if index + 1 < count:
-                embeddings = drawer.embed(codes, index, index // drawer.steps_per_position)
-                self._steps.step(_with_partners(embeddings, self._options))
+                embeddings = stepper.embed(codes, index, index // stepper.steps_per_position)
+                self._steps.step(_for_all_rows(embeddings, self._options))
 
 
-class RepeatedSteps:
-    """The same codes from steps that are all alike: what differs from one to the next stands in memory.
+class GraphSteps:
+    """Iterator over the same codes, from steps that differ only in the contents of memory.
 
-    On CUDA the steps of the first position are recorded as graphs and repeated from then on. Elsewhere they run as they
-    are.
+    On CUDA the steps of the first position are recorded as graphs, which all later positions replay. On other devices
+    the steps run as they are.
     """
 
-    def __init__(self, drawer, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
-        self._drawer, self._steps, self._options = drawer, steps.fixed(), options
+    def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
+        """As `SingleSteps`."""
+        self._stepper, self._steps, self._options = stepper, steps.to_fixed(), options
+        self._sampling = _sampling(options)
         self._all_noise = noise
         self._noise = noise[:, 0].clone()
         self._position = torch.zeros((), dtype=torch.long, device=noise.device)
@@ -47,14 +57,15 @@ class RepeatedSteps:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self._drawer.steps_per_image):
-            position, kind = divmod(index, self._drawer.steps_per_position)
+        for index in range(self._stepper.steps_per_image):
+            position, kind = divmod(index, self._stepper.steps_per_position)
             self._noise.copy_(self._all_noise[:, index])
             self._position.fill_(position)
-            self._scale.fill_(self._drawer.scale_at(index, self._options))
+            self._scale.fill_(self._stepper.scale_at(index, self._options))
             yield self._step(kind).clone()
 
     def _step(self, kind: int) -> Tensor:
+        """Run a step; `kind` is its number within the position."""
         if self._noise.device.type != "cuda":
             self._run(kind)
         elif kind in self._graphs:
@@ -64,28 +75,33 @@ class RepeatedSteps:
         return self._codes[kind]
 
     def _run(self, kind: int) -> None:
-        codes = self._drawer.draw(self._steps.hidden, kind, self._noise, self._options.sampling, self._scale)
+        codes = self._stepper.draw(self._steps.hidden, kind, self._noise, self._sampling, self._scale)
         self._codes[kind] = codes
-        self._steps.step(_with_partners(self._drawer.embed(codes, kind, self._position), self._options))
+        self._steps.step(_for_all_rows(self._stepper.embed(codes, kind, self._position), self._options))
 
     def _record(self, kind: int) -> None:
-        """Run the step once, for libraries to set themselves up, put back what it changed, and record it."""
+        """Run the step once so that libraries initialize themselves, restore the state, and record the step."""
         state = self._steps.state()
         before = [value.clone() for value in state]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             self._run(kind)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warm_up)
         for value, old in zip(state, before, strict=True):
             value.copy_(old)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run(kind)
-        graph.replay()  # recording runs nothing
+        graph.replay()  # recording executes nothing
         self._graphs[kind] = graph
 
 
-def _with_partners(embeddings: Tensor, options: DrawingOptions) -> Tensor:
-    """What both rows of an image read next; they differ in their prompts alone."""
+def _sampling(options: DrawingOptions) -> SamplingOptions:
+    assert options.sampling is not None, "complete the options first"
+    return options.sampling
+
+
+def _for_all_rows(embeddings: Tensor, options: DrawingOptions) -> Tensor:
+    """Repeat the embeddings (R, D) for the unconditional rows (G, D): both rows of an image read the same codes."""
     return torch.cat([embeddings, embeddings]) if options.guided else embeddings

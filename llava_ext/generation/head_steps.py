@@ -1,21 +1,28 @@
-"""What the two image heads do in a step of the language model.
+"""The part of the two image heads in one step of the language model: draw codes, and embed them for the next step.
 
 R rows, G = 2 R with guidance (conditional rows first), N positions, L levels, D width of the language model.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
+from evotok_plugin import DepthTransformerHead
+from evotok_plugin.image_head import LevelCache
 from evotok_plugin.sampling import SamplingOptions, sample
+from llava_ext.flat_head import FlatHead
+from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions
 
 
-class Drawer:
-    """What both have in common.
+class ImageHeadStepper(ABC):
+    """Interface of the image heads to the drawing loop.
 
     Attributes:
         num_positions: N.
-        steps_per_position, codes_per_step: of the language model and the codes drawn in each; together L.
+        steps_per_position: steps of the language model per position.
+        codes_per_step: codes drawn in each step; steps_per_position * codes_per_step = L.
     """
 
     def __init__(self, num_positions: int, steps_per_position: int, codes_per_step: int) -> None:
@@ -27,46 +34,60 @@ class Drawer:
         return self.num_positions * self.steps_per_position
 
     def scale_at(self, step: int, options: DrawingOptions) -> float:
-        """The guidance scale in a step of an image, the same for all levels of a position."""
+        """Return the guidance scale in a step of an image, which is the same for all levels of a position."""
         return options.scale_at(step // self.steps_per_position, self.num_positions)
 
+    @abstractmethod
+    def draw(
+        self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
+    ) -> Tensor:
+        """Draw the codes of a step: hidden (R, D) or (G, D), noise (R, codes_per_step) -> (R, codes_per_step)."""
 
-class DepthDrawer(Drawer):
-    """All levels of one position in every step."""
+    @abstractmethod
+    def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
+        """Embed the codes (R, codes_per_step) of a step as input of the language model, (R, D).
 
-    def __init__(self, model) -> None:
+        Args:
+            position: a number or a tensor of one.
+        """
+
+
+class DepthHeadStepper(ImageHeadStepper):
+    """The depth transformer: all levels of a position in every step."""
+
+    def __init__(self, model: ModelInterface) -> None:
+        assert isinstance(model.image_head, DepthTransformerHead)
         vision = model.config.vision_config
         super().__init__(vision.num_positions, 1, vision.pixel_depth)
-        self._model, self._cache = model, None
+        self._model, self._head = model, model.image_head
+        self._cache: LevelCache | None = None
 
     def draw(
         self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
     ) -> Tensor:
-        """The codes of this step: hidden (R, D) or (G, D), noise (R, L) -> (R, L)."""
-        head, codebooks = self._model.image_head, self._model.vision_tower.quantizer.codebooks
+        codebooks = self._model.vision_tower.quantizer.codebooks
         if self._cache is None or self._cache.keys.shape[1] != hidden.shape[0]:
-            self._cache = head.new_cache(hidden.shape[0])
-        return head.sample(hidden, codebooks, noise, sampling, scale, self._cache)
+            self._cache = self._head.new_cache(hidden.shape[0])
+        return self._head.sample(hidden, codebooks, noise, sampling, scale, self._cache)
 
     def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
-        """What the language model reads of codes (R, L) drawn at a position, a number or a tensor of one: (R, D)."""
-        place = torch.as_tensor(position, device=codes.device).expand(codes.shape[0])
-        return self._model.embed_written(codes, place)
+        positions = torch.as_tensor(position, device=codes.device).expand(codes.shape[0])
+        return self._model.embed_written(codes, positions)
 
 
-class FlatDrawer(Drawer):
-    """One residual token in every step, the levels of a position in turn."""
+class FlatHeadStepper(ImageHeadStepper):
+    """The flat head: one residual token in every step, the levels of a position in turn."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: ModelInterface) -> None:
+        assert isinstance(model.image_head, FlatHead)
         vision = model.config.vision_config
         super().__init__(vision.num_positions, vision.pixel_depth, 1)
         self._head, self._codebooks = model.image_head, model.vision_tower.quantizer.codebooks
-        self._rows: dict[int, Tensor] = {}  # of the levels' classifiers
+        self._rows: dict[int, Tensor] = {}  # rows of the classifiers by level
 
     def draw(
         self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
     ) -> Tensor:
-        """The code of this step: hidden (R, D) or (G, D), noise (R, 1) -> (R, 1)."""
         level = step % self.steps_per_position
         if level not in self._rows:
             self._rows[level] = self._head.classifier_rows(level, self._codebooks)
@@ -77,10 +98,9 @@ class FlatDrawer(Drawer):
         return sample(logits, sampling.at_level(level), noise[:, 0])[:, None]
 
     def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
-        """What the language model reads of a code (R, 1) drawn in a step, wherever that is: (R, D)."""
         return self._head.embed_level(codes[:, 0], step % self.steps_per_position, self._codebooks)
 
 
-def drawer_for(model) -> DepthDrawer | FlatDrawer:
-    """The one that fits the model's image head."""
-    return (FlatDrawer if model.config.image_head == "flat" else DepthDrawer)(model)
+def stepper_for(model: ModelInterface) -> ImageHeadStepper:
+    """Create the stepper for the model's image head."""
+    return FlatHeadStepper(model) if model.config.image_head == "flat" else DepthHeadStepper(model)

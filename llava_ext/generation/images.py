@@ -1,4 +1,4 @@
-"""Drawing images for prompts: one step of the language model an image position, guidance in one batch.
+"""Image generation from prompts: one or more language model steps per image position, guidance in the same batch.
 
 R rows drawn together, G = 2 R rows with guidance (conditional first), N positions, L levels, D LLM width.
 """
@@ -12,21 +12,23 @@ from torch import Tensor
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import uniform_noise
 from llava_ext.generation.evaluation_view import evaluation_view
-from llava_ext.generation.graph_steps import RepeatedSteps, SingleSteps
-from llava_ext.generation.head_steps import drawer_for
+from llava_ext.generation.graph_steps import GraphSteps, SingleSteps
+from llava_ext.generation.head_steps import stepper_for
+from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
-from llava_ext.generation.steps import Steps, can_be_fixed, check_room
+from llava_ext.generation.steps import Steps, can_use_fixed_steps, check_room
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
-class ImageGenerationMixin:
-    """`generate_images` for a model with a language model, an image head and an EvoTok tokenizer."""
+class ImageGenerationMixin(ModelInterface):
+    """`generate_images` and `draw_codes` of the model class."""
 
     @torch.no_grad()
     def generate_images(
         self,
         prompt: str | Sequence[str],
-        processor,
+        processor: EvoTokLlavaProcessor,
         num_images: int = 1,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
@@ -48,25 +50,25 @@ class ImageGenerationMixin:
         Args:
             prompt: one prompt or several.
             processor: the model's `EvoTokLlavaProcessor`.
-            num_images: images a prompt.
-            guidance_scale, guidance_schedule, negative_prompt: of `DrawingOptions`. Where they, or the four sampling
-                values, are None, the model's own are used (`generation_config.image_generation`).
-            seed: an int (image i gets seed + i) or one int per image; an image depends on its prompt, its seed and the
-                settings only.
-            temperature, top_k, top_p, min_p: of `SamplingOptions`, each a number or one a level.
+            num_images: images per prompt.
+            guidance_scale, guidance_schedule, negative_prompt: as in `DrawingOptions`. Where these or the four sampling
+                values are None, the model's own settings apply (`generation_config.image_generation`).
+            seed: an int (image i gets seed + i) or one int per image; an image depends only on its prompt, its seed and
+                the settings.
+            temperature, top_k, top_p, min_p: as in `SamplingOptions`, each one number or one per level.
             batch_size: images drawn together.
-            on_progress: called with (positions drawn, positions in all).
-            on_preview: called after every `preview_every` positions with the images being drawn as they are, grey where
-                nothing is drawn.
+            on_progress: called with (positions drawn, total positions).
+            on_preview: called after every `preview_every` positions with previews of the images being drawn, in which
+                missing positions are gray.
             output_type: "pil", or "pt" for a tensor of pixels (images, 3, H, W) in [-1, 1].
-            use_graphs: on CUDA record one step and repeat it, without the time that starting its kernels takes; for
-                backbones with full attention in every layer, computed by PyTorch's SDPA, others draw as without it.
+            use_graphs: on CUDA, record one step and replay it, which saves the time to launch its kernels. Needs a
+                backbone with full attention in every layer, computed by PyTorch's SDPA; it has no effect on others.
 
         Returns:
             `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
-            UserError: no prompt or one that is too long, impossible settings, or seeds that do not match the number of
+            UserError: a prompt is missing or too long, a setting is invalid, or the number of seeds is not that of the
                 images.
         """
         self.config.check_processor(processor)
@@ -78,11 +80,18 @@ class ImageGenerationMixin:
             )
         if output_type not in ("pil", "pt"):
             raise UserError(f"output_type: expected 'pil' or 'pt', got {output_type!r}")
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        options = DrawingOptions(guidance_scale, guidance_schedule, negative_prompt, **sampling).for_model(self)
+        options = DrawingOptions(
+            guidance_scale,
+            guidance_schedule,
+            negative_prompt,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        ).for_model(self)
         rows = [p for p in prompts for _ in range(num_images)]
         seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
-        positions, pixels = self.config.vision_config.num_positions, []
+        positions, batches = self.config.vision_config.num_positions, []
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             for codes in self.draw_codes(rows[part], processor, seeds[part], options, use_graphs):
@@ -91,53 +100,59 @@ class ImageGenerationMixin:
                     on_progress(start * positions + drawn * codes.shape[0], len(rows) * positions)
                 if on_preview is not None and preview_every and drawn % preview_every == 0 and drawn < positions:
                     on_preview(preview(self.vision_tower, processor, codes))
-            pixels.append(self.vision_tower.decode_pixels(codes))
-        pixels = torch.cat(pixels)
+            batches.append(self.vision_tower.decode_pixels(codes))
+        pixels = torch.cat(batches)
         return pixels if output_type == "pt" else processor.image_processor.to_pil(pixels)
 
     @torch.no_grad()
     def draw_codes(
         self,
         prompts: Sequence[str],
-        processor,
+        processor: EvoTokLlavaProcessor,
         seeds: Sequence[int],
         options: DrawingOptions | None = None,
         use_graphs: bool = False,
     ) -> Iterator[Tensor]:
-        """Draw one image a prompt: the codes so far, (R, p, L), after every position p = 1 ... N.
+        """Draw one image per prompt; yields the codes so far, (R, p, L), after every position p = 1 ... N.
 
-        The mode of the model (training or evaluation) makes no difference and is left alone.
+        Images are drawn in evaluation mode; the mode of the model itself does not change.
 
         Args:
-            options: what differs from the model's own settings.
-            use_graphs: as `generate_images` takes it.
+            options: settings that differ from the model's own.
+            use_graphs: as in `generate_images`.
 
         Raises:
-            UserError: settings for another number of levels, or a prompt that is too long.
+            UserError: a setting has values for another number of levels, or a prompt is too long.
         """
         options, model = (options or DrawingOptions()).for_model(self), evaluation_view(self)
-        drawer, vision = drawer_for(model), self.config.vision_config
-        noise = torch.stack([uniform_noise(s, drawer.steps_per_image, drawer.codes_per_step) for s in seeds])
+        stepper, vision = stepper_for(model), self.config.vision_config
+        noise = torch.stack([uniform_noise(s, stepper.steps_per_image, stepper.codes_per_step) for s in seeds])
         noise = noise.to(self.device)
-        fixed = use_graphs and can_be_fixed(model.language_model)
-        # Steps that are all alike include one behind the last codes, which nobody reads.
-        steps = model._take_in(prompts, processor, options, drawer.steps_per_image - (not fixed))
-        positions = RepeatedSteps if fixed else SingleSteps
-        drawn = []
-        for codes in positions(drawer, steps, noise, options):
+        fixed = use_graphs and can_use_fixed_steps(model.language_model)
+        # Identical steps include one after the last codes, whose result is not used.
+        steps = model._run_prompts(prompts, processor, options, stepper.steps_per_image - (not fixed))
+        make_steps = GraphSteps if fixed else SingleSteps
+        drawn: list[Tensor] = []
+        for codes in make_steps(stepper, steps, noise, options):
             drawn.append(codes)
             together = torch.cat(drawn, dim=1)
             if together.shape[1] % vision.pixel_depth == 0:
                 yield together.unflatten(1, (-1, vision.pixel_depth))
 
-    def _take_in(self, prompts: Sequence[str], processor, options: DrawingOptions, num_steps: int) -> Steps:
-        """Every different prompt once, then a row for each image, with guidance one more for each."""
-        asked = list(dict.fromkeys(prompts))
-        rows = [asked.index(p) for p in prompts]
+    def _run_prompts(
+        self, prompts: Sequence[str], processor: EvoTokLlavaProcessor, options: DrawingOptions, num_steps: int
+    ) -> Steps:
+        """Run each distinct prompt once, and expand to one row per image; with guidance, to one more per image.
+
+        Args:
+            num_steps: steps that will follow the prompts.
+        """
+        texts: list[str | None] = list(dict.fromkeys(prompts))
+        rows = [texts.index(p) for p in prompts]
         if options.guided:
-            rows += [len(asked)] * len(prompts)
-            asked.append(options.negative_prompt)
-        inputs = processor.drawing_prompts(asked).to(self.device)
+            rows += [len(texts)] * len(prompts)
+            texts.append(options.negative_prompt)
+        inputs = processor.drawing_prompts(texts).to(self.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         check_room(self.language_model.config, int(mask.sum(dim=1).max()) + num_steps)
         steps = Steps(self.language_model, self.get_input_embeddings()(ids), mask, ids.shape[1] + num_steps)

@@ -1,4 +1,4 @@
-"""Settings of drawing: what a call says, and above which values of the model it stands."""
+"""Settings of image generation: those of a call, and the model's own in its generation_config.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,11 @@ from transformers import GenerationConfig
 
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
+from llava_ext.generation.model_interface import ModelInterface
 
-_LARGEST_SCALE = 1000  # far beyond what makes sense, and far from where numbers overflow
+_LARGEST_SCALE = 1000  # far above useful values, far below overflow
 SCHEDULES = ("constant", "linear", "cosine")
-IMAGE_GENERATION = "image_generation"  # the entry of generation_config.json with a model's own settings
+IMAGE_GENERATION = "image_generation"  # the entry of generation_config.json that holds a model's settings
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 MODEL_SETTINGS = ("guidance_scale", "guidance_schedule", *_SAMPLING)  # the keys of that entry
 
@@ -27,17 +28,19 @@ def _is_number(value: Any) -> bool:
 class DrawingOptions:
     """Guidance and sampling of drawn images. None leaves a setting to the model (`generation_config.image_generation`).
 
+    Options are complete if no setting is None and all four sampling values are in `sampling`; see `completed`.
+
     Attributes:
-        guidance_scale: scale of classifier-free guidance; 1 draws from the prompt alone, at half the cost, larger
+        guidance_scale: scale of classifier-free guidance; 1 draws from the prompt alone at half the cost, larger
             values follow the prompt more closely.
         guidance_schedule: "constant", or how the scale rises from 1 at the first position to `guidance_scale` at the
-            last: "linear" or, slowly at both ends, "cosine".
-        negative_prompt: the prompt that guidance leads away from; None or "" is the empty prompt.
-        sampling: all four sampling values at once; or some of them by their names:
-        temperature, top_k, top_p, min_p: values of `SamplingOptions`, each a number or one a level.
+            last: "linear", or "cosine", which is slow at both ends.
+        negative_prompt: the prompt that guidance steers away from; None or "" is the empty prompt.
+        sampling: all four sampling values at once; or give some of them by name:
+        temperature, top_k, top_p, min_p: values of `SamplingOptions`, each one number or one per level.
 
     Raises:
-        UserError: a value out of its range, or `sampling` together with one of the four.
+        UserError: a value is out of its range, or `sampling` is given together with one of the four.
     """
 
     guidance_scale: float | None = None
@@ -72,64 +75,67 @@ class DrawingOptions:
         return {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
 
     def above(self, other: "DrawingOptions") -> "DrawingOptions":
-        """These options, with those of another that are None here."""
+        """Merge with `other`, which fills the settings that are None here."""
         merged = {name: vars(other)[name] if value is None else value for name, value in vars(self).items()}
-        if self.sampling is not None:  # stands for all four
+        if self.sampling is not None:  # sets all four values
             merged |= dict.fromkeys(_SAMPLING)
         return DrawingOptions(**merged)
 
     def completed(self, defaults: "DrawingOptions | None" = None) -> "DrawingOptions":
-        """These options with every setting that is None taken from complete `defaults`, by default the library's: all
-        four sampling values stand in `sampling`."""
+        """Fill every setting that is None from complete `defaults`, by default the library's."""
         defaults = defaults or DEFAULTS
+        sampling = self.sampling or defaults.sampling
+        assert sampling is not None, "the defaults are incomplete"
         return DrawingOptions(
             defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             defaults.guidance_schedule if self.guidance_schedule is None else self.guidance_schedule,
             self.negative_prompt or "",
-            replace(self.sampling or defaults.sampling, **self._given),
+            replace(sampling, **self._given),
         )
 
-    def for_model(self, model) -> "DrawingOptions":
-        """These options with every setting that is None taken from a model's `generation_config`.
+    def for_model(self, model: ModelInterface) -> "DrawingOptions":
+        """Fill every setting that is None from the model's `generation_config`.
 
         Raises:
-            UserError: a setting with values for another number of levels, or the model's own are broken.
+            UserError: a setting has values for another number of levels, or the model's own settings are invalid.
         """
         options = self.completed(model_settings(getattr(model, "generation_config", None)))
+        assert options.sampling is not None
         options.sampling.check_levels(model.config.vision_config.pixel_depth)
         return options
 
     def settings(self) -> dict[str, Any]:
-        """Complete options as one flat mapping, by the names that `generate_images` gives them."""
-        self._check_complete()
+        """Return complete options as one flat mapping with the parameter names of `generate_images`."""
         values = vars(self.sampling)
         kinds = {name: int if name == "top_k" else float for name in _SAMPLING}
         sampling = {
             name: tuple(map(kind, values[name])) if isinstance(values[name], tuple) else kind(values[name])
             for name, kind in kinds.items()
         }
-        schedule = {"guidance_scale": float(self.guidance_scale), "guidance_schedule": self.guidance_schedule}
+        schedule = {"guidance_scale": float(self._scale), "guidance_schedule": self.guidance_schedule}
         return {**schedule, "negative_prompt": self.negative_prompt, **sampling}
 
     @property
     def guided(self) -> bool:
-        """Whether images are drawn with the prompt and without it side by side."""
-        self._check_complete()
-        return self.guidance_scale != 1
+        """Whether each image needs an unconditional row next to the conditional one; for complete options."""
+        return self._scale != 1
+
+    @property
+    def _scale(self) -> float:
+        assert self.guidance_scale is not None and self.sampling is not None, "complete the options first"
+        return self.guidance_scale
 
     def scale_at(self, step: int, num_steps: int) -> float:
-        """The guidance scale of one of an image's steps, numbered from 0."""
-        share = step / max(1, num_steps - 1)
+        """Return the guidance scale at step 0 ... num_steps - 1 of an image."""
+        assert self.guidance_scale is not None, "complete the options first"
+        fraction = step / max(1, num_steps - 1)
         if self.guidance_schedule in (None, "constant"):
             return self.guidance_scale
-        rise = share if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * share)) / 2
+        rise = fraction if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * fraction)) / 2
         return 1 + (self.guidance_scale - 1) * rise
 
-    def _check_complete(self) -> None:
-        assert None not in (self.guidance_scale, self.guidance_schedule, self.sampling), "complete the options first"
 
-
-# Used where a model's generation_config has no values of its own.
+# Used where a model's generation_config has no settings.
 DEFAULTS = DrawingOptions(3.0, "constant", "", SamplingOptions())
 
 
@@ -137,10 +143,10 @@ DEFAULTS = DrawingOptions(3.0, "constant", "", SamplingOptions())
 
 
 def read_settings(values: Any) -> DrawingOptions:
-    """The entry `image_generation` of a generation_config.json as options; what it leaves out is None.
+    """Parse the entry `image_generation` of a generation_config.json; settings that it leaves out are None.
 
     Raises:
-        UserError: not a mapping, an unknown key, or a value out of its range.
+        UserError: it is not a mapping, has an unknown key, or a value is out of its range.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{IMAGE_GENERATION}: expected a mapping of {', '.join(MODEL_SETTINGS)}, got {values!r}")
@@ -150,18 +156,18 @@ def read_settings(values: Any) -> DrawingOptions:
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(MODEL_SETTINGS)}"
             raise UserError(f"{IMAGE_GENERATION}: unknown setting {name!r}; {hint}")
         if value is None:
-            raise UserError(f"{IMAGE_GENERATION}: {name} has no value; give one, or leave it out")
-        several = value if isinstance(value, (list, tuple)) else [value]
-        if name in _SAMPLING and not all(map(_is_number, several)):
-            raise UserError(f"{IMAGE_GENERATION}: expected a number or one a level, got {name}={value!r}")
+            raise UserError(f"{IMAGE_GENERATION}: {name} has no value; set one or remove the key")
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if name in _SAMPLING and not all(map(_is_number, numbers)):
+            raise UserError(f"{IMAGE_GENERATION}: expected one number or one per level, got {name}={value!r}")
     try:
         return DrawingOptions(**values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{IMAGE_GENERATION}: {error}") from None
 
 
 def model_settings(config: GenerationConfig | None) -> DrawingOptions:
-    """The complete settings of a model's generation config; the library's where it has none.
+    """Return the complete settings in a model's generation config; the library's if it has none.
 
     Raises:
         UserError: as `read_settings`.
@@ -171,29 +177,32 @@ def model_settings(config: GenerationConfig | None) -> DrawingOptions:
 
 
 def store_settings(config: GenerationConfig, options: DrawingOptions | None = None) -> None:
-    """Write complete settings into a generation config: `options` above those that it has.
+    """Store complete settings in a generation config; `options` override the ones it has.
 
     Raises:
         UserError: as `read_settings`.
     """
     settings = (options or DrawingOptions()).completed(model_settings(config)).settings()
-    # transformers saves a config with questionable values only while it is as it was loaded; this addition is not
-    # one of them.
+    # transformers refuses to save a config with questionable values unless it is unchanged since loading; this addition
+    # must not count as a change.
     unchanged = getattr(config, "_original_object_hash", None) == hash(config)
     plain = {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
     setattr(config, IMAGE_GENERATION, plain)
-    config._from_model_config = False  # entries that transformers does not know are not read back otherwise
+    config._from_model_config = False  # otherwise transformers drops unknown entries when it reads the file
     if unchanged:
         config._original_object_hash = hash(config)
 
 
 def seeds_for(seed: int | Sequence[int], count: int, what: str) -> list[int]:
-    """One seed for each of `count` draws, which `what` explains: those given, or as many from one on.
+    """Return `count` seeds: the given ones, or consecutive ones from a single seed.
+
+    Args:
+        what: explanation of `count` for the error message.
 
     Raises:
-        UserError: another number of them, or one that no generator takes.
+        UserError: the number of seeds is not `count`, or a seed is too large.
     """
-    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else [int(s) for s in seed]
+    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, (int, Integral)) else [int(s) for s in seed]
     if len(seeds) != count:
         raise UserError(f"got {len(seeds)} seeds for {count} ({what})")
     if wrong := [s for s in seeds if not -(2**63) <= s < 2**63]:

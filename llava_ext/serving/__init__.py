@@ -1,1 +1,1 @@
-"""The web page: chat that reads and draws, and the evolution of an image over the levels."""
+"""Interactive use of a model: chat sessions, drawn image files, and the web page."""

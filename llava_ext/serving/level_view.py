@@ -1,4 +1,4 @@
-"""One image, rebuilt level by level: pictures and curves for the page."""
+"""An image rebuilt level by level: images and curves for the page."""
 
 import io
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher
 
-_SHOWN = 192  # pixels a side that small images are enlarged to
+_SHOWN = 192  # small images are enlarged to about this many pixels per side
 
 
 @dataclass(frozen=True)
 class LevelByLevel:
-    """What the page shows of an image.
+    """Images and curves that the page shows.
 
     Attributes:
-        pictures: the image as the model sees it, then what 1, 2, ... levels rebuild, each with its caption.
-        curves: PSNR and cosine over depth.
+        pictures: the image as the model sees it, then rebuilt from 1, 2, ... levels, each with a caption.
+        curves: plot of PSNR and cosine similarity over depth.
     """
 
     pictures: list[tuple[Image.Image, str]]
     curves: Image.Image
 
 
-@dataclass(frozen=True)
+@dataclass
 class _OnePicture:
-    """The `ImageSource` of one image that is there already."""
+    """An `ImageSource` of one image in memory."""
 
     image: Image.Image
     name: str = "the image"
@@ -58,12 +58,13 @@ def level_by_level(
     """Rebuild an RGB image from 1, 2, ... L levels of its codes.
 
     Args:
-        teacher: with it, features are compared with its own, else with the tokenizer's own at `semantic_depth`.
+        teacher: features are compared with the teacher's; without it, with the tokenizer's own at `semantic_depth`.
 
     Raises:
         UserError: the teacher does not fit the tokenizer.
     """
-    evolution = measure_evolution(tokenizer, processor, _OnePicture(image), teacher, num_strips=1)
+    source = _OnePicture(image)  # an image in memory needs neither `stamp` nor `content`
+    evolution = measure_evolution(tokenizer, processor, source, teacher, num_strips=1)  # type: ignore[arg-type]
     file = io.BytesIO()
     plot_curves(evolution).savefig(file, format="png")
     return LevelByLevel(_pictures(evolution), open_picture(file.getvalue(), "the plot of the curves"))

@@ -1,117 +1,72 @@
-"""The page itself: components, and what happens when they are used."""
+"""The web page: its components, and the server for them."""
 
 import html
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder
-from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from evotok_plugin.errors import UserError
 from evotok_plugin.teacher import Teacher
-from llava_ext.generation import DrawingOptions, Event, ImageDrawn, ImagePreview, ImageStarted, TextDelta
-from llava_ext.generation.interleaved import AnswerOptions
+from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import SCHEDULES
-from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
-from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.serving.image_files import Origin
-from llava_ext.serving.level_view import level_by_level
-from llava_ext.serving.request_filter import Guard
-from llava_ext.serving.session import Conversation
-from llava_ext.serving.uploads import UploadLimits, open_upload
+from llava_ext.model_folder import OpenModel
+from llava_ext.serving.handlers import ANY_ANSWER, IMAGE_ANSWER, DemoLimits, PageChat, PageHandlers
+from llava_ext.serving.request_filter import RequestFilter
 
-_MODEL_CHOOSES, _AN_IMAGE = "text or images, as the model sees fit", "an image"
-_PREVIEWS = 8  # of an image while it is drawn
-_SHOWN = 512  # pixels a side
-_KEPT_S = 86400  # seconds that files of the page stay on disk, looked after every hour
+_STYLE = Path(__file__).with_name("page.css")
+_FILE_LIFETIME_S = 86400  # age at which files of the page are deleted
+_CLEANUP_INTERVAL_S = 3600
 _LOOPBACK = ["127.0.0.1", "localhost"]
-_STYLE = """
-#conversation .message img, #evolving img { width: 256px; object-fit: contain; image-rendering: pixelated; }
-#levels img { image-rendering: pixelated; }
-#levels .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
-#levels .caption-label { position: static; align-self: center; border: none; max-width: none; }
-#conversation [aria-label="Share"] { display: none; }
-"""
 
 
-@dataclass(frozen=True)
-class DemoLimits:
-    """What the page takes.
-
-    Attributes:
-        upload: of one picture.
-        max_images: pictures a message.
-        max_chars: characters a message, and of a negative prompt.
-        max_new_tokens: the most that may be asked for.
-        max_waiting: requests that may wait for the model; further ones are told to come back.
-    """
-
-    upload: UploadLimits = field(default_factory=UploadLimits)
-    max_images: int = 4
-    max_chars: int = 4000
-    max_new_tokens: int = 1024
-    max_waiting: int = 16
-
-
-def build_demo(
-    model: EvoTokLlavaForConditionalGeneration,
-    processor: EvoTokLlavaProcessor,
-    limits: DemoLimits | None = None,
-    teacher: Teacher | None = None,
-    name: str = "EvoTok",
-    weights: str = "",
-) -> gr.Blocks:
-    """The page for a model in evaluation mode; `launch_demo` serves it.
+def build_demo(opened: OpenModel, limits: DemoLimits | None = None, teacher: Teacher | None = None) -> gr.Blocks:
+    """Build the page for a model; `launch_demo` serves it.
 
     Args:
-        teacher: the evolution tab compares features with its own; without it, with the tokenizer's own.
-        name: what the page calls the model.
-        weights: the fingerprint of what is in it, which drawn images keep.
+        teacher: the evolution tab compares features with the teacher's; without it, with the tokenizer's own.
     """
-    page = _Page(model, processor, limits or DemoLimits(), teacher, name, weights)
-    with gr.Blocks(title=f"EvoTok: {name}", analytics_enabled=False, delete_cache=(3600, _KEPT_S)) as demo:
-        gr.Markdown(f"### {html.escape(name)}: one model that reads and draws images")
+    handlers = PageHandlers(opened, limits or DemoLimits(), teacher)
+    with gr.Blocks(
+        title=f"EvoTok: {opened.name}",
+        analytics_enabled=False,
+        delete_cache=(_CLEANUP_INTERVAL_S, _FILE_LIFETIME_S),
+    ) as demo:
+        gr.Markdown(f"### {html.escape(opened.name)}: one model that reads and draws images")
         with gr.Tab("Chat"):
-            _chat_tab(page)
+            _chat_tab(handlers)
         with gr.Tab("Evolution"):
-            _evolution_tab(page)
-    demo.queue(max_size=page.limits.max_waiting, default_concurrency_limit=1)
+            _evolution_tab(handlers)
+    demo.queue(max_size=handlers.limits.max_waiting, default_concurrency_limit=1)
     return demo
 
 
 def launch_demo(
     demo: gr.Blocks, limits: DemoLimits | None = None, host: str = "127.0.0.1", port: int = 7860, wait: bool = True
 ) -> str:
-    """Serve a page, to this machine alone by default; gives its address.
+    """Serve a page, by default to this machine only, and return its address.
 
     Args:
-        limits: those that the page was built with.
-        wait: until Ctrl-C; otherwise `demo.close()` ends it.
+        limits: the limits that the page was built with.
+        wait: block until Ctrl-C; otherwise `demo.close()` stops the server.
 
     Raises:
-        UserError: the port is taken, or the host is no address of this machine, or one of IPv6.
+        UserError: the port is taken, the host is not an address of this machine, or it is an IPv6 address.
     """
     if ":" in host:
         raise UserError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
-    guards = [Middleware(Guard)]
-    if host in _LOOPBACK:  # another name for this machine is a trick to read the page from a foreign one
-        guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
+    middleware = [Middleware(RequestFilter)]
+    if host in _LOOPBACK:  # a page elsewhere could reach this one under a host name that resolves to this machine
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
     try:
         _, address, _ = demo.launch(
             server_name=host,
             server_port=port,
             max_file_size=(limits or DemoLimits()).upload.max_bytes,
-            app_kwargs={"middleware": guards},
+            app_kwargs={"middleware": middleware},
             theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=_STYLE,
+            css_paths=[_STYLE],
             share=False,
             ssr_mode=False,
             pwa=False,
@@ -128,7 +83,7 @@ def launch_demo(
             f"the page cannot be served at {host}:{port}: the port is taken, or {host} is not this machine; "
             "choose another --port or --host"
         ) from error
-    print(f"{address} (Ctrl-C ends it)", flush=True)
+    print(f"{address} (press Ctrl-C to stop)", flush=True)
     if wait:
         demo.block_thread()
     return address
@@ -137,8 +92,8 @@ def launch_demo(
 # The tabs --------------------------------------------------------------------------------------------------------
 
 
-def _chat_tab(page: "_Page") -> None:
-    limits, talk = page.limits, gr.State(_Talk())
+def _chat_tab(handlers: PageHandlers) -> None:
+    limits, chat = handlers.limits, gr.State(PageChat())
     with gr.Row():
         with gr.Column(scale=3):
             shown = gr.Chatbot(
@@ -163,37 +118,39 @@ def _chat_tab(page: "_Page") -> None:
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 reset = gr.Button("New conversation", elem_id="reset")
         with gr.Column(scale=1, min_width=280):
-            settings = _settings(limits, DrawingOptions().for_model(page.model))
-    asked = message.submit(page.begin, outputs=message, api_visibility="private", queue=False).then(
-        page.ask,
-        inputs=[message, talk, *settings],
-        outputs=[message, shown, talk],
+            settings = _settings(limits, DrawingOptions().for_model(handlers.opened.model))
+    asked = message.submit(handlers.begin, outputs=message, api_visibility="private", queue=False).then(
+        handlers.ask,
+        inputs=[message, chat, *settings],
+        outputs=[message, shown, chat],
         api_name="ask",
         concurrency_id="model",
         show_progress="minimal",
         show_progress_on=message,
     )
-    # The box takes no text meanwhile: it would be lost when the message goes. `then` does not come after an error.
+    # The box is locked meanwhile, because its text is cleared once the answer starts. `then` does not run after errors.
     for ended in (asked.success, asked.failure):
         ended(lambda: gr.update(interactive=True), outputs=message, api_visibility="private", queue=False)
-    stop.click(page.stop, api_name="stop", queue=False)
-    gr.on([reset.click, shown.clear], page.stop, api_visibility="private", queue=False).then(
-        lambda: (_Talk(), []), outputs=[talk, shown], api_name="reset", concurrency_id="model"
+    stop.click(handlers.stop, api_name="stop", queue=False)
+    gr.on([reset.click, shown.clear], handlers.stop, api_visibility="private", queue=False).then(
+        lambda: (PageChat(), []), outputs=[chat, shown], api_name="reset", concurrency_id="model"
     )
 
 
 def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components.Component]:
-    """In the order in which `_Page.ask` takes them; `drawing` is what the model's own settings are."""
-    answer = gr.Radio([_MODEL_CHOOSES, _AN_IMAGE], value=_MODEL_CHOOSES, label="Answer with")
-    tokens = gr.Slider(
-        1, limits.max_new_tokens, min(256, limits.max_new_tokens), step=1, label="Text: new tokens at most"
-    )
+    """Create the settings in the order that `PageHandlers.ask` takes them.
+
+    Args:
+        drawing: the model's own settings, which are the initial values.
+    """
+    answer = gr.Radio([ANY_ANSWER, IMAGE_ANSWER], value=ANY_ANSWER, label="Answer with")
+    tokens = gr.Slider(1, limits.max_new_tokens, min(256, limits.max_new_tokens), step=1, label="Text: maximum tokens")
     guidance = gr.Number(
-        drawing.guidance_scale, label="Guidance scale", info="1 and more; more follows the prompt more closely"
+        drawing.guidance_scale, label="Guidance scale", info="1 or more; larger values follow the prompt more closely"
     )
     schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
-    negative = gr.Textbox("", label="Negative prompt", info="what guidance leads away from", max_lines=2)
-    seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later one has the next")
+    negative = gr.Textbox("", label="Negative prompt", info="prompt that guidance steers away from", max_lines=2)
+    seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later answer adds 1")
     with gr.Accordion("Sampling of images", open=True):
         sampling = [
             _sampling_setting(getattr(drawing.sampling, name), label, *limits)
@@ -208,18 +165,22 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
 
 
 def _sampling_setting(value: float | tuple[float, ...], label: str, *limits: float) -> gr.components.Component:
-    """A slider from, to and in steps of the limits, or without any a field of whole numbers; a field that starts empty
-    where the model's own setting has a value for each level."""
+    """Create the component of a sampling value.
+
+    Args:
+        value: the model's own setting; one with a value per level leaves the field empty.
+        limits: minimum, maximum and step of a slider; without them the component is a field for integers.
+    """
     if isinstance(value, tuple):
-        return gr.Number(None, label=label, info=f"empty: {', '.join(map(str, value))}, the model's own, one a level")
+        return gr.Number(None, label=label, info=f"empty: the model's own, {', '.join(map(str, value))} per level")
     if limits:
         low, high, step = limits
         return gr.Slider(low, max(high, value), value, step=step, label=label)
     return gr.Number(value, label=label, precision=0, info="0: all codes")
 
 
-def _evolution_tab(page: "_Page") -> None:
-    gr.Markdown("An image as 1, 2, ... levels of its codes rebuild it, and how close image and features come.")
+def _evolution_tab(handlers: PageHandlers) -> None:
+    gr.Markdown("An image rebuilt from 1, 2, ... levels of its codes, and the quality of its pixels and features.")
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             image = gr.Image(
@@ -243,193 +204,10 @@ def _evolution_tab(page: "_Page") -> None:
         show_label=False, columns=5, object_fit="contain", format="png", interactive=False, elem_id="levels"
     )
     start.click(
-        page.evolve,
+        handlers.evolve,
         inputs=[image],
         outputs=[image, pictures, curves],
-        preprocess=False,  # which would decode the picture before it is looked at
+        preprocess=False,  # gradio would decode the upload before its limits are checked
         api_name="evolve",
         concurrency_id="model",
     )
-
-
-# What happens ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Talk:
-    """A conversation, and how the page shows it: messages for `gr.Chatbot`, images by the paths of their files."""
-
-    conversation: Conversation = field(default_factory=Conversation)
-    shown: list[dict] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Page:
-    """One model for all who have the page open; `stopped` are the sessions whose answer is to end."""
-
-    model: EvoTokLlavaForConditionalGeneration
-    processor: EvoTokLlavaProcessor
-    limits: DemoLimits
-    teacher: Teacher | None
-    name: str
-    weights: str
-    stopped: set[str] = field(default_factory=set)
-
-    def begin(self, request: gr.Request) -> dict:
-        """Forget a stop that was meant for an answer before; close the text box until this one is there."""
-        self.stopped.discard(request.session_hash)
-        return gr.update(interactive=False)
-
-    def stop(self, request: gr.Request) -> None:
-        """End the answer that this session is waiting for; what came of it stays."""
-        self.stopped.add(request.session_hash)
-
-    def ask(self, request: gr.Request, message: dict, talk: _Talk, *settings: Any) -> Iterator[tuple]:
-        """Answer a message; gives what becomes of the text box, of the conversation that is shown, and of `talk`.
-
-        The text box keeps its message, and the conversation is as before, unless the answer begins.
-        """
-        with _told_to_the_user():
-            options, seed = self._options(settings)
-            text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
-            self._check_length("the message", text)
-            if len(files) > self.limits.max_images:
-                raise UserError(f"a message may have {self.limits.max_images} images, got {len(files)}")
-            pictures = self._open(files)
-            seed += talk.conversation.num_turns
-            events = talk.conversation.ask(self.model, self.processor, text, pictures, options, seed)
-            asked = {"role": "user", "content": [*map(_file, pictures), *_words(text)]}
-            drawn_with = options.drawing.settings()
-            answer = _Answer(lambda index: Origin(text, seed + index, self.name, drawn_with, self.weights))
-            shown = [*talk.shown, asked, {"role": "assistant", "content": answer.content}]
-            box: Any = {"text": "", "files": []}
-            with closing(events):
-                for event in events:
-                    answer.take(event)
-                    yield box, shown, talk
-                    box = gr.skip()
-                    if request.session_hash in self.stopped:
-                        self.stopped.discard(request.session_hash)
-                        break
-            answer.end()
-            talk.shown = shown
-            yield gr.skip(), shown, talk
-
-    def _options(self, settings: Sequence[Any]) -> tuple[AnswerOptions, int]:
-        """The settings of the page, in their order, and the seed.
-
-        Raises:
-            UserError: one is missing or impossible.
-        """
-        answer, tokens, guidance, schedule, negative, seed, *sampling = settings
-        own = DrawingOptions().for_model(self.model).sampling
-        given = dict(zip(vars(own), sampling, strict=True))
-        needed = [value for name, value in given.items() if not isinstance(getattr(own, name), tuple)]
-        if any(value is None for value in (answer, tokens, guidance, schedule, negative, seed, *needed)):
-            raise UserError("a setting is empty; every one needs a value")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"the seed must lie in 0 .. 2**32 - 1, got {seed}")
-        self._check_length("the negative prompt", negative)
-        drawing = DrawingOptions(guidance, schedule, negative, **given).for_model(self.model)
-        vision = self.model.config.vision_config
-        return AnswerOptions(
-            max_new_tokens=int(tokens),
-            image_first=answer == _AN_IMAGE,
-            drawing=drawing,
-            preview_every=-(-vision.num_positions // _PREVIEWS),
-        ), int(seed)
-
-    def _check_length(self, what: str, text: str) -> None:
-        if len(text) > self.limits.max_chars:
-            raise UserError(f"{what} has {len(text)} characters, more than the {self.limits.max_chars} allowed")
-
-    def evolve(self, upload: dict | None) -> tuple[Image.Image, list, Image.Image]:
-        """Rebuild an uploaded image level by level; gives the clean image, the levels' pictures and the curves."""
-        with _told_to_the_user():
-            if not upload:
-                raise UserError("no image; upload one first")
-            (picture,) = self._open([upload["path"]], upload.get("orig_name"))
-            levels = level_by_level(self.model.vision_tower, self.processor.image_processor, picture, self.teacher)
-        return _reduced(picture), levels.pictures, levels.curves
-
-    def _open(self, files: Sequence[str], name: str | None = None) -> list[Image.Image]:
-        """Uploaded pictures, clean. Their files go, with all that is in them; the page shows copies.
-
-        Raises:
-            UserError: a file that was not uploaded, too many bytes or pixels, or no picture.
-        """
-        uploads = Path(get_upload_folder()).resolve()
-        if not all(Path(file).resolve().is_relative_to(uploads) for file in files):
-            raise UserError("no image; upload one first")
-        try:
-            return [open_upload(file, self.limits.upload, name) for file in files]
-        finally:
-            for file in files:
-                Path(file).unlink(missing_ok=True)
-
-
-@dataclass
-class _Answer:
-    """An answer as it comes: the `content` of a message for `gr.Chatbot`.
-
-    Attributes:
-        origin: how the image of this index is drawn.
-        drawing: whether the last part stands for an image that is not whole.
-    """
-
-    origin: Callable[[int], Origin]
-    content: list[dict] = field(default_factory=list)
-    drawing: bool = False
-
-    def take(self, event: Event) -> None:
-        """Let an event join the content."""
-        if isinstance(event, TextDelta):
-            if not self.content or "text" not in self.content[-1]:
-                self.content += _words(event.text)
-            else:
-                self.content[-1] = {"type": "text", "text": self.content[-1]["text"] + event.text}
-        elif isinstance(event, ImageStarted):
-            self.drawing = True
-            self.content.append({"type": "text", "text": "drawing ..."})
-        elif isinstance(event, ImagePreview):
-            self.content[-1] = _file(event.image)
-        elif isinstance(event, ImageDrawn):
-            self.drawing = False
-            image = event.image.copy()
-            image.info.update(self.origin(event.index).chunks())
-            self.content[-1] = _file(image)
-
-    def end(self) -> None:
-        """What is not whole, goes: the model will not see it either."""
-        if self.drawing:
-            self.content.pop()
-        if not self.content:
-            self.content += _words("(no answer)")
-
-
-@contextmanager
-def _told_to_the_user() -> Iterator[None]:
-    """User errors become messages on the page, which renders them as HTML."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
-
-
-def _words(text: str) -> list[dict]:
-    return [{"type": "text", "text": text}] if text else []
-
-
-def _file(image: Image.Image) -> dict:
-    """An image as a file of the page, with no metadata but PNG text that is ours."""
-    # In a folder of its own: files lie by what is in them, and an upload of the same picture goes when it is read.
-    return {"path": save_pil_to_cache(_reduced(image), os.path.join(get_upload_folder(), "shown"), format="png")}
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    """Images that are larger than anyone looks at, made smaller."""
-    if max(image.size) <= _SHOWN:
-        return image
-    reduced = image.copy()
-    reduced.thumbnail((_SHOWN, _SHOWN))
-    return reduced

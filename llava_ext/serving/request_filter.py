@@ -1,15 +1,15 @@
-"""What stands between the page and the network: small requests, files that were uploaded, nothing from elsewhere."""
+"""Middleware between the network and the page: limits requests, and blocks content from other servers."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
-_MAX_BODY = 2**18  # bytes of a request that is no upload; a message of the largest length takes a tenth
+_MAX_BODY = 2**18  # bytes of a request that is not an upload; the longest message takes a tenth of this
 _POLICY = (
     "default-src 'self' blob: data:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-_MARK = {"_type": "gradio.FileData"}
+_FILE_META = {"_type": "gradio.FileData"}  # gradio's mark of a file in a request
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -20,11 +20,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class Guard:
+class RequestFilter:
     """ASGI middleware around the page's server.
 
-    The browser is told to load nothing from other servers. Requests that are no uploads must be small, and may name no
-    file by a URL or hold it as base64: the server would fetch the one and decode the other, past the upload's limits.
+    Response headers forbid the browser to load content from other servers. Requests other than uploads must be small
+    and must not contain files by URL or as base64: gradio would fetch or decode them without the limits of uploads.
     """
 
     def __init__(self, app: Callable) -> None:
@@ -35,7 +35,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        async def send_guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
@@ -43,17 +43,17 @@ class Guard:
         if scope["method"] in ("POST", "PUT", "PATCH") and not scope["path"].rstrip("/").endswith("/upload"):
             body = await _read(receive)
             if body is None:
-                await _refuse(send_guarded, 413, f"a request may have {_MAX_BODY} bytes")
+                await _reject(send_with_headers, 413, f"the request is larger than {_MAX_BODY} bytes")
                 return
-            if _names_a_foreign_file(body):
-                await _refuse(send_guarded, 400, "files are uploaded, not named by a URL")
+            if _has_foreign_file(body):
+                await _reject(send_with_headers, 400, "files must be uploaded, not given by a URL")
                 return
             receive = _replay(body, receive)
-        await self.app(scope, receive, send_guarded)
+        await self.app(scope, receive, send_with_headers)
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """A request's body; None where it is too long, or its sender is gone."""
+    """Read a request's body; None if it is too large or the client has disconnected."""
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -65,30 +65,31 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body that was read already, then what comes."""
+    """Create a `receive` that returns the body, which was read already, and then further messages."""
     first = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
+    async def replay() -> Message:
         return first.pop() if first else await receive()
 
-    return again
+    return replay
 
 
-def _names_a_foreign_file(body: bytes) -> bool:
+def _has_foreign_file(body: bytes) -> bool:
+    """Whether a request contains a file that was not uploaded."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        return False  # no JSON: the server refuses it, or it names no file
+        return False  # not JSON: the server rejects it, or it contains no file
     return any(
         str(file.get("path", "")).lower().startswith(("http:", "https:", "data:"))
         or str(file.get("url", "")).lower().startswith("data:")
-        or ("path" in file and file.get("meta") != _MARK)  # without it the server does not look where the file lies
+        or ("path" in file and file.get("meta") != _FILE_META)  # without it, gradio does not check the path
         for file in _files(values)
     )
 
 
-def _files(values: Any) -> Iterator[dict]:
-    """Every mapping with a path or URL, however deep."""
+def _files(values: Any) -> Iterator[dict[str, Any]]:
+    """Find every mapping with a path or URL, at any depth."""
     waiting = [values]
     while waiting:
         value = waiting.pop()
@@ -100,7 +101,7 @@ def _files(values: Any) -> Iterator[dict]:
             waiting += value
 
 
-async def _refuse(send: Send, status: int, reason: str) -> None:
+async def _reject(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"detail": reason, "error": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

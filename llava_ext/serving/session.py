@@ -1,22 +1,22 @@
-"""A conversation with the model, turn by turn: what the terminal and the web page have in common."""
+"""A multi-turn conversation with the model, shared by the terminal and the web page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
 from evotok_plugin.errors import UserError
-from llava_ext.generation import Event, ImageDrawn, TextDelta
-from llava_ext.generation.interleaved import AnswerOptions
+from llava_ext.generation import AnswerOptions, Event, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
 @dataclass
-class Conversation:
-    """What was said, as Hugging Face messages; images as the model sees them, cropped to its size."""
+class ChatSession:
+    """The conversation so far as Hugging Face messages; images are cropped to the size that the model reads."""
 
-    messages: list[dict] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def num_turns(self) -> int:
@@ -30,26 +30,28 @@ class Conversation:
         images: Sequence[Image.Image],
         options: AnswerOptions,
         seed: int,
-    ) -> Iterator[Event]:
-        """Ask, and give the answer as it comes.
+    ) -> Generator[Event, None, None]:
+        """Ask a question and stream the answer.
 
-        Question and answer join the conversation when the answer ends; one that is not heard to its end joins as far
-        as it came. After an error the conversation is what it was before.
+        Question and answer are added to the conversation when the answer ends. If the caller stops early (closes the
+        generator), they are added with the part of the answer so far. After an error the conversation is unchanged.
 
         Raises:
-            UserError: nothing is asked, or what was said leaves no room for an answer.
+            UserError: the message is empty, or the conversation leaves no room for an answer.
         """
-        content = [{"type": "image", "image": processor.image_processor.crop(image)} for image in images]
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": processor.image_processor.crop(image)} for image in images
+        ]
         if text.strip():
             content.append({"type": "text", "text": text.strip()})
         if not content:
             raise UserError("the message is empty; ask something, or give an image")
         asked = [*self.messages, {"role": "user", "content": content}]
         inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
-        parts: list[dict] = []
+        parts: list[dict[str, Any]] = []
         try:
             for event in model.stream(inputs, processor, options, seed):
-                _collect(parts, event)
+                _append(parts, event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):
             self.messages = [*asked, {"role": "assistant", "content": parts}]
@@ -57,8 +59,8 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": parts}]
 
 
-def _collect(parts: list[dict], event: Event) -> None:
-    """Let an event join the parts of an answer."""
+def _append(parts: list[dict[str, Any]], event: Event) -> None:
+    """Append the text or image of an event to the parts of an answer."""
     if isinstance(event, ImageDrawn):
         parts.append({"type": "image", "image": event.image})
     elif isinstance(event, TextDelta) and parts and parts[-1]["type"] == "text":

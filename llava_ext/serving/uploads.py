@@ -9,12 +9,12 @@ from PIL import Image
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
 
-WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of uploads and URLs: the most widely tested decoders
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # accepted from the web: the most widely tested decoders
 
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """What a picture may have: bytes of the file in MB (2**20), and pixels once it is decoded."""
+    """Limits of one image: size of the file in MB (2**20 bytes), and number of pixels."""
 
     max_mb: float = 10.0
     max_pixels: int = 16_000_000
@@ -31,16 +31,16 @@ class UploadLimits:
 def open_upload(
     upload: str | Path | bytes, limits: UploadLimits, name: str | None = None, formats: Sequence[str] = WEB_FORMATS
 ) -> Image.Image:
-    """Read an image file, or the bytes of one, as an upright RGB image without any metadata.
+    """Read an image file, or its bytes, as an upright RGB image without metadata.
 
-    The size is read from the header before a pixel is decoded.
+    The number of pixels is read from the header and checked before anything is decoded.
 
     Args:
-        name: the image in error messages.
-        formats: Pillow's names of the formats that are accepted.
+        name: name of the image in error messages.
+        formats: formats that are accepted, by Pillow's names.
 
     Raises:
-        UserError: too many bytes or pixels, another format, or a broken image.
+        UserError: the image has too many bytes or pixels, another format, or is broken.
     """
     file = Path(upload) if isinstance(upload, str) else upload
     name = name or (f"image of {len(file)} bytes" if isinstance(file, bytes) else file.name)

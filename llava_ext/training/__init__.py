@@ -1,0 +1,1 @@
+"""The training stages of the multimodal model."""

@@ -1,45 +1,58 @@
-"""Callbacks of the trainer: progress, metrics file, stopping on a signal."""
+"""Callbacks of Trainer: a progress bar, a metrics file, and a clean stop on Ctrl-C or SIGTERM."""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from evotok_plugin.common.files import writing
 from evotok_plugin.common.interruption import StopSignals
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.progress import progress_bar
+
+_LOSSES = ("loss", "text_loss", "image_loss")
 
 
 class ProgressBar(TrainerCallback):
-    """One bar: steps, speed, time left, the newest losses."""
+    """A bar with the steps, the speed, the time left and the latest losses, on the first process.
+
+    Where stderr is not a terminal, it prints at most one state per `progress_interval()`, and the last one at the end.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=progress_interval(),
-            )
+            self._bar = progress_bar(total=state.max_steps, initial=state.global_step, unit="step")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._bar is not None and logs:
-            shown = {k: f"{logs[k]:.4f}" for k in ("loss", "text_loss", "image_loss") if k in logs}
+            shown = {name: f"{logs[name]:.4f}" for name in _LOSSES if name in logs}
             if shown:
-                self._bar.set_postfix(shown)
+                self._bar.set_postfix(shown, refresh=False)  # shown with the next step that is printed
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -48,39 +61,53 @@ class ProgressBar(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log entry to `metrics.jsonl` in the output folder, with step and time."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "time": round(time.time(), 2), **logs}
-            with (Path(args.output_dir) / "metrics.jsonl").open("a") as file:
+            assert args.output_dir is not None
+            path = Path(args.output_dir) / "metrics.jsonl"
+            with writing(path), path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def on_any_process(flags: list[int], device: torch.device) -> list[int]:
+def on_any_process(flags: Sequence[int], processes: Processes) -> list[int]:
     """The largest value of each flag over all processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return flags
-    values = torch.tensor(flags, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.tolist()
+    if processes.world_size == 1:
+        return list(flags)
+    values = torch.zeros(processes.world_size, len(flags), dtype=torch.int64, device=processes.device)
+    values[processes.rank] = torch.tensor(flags)
+    return processes.add_up(values).amax(dim=0).tolist()
 
 
-class StopSafely(TrainerCallback):
-    """Stops training after the step in which SIGINT or SIGTERM arrives.
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint and stops training after the step during which SIGINT or SIGTERM arrives at any process.
 
     Attributes:
-        signal: the one that some process has received, as all of them know it after a step; 0 before.
+        signal: the signal, on all processes from the end of that step on; 0 before.
     """
 
-    def __init__(self) -> None:
-        self.signal, self._signals = 0, StopSignals()
+    def __init__(self, processes: Processes) -> None:
+        self.signal = 0
+        self._processes, self._signals = processes, StopSignals()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._signals.begin()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        (self.signal,) = on_any_process([self._signals.caught], args.device)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        (self.signal,) = on_any_process([self._signals.caught], self._processes)
         if self.signal:
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._signals.end()

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: a marker file is written last, and only marked ones are resumed.
+"""Checkpoints of a stage: a marker file is written last, and only marked, complete checkpoints are resumed.
 
-A run's own checkpoints are the one place where pickles are read, by transformers and DeepSpeed: optimizer, scheduler
-and random states with `torch.load(weights_only=True)`, DeepSpeed's `global_step*/*.pt` with `weights_only=False`. So
-resume only runs whose folder you trust; models and adapters, which travel, are safetensors.
+Checkpoints are the only files that are unpickled, by transformers and DeepSpeed: the optimizer, scheduler and random
+states with `torch.load(weights_only=True)`, DeepSpeed's `global_step*/*.pt` with `weights_only=False`. So resume only
+runs whose folder you trust. Models and adapters, which are shared with others, are safetensors.
 """
 
 import contextlib
@@ -10,13 +10,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
+from evotok_plugin.common.files import write_json, write_whole, writing
 from evotok_plugin.common.owned_folder import OwnedFolder, delete_files, files_of
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.weight_files import read_json
 from evotok_plugin.errors import UserError
 from llava_ext.new_tokens import ROWS_FILE
 
@@ -27,8 +29,8 @@ FINISHED = "finished.json"
 STATE = "trainer_state.json"
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
-REPORTS = ("bad_samples.jsonl", "too_long_samples.jsonl")  # written while the data is checked, before the first step
-PENDING_REPORTS = tuple(name.replace(".jsonl", ".new.jsonl") for name in REPORTS)  # next to those of an old run
+REPORTS = ("bad_samples.jsonl", "too_long_samples.jsonl")  # written while the data is validated
+PENDING_REPORTS = tuple(name.replace(".jsonl", ".new.jsonl") for name in REPORTS)  # while a folder holds another run
 _RUN_FILES = (
     "recipe.yaml",
     "metrics.jsonl",
@@ -44,7 +46,7 @@ _MODEL_FILES = (
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "base.json")
 _STATE_FILES = (
-    MARKER, "COMPLETE.tmp", STATE, ROWS_FILE, "*.pt", "*.pth", "*.bin", "latest", "zero_to_fp32.py",
+    MARKER, f".{MARKER}.part", "COMPLETE.tmp", STATE, ROWS_FILE, "*.pt", "*.pth", "*.bin", "latest", "zero_to_fp32.py",
     "global_step*/**/*",
 )  # fmt: skip
 _NOT_MODEL = (MARKER, STATE, ROWS_FILE)
@@ -53,17 +55,27 @@ _CHECKPOINT_FILES = (*_MODEL_FILES, *_ADAPTER_FILES, *_STATE_FILES)
 
 @dataclass(frozen=True)
 class RunShape:
-    """What must be the same for a checkpoint to be resumed: how the state is spread, and what it is a state of."""
+    """Properties of a run that must be the same when a checkpoint is resumed.
+
+    Attributes:
+        world_size: number of processes, each with its own part of the optimizer state.
+        zero_stage: ZeRO stage of DeepSpeed, 0 without it.
+        method: training method of the backbone: full, lora or qlora.
+    """
 
     world_size: int
     zero_stage: int = 0
     method: str = "full"
 
     def check(self, saved: dict, folder: Path) -> None:
-        """Compare with what a checkpoint's marker says.
+        """Compare with the marker of a checkpoint.
+
+        Args:
+            saved: content of the marker.
+            folder: the checkpoint, for the error.
 
         Raises:
-            UserError: it was written by a run of another shape.
+            UserError: the checkpoint was written by a run of another shape.
         """
         if saved["world_size"] != self.world_size:
             raise UserError(
@@ -79,25 +91,13 @@ class RunShape:
                 )
 
 
-def barrier() -> None:
-    """Wait for all processes of the run, if there are several."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
-
-
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """The folder of the checkpoint of a step."""
     return Path(output_dir) / f"checkpoint-{step}"
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first, complete or not; folders of that name from other programs are left out."""
+    """The checkpoints of a run, oldest first, complete or not; those of other programs are left out."""
     owned = owned_folder(output_dir)
     found = [path for path in _numbered(output_dir) if entries_of(owned, path)]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
@@ -112,23 +112,24 @@ def _numbered(output_dir: str | Path) -> list[Path]:
 
 
 def owned_folder(output_dir: str | Path) -> OwnedFolder:
-    """The record of what a stage has created in its output folder."""
+    """The record of the files that a stage has created in its output folder."""
     return OwnedFolder(output_dir, legacy=_entries_without_record)
 
 
 def _entries_without_record(output_dir: Path) -> list[str]:
-    """Entries of a run that was made before there were records, known by its complete checkpoints or its end."""
-    whole = {path.name: files for path in _numbered(output_dir) if (files := _files_by_marker(path)) is not None}
-    finished = _read_json(output_dir / FINISHED)
-    if not whole and not (finished and {"steps", "seconds"} <= set(finished)):
+    """Entries of a run of a version without records, recognized by complete checkpoints or the mark of its end."""
+    complete = {path.name: files for path in _numbered(output_dir) if (files := _files_by_marker(path)) is not None}
+    finished = _read_if_valid(output_dir / FINISHED)
+    if not complete and not (finished and {"steps", "seconds"} <= set(finished)):
         return []
     patterns = [*_RUN_FILES, *(f"adapter/{name}" for name in (*_ADAPTER_FILES, *_MODEL_FILES))]
     patterns += _MODEL_FILES if finished else []
     written = [str(path.relative_to(output_dir)) for path in files_of(output_dir, patterns)]
-    return written + [f"{name}/{file}" for name, files in whole.items() for file in (*files, MARKER)]
+    return written + [f"{name}/{file}" for name, files in complete.items() for file in (*files, MARKER)]
 
 
-def _read_json(path: Path) -> dict | None:
+def _read_if_valid(path: Path) -> dict | None:
+    """The JSON object in a file, or None if it is missing or holds something else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -137,14 +138,14 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _files_by_marker(folder: Path) -> dict[str, int] | None:
-    """The sizes of a checkpoint's files as its marker names them; None without a marker of this program."""
-    marker = _read_json(folder / MARKER) or {}
+    """The sizes of the files of a checkpoint according to its marker; None without a marker of this program."""
+    marker = _read_if_valid(folder / MARKER) or {}
     files = marker.get("files")
     return files if "world_size" in marker and isinstance(files, dict) else None
 
 
 def entries_of(owned: OwnedFolder, checkpoint: Path) -> list[str]:
-    """The recorded entries of a checkpoint; none of a folder that the run has not created."""
+    """The recorded entries of a checkpoint; empty for a folder that the run has not created."""
     return [entry for entry in owned.entries if entry.startswith(f"{checkpoint.name}/")]
 
 
@@ -152,17 +153,17 @@ def check_outputs(output_dir: str | Path, lora: bool) -> None:
     """Check that the files of a run can be created in its output folder.
 
     Raises:
-        UserError: one of them is there, and no run of this program has created it.
+        UserError: one of them exists and was not created by a run of this program.
     """
     names = [*_RUN_FILES, *_MODEL_FILES, *(f"adapter/{name}" for name in _ADAPTER_FILES if lora)]
     OwnedFolder.check(owned_folder(output_dir), *names)
 
 
 def check_checkpoints(output_dir: str | Path, num_steps: int) -> None:
-    """Check that no checkpoint of another program is in the way of a run of so many steps.
+    """Check that a run of `num_steps` steps would not overwrite a checkpoint of another program.
 
     Raises:
-        UserError: there is one.
+        UserError: it would.
     """
     owned = owned_folder(output_dir)
     for path in _numbered(output_dir):
@@ -176,10 +177,10 @@ def claim_outputs(owned: OwnedFolder) -> None:
 
 
 def claim_checkpoint(folder: Path) -> set[Path]:
-    """Record a checkpoint before it is written; the files of others that are in its folder.
+    """Record a checkpoint before it is written, and return the files of other programs in its folder.
 
     Raises:
-        UserError: another program's checkpoint is in the way.
+        UserError: it would overwrite the checkpoint of another program.
     """
     owned = owned_folder(folder.parent)
     foreign = set(files_of(folder, ["**/*"])) - set(owned.files(entries_of(owned, folder)))
@@ -190,10 +191,10 @@ def claim_checkpoint(folder: Path) -> set[Path]:
 def delete_checkpoint(folder: Path) -> None:
     """Delete the files of a checkpoint that the run has created."""
     owned = owned_folder(folder.parent)
-    (folder / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like one that was damaged
+    (folder / MARKER).unlink(missing_ok=True)  # first: a partial checkpoint must not look like a damaged one
     entries = entries_of(owned, folder)
     delete_files(owned.path, owned.files(entries))
-    with contextlib.suppress(OSError):  # on a full disk the record still names files that are gone, which is harmless
+    with contextlib.suppress(OSError):  # on a full disk the record keeps the names of deleted files: harmless
         owned.forget(*entries)
 
 
@@ -212,8 +213,12 @@ def describe_outputs(output_dir: str | Path) -> str:
 # Complete checkpoints ----------------------------------------------------------------------------------------
 
 
-def mark_complete(folder: Path, shape: RunShape, foreign: Sequence[Path] | set[Path] = ()) -> None:
-    """Flush a checkpoint to disk and write its marker: the run's shape and the sizes of all files but `foreign`."""
+def mark_complete(folder: Path, shape: RunShape, foreign: Collection[Path] = ()) -> None:
+    """Flush a checkpoint to disk and write its marker: the shape of the run and the sizes of all files but `foreign`.
+
+    Raises:
+        UserError: the marker cannot be written.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     files = [path for path in files if path not in foreign]
     for path in files:
@@ -222,11 +227,11 @@ def mark_complete(folder: Path, shape: RunShape, foreign: Sequence[Path] | set[P
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     owned = owned_folder(folder.parent)
     owned.exchange(entries_of(owned, folder), [f"{folder.name}/{name}" for name in (*sizes, MARKER)])
-    _write_json(folder / MARKER, {**asdict(shape), "files": sizes})
+    write_json(folder / MARKER, {**asdict(shape), "files": sizes})
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there and every file has the size it names."""
+    """Whether a checkpoint has a marker and every file has the size that the marker names."""
     files = _files_by_marker(folder)
     if files is None:
         return False
@@ -234,42 +239,52 @@ def is_complete(folder: Path) -> bool:
 
 
 def finish_checkpoint(
-    folder: Path, shape: RunShape, is_first: bool, keep: int | None, foreign: Sequence[Path] | set[Path] = ()
+    folder: Path, shape: RunShape, processes: Processes, keep: int | None, foreign: Collection[Path] = ()
 ) -> None:
-    """Mark a checkpoint that all processes have written their part of, then delete the run's oldest beyond `keep`."""
-    barrier()
-    if is_first:
+    """Mark a checkpoint as complete once all processes have written their parts, then delete the oldest ones.
+
+    Args:
+        keep: number of checkpoints to keep; None for all.
+        foreign: files of other programs in the folder.
+
+    Raises:
+        UserError: the marker cannot be written.
+    """
+    processes.barrier()
+    if processes.is_first:
         mark_complete(folder, shape, foreign)
         for old in checkpoints(folder.parent)[:-keep] if keep else []:
             delete_checkpoint(old)
-    barrier()
+    processes.barrier()
 
 
 def find_resumable(output_dir: str | Path, shape: RunShape) -> Path | None:
-    """The newest complete checkpoint of a run, or None if it has none yet.
+    """The newest complete checkpoint of a run, or None if it has not written one.
 
     Raises:
-        UserError: it was written by a run of another shape, or all that there are have been damaged.
+        UserError: it was written by a run of another shape, or all checkpoints are damaged.
     """
     damaged = []
     for folder in reversed(checkpoints(output_dir)):
         if not is_complete(folder):
-            logger.warning("%s is incomplete; trying the one before", folder)
+            logger.warning("%s is incomplete; trying the previous checkpoint", folder)
             damaged += [folder] if (folder / MARKER).is_file() else []
             continue
-        shape.check(json.loads((folder / MARKER).read_text()), folder)
+        shape.check(read_json(folder / MARKER), folder)
         return folder
     if damaged:
         raise UserError(
-            f"{damaged[0]} was complete once and has been changed since (its {MARKER} names other files), and there is "
-            "no other checkpoint; restore it, or pass --overwrite true to start over"
+            f"{damaged[0]} was complete and has been changed since (its {MARKER} names other files or sizes), and the "
+            "run has no other checkpoint; restore it, or pass --overwrite true to start over"
         )
     return None
 
 
 def drop_incomplete(output_dir: str | Path) -> None:
-    """Delete what a stopped run has left half-written, so that no old file mixes with new ones and none counts among
-    the checkpoints that are kept. A checkpoint that was complete once is only renamed."""
+    """Delete checkpoints that a stopped run has written in part, and rename those that were complete and are damaged.
+
+    Otherwise their files would mix with new ones, and they would count among the checkpoints that are kept.
+    """
     for folder in checkpoints(output_dir):
         if not (folder / MARKER).is_file():
             delete_checkpoint(folder)
@@ -290,40 +305,44 @@ def _free_name(folder: Path) -> Path:
 
 
 def steps_of(checkpoint: Path) -> int:
-    """How many optimizer steps a checkpoint has behind it."""
-    return json.loads((checkpoint / STATE).read_text())["global_step"]
+    """The number of optimizer steps before a checkpoint.
+
+    Raises:
+        UserError: the state of the trainer cannot be read.
+    """
+    return read_json(checkpoint / STATE)["global_step"]
 
 
 def publish(source: Path, folder: Path, owned: OwnedFolder | None = None) -> None:
-    """Put the model of a checkpoint into its place, each file whole or not at all, the configuration last.
+    """Write the model of a checkpoint to a folder, each file atomically, the configuration last.
 
     Args:
-        owned: the record of the output folder that `folder` is or lies in; by default that of `folder`.
+        owned: the record of the output folder that `folder` is or is inside of; by default that of `folder`.
 
     Raises:
-        UserError: it cannot be written, or a file of another origin is in the way; the checkpoint stays.
+        UserError: it cannot be written, or would overwrite a file of another program; the checkpoint is kept.
     """
     owned = owned_folder(folder) if owned is None else owned
     place = "" if owned.path == folder else f"{folder.relative_to(owned.path)}/"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in source.iterdir() if path.suffix in _MODEL_SUFFIXES and path.name not in _NOT_MODEL]
-        files.sort(key=lambda path: path.name.endswith("config.json"))
-        owned.claim(*(f"{place}{path.name}" for path in files))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            files = [path for path in source.iterdir() if _belongs_to_model(path)]
+            files.sort(key=lambda path: path.name.endswith("config.json"))
+            owned.claim(*(f"{place}{path.name}" for path in files))
         for path in files:
-            temporary = folder / f".{path.name}.part"
-            temporary.unlink(missing_ok=True)
-            _link_or_copy(path, temporary)
-            os.replace(temporary, folder / path.name)
-    except OSError as error:
-        raise UserError(
-            f"the model cannot be written to {folder}: {error}; it is in {source}. "
-            "Make room and run the same command again"
-        ) from error
+            write_whole(folder / path.name, partial(_link_or_copy, path))
+    except UserError as error:
+        raise UserError(f"{error}. The model is in {source}; run the same command again to publish it") from error
+
+
+def _belongs_to_model(path: Path) -> bool:
+    return path.suffix in _MODEL_SUFFIXES and path.name not in _NOT_MODEL
 
 
 def _link_or_copy(path: Path, new: Path) -> None:
-    """The same bytes under another name; a second copy of gigabytes only where the file system has no links."""
+    """Create a hard link to a file, or copy it if the file system does not support links."""
+    new.unlink(missing_ok=True)  # a link that a killed process has left: copying would write into its checkpoint
     try:
         os.link(path, new)
     except OSError:
@@ -331,11 +350,19 @@ def _link_or_copy(path: Path, new: Path) -> None:
 
 
 def mark_finished(output_dir: str | Path, facts: dict) -> None:
-    """Note that a run reached its end."""
-    _write_json(Path(output_dir) / FINISHED, facts)
+    """Record that a run reached its end.
+
+    Raises:
+        UserError: the mark cannot be written.
+    """
+    write_json(Path(output_dir) / FINISHED, facts)
 
 
 def finished_facts(output_dir: str | Path) -> dict | None:
-    """What `mark_finished` noted, or None."""
+    """The facts that `mark_finished` recorded, or None for a run that is not finished.
+
+    Raises:
+        UserError: the mark is damaged.
+    """
     path = Path(output_dir) / FINISHED
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

@@ -1,18 +1,18 @@
-"""Images a second of drawing, the straightforward way and ours, in one run on the same weights.
+"""Compare drawing with a straightforward implementation in images per second, on the same weights.
 
     python scripts/benchmark/generation.py                       # paper-size image head on a CPU
     python scripts/benchmark/generation.py --device cuda --dtype bfloat16 --positions 256
 
-The straightforward way: every prompt goes through the language model by itself, keys and values are appended to
-transformers' `DynamicCache`, the depth transformer runs over all levels so far again at every level, all classifiers
-(one for each of the tokenizer's levels, as published code has them) look at its last state, and codes are chosen by
-sorting all of them. Ours is `draw_codes`. Both draw with guidance, top-k 900 and top-p 0.96. Weights are random, since
-time does not depend on their values; drawn greedily, both give the same codes, which is checked.
+The straightforward implementation runs the language model on every prompt separately, appends keys and values to
+transformers' `DynamicCache`, runs the depth transformer over all previous levels again at every level, applies all
+classifiers (one per level of the tokenizer, as in published code) to its last state, and samples by sorting all codes.
+Ours is `draw_codes`. Both draw with guidance, top-k 900 and top-p 0.96. Weights are random, since the time does not
+depend on their values. With greedy sampling both draw the same codes, which is checked.
 
-The image head is timed a second time with PyTorch's own linear layers in place of `thin_linear`, to tell its share.
+The image head is measured again with PyTorch's linear layers, to show the effect of `thin_linear`.
 
-An image has 256 positions. On a CPU a few of them are timed, `--positions`; images a second follow from the time of one
-position, of taking in the prompts and of decoding the pixels. The first preview stands after 16 positions.
+An image has 256 positions. On a CPU only a few are measured (`--positions`); images per second are extrapolated from
+the times of one position, of the prompts and of decoding the pixels. The first preview is available after 16 positions.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from measuring import device_name, peak_mebibytes, seconds, synchronize  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import BatchFeature, DynamicCache  # noqa: E402
+import torch
+import transformers
+from measuring import device_name, peak_mebibytes, seconds, synchronize
+from torch import Tensor, nn
+from transformers import BatchFeature, DynamicCache
 
-from evotok_plugin import EvoTokConfig, SamplingOptions  # noqa: E402
-from evotok_plugin.sampling import sample, uniform_noise  # noqa: E402
-from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration  # noqa: E402
-from llava_ext.generation import DrawingOptions  # noqa: E402
+from evotok_plugin import EvoTokConfig, SamplingOptions
+from evotok_plugin.sampling import sample, uniform_noise
+from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
+from llava_ext.generation import DrawingOptions
 
 PROMPT_TOKENS = 40
 POSITIONS_TO_PREVIEW = 16
-# Of Qwen2.5's sizes, with a vocabulary that this does not use cut short.
+# Sizes of Qwen2.5; the vocabulary is small because drawing does not use it.
 BACKBONES = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
@@ -53,7 +53,7 @@ MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolu
 
 @dataclass
 class Timing:
-    """Seconds of the parts of drawing one batch."""
+    """Seconds spent in the parts of drawing one batch."""
 
     prompts: float
     position: float
@@ -62,7 +62,7 @@ class Timing:
 
 
 def make_model(options: argparse.Namespace) -> EvoTokLlavaForConditionalGeneration:
-    """Random weights; of the tokenizer's encoder, which drawing does not run, one layer."""
+    """Create a model with random weights; the tokenizer's encoder, unused in drawing, has one layer."""
     tower = EvoTokConfig.preset("paper", encoder_num_layers=1, semantic_num_layers=1)
     text = {"model_type": "qwen2", "vocab_size": 1000, "num_key_value_heads": 2, **BACKBONES[options.backbone]}
     width, layers, heads = HEADS[options.head]
@@ -86,7 +86,7 @@ def make_model(options: argparse.Namespace) -> EvoTokLlavaForConditionalGenerati
 
 
 class Prompts:
-    """Stands for the processor: prompts of random tokens, all of one length."""
+    """Replaces the processor: prompts of random tokens, all of the same length."""
 
     def drawing_prompts(self, prompts: list[str]) -> BatchFeature:
         rows = [
@@ -97,7 +97,7 @@ class Prompts:
 
 
 class Straightforward:
-    """Drawing as one would first write it."""
+    """The straightforward implementation of drawing."""
 
     def __init__(self, model: EvoTokLlavaForConditionalGeneration) -> None:
         self.model, vision = model, model.config.vision_config
@@ -110,7 +110,7 @@ class Straightforward:
         self.classifiers = nn.ModuleList([*model.image_head.classifiers, *further]).to(like.device, like.dtype)
 
     def draw(self, prompts: list[str], options: DrawingOptions, num_positions: int) -> tuple[Tensor, Timing]:
-        """Codes (R, positions, L) of one image a prompt, and where the time went."""
+        """Draw codes (R, positions, L) of one image per prompt; also returns the times."""
         model, count, device = self.model, len(prompts), self.model.device
         inputs = Prompts().drawing_prompts([*prompts, *[""] * count]).to(device)
         mask, spent = inputs["attention_mask"], defaultdict(float)
@@ -161,7 +161,7 @@ class Straightforward:
 
 
 def sort_and_sample(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Filters over whole vocabularies, one after another, then `multinomial`."""
+    """Apply the filters one after another to the full vocabulary, then sample with `multinomial`."""
     if options.temperature == 0:
         return logits.argmax(dim=-1)
     if options.top_k:
@@ -174,13 +174,13 @@ def sort_and_sample(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def now(device: torch.device) -> float:
-    """A wall clock that has waited for the GPU."""
+    """The wall-clock time after the GPU has finished its work."""
     synchronize(device)
     return time.perf_counter()
 
 
 def draw_ours(model, prompts: list[str], options: DrawingOptions, num_positions: int, use_graphs: bool) -> tuple:
-    """Codes (R, positions, L), the time until the first position stands and that of one position after it."""
+    """Draw codes (R, positions, L); also returns the time to the first position, and the time per further position."""
     started, marks = now(model.device), []
     for codes in model.draw_codes(prompts, Prompts(), list(range(len(prompts))), options, use_graphs):
         marks.append(now(model.device))
@@ -190,7 +190,7 @@ def draw_ours(model, prompts: list[str], options: DrawingOptions, num_positions:
 
 
 def time_head(model, count: int, options: DrawingOptions, rounds: int) -> tuple[float, float]:
-    """Seconds of the head for one position of so many images with guidance, and of choosing its codes alone."""
+    """Seconds of the image head for one position of `count` images with guidance, and of sampling alone."""
     head, device = model.image_head, model.device
     hidden = torch.randn(2 * count, model.config.text_config.hidden_size, device=device).to(head.level_embedding.dtype)
     noise, cache = uniform_noise(0, count, head.num_levels).to(device), head.new_cache(2 * count)
@@ -204,12 +204,12 @@ def time_head(model, count: int, options: DrawingOptions, rounds: int) -> tuple[
         for level in range(head.num_levels):
             sample(logits, sampling.at_level(level), noise[:, level])
 
-    draw(), choose()
+    draw(), choose()  # warm up
     return tuple(min(seconds(run, device) for _ in range(rounds)) for run in (draw, choose))
 
 
 def outside_matrix_products(run: Callable[[], object], device: torch.device) -> float:
-    """Share of the time of operators that PyTorch's profiler sees, without those that multiply matrices."""
+    """The share of operator time in PyTorch's profiler that is not spent in matrix products."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -226,7 +226,7 @@ def outside_matrix_products(run: Callable[[], object], device: torch.device) -> 
 
 
 def measure(model, count: int, options: argparse.Namespace) -> dict:
-    """Both ways on a batch of so many images."""
+    """Measure both implementations on a batch of `count` images."""
     device, prompts = model.device, ["x" * (n + 1) for n in range(count)]
     plain = Straightforward(model)
     drawing = DrawingOptions(3.0, sampling=SamplingOptions(top_k=900, top_p=0.96)).completed()
@@ -283,18 +283,18 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--head", default="paper", choices=list(HEADS))
     parser.add_argument("--backbone", default="0.5b", choices=list(BACKBONES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--positions", type=int, default=3, help="that are timed; at most 255")
-    parser.add_argument("--rounds", type=int, default=2, help="the least time counts")
-    parser.add_argument("--use_graphs", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--positions", type=int, default=3, help="number of measured positions; at most 255")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; the minimum time counts")
+    parser.add_argument("--use_graphs", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: on CUDA)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     if options.use_graphs is None:
         options.use_graphs = options.device.startswith("cuda")
@@ -321,7 +321,7 @@ def main() -> None:
 
 
 def show(result: dict) -> None:
-    """One batch size as a table."""
+    """Print the table of one batch size."""
     print(f"\nbatch {result['batch']}; same codes: {result['same_codes']}; times faster: {result['times_faster']}")
     names = list(result["contestants"]["ours"])
     width = max(map(len, names))

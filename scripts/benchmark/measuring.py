@@ -1,4 +1,4 @@
-"""Time, memory and machine, as all benchmarks of this folder take them."""
+"""Measuring of time and memory, shared by the benchmarks in this folder."""
 
 import platform
 import time
@@ -11,13 +11,13 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has still to do."""
+    """Wait for the pending work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time of one call by that clock."""
+    """The duration of one call by the given clock."""
     synchronize(device)
     started = clock()
     run()
@@ -26,7 +26,7 @@ def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[],
 
 
 def peak_mebibytes(run: Callable[[], object], device: torch.device) -> float:
-    """Most memory that torch holds during a call beyond what it held before."""
+    """The peak of the additional memory that torch allocates during a call."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -43,7 +43,7 @@ def peak_mebibytes(run: Callable[[], object], device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the processor calls itself."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if Path("/proc/cpuinfo").is_file():

@@ -1,12 +1,12 @@
-"""Time and memory of the residual quantizer beside the bare matrix products and vector-quantize-pytorch, in one run.
+"""Compare the residual quantizer with the bare matrix products and with vector-quantize-pytorch in time and memory.
 
     python scripts/benchmark/quantizer.py --images 1 8 --json quantizer.json
 
-The floor is the matrix products that any exhaustive search must make, one of codes x vectors a level, in blocks that
-stay in the cache. All contestants take turns, and the least time of each counts. On a machine that does other things
-too, run more rounds, and give `--threads 1 --clock cpu`, which leaves out the time spent waiting for a core. Codes are
-compared with a float64 search on some of the vectors. `vector-quantize-pytorch` is left out where it is not installed
-(pip install vector-quantize-pytorch).
+The lower bound ("floor") is the time of the matrix products of any exhaustive search: codes x vectors for each level,
+in blocks that fit into the cache. All contestants take turns, and the minimum time of each counts. On a busy machine,
+run more rounds and use `--threads 1 --clock cpu`, which excludes the time spent waiting for a core. Codes are compared
+with a float64 search on some of the vectors. `vector-quantize-pytorch` is skipped if it is not installed (pip install
+vector-quantize-pytorch).
 """
 
 import argparse
@@ -17,18 +17,18 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
 
-import torch  # noqa: E402
-from measuring import CLOCKS, device_name, peak_mebibytes, seconds  # noqa: E402
+import torch
+from measuring import CLOCKS, device_name, peak_mebibytes, seconds
 
-from evotok_plugin import ResidualVectorQuantizer  # noqa: E402
+from evotok_plugin import ResidualVectorQuantizer
 
 _CHECKED = 32  # vectors whose codes are compared with a float64 search
 
 
 def make_floor(z: torch.Tensor, codebooks: torch.Tensor) -> Callable[[], None]:
-    """The matrix products alone: for every level scores of all codes and vectors, block by block."""
+    """Only the matrix products: the scores of all codes and vectors for every level, block by block."""
     vectors = z.flatten(0, 1).T.contiguous()
     if z.is_cuda:
         num_vectors, num_codes = 4096, 4096
@@ -36,20 +36,20 @@ def make_floor(z: torch.Tensor, codebooks: torch.Tensor) -> Callable[[], None]:
         num_vectors = min(512 * torch.get_num_threads(), vectors.shape[1])
         num_codes = 512 * torch.get_num_threads() * 512 // num_vectors
     blocks = [block.contiguous() for block in vectors.split(num_vectors, dim=1)]
-    room = vectors.new_empty(num_codes * num_vectors)
+    buffer = vectors.new_empty(num_codes * num_vectors)
 
     def run() -> None:
         for codebook in codebooks:
             for codes in codebook.split(num_codes):
                 for block in blocks:
-                    out = room[: codes.shape[0] * block.shape[1]].view(codes.shape[0], block.shape[1])
+                    out = buffer[: codes.shape[0] * block.shape[1]].view(codes.shape[0], block.shape[1])
                     torch.mm(codes, block, out=out)
 
     return run
 
 
 def make_peer(z: torch.Tensor, options: argparse.Namespace) -> torch.nn.Module | None:
-    """vector-quantize-pytorch's ResidualVQ, set up alike; None where it is not installed or not wanted."""
+    """ResidualVQ of vector-quantize-pytorch with the same settings; None if it is not installed or not requested."""
     if not options.peer_rounds:
         return None
     try:
@@ -67,7 +67,7 @@ def make_peer(z: torch.Tensor, options: argparse.Namespace) -> torch.nn.Module |
 
 
 def codes_that_differ(z: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor) -> int:
-    """How many codes of the first vectors are not those of a float64 search on the residual that the codes leave."""
+    """Count the codes of the first vectors that differ from a float64 search on the residual of the codes before."""
     residual, codes, wrong = z.flatten(0, 1)[:_CHECKED].double(), codes.flatten(0, 1)[:_CHECKED], 0
     for level, codebook in enumerate(codebooks):
         distances = torch.cdist(residual, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -78,7 +78,7 @@ def codes_that_differ(z: torch.Tensor, codebooks: torch.Tensor, codes: torch.Ten
 
 
 def compare(num_images: int, options: argparse.Namespace) -> dict:
-    """All contestants on one batch: {name: {milliseconds, times_floor, peak_mebibytes}} and what codes differ."""
+    """Run all contestants on one batch; returns their times and memory, and the number of wrong codes."""
     device = torch.device(options.device)
     clock = CLOCKS[options.clock]
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def compare(num_images: int, options: argparse.Namespace) -> dict:
 
 
 def version(package: str) -> str:
-    """Version of an installed package, or 'absent'."""
+    """The version of an installed package, or 'absent'."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -123,7 +123,7 @@ def version(package: str) -> str:
 
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    """What the numbers were measured on."""
+    """The hardware and software of the measurement."""
     packages = ("torch", "triton", "vector-quantize-pytorch")
     return {
         "device": device_name(torch.device(options.device)),
@@ -135,19 +135,19 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8], help="batch sizes to compare at")
-    parser.add_argument("--positions", type=int, default=256, help="positions an image")
+    parser.add_argument("--positions", type=int, default=256, help="positions per image")
     parser.add_argument("--levels", type=int, default=16)
     parser.add_argument("--codebook_size", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each; the least time counts")
-    parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch; 0: leave it out")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time on cores, of all threads")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant; the minimum time counts")
+    parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch; 0 skips it")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{'':26}{'ms':>12}{'x floor':>10}{'peak MiB':>10}")
         for name, row in result["contestants"].items():
             print(f"{name:26}{row['milliseconds']:12.1f}{row['times_floor']:10.2f}{row['peak_mebibytes']:10.1f}")
-        print(f"{result['codes_unlike_float64']} of {_CHECKED * options.levels} codes unlike those of a float64 search")
+        print(f"{result['codes_unlike_float64']} of {_CHECKED * options.levels} codes differ from a float64 search")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -1,12 +1,12 @@
-"""Images a second and peak memory of a recipe's training step, beside the time its matrix products need alone.
+"""Measure images per second and peak memory of a recipe's training step, relative to its matrix products alone.
 
     python scripts/benchmark/tokenizer_step.py --recipes tiny photos base paper --json tokenizer_step.json
 
-Everything that a step of the recipe runs takes part: teacher, LPIPS, discriminator, learning codebooks, averaged
-weights. Weights are random, since time does not depend on their values: a SigLIP and a VGG of the right sizes stand
-in. Each recipe is measured in a process of its own. The floor is the step's operations, as PyTorch's counter
-finds them (matrix products, convolutions, attention; not the code search), at the rate of one large matrix product that
-is measured in the same process.
+A step includes everything in the recipe: teacher, LPIPS, discriminator, codebook updates, averaged weights. Weights are
+random, since the time does not depend on their values; the teacher and VGG are random networks of the right sizes. Each
+recipe is measured in a separate process. The lower bound ("floor") is the step's number of operations according to
+PyTorch's counter (matrix products, convolutions, attention; not the code search) at the rate of one large matrix
+product, measured in the same process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _MATRIX = 4096
 
 
 def make_teacher(model: EvoTokConfig, folder: Path) -> Path:
-    """A random SigLIP tower that fits the model, saved."""
+    """Save a random SigLIP tower that fits the model; returns its folder."""
     config = SiglipVisionConfig(
         hidden_size=model.encoder_hidden_size,
         intermediate_size=model.encoder_intermediate_size,
@@ -48,14 +48,14 @@ def make_teacher(model: EvoTokConfig, folder: Path) -> Path:
 
 
 def random_lpips() -> torch.nn.Module:
-    """LPIPS with random weights in place of those that `load_lpips` insists on."""
+    """LPIPS with random weights instead of the published ones that `load_lpips` requires."""
     import lpips
 
     return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product."""
+    """Operations per second of one large matrix product."""
     size = _MATRIX if device.type == "cuda" else _MATRIX // 2
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -69,7 +69,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) -> dict:
-    """One recipe, in this process."""
+    """Measure one recipe in this process."""
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         write_corpus(work / "scenes", num_train=8, num_val=1, seed=0)
@@ -116,20 +116,20 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Of the GPU's memory what torch held; of a CPU process all that it ever held."""
+    """The peak of torch's memory on a GPU, or of the memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
-    """Measure the recipes one after another and print a table."""
+    """Measure the recipes one after another, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", nargs="+", default=["tiny", "photos", "base", "paper", "paper_384"])
-    parser.add_argument("--batch_size", type=int, help="images a step (default: the recipe's)")
+    parser.add_argument("--batch_size", type=int, help="images per step (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=3, help="steps after the first; the median counts")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the recipe to change")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in options.set)
@@ -151,9 +151,10 @@ def main() -> None:
 
 
 def print_row(row: dict, header: bool) -> None:
+    """Print a row of the table, preceded by its header if requested."""
     if header:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {row['device']}")
-        print("| recipe | parameters | batch | s a step | images a second | TFLOP a step | x floor | peak GiB |")
+        print("| recipe | parameters | batch | s per step | images per s | TFLOP per step | x floor | peak GiB |")
         print("|---|---|---|---|---|---|---|---|")
     print(
         f"| {row['recipe']} ({row['dtype']}) | {row['parameters'] / 1e6:.1f} M | {row['batch_size']} "

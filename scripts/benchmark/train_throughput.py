@@ -1,18 +1,18 @@
-"""Training steps of the multimodal model as one would first write them, ours, and the LLM's own, on the same samples.
+"""Compare training steps of the multimodal model with a straightforward implementation and with the LLM alone.
 
     python scripts/benchmark/train_throughput.py --threads 1 --clock cpu --json train_throughput.json
 
-* straightforward: the vision tower runs from pixels, samples are padded to the longest of their batch, and logits of
-  the whole vocabulary are made and kept for every step, learned or not.
-* ours: codes come from the cache, samples are packed, only learned steps are classified, chunk by chunk.
-* the floor: forward and backward of the LLM alone, output layer on learned text included, on the packed rows.
-* the image head alone, on what is drawn in these rows: what a model that draws must do beside its LLM.
+* straightforward: the vision tower runs on pixels, samples are padded to the longest in their batch, and logits over
+  the full vocabulary are computed and stored for every step, whether it has a label or not.
+* ours: codes come from the cache, samples are packed, and only steps with labels are classified, in chunks.
+* floor, the lower bound: forward and backward of the LLM alone on the packed rows, with the output layer on labels.
+* image head: the image head alone on the drawn images of these rows, the additional work of a model that draws.
 
-The image head runs on drawn positions only, in both ways. All take turns over all samples, and the least time of each
-counts. On a machine that does other things too, `--threads 1 --clock cpu` leaves out the time spent waiting for a core.
-Times are of forward and backward, which an optimizer's would only make more alike; opening image files, which only the
-straightforward way must do in every epoch, is left out, reading the code cache and the text are not. Weights are
-random, since time does not depend on their values. The losses of both ways are compared.
+In both implementations the image head runs on drawn positions only. All contestants take turns over all samples, and
+the minimum time of each counts. On a busy machine, `--threads 1 --clock cpu` excludes the time spent waiting for a
+core. Times are of forward and backward; an optimizer would add the same time to each. Opening image files, which only
+the straightforward implementation needs in every epoch, is excluded; reading the code cache and the text is included.
+Weights are random, since the time does not depend on their values. The losses of both implementations are compared.
 """
 
 import argparse
@@ -24,36 +24,36 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory, should do so in silence
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from measuring import CLOCKS, device_name, peak_mebibytes, seconds  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from measuring import CLOCKS, device_name, peak_mebibytes, seconds
+from PIL import Image
+from torch import Tensor
 
-from evotok_plugin import EvoTokConfig, EvoTokImageProcessor  # noqa: E402
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images  # noqa: E402
-from evotok_plugin.data.images import open_picture  # noqa: E402
-from evotok_plugin.data.sources import FileSource  # noqa: E402
-from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor  # noqa: E402
+from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.images import open_picture
+from evotok_plugin.data.sources import FileSource
+from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
 from llava_ext.data.collators import PackedCollator
-from llava_ext.data.dataset import ConversationDataset  # noqa: E402
+from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.packing import PackedDataset
-from llava_ext.data.records import LLAVA_IMAGE, Record  # noqa: E402
-from llava_ext.data.samplers import PackingSampler  # noqa: E402
-from llava_ext.embedded.text_backbone import train_text_tokenizer  # noqa: E402
-from llava_ext.folding import fold_residual_tokens  # noqa: E402
-from llava_ext.packed_attention import separate_samples  # noqa: E402
+from llava_ext.data.records import LLAVA_IMAGE, Record
+from llava_ext.data.samplers import PackingSampler
+from llava_ext.embedded.text_backbone import train_text_tokenizer
+from llava_ext.folding import fold_residual_tokens
+from llava_ext.packed_attention import separate_samples
 
 VOCABULARY = 151936  # Qwen2's
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the model: the LLM, the image head, and the tokenizer (256 pixels, 256 positions, 16 levels, 4 drawn)."""
+    """Sizes of the LLM, the image head and the tokenizer (256 pixels, 256 positions, 16 levels, 4 of them drawn)."""
 
     width: int
     layers: int
@@ -76,7 +76,7 @@ SIZES = {
 
 @dataclasses.dataclass
 class Sums:
-    """Losses added up over what is learned, and how much that is."""
+    """Sums of the losses, and the numbers of text tokens and image positions behind them."""
 
     text: float = 0.0
     image: float = 0.0
@@ -90,6 +90,7 @@ class Sums:
         self.num_text, self.num_image = self.num_text + num_text, self.num_image + num_image
 
     def means(self) -> dict[str, float]:
+        """The mean losses."""
         return {"text_loss": self.text / self.num_text, "image_loss": self.image / self.num_image}
 
 
@@ -97,7 +98,7 @@ class Sums:
 
 
 def make_model(sizes: Sizes, device: torch.device, folder: Path) -> tuple:
-    """A random model with a processor; text is that of a small BPE, the output layer has Qwen2's size."""
+    """Create a random model and its processor; text uses a small BPE, but the output layer has Qwen2's size."""
     tower = EvoTokConfig.preset(
         "paper",
         encoder_hidden_size=sizes.tower_width,
@@ -105,7 +106,7 @@ def make_model(sizes: Sizes, device: torch.device, folder: Path) -> tuple:
         encoder_num_heads=sizes.tower_width // 64,
         encoder_intermediate_size=4 * sizes.tower_width,
         codebook_size=sizes.codebook_size,
-        decoder_channels=32,  # the pixel decoder does not run in training
+        decoder_channels=32,  # the pixel decoder is not used in training
         semantic_hidden_size=sizes.tower_width,
         semantic_head_dim=64,
         semantic_num_heads=sizes.tower_width // 64,
@@ -145,7 +146,7 @@ WORDS = "a the red blue green ring circle square left right above below of on wi
 
 
 def make_records(num_samples: int, folder: Path, seed: int) -> list[Record]:
-    """Captions of 10 to 60 words: nine in twenty are asked for, nine are drawn, the rest is text alone."""
+    """Records with captions of 10 to 60 words: 45 % describe an image, 45 % draw one, the rest is text only."""
     rng, records = np.random.default_rng(seed), []
     folder.mkdir()
     for number in range(num_samples):
@@ -166,13 +167,19 @@ def make_records(num_samples: int, folder: Path, seed: int) -> list[Record]:
     return records
 
 
-# The straightforward way -----------------------------------------------------------------------------------------
+# The straightforward implementation -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class PixelBatch:
-    """Padded samples: ids and labels (B, S) with a placeholder a position, images (I, 3, H, W), which are drawn (I,),
-    and at which places (B, S) a drawn image stands."""
+    """Padded samples.
+
+    Attributes:
+        ids, mask, labels: (B, S), with one placeholder per image position.
+        pixels: (I, 3, H, W), all images in order.
+        is_drawn: (I,), whether an image is drawn.
+        drawn_places: (B, S), the positions of drawn images.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -183,7 +190,7 @@ class PixelBatch:
 
 
 def pixel_batches(records: list[Record], images: Path, processor, batch_size: int) -> list[PixelBatch]:
-    """Everything that the straightforward way needs, prepared beforehand."""
+    """Prepare the batches of the straightforward implementation."""
     batches = []
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
@@ -205,7 +212,7 @@ def pixel_batches(records: list[Record], images: Path, processor, batch_size: in
 
 
 def straightforward_step(model, batch: PixelBatch, sums: Sums) -> Tensor:
-    """Losses from pixels, with the logits of all steps."""
+    """Compute the losses from pixels, with logits for all steps."""
     levels, positions = model.config.vision_config.pixel_depth, model.config.vision_config.num_positions
     embeddings = model.get_input_embeddings()(batch.ids)
     with torch.no_grad():
@@ -234,6 +241,7 @@ def straightforward_step(model, batch: PixelBatch, sums: Sums) -> Tensor:
 
 
 def our_step(model, batch: dict[str, Tensor], sums: Sums) -> Tensor:
+    """Compute the losses with this project's model."""
     output = model(**batch)
     sums.add(output.text_loss, output.image_loss, int(output.num_text_tokens), int(output.num_image_positions))
     return output.loss
@@ -241,7 +249,7 @@ def our_step(model, batch: dict[str, Tensor], sums: Sums) -> Tensor:
 
 @dataclasses.dataclass
 class TextBatch:
-    """What the LLM alone sees of packed rows: ids (B, S), what tells samples apart, and the learned text."""
+    """Packed rows for the LLM alone: ids (B, S), the arguments that separate samples, and the labels."""
 
     ids: Tensor
     apart: dict
@@ -250,6 +258,7 @@ class TextBatch:
 
 
 def text_batch(model, batch: dict[str, Tensor]) -> TextBatch:
+    """Keep only what the LLM needs of packed rows."""
     folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, batch["labels"], batch["segment_ids"])
     folded, apart = separate_samples(model.language_model, folded)
     learned = (folded.labels[:, 1:] != -100) & ~folded.written[:, 1:]
@@ -258,12 +267,13 @@ def text_batch(model, batch: dict[str, Tensor]) -> TextBatch:
 
 
 def floor_step(model, batch: TextBatch) -> Tensor:
+    """Compute the text loss with the LLM alone."""
     hidden = model.language_model(input_ids=batch.ids, use_cache=False, **batch.apart).last_hidden_state
     return F.cross_entropy(model.lm_head(hidden[:, :-1][batch.learned]).float(), batch.targets)
 
 
 def head_batch(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the image head sees of packed rows; its hidden states are random."""
+    """The inputs of the image head for packed rows, with random hidden states."""
     folded = fold_residual_tokens(model.vocabulary, batch["input_ids"], None, batch["labels"], batch["segment_ids"])
     hidden = torch.randn(len(folded.codes), model.config.text_config.hidden_size, device=folded.codes.device)
     latents = model.vision_tower.level_latents(folded.codes[None])[0]
@@ -276,21 +286,21 @@ def head_batch(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def learn(model, batches: Iterator, step: Callable[..., Tensor]) -> None:
-    """Forward and backward over batches, one after another."""
+    """Run forward and backward on all batches."""
     for batch in batches:
         step(model, batch).backward()
         model.zero_grad(set_to_none=True)
 
 
 def to_device(batch, device: torch.device):
-    """A batch of tensors, dict or dataclass, on a device."""
+    """Move a batch of tensors, a dict or dataclass, to a device."""
     if isinstance(batch, dict):
         return {name: value.to(device) for name, value in batch.items()}
     return dataclasses.replace(batch, **{name: value.to(device) for name, value in vars(batch).items()})
 
 
 def compare(options: argparse.Namespace, work: Path) -> dict:
-    """All contestants over the same samples."""
+    """Measure all contestants on the same samples."""
     device, sizes = torch.device(options.device), options.model
     clock = CLOCKS[options.clock]
     model, processor = make_model(sizes, device, work)
@@ -357,7 +367,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
 
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    """What the numbers were measured on."""
+    """The hardware and software of the measurement."""
     return {
         "device": device_name(torch.device(options.device)),
         "threads": str(torch.get_num_threads()),
@@ -369,18 +379,18 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sizes", choices=list(SIZES), help="default: small on a CPU, large on a GPU")
-    parser.add_argument("--codebook_size", type=int, help="codes a level; default: that of the sizes")
+    parser.add_argument("--sizes", choices=list(SIZES), help="(default: small on a CPU, large on a GPU)")
+    parser.add_argument("--codebook_size", type=int, help="codes per level (default: that of --sizes)")
     parser.add_argument("--samples", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=4, help="samples a batch of the straightforward way")
-    parser.add_argument("--row_length", type=int, default=1024, help="LLM steps of a packed row; rows come one by one")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each; the least time counts")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: time on cores, of all threads")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--batch_size", type=int, default=4, help="samples per batch where samples are padded")
+    parser.add_argument("--row_length", type=int, default=1024, help="LLM steps per packed row; a batch is one row")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant; the minimum time counts")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     options.sizes = options.sizes or ("large" if options.device.startswith("cuda") else "small")
     if options.threads:
@@ -405,7 +415,7 @@ def main() -> None:
             f"{name:18}{row['samples_per_second']:11.2f}{row['tokens_per_second']:11.0f}{row['times_floor']:9.2f}"
             f"{row['peak_mebibytes']:10.0f}{losses}"
         )
-    print(f"ours is {report['speedup']:.2f} times as fast as the straightforward way")
+    print(f"ours is {report['speedup']:.2f} times as fast as the straightforward implementation")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

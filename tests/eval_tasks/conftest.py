@@ -1,4 +1,4 @@
-"""Fixtures: lmms-eval imported once, and a model that answers by given functions instead of weights."""
+"""Fixtures: lmms-eval, imported once, and a model that answers with given functions instead of weights."""
 
 import argparse
 
@@ -13,7 +13,7 @@ from eval_tasks import registration
 
 
 class FakeProcessor:
-    """Turns a conversation into a row number and generated character codes into text."""
+    """Encodes a conversation as a row number, and decodes generated character codes."""
 
     def __init__(self) -> None:
         self.rows = []
@@ -38,7 +38,7 @@ class FakeProcessor:
 
 
 class FakeModel(nn.Module):
-    """`answer(text, images)` reads, `drawer(prompt, seed)` draws."""
+    """Answers with `answer(text, images)` and draws with `drawer(prompt, seed)`."""
 
     dtype = torch.float32
 
@@ -71,7 +71,7 @@ def blank(prompt: str, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def lmms_eval_tasks():
-    """`lmms_eval.tasks`, imported the way the command line does: after our entry point has run."""
+    """`lmms_eval.tasks`, imported after our entry point has run, as on the command line."""
     registration.register()
     import lmms_eval.evaluator  # noqa: F401  (13 s)
     import lmms_eval.tasks
@@ -81,7 +81,7 @@ def lmms_eval_tasks():
 
 @pytest.fixture
 def make_lm(tmp_path, lmms_eval_tasks):
-    """Builds the adapter around a fake model."""
+    """Creates the adapter with a fake model."""
     from eval_tasks.model import EvoTokLmms, LoadedModel
 
     def make(answer=lambda text, images: "A", drawer=blank, fingerprint="fake", **kwargs) -> EvoTokLmms:
@@ -95,7 +95,7 @@ def make_lm(tmp_path, lmms_eval_tasks):
 
 @pytest.fixture
 def instance(lmms_eval_tasks):
-    """Builds lmms-eval requests; a text becomes the only document of its task."""
+    """Creates requests of lmms-eval whose document is a text."""
     from lmms_eval.api.instance import Instance
 
     def make(lm, task, doc_id, text, gen_kwargs, media=()):
@@ -116,7 +116,7 @@ def instance(lmms_eval_tasks):
 
 @pytest.fixture
 def evaluate(tmp_path, lmms_eval_tasks):
-    """lmms-eval's own evaluation of an adapter on tasks, with an output folder: its results by task."""
+    """Evaluates an adapter on tasks with lmms-eval and an output folder; returns lmms-eval's results."""
 
     def run(lm, tasks, limit=None, include_path=None, output_path=tmp_path / "results", **options) -> dict:
         from lmms_eval.evaluator import simple_evaluate

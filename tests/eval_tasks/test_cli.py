@@ -1,4 +1,4 @@
-"""The documented command, as a user types it: from any folder, one process or two."""
+"""The documented command line, from any folder, with one or two processes."""
 
 import json
 import os
@@ -55,15 +55,15 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
         assert [row["index"] for row in rows] == [n for n in range(7) for _ in range(4)]
 
 
-def test_a_wrong_checkpoint_is_told_and_leaves_no_results(tmp_path):
+def test_a_wrong_checkpoint_is_an_error_and_leaves_no_results(tmp_path):
     output = lmms_eval(tmp_path / "run", "nowhere")
-    assert "needs the output folder of scripts/finetune.sh, but 'nowhere' is not a folder" in output
+    assert "--model_args pretrained=nowhere: model folder 'nowhere' does not exist" in output
     with pytest.raises(ValueError, match="the run failed"):
         read_results(tmp_path / "run/results")
 
 
-def test_geneval_with_judges_of_its_own_and_without(checkpoint, judge_folders, tmp_path):
-    """Two processes draw, one judges; without judges nothing is drawn; `evotok-eval judge` gives the same again."""
+def test_geneval_with_and_without_judges(checkpoint, judge_folders, tmp_path):
+    """Two processes draw and one judges; without judges nothing is drawn; `evotok-eval judge` gives the same result."""
     judges = {f"EVOTOK_JUDGE_{name.upper()}": str(judge_folders[name]) for name in ("detector", "clip")}
     output = lmms_eval(tmp_path / "absent", checkpoint, tasks="geneval")
     assert "hf download facebook/mask2former-swin-small-coco-instance" in output and "--predict_only" in output

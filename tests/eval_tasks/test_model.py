@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from evotok_plugin.errors import UserError
+
 DRAW = {"modality": "image", "num_images": 2, "until": []}
 
 
@@ -28,11 +30,11 @@ def test_one_list_of_reading_and_drawing_requests(make_lm, instance, tmp_path):
         assert drawn == {"text": "", "images": [str(path) for path in expected]}
         assert all(path.is_file() for path in expected)
     assert lm._processor.batch_sizes == [4, 3]
-    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [4, 4, 4, 2]  # two images a request
+    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [4, 4, 4, 2]  # two images per request
     assert lm._model.draw_kwargs[0]["guidance_scale"] == 3.0 and lm._model.draw_kwargs[0]["batch_size"] == 4
 
 
-def test_images_depend_on_task_document_sample_and_seed_alone(make_lm, instance):
+def test_images_depend_only_on_task_document_sample_and_seed(make_lm, instance):
     def drawn(lm, documents, task="draw"):
         answers = lm.generate_until([instance(lm, task, n, f"draw {n}", DRAW) for n in documents])
         return {
@@ -49,7 +51,7 @@ def test_images_depend_on_task_document_sample_and_seed_alone(make_lm, instance)
     assert not set(drawn(make_lm(drawer=seeded), range(5), "other").values()) & set(everything.values())
 
 
-def test_a_run_that_was_stopped_draws_only_what_is_missing(make_lm, instance, tmp_path):
+def test_a_resumed_run_draws_only_missing_images(make_lm, instance, tmp_path):
     def drawn_prompts(texts=("a", "b", "c"), **kwargs):
         lm = make_lm(drawer=seeded, **kwargs)
         answers = lm.generate_until([instance(lm, "draw", n, text, DRAW) for n, text in enumerate(texts)])
@@ -79,7 +81,7 @@ def test_repeated_requests_are_further_samples(make_lm, instance):
     assert len({seed for call in lm._model.draw_kwargs for seed in call["seed"]}) == 4
 
 
-def test_padding_clones_leave_nothing(make_lm, instance, tmp_path):
+def test_padding_clones_draw_nothing(make_lm, instance, tmp_path):
     lm = make_lm(drawer=seeded)
     real, clone = instance(lm, "draw", 0, "draw", DRAW), instance(lm, "draw", 1, "draw", DRAW)
     clone.metadata["__padding_only__"] = True
@@ -87,7 +89,7 @@ def test_padding_clones_leave_nothing(make_lm, instance, tmp_path):
     assert answers[1] == "" and len(list((tmp_path / "images/draw").iterdir())) == 2
 
 
-def test_only_known_generation_kwargs_arrive(make_lm, instance):
+def test_only_known_generation_kwargs_reach_the_model(make_lm, instance):
     lm = make_lm(lambda text, images: " B\x07\n###rest", seeded, guidance_scale=2, temperature=0.5)
     upstream = {
         "until": "###", "max_new_tokens": 5, "temperature": 0, "top_p": None, "num_beams": 1,
@@ -104,7 +106,7 @@ def test_only_known_generation_kwargs_arrive(make_lm, instance):
     greedy, drawn = lm._model.generate_kwargs, lm._model.draw_kwargs
     assert greedy[0] == {"max_new_tokens": 5, "num_beams": 1, "do_sample": False}
     assert greedy[1]["do_sample"] and greedy[1]["temperature"] == 0.7
-    assert greedy[1]["repetition_penalty"] == 1.0  # replaces the model's own
+    assert greedy[1]["repetition_penalty"] == 1.0  # overrides the model's own
     assert [call["guidance_scale"] for call in drawn] == [5, 2.0]
     assert [call["temperature"] for call in drawn] == [0.5, 0.5]
 
@@ -141,14 +143,14 @@ def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance
 def test_images_reach_the_model_as_rgb(make_lm, instance, tmp_path):
     seen = []
     lm = make_lm(lambda text, images: seen.extend(images) or "A")
-    grey = Image.new("L", (4, 4))
-    grey.save(tmp_path / "grey.png")
-    media = [("image", grey), ("image", str(tmp_path / "grey.png"))]
+    gray = Image.new("L", (4, 4))
+    gray.save(tmp_path / "gray.png")
+    media = [("image", gray), ("image", str(tmp_path / "gray.png"))]
     lm.generate_until([instance(lm, "read", 0, "x", {}, media)])
     assert [image.mode for image in seen] == ["RGB", "RGB"]
 
 
-def test_media_that_it_cannot_take(make_lm, instance):
+def test_unsupported_media_are_rejected(make_lm, instance):
     lm = make_lm()
     with pytest.raises(ValueError, match="read, document 0.*video"):
         lm.generate_until([instance(lm, "read", 0, "x", {}, [("video", "film.mp4")])])
@@ -163,20 +165,22 @@ def test_media_that_it_cannot_take(make_lm, instance):
 def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
     from eval_tasks.model import EvoTokLmms
 
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
+    for name, content in (("empty", None), ("other", '{"model_type": "qwen2"}'), ("broken", '{"model_type": ')):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "config.json").write_text(content)
     cases = {
-        str(tmp_path / "nowhere"): "is not a folder",
-        str(tmp_path / "empty"): "has no config.json",
-        str(tmp_path / "other"): "type 'qwen2', not 'evotok_llava'",
+        "nowhere": "'.*nowhere' does not exist",
+        "empty": "it holds no config.json",
+        "other": "holds a qwen2 model, expected evotok_llava",
+        "broken": "broken/config.json is not valid JSON",
     }
-    for pretrained, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            EvoTokLmms(pretrained, device="cpu")
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=f"--model_args pretrained={tmp_path / name}: .*{message}"):
+            EvoTokLmms(str(tmp_path / name), device="cpu")
 
 
-def test_without_a_checkpoint_the_default_one_is_taken_and_named(lmms_eval_tasks, tmp_path, monkeypatch, caplog):
+def test_without_a_checkpoint_the_default_is_used_and_logged(lmms_eval_tasks, tmp_path, monkeypatch, caplog):
     from eval_tasks import model as adapter
 
     monkeypatch.chdir(tmp_path)
@@ -219,7 +223,7 @@ def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
     assert plain.images_dir.parent == tmp_path / "outputs/lmms_eval_images"
     assert plain.images_dir.name.startswith("runs__finetune-")
     assert plain.images_dir == bf16.images_dir != guided.images_dir
-    assert not plain.images_dir.exists()  # nothing drawn, nothing made
+    assert not plain.images_dir.exists()  # not created before the first image
 
 
 def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, tiny_mllm, tmp_path):
@@ -246,7 +250,7 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
 
     (texts, images), (batched_texts, batched_images) = answers(1), answers(4)
     assert texts == batched_texts
-    assert np.abs(images - batched_images).max() <= 1  # one grey level: convolutions of a batch round differently
+    assert np.abs(images - batched_images).max() <= 1  # one gray level: convolutions of a batch round differently
     assert len({image.tobytes() for image in images}) == 6 and Image.open(tmp_path / "4/draw/00000_0.png").size == (
         48,
         48,
@@ -269,20 +273,20 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
         ("gudiance_scale=2", "unknown argument 'gudiance_scale'; did you mean 'guidance_scale'"),
         ("pretrained", "must be KEY=VALUE"),
         ("device=cuda:77", "device cuda:77"),
-        ("device=quantum", "device must be cpu"),
+        ("device=quantum", "device quantum cannot be used here"),
         ("batch_size=0", "batch_size must be a number of at least 1"),
-        ("batch_size=2,max_batch_size=8", "max_batch_size has no effect beside batch_size 2"),
+        ("batch_size=2,max_batch_size=8", "max_batch_size has no effect with batch_size 2"),
         ("batch_size=auto:x", "batch_size must be a number of at least 1 or auto"),
     ],
 )
-def test_arguments_without_effect_or_meaning_are_rejected(make_lm, text, message):
+def test_invalid_and_unused_arguments_are_rejected(make_lm, text, message):
     from eval_tasks.model import EvoTokLmms
 
     with pytest.raises(ValueError, match=message):
         EvoTokLmms.create_from_arg_string(text, {"batch_size": 1})
 
 
-def test_an_option_is_given_once(lmms_eval_tasks):
+def test_an_option_given_twice_is_rejected(lmms_eval_tasks):
     from eval_tasks.arguments import parse_model_args
 
     assert parse_model_args("batch_size=8", {"batch_size": 1, "device": None}) == {"batch_size": 8}
@@ -308,13 +312,13 @@ def test_automatic_batch_sizes(make_lm, given, largest, size):
         ({**DRAW, "num_images": 0}, "num_images must be at least 1"),
     ],
 )
-def test_generation_kwargs_of_another_type_are_rejected(make_lm, instance, gen_kwargs, message):
+def test_invalid_generation_kwargs_are_rejected(make_lm, instance, gen_kwargs, message):
     lm = make_lm()
     with pytest.raises(ValueError, match=message):
         lm.generate_until([instance(lm, "read", 0, "x", gen_kwargs)])
 
 
-def test_keys_of_a_task_without_effect_are_logged_once(make_lm, instance, caplog):
+def test_unused_generation_kwargs_are_logged_once_per_task(make_lm, instance, caplog):
     lm = make_lm()
     requests = [instance(lm, "read", n, "x", {"image_aspect_ratio": "original", "until": []}) for n in range(2)]
     lm.generate_until(requests)
@@ -330,27 +334,25 @@ def test_keys_of_a_task_without_effect_are_logged_once(make_lm, instance, caplog
         (["mmbench_scenes"], "guidance_scale=2", "guidance_scale has no effect on mmbench_scenes"),
         (["geneval_scenes"], "num_beams=2", "num_beams has no effect on geneval_scenes"),
         (["mmbench_scenes"], "max_new_token=4", "did you mean 'max_new_tokens'"),
-        (["mmbench_scenes"], "quality=best", "known are, for text: .*max_new_tokens.*for image: .*guidance_scale"),
+        (["mmbench_scenes"], "quality=best", "options for text: .*max_new_tokens.*for image: .*guidance_scale"),
         (["mmbench_scenes"], "temperature=0.7", "answer without sampling; add do_sample=true"),
     ],
 )
-def test_gen_kwargs_of_the_command_line_take_effect_or_are_rejected(
-    make_lm, evaluate, lmms_eval_tasks, tasks, gen_kwargs, message
-):
+def test_gen_kwargs_have_an_effect_or_are_rejected(make_lm, evaluate, lmms_eval_tasks, tasks, gen_kwargs, message):
     lm = make_lm(batch_size=8)
     if message is None:
         evaluate(lm, tasks, limit=1, gen_kwargs=gen_kwargs)
         return
     with pytest.raises(ValueError, match=message):
         evaluate(lm, tasks, limit=1, gen_kwargs=gen_kwargs)
-    evaluate(lm, tasks, limit=1)  # a later run in the same process is given nothing
+    evaluate(lm, tasks, limit=1)  # later runs in the same process are not affected
 
 
 # The response cache --------------------------------------------------------------------------------------------
 
 
 def cached(lm, requests, folder):
-    """Answers through lmms-eval's response cache, as `--use_cache` gives them."""
+    """Answer through lmms-eval's response cache, as with `--use_cache`."""
     from lmms_eval.caching.response_cache import ResponseCache
 
     cache = ResponseCache(str(folder / "cache.db"), str(folder / "audit.jsonl"), "evotok|pretrained=m")
@@ -358,7 +360,7 @@ def cached(lm, requests, folder):
 
 
 def test_cached_answers_belong_to_the_weights(make_lm, instance, tmp_path):
-    """`--use_cache` reuses answers of the same weights alone."""
+    """`--use_cache` reuses only answers of the same weights."""
 
     def run(fingerprint, answer):
         asked = []

@@ -1,4 +1,4 @@
-"""The entry point: light, never raising, tasks visible without --include_path, data from a local root."""
+"""The entry point: quick to import, never raising; tasks found without --include_path; data from a local root."""
 
 import importlib.metadata
 import logging
@@ -28,7 +28,7 @@ def test_tasks_are_found_without_an_include_path(lmms_eval_tasks, tmp_path, monk
         assert path.resolve().is_relative_to(registration.TASKS_FOLDER)
 
 
-def test_the_users_tasks_win(lmms_eval_tasks, tmp_path):
+def test_tasks_of_the_user_take_precedence(lmms_eval_tasks, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("task: mmbench_scenes\n")
     for given in (str(tmp_path), [str(tmp_path)]):
@@ -47,7 +47,7 @@ def test_model_is_registered_as_a_chat_model(lmms_eval_tasks):
     assert registry.get_model_class("evotok") is EvoTokLmms
 
 
-def test_the_default_name_is_ours_as_long_as_nobody_has_it(lmms_eval_tasks):
+def test_the_default_name_is_ours_unless_another_model_has_it(lmms_eval_tasks):
     from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 
     registry = ModelRegistryV2()
@@ -76,7 +76,7 @@ def test_registering_twice_adds_the_folder_once(lmms_eval_tasks):
     assert lmms_eval_tasks.TaskManager.initialize_tasks is before
 
 
-def test_a_changed_lmms_eval_costs_our_tasks_and_nothing_else(monkeypatch, caplog):
+def test_an_incompatible_lmms_eval_only_loses_our_tasks(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "lmms_eval.tasks", types.SimpleNamespace(TaskManager=object))
     with caplog.at_level(logging.WARNING):
         manifest = registration.register()

@@ -16,12 +16,12 @@ def make(label="cup", score=0.95, box=(0, 0, 10, 10), color=None) -> Instance:
 
 
 def random_case(rng: np.random.Generator) -> tuple[list[Instance], dict]:
-    """What was detected, and a record that it may fulfil; some cases have more than 16 of a class."""
+    """Random detections, and a record that they may match; some cases have more than 16 instances of a class."""
     instances = []
     crowd = 18 if rng.random() < 0.03 else 0
     for n in range(int(rng.integers(0, 7)) + crowd):
         x, y, width, height = (int(side) for side in rng.integers(0, 30, 4))
-        # Steps of 1e-4 keep scores distinct: which of two equal ones is taken first is nobody's rule.
+        # Steps of 1e-4 keep scores distinct, because the order of equal scores is undefined.
         score = _SCORES[rng.integers(len(_SCORES))] + n * 1e-4
         label = "cup" if crowd else CLASSES[rng.integers(3)]
         box = (float(x), float(y), float(x + width + 1), float(y + height + 1))

@@ -1,4 +1,4 @@
-"""Small random judges of the real architectures, written as the folders that a user would download."""
+"""Small random judges of the real architectures, saved as the folders that a user would download."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-# Loud class logits: a random detector must find things with confidence for its other halves to be tested.
-_LOUD = 0.7
+# Large class logits, so that a random detector is confident enough for the later steps to be tested.
+_CLASS_LOGITS_STD = 0.7
 
 
 def write_detector(folder: Path) -> Path:
@@ -34,7 +34,7 @@ def write_detector(folder: Path) -> Path:
         id2label=dict(enumerate(CLASSES)), label2id={name: number for number, name in enumerate(CLASSES)},
     )  # fmt: skip
     model = Mask2FormerForUniversalSegmentation(config)
-    model.class_predictor.weight.data.normal_(std=_LOUD)
+    model.class_predictor.weight.data.normal_(std=_CLASS_LOGITS_STD)
     for name, parameter in model.named_parameters():
         if "mask_embedder" in name or "mask_projection" in name or "queries" in name:
             parameter.data.normal_(std=0.0 if name.endswith("bias") else 0.5)
@@ -111,14 +111,14 @@ def write_vqa(folder: Path) -> Path:
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    """Coloured noise in large patches."""
+    """Colored noise in large patches."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def write_blip(folder: Path) -> Path:
-    """A BLIP that answers questions: no chat template, a decoder of its own."""
+    """A BLIP for question answering, without a chat template and with a separate decoder."""
     from transformers import (
         BertTokenizer,
         BlipConfig,

@@ -1,4 +1,4 @@
-"""Real training runs in forked ranks: libraries are imported once, process groups and environment stay apart."""
+"""Real training runs in forked ranks: libraries are imported once, process groups and environments are separate."""
 
 import json
 import multiprocessing
@@ -16,10 +16,12 @@ import yaml
 
 from llava_ext.training import train
 from llava_ext.training.config import StageConfig
-from llava_ext.training.parameter_groups import part_of
+from llava_ext.training.launch import prepare_processes
+from llava_ext.training.parameter_groups import group_of
+from llava_ext.training.settings import stage_values
 from llava_ext.training.trainer import EvoTokTrainer
 
-LIMIT_S = 900  # no speed is expected: this only ends a test that hangs
+LIMIT_S = 900  # only ends a test that hangs
 
 
 def _free_port() -> int:
@@ -38,7 +40,7 @@ def _child(rank, world_size, port, function, arguments, queue, watch=None):
         queue.put((rank, "ok", function(*arguments)))
     except SystemExit:
         raise
-    except BaseException as error:  # noqa: BLE001 - handed to the parent, which fails
+    except BaseException as error:  # noqa: BLE001 - the parent process raises it
         queue.put((rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
@@ -49,7 +51,7 @@ def _signal_self(happened: Callable[[], bool], number: int) -> None:
 
 
 def start_forked(function: Callable, *arguments, world_size: int = 1, watches: dict[int, tuple] | None = None):
-    """Start `function` in forked ranks; the ranks and the queue of their results.
+    """Start `function` in forked ranks; returns the ranks and the queue of their results.
 
     Args:
         watches: by rank a condition and the signal that the rank sends to itself once it is met.
@@ -69,7 +71,7 @@ def start_forked(function: Callable, *arguments, world_size: int = 1, watches: d
 
 
 def run_forked(function: Callable, *arguments, world_size: int = 1):
-    """Run `function` in forked ranks; returns rank 0's result or raises with its error's text."""
+    """Run `function` in forked ranks; returns the result of rank 0, or raises an error with the text of a rank's."""
     ranks, queue = start_forked(function, *arguments, world_size=world_size)
     results = []
     while len(results) < world_size:
@@ -98,27 +100,27 @@ def exit_codes_when(
     world_size: int = 1,
     only_first: bool = False,
 ) -> list[int]:
-    """Exit codes of forked ranks that run `function` and get a signal as soon as something has happened.
+    """Exit codes of forked ranks that run `function` and get a signal as soon as a condition is met.
 
-    A thread of each rank watches and signals: on a loaded machine it is as slow as the rank itself, so that the signal
-    arrives in time.
+    A thread in each rank checks the condition and sends the signal: on a loaded machine it is as slow as the rank
+    itself, so the signal arrives in time.
     """
     watched = range(1 if only_first else world_size)
     watches = dict.fromkeys(watched, (happened, signal_number))
     ranks, _ = start_forked(function, *arguments, world_size=world_size, watches=watches)
     for rank in ranks:
         rank.join(LIMIT_S)
-    assert happened(), "the run ended before there was anything to interrupt"
+    assert happened(), "the run ended before the condition was met"
     return [rank.exitcode for rank in ranks]
 
 
 def run(recipe: Path, output: Path, overrides: dict | None = None) -> None:
-    """One stage as the command runs it."""
+    """Run a stage as the training command does."""
     train.run_stage(str(recipe), {"output_dir": str(output), **(overrides or {})})
 
 
 def stage_exit(recipe: Path, output: Path, flags: list[str]) -> tuple[int, str]:
-    """Exit code of the training command and the last line that it writes."""
+    """Exit code of the training command and the last line on its stderr."""
     import contextlib
     import io
 
@@ -129,15 +131,15 @@ def stage_exit(recipe: Path, output: Path, flags: list[str]) -> tuple[int, str]:
 
 
 def losses(output: Path) -> dict[int, float]:
-    """The loss of every step, a step that was repeated as it came out last."""
+    """The loss of every step; of a repeated step, the last one."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def write_recipe(folder: Path, backbone: Path, evotok: Path, scenes: Path) -> Path:
     """A recipe of four steps that trains everything on a few scenes and text-only samples."""
-    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    (folder / "text.json").write_text(json.dumps([{"id": f"t{i}", "conversations": said} for i in range(8)]))
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (folder / "text.json").write_text(json.dumps([{"id": f"t{i}", "conversations": turns} for i in range(8)]))
     values = {
         "model_name_or_path": str(backbone),
         "vision_tower": str(evotok),
@@ -161,17 +163,27 @@ def write_recipe(folder: Path, backbone: Path, evotok: Path, scenes: Path) -> Pa
     return path
 
 
-def trained_once(recipe, output, overrides):
-    """Counts by part, bytes of trained weights and of the optimizer's averages, after a step without an engine."""
-    overrides = {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides}
-    config = StageConfig(**train.stage_values(str(recipe), overrides))
+def prepared_config(recipe: Path, overrides: dict) -> StageConfig:
+    """The config of a stage, ready for training in this process."""
+    config = StageConfig(**stage_values(str(recipe), overrides))
+    prepare_processes(config)
+    return config
+
+
+def train_one_step(recipe, output, overrides):
+    """Train a step without DeepSpeed.
+
+    Returns:
+        (all, trained) parameters by group; bytes of all weights, of the trained weights and of the optimizer state.
+    """
+    config = prepared_config(recipe, {"output_dir": str(output), "deepspeed": None, "max_steps": 1, **overrides})
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
-    model = train.ready_to_train(model, config)
+    model = train.make_trainable(model, config)
     counts = {"vision_tower": (sum(p.numel() for p in model.vision_tower.parameters()), 0)}
     for name, parameter in model.named_parameters():
-        every, trained = counts.get(part_of(name), (0, 0))
-        counts[part_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+        every, trained = counts.get(group_of(name), (0, 0))
+        counts[group_of(name)] = (every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
     trainer = EvoTokTrainer(
         model,
         config,
@@ -184,5 +196,5 @@ def trained_once(recipe, output, overrides):
     trainer.train()
     averages = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    whole = [*model.parameters(), *model.vision_tower.parameters()]
-    return counts, size(whole), size(p for p in model.parameters() if p.requires_grad), size(averages)
+    weights = [*model.parameters(), *model.vision_tower.parameters()]
+    return counts, size(weights), size(p for p in model.parameters() if p.requires_grad), size(averages)

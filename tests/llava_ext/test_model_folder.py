@@ -1,3 +1,6 @@
+"""Model folders: assembly, opening, saving, export, and folders that are damaged."""
+
+import copy
 import json
 import re
 import shutil
@@ -7,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evotok_plugin.errors import UserError
 from llava_ext.assembly import assemble
 from llava_ext.cli import main
-from llava_ext.model_folder import load_model, read_tower
+from llava_ext.model_folder import load_model, read_tower, save_model, set_tower_aside
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 
 
@@ -141,6 +145,67 @@ def test_saved_files_name_no_path_of_this_machine(model_folder):
         assert str(model_folder.parent.parent) not in file.read_text(), file.name
 
 
+# Saving --------------------------------------------------------------------------------------------------------
+
+
+def modules_and_weights(model):
+    """Names and identities of all modules and weights, in order."""
+    return (
+        [(name, id(module)) for name, module in model.named_modules()],
+        [(name, id(parameter), parameter.dtype) for name, parameter in model.named_parameters()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+
+
+def check_unchanged(model, before):
+    modules, parameters, weights = modules_and_weights(model)
+    assert (modules, parameters) == before[:2] and list(weights) == list(before[2])
+    assert all(torch.equal(value, before[2][name]) for name, value in weights.items())
+
+
+@pytest.fixture
+def own_mllm(tiny_mllm):
+    return copy.deepcopy(tiny_mllm[0])
+
+
+def test_saving_leaves_the_model_unchanged(own_mllm, tmp_path):
+    before = modules_and_weights(own_mllm)
+    assert next(iter(own_mllm.named_children()))[0] == "vision_tower"
+    save_model(own_mllm, tmp_path)
+    check_unchanged(own_mllm, before)
+    assert set(load_file(tmp_path / "model.safetensors")) <= set(before[2])
+    assert own_mllm.to(torch.float64).vision_tower.dtype == torch.float64
+
+
+def test_the_saved_dtype_is_that_of_the_language_model(own_mllm, tmp_path):
+    for name, part in own_mllm.named_children():
+        part.to(torch.float32 if name == "vision_tower" else torch.bfloat16)
+    save_model(own_mllm, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "model.safetensors")["vision_tower.quantizer.codebooks"].dtype == torch.float32
+
+
+def test_an_error_while_writing_leaves_the_model_unchanged(own_mllm, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    before = modules_and_weights(own_mllm)
+    monkeypatch.setattr(type(own_mllm), "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_model(own_mllm, tmp_path)
+    check_unchanged(own_mllm, before)
+    assert own_mllm.to(torch.float64).vision_tower.dtype == torch.float64
+
+
+def test_saving_keeps_a_tokenizer_aside_that_training_has_set_aside(own_mllm, tmp_path):
+    set_tower_aside(own_mllm)
+    before = modules_and_weights(own_mllm)
+    assert not any(name.startswith("vision_tower") for name in before[2])
+    save_model(own_mllm, tmp_path)
+    check_unchanged(own_mllm, before)
+    assert "vision_tower.quantizer.codebooks" in load_file(tmp_path / "model.safetensors")
+
+
 # Damage --------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +243,31 @@ def test_a_git_lfs_pointer_is_named_with_its_remedy(model_folder, tmp_path, caps
     assert f"{folder / name} is a Git LFS pointer" in error and "git lfs pull" in error
 
 
+@pytest.mark.parametrize("command", ["draw", "chat", "export", "merge"])
+@pytest.mark.parametrize("content", ['{"model_type": "evotok_llava",', "[]", "\xff"])
+def test_a_damaged_configuration_gives_the_same_error_in_every_command(
+    model_folder, tmp_path, capsys, command, content
+):
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "base.json").write_text(json.dumps({"name": "base", "sha256": "0"}))
+    arguments = {
+        "draw": ["draw", "a red circle", "--model", str(folder), "-o", str(tmp_path / "out")],
+        "chat": ["chat", "What is it?", "--model", str(folder)],
+        "export": ["export", str(folder), "-o", str(tmp_path / "out")],
+        "merge": ["merge", str(folder), str(adapter), "-o", str(tmp_path / "out")],
+    }
+    with pytest.raises(UserError) as raised:
+        load_model(folder)
+    assert main(arguments[command]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {raised.value}"
+    assert str(folder / "config.json") in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -187,7 +277,7 @@ def test_a_git_lfs_pointer_is_named_with_its_remedy(model_folder, tmp_path, caps
         ("tokenizer.json", "{}", "the processor in .* cannot be loaded"),
         ("tokenizer_config.json", '{"tokenizer_class": "NoSuchTokenizer"}', "neither a pad_token nor an eos_token"),
         ("chat_template.jinja", "", "chat_template.jinja is empty"),
-        ("config.json", '{"model_type": "evotok_llava"}', "expected the settings of a model as text_config"),
+        ("config.json", '{"model_type": "evotok_llava"}', "expected an object with model settings as text_config"),
     ],
 )
 def test_damaged_settings_are_named(model_folder, tmp_path, name, content, message):

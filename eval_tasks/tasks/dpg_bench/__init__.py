@@ -1,0 +1,1 @@
+"""DPG-Bench: questions about images drawn for dense prompts."""

@@ -1,9 +1,9 @@
 """The task `dpg_bench`: DPG-Bench's 1065 long prompts, judged by yes-or-no questions that depend on each other.
 
-Source: DPG-Bench (ELLA, arXiv 2403.05135). An image's score is the share of its prompt's questions that are answered
-yes, where a question whose parent is not answered yes counts as no; the categories take the answers as they are. The
-original judge is mPLUG-large, which transformers does not have: figures by another judge do not compare with published
-ones. The original program also leaves out the first question of its file; here all count.
+Source: DPG-Bench (ELLA, arXiv 2403.05135). The score of an image is the share of its prompt's questions answered with
+yes, where a question counts as no if one of its parents does; the categories use the answers as given. The original
+judge is mPLUG-large, which transformers does not have; scores by another judge are not comparable with published ones.
+The original program also skips the first question of its file; here all questions count.
 """
 
 import json
@@ -16,11 +16,11 @@ from PIL import Image
 from eval_tasks.judging.drawn_run import Drawn
 from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vqa import Answer, YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
-from eval_tasks.tasks.prompt_files import column, read_rows
+from eval_tasks.tasks.prompt_files import column, read_rows, whole_number
 from evotok_plugin.errors import UserError
 
 PROMPTS_VARIABLE = "EVOTOK_DPG_BENCH_PROMPTS"
@@ -31,10 +31,10 @@ _QUESTION = "{question} Please answer yes or no."
 
 
 class DpgJudge:
-    """Asks every question of every image's prompt; rows of several images share a batch."""
+    """Asks all questions of an image's prompt; questions about several images share a batch."""
 
     def __init__(self, vqa: YesNoJudge, batch_size: int) -> None:
-        self.vqa, self.batch_size, self.clock = vqa, batch_size, Clock()
+        self.vqa, self.batch_size, self.stopwatch = vqa, batch_size, Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with `questions`."""
@@ -50,36 +50,36 @@ class DpgJudge:
                 yield _judgement(drawn, questions, [next(answers) for _ in questions])
 
     def _ask(self, rows: Sequence[tuple[Image.Image, str]]) -> list[Answer]:
-        answers = []
+        answers: list[Answer] = []
         for start in range(0, len(rows), self.batch_size):
             images, questions = zip(*rows[start : start + self.batch_size], strict=True)
-            with self.clock:
+            with self.stopwatch:
                 answers += self.vqa.ask(images, questions)
         return answers
 
 
 def dependent_answers(questions: Sequence[dict], answers: Sequence[bool]) -> list[bool]:
-    """Answers, no where a parent's answer is no; questions in the file's order, so that no passes on to children."""
-    held = dict(zip((question["id"] for question in questions), answers, strict=True))
+    """Set answers to no where a parent's answer is no; questions are processed in order, so that no propagates."""
+    final = dict(zip((question["id"] for question in questions), answers, strict=True))
     for question in questions:
-        held[question["id"]] &= all(held[parent] for parent in question["parents"])
-    return list(held.values())
+        final[question["id"]] &= all(final[parent] for parent in question["parents"])
+    return list(final.values())
 
 
 def _judgement(drawn: Drawn, questions: Sequence[dict], answers: Sequence[Answer]) -> Judgement:
-    said = [answer.yes > answer.no for answer in answers]
-    held = dependent_answers(questions, said)
+    given = [answer.yes > answer.no for answer in answers]
+    final = dependent_answers(questions, given)
     marks: dict[str, list[float]] = {}
-    for question, yes in zip(questions, said, strict=True):
+    for question, yes in zip(questions, given, strict=True):
         for name in dict.fromkeys((question["category"], question["kind"])):
             marks.setdefault(name, []).append(float(yes))
-    failed = [question["question"] for question, yes in zip(questions, held, strict=True) if not yes]
+    failed = [question["question"] for question, yes in zip(questions, final, strict=True) if not yes]
     return Judgement(
         index=drawn.index,
         sample=drawn.sample,
         image=drawn.image,
         prompt=drawn.document["prompt"],
-        score=sum(held) / len(held),
+        score=sum(final) / len(final),
         marks=marks,
         reason="; ".join(failed),
         details={
@@ -93,21 +93,21 @@ def _judgement(drawn: Drawn, questions: Sequence[dict], answers: Sequence[Answer
 
 
 def read_prompts(source: str | Path) -> list[dict]:
-    """Documents from DPG-Bench's table (item_id, text, proposition_id, dependency, tuple, question_natural_language).
+    """Read DPG-Bench's table (item_id, text, proposition_id, dependency, tuple, question_natural_language).
 
     Raises:
-        UserError: no such file, another format, or a question that depends on one that is not there.
+        UserError: a missing file, another format, or a question that depends on a missing one.
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source).count("/") != 1:
         raise UserError(
-            f"DPG-Bench's prompts: {str(source)!r} does not exist; get {_ORIGIN}, set {PROMPTS_VARIABLE} to it"
+            f"DPG-Bench's prompts: {str(source)!r} does not exist; download {_ORIGIN} and set {PROMPTS_VARIABLE}"
         )
     path = fetch(str(source), "DPG-Bench's prompts", PROMPTS_VARIABLE, ("*.csv", "*.parquet"), dataset=True)
     if path.is_dir():
         tables = sorted(file for file in path.rglob("*") if file.suffix in (".csv", ".parquet"))
         if len(tables) != 1:
-            raise UserError(f"DPG-Bench's prompts: {path} must hold one .csv or .parquet, it has {len(tables)}")
+            raise UserError(f"DPG-Bench's prompts: {path} must hold one .csv or .parquet, found {len(tables)}")
         path = tables[0]
     items: dict[str, dict] = {}
     for row in read_rows(path):
@@ -118,10 +118,10 @@ def read_prompts(source: str | Path) -> list[dict]:
     documents = []
     for index, (name, item) in enumerate(items.items()):
         known = {question["id"] for question in item["questions"]}
-        lost = [question for question in item["questions"] if not set(question["parents"]) <= known]
-        if lost:
+        orphans = [question for question in item["questions"] if not set(question["parents"]) <= known]
+        if orphans:
             raise UserError(
-                f"{path}: item {name}, question {lost[0]['id']} depends on {lost[0]['parents']}, not all there"
+                f"{path}: item {name}, question {orphans[0]['id']} depends on missing ones of {orphans[0]['parents']}"
             )
         documents.append({"index": index, "prompt": str(item["prompt"]), "questions": json.dumps(item["questions"])})
     return documents
@@ -133,10 +133,11 @@ def _question(row: dict, path: Path) -> dict:
         part.strip() for part in str(column(row, ("tuple",), path)).lower().split("(")[0].partition("-")
     )
     if category not in CATEGORIES:
-        raise UserError(f"{path}: category {category!r} is none of {', '.join(CATEGORIES)}")
-    parents = [int(float(part)) for part in str(column(row, ("dependency",), path)).split(",") if part.strip()]
+        raise UserError(f"{path}: expected one of {', '.join(CATEGORIES)} as category, got {category!r}")
+    dependency = str(column(row, ("dependency",), path)).split(",")
+    parents = [whole_number(part, "dependency", path) for part in dependency if part.strip()]
     return {
-        "id": int(float(column(row, ("proposition_id",), path))),
+        "id": whole_number(column(row, ("proposition_id",), path), "proposition_id", path),
         "question": str(column(row, ("question_natural_language",), path)),
         "category": category,
         "kind": f"{category} - {kind}" if kind else category,
@@ -145,7 +146,7 @@ def _question(row: dict, path: Path) -> dict:
 
 
 def documents() -> list[dict]:
-    """The prompts of `$EVOTOK_DPG_BENCH_PROMPTS`, by default of dpg_bench.csv in the working folder."""
+    """The prompts of `$EVOTOK_DPG_BENCH_PROMPTS`, by default from dpg_bench.csv in the working folder."""
     return read_prompts(os.environ.get(PROMPTS_VARIABLE) or PROMPTS)
 
 
@@ -157,7 +158,7 @@ def _categories(document: dict) -> list[str]:
 
 
 def open_judge(options: JudgeOptions) -> DpgJudge:
-    """The VQA model on the options' device."""
+    """Load the VQA model on the device of the options."""
     return DpgJudge(open_vqa(options), options.batch_size)
 
 

@@ -1,0 +1,1 @@
+"""Reconstruction of images through the tokenizer of a model."""

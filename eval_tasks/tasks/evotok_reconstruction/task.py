@@ -1,7 +1,7 @@
-"""The task `evotok_reconstruction`: a model's tokenizer on a folder of images, measured as `evotok evaluate` does.
+"""The task `evotok_reconstruction`: a model's tokenizer on a folder of images, measured as by `evotok evaluate`.
 
-The model that answers holds the tokenizer, so it measures too: the request is the folder, the answer all figures as
-JSON. Every process gets the request and does its share of the images; the first one has the answer.
+The model adapter runs the measurement, since it holds the tokenizer: the request is the folder, the answer all figures
+as JSON. Every process gets the request and measures its share of the images; the first process returns the answer.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import datasets
 import numpy as np
 
+from evotok_plugin.common.files import write_text, write_whole, writing
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import ImageSource, Subset, open_sources
 from evotok_plugin.errors import UserError
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGES_VARIABLE = "EVOTOK_RECONSTRUCTION_IMAGES"
-LIMIT_VARIABLE = "EVOTOK_RECONSTRUCTION_LIMIT"  # lmms-eval's own limit counts documents, and the folder is one
+LIMIT_VARIABLE = "EVOTOK_RECONSTRUCTION_LIMIT"  # lmms-eval's --limit counts documents, and the folder is one
 _METRICS = ("rfid", "psnr", "ssim", "lpips")
 
 
 def images_source() -> ImageSource:
-    """The images to rebuild: those of EVOTOK_RECONSTRUCTION_IMAGES, the first EVOTOK_RECONSTRUCTION_LIMIT of them.
+    """The images to reconstruct: the first EVOTOK_RECONSTRUCTION_LIMIT of EVOTOK_RECONSTRUCTION_IMAGES.
 
     Raises:
-        UserError: no folder is named, it holds no images, or the limit is no number.
+        UserError: no folder is set, the folder has no images, or the limit is invalid.
     """
     folder, limit = os.environ.get(IMAGES_VARIABLE), os.environ.get(LIMIT_VARIABLE, "")
     if not folder:
-        raise UserError(f"evotok_reconstruction rebuilds the images of a folder: set {IMAGES_VARIABLE}=FOLDER")
+        raise UserError(f"evotok_reconstruction reconstructs the images of a folder: set {IMAGES_VARIABLE}=FOLDER")
     source = open_sources([folder])
     if not limit:
         return source
@@ -48,7 +49,7 @@ def images_source() -> ImageSource:
 
 
 def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
-    """The images' name, a document a process; they are looked for now, before a model works."""
+    """One document per process with the name of the images; they are located now, before the model runs."""
     name, num_processes = images_source().name, int(os.environ.get("WORLD_SIZE", "1"))
     return datasets.Dataset.from_list([{"images": name, "process": number} for number in range(num_processes)])
 
@@ -56,18 +57,18 @@ def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
 def measure(
     tokenizer: "EvoTokModel", processor: "EvoTokImageProcessor", output: Path, processes: Processes | None = None
 ) -> str:
-    """Rebuild and measure; the answer to the task's request.
+    """Reconstruct the images and measure the result.
 
     Args:
         tokenizer: in eval mode, the same in every process.
-        output: folder for `metrics.json`, `metrics.md`, `grid.png` and, where images are broken, `bad_samples.jsonl`.
+        output: folder for `metrics.json`, `metrics.md`, `grid.png` and, if images are broken, `bad_samples.jsonl`.
 
     Returns:
-        JSON: the figures of `evotok evaluate`, and `left_out`: metrics whose weights cannot be had, with the reason;
-        nothing in other processes than the first.
+        The answer to the task's request: JSON with the figures of `evotok evaluate`, and `left_out` with the reasons
+        for omitted metrics. Empty in all processes but the first.
 
     Raises:
-        UserError: too many images cannot be read.
+        UserError: too many broken images, or the folder cannot be written to.
     """
     from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
 
@@ -76,40 +77,42 @@ def measure(
     for metric, reason in left_out.items():
         logger.warning("evotok_reconstruction leaves %s out: %s", metric, reason)
     metrics = [metric for metric in (*_METRICS, "usage") if metric not in left_out]
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     options = EvaluationOptions(metrics=metrics, report=output / "bad_samples.jsonl")
     evaluation = evaluate(tokenizer, processor, source, options, processes)
     if evaluation is None:
         return ""
-    (output / "metrics.json").write_text(evaluation.as_json())
-    (output / "metrics.md").write_text(evaluation.as_markdown())
-    evaluation.grid().save(output / "grid.png")
+    write_text(output / "metrics.json", evaluation.as_json())
+    write_text(output / "metrics.md", evaluation.as_markdown())
+    grid = evaluation.grid()
+    write_whole(output / "grid.png", lambda part: grid.save(part, "PNG"))
     return json.dumps({**evaluation.values, "left_out": left_out})
 
 
 def _left_out(num_images: int) -> dict[str, str]:
-    """Metrics that cannot be measured: their figures come from the published weights, or not at all."""
+    """The metrics that cannot be measured, with reasons; no substitutes for published weights are used."""
     left_out = {}
     if num_images < 2:
         left_out["rfid"] = "it needs at least 2 images"
     for metric, load in (("rfid", load_inception), ("lpips", load_lpips)):
         try:
             load()
-        except ValueError as error:
+        except UserError as error:
             left_out.setdefault(metric, str(error))
     return left_out
 
 
 def _about(values: dict) -> dict[str, int]:
-    """What decides whether the figures can be compared with others."""
+    """The facts that figures must share to be comparable."""
     return {"num_images": values["images"], "image_size": values["image_size"]}
 
 
 def process_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
-    """The figures that were measured, none for other processes than the first; code usage as the mean over levels.
+    """The measured figures, with the mean of code usage over levels; empty for all processes but the first.
 
     Raises:
-        UserError: the answer is not that of a model with a tokenizer.
+        UserError: the answer comes from a model without a tokenizer.
     """
     if doc["process"]:
         return {}

@@ -1,0 +1,1 @@
+"""A suite of image understanding benchmarks of lmms-eval."""

@@ -1,6 +1,6 @@
-"""What the group `evotok_understanding` changes of upstream's tasks: GQA's images, and whether MM-Vet runs.
+"""The changes of the group `evotok_understanding` to upstream's tasks: GQA's images, and MM-Vet only with a judge.
 
-Importing this costs nothing; lmms-eval does so when it loads the group.
+This module imports almost nothing, because lmms-eval imports it whenever it loads the group.
 """
 
 import logging
@@ -28,7 +28,7 @@ UNJUDGED = (
     "mmmu_val",
 )
 _GQA = "lmms-lab-encoder/GQA"
-# By upstream's API_TYPE; others (a local server) need none.
+# By upstream's API_TYPE; other types (a local server) need no key.
 _JUDGE_KEYS = {
     "openai": "OPENAI_API_KEY",
     "async_openai": "OPENAI_API_KEY",
@@ -38,10 +38,10 @@ _JUDGE_KEYS = {
 
 
 def judged_tasks(environment: Mapping[str, str]) -> list[str]:
-    """The tasks whose answers are judged by a model online: `evotok_mmvet` where its judge's key is set, else none."""
+    """The tasks judged by an online model: `evotok_mmvet` if the key of its judge is set."""
     key = _missing_key(environment)
     if key:
-        logger.warning("mmvet is left out: its answers are judged by a model online, for which %s must be set", key)
+        logger.warning("mmvet is left out: its answers are judged by an online model, which needs %s", key)
     return [] if key else ["evotok_mmvet"]
 
 
@@ -51,12 +51,12 @@ def _missing_key(environment: Mapping[str, str]) -> str:
 
 
 def suite(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The members of the group `evotok_understanding`, for who runs them one by one."""
+    """The members of the group `evotok_understanding`, to run them one by one."""
     return [*UNJUDGED, *judged_tasks(environment)]
 
 
 def __getattr__(name: str) -> dict[str, Any]:
-    """`JUDGED`, made at every look: lmms-eval takes apart what it gets, and the environment decides."""
+    """`JUDGED`, created on every access: lmms-eval modifies the value, and the environment determines it."""
     if name == "JUDGED":
         group = {"group": "evotok_understanding_judged", "task": judged_tasks(os.environ)}
         return group if group["task"] else {**group, "group_alias": f"mmvet (left out: no {_missing_key(os.environ)})"}
@@ -64,19 +64,20 @@ def __getattr__(name: str) -> dict[str, Any]:
 
 
 def gqa_process_docs(questions: "datasets.Dataset") -> "datasets.Dataset":
-    """GQA's questions with their images, which are a data set of their own.
+    """GQA's questions joined with their images, which are a separate data set.
 
     Raises:
-        UserError: EVOTOK_DATA_ROOT is set and has no GQA, or a question's image is not among the images.
+        UserError: EVOTOK_DATA_ROOT is set but has no GQA, or an image is missing.
     """
     import datasets
 
     path = local_dataset(_GQA)
+    assert path is not None
     cache = local_cache(path) if path != _GQA else None
     images = datasets.load_dataset(path, "testdev_balanced_images", split="testdev", cache_dir=cache)
     rows = {name: row for row, name in enumerate(images["id"])}
     missing = [name for name in questions["imageId"] if name not in rows]
     if missing:
-        raise UserError(f"GQA: {len(missing)} questions without image, the first about {missing[0]!r}; fetch it again")
+        raise UserError(f"GQA: {len(missing)} questions without an image, first {missing[0]!r}; download GQA again")
     matching = images.select_columns("image").select([rows[name] for name in questions["imageId"]])
     return datasets.concatenate_datasets([questions, matching], axis=1)

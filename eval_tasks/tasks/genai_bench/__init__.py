@@ -1,0 +1,1 @@
+"""GenAI-Bench: drawn images scored by VQAScore."""

@@ -1,7 +1,7 @@
 """The task `genai_bench`: GenAI-Bench's 1600 prompts, judged by VQAScore.
 
 Source: GenAI-Bench (arXiv 2406.13743), VQAScore (arXiv 2404.01291): the probability that a VQA model answers Yes to
-`Does this figure show "{prompt}"? Please answer yes or no.` Figures by different judges do not compare.
+`Does this figure show "{prompt}"? Please answer yes or no.` Scores by different judges are not comparable.
 """
 
 import ast
@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from eval_tasks.judging.judge_run import Batch, Benchmark
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vqa import YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
-from eval_tasks.tasks.prompt_files import column, read_rows
+from eval_tasks.tasks.prompt_files import column, read_rows, whole_number
 from evotok_plugin.errors import UserError
 
 PROMPTS_VARIABLE = "EVOTOK_GENAI_BENCH_PROMPTS"
@@ -30,16 +31,16 @@ _QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
 
 class VqaScoreJudge:
-    """VQAScore of each image and its prompt."""
+    """Scores each image by the VQAScore of its prompt."""
 
     def __init__(self, vqa: YesNoJudge) -> None:
-        self.vqa, self.clock = vqa, Clock()
+        self.vqa, self.stopwatch = vqa, Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with `prompt` and `skills`."""
         for batch in batches:
             questions = [_QUESTION.format(prompt=drawn.document["prompt"]) for drawn, _ in batch]
-            with self.clock:
+            with self.stopwatch:
                 answers = self.vqa.ask([image for _, image in batch], questions)
             for (drawn, _), answer in zip(batch, answers, strict=True):
                 yield Judgement(
@@ -56,14 +57,14 @@ class VqaScoreJudge:
 
 
 def read_prompts(source: str | Path) -> list[dict]:
-    """Documents from the benchmark's own pair of files, or from a table.
+    """Read documents from the benchmark's pair of files, or from a table.
 
     Args:
         source: a folder with genai_image.json and genai_skills.json, a table with the columns Prompt and Tags (or
             basic_skills and advanced_skills), or a data set of the hub that holds the pair.
 
     Raises:
-        UserError: nothing there, another format, or a skill that GenAI-Bench does not have.
+        UserError: a missing file, another format, or an unknown skill.
     """
     files = (_PROMPTS_FILE, _SKILLS_FILE)
     path = fetch(str(source), "GenAI-Bench's prompts", PROMPTS_VARIABLE, files, dataset=True)
@@ -73,43 +74,43 @@ def read_prompts(source: str | Path) -> list[dict]:
     for number, row in enumerate(read_rows(path)):
         tags = [str(tag).lower().replace("_", " ") for tag in _tags(row, path)]
         groups = [group for group, members in zip(_GROUPS, (BASIC, ADVANCED), strict=True) if set(tags) & set(members)]
-        # A prompt with an advanced skill is an advanced one, whatever else it needs.
+        # A prompt with any advanced skill is advanced.
         documents.append(_document(number, column(row, ("prompt", "text"), path), [*groups[-1:], *tags], path))
     return documents
 
 
 def _from_pair(folder: Path) -> list[dict]:
-    """The benchmark's own files: prompts by number, numbers by skill."""
+    """Read the benchmark's files: prompts by number, and numbers by skill."""
     missing = [name for name in (_PROMPTS_FILE, _SKILLS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"GenAI-Bench's prompts: {folder} has no {' and no '.join(missing)}; both come from {PROMPTS}")
+        raise UserError(f"GenAI-Bench's prompts: {folder} is missing {' and '.join(missing)} of {PROMPTS}")
     rows = read_rows(folder / _PROMPTS_FILE)
     try:
         members = {
             skill: set(map(int, numbers)) for skill, numbers in json.loads((folder / _SKILLS_FILE).read_text()).items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / _SKILLS_FILE} must hold lists of prompt numbers by skill ({error})") from error
     documents = []
     for row in rows:
-        number = int(row["id"])
+        number = whole_number(column(row, ("id",), folder / _PROMPTS_FILE), "id", folder / _PROMPTS_FILE)
         skills = [skill for skill in members if number in members[skill]]
         documents.append(_document(number, column(row, ("prompt",), folder / _PROMPTS_FILE), skills, folder))
     return documents
 
 
-def _literal(text: str, path: Path) -> object:
-    """A list or mapping written as text, as JSON or as Python writes it."""
+def _literal(text: str, path: Path) -> Any:
+    """Parse a list or mapping that was written as JSON or as a Python literal."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError):
             continue
     raise UserError(f"prompts file {path}: {text[:80]!r} is neither JSON nor a Python literal")
 
 
-def _tags(row: dict, path: Path) -> list:
-    """The skills of a table's row: one column of tags or two, lists or text, nested or not."""
+def _tags(row: dict, path: Path) -> list[str]:
+    """The skills of a table's row, from one column of tags or two, as lists or text, nested or not."""
     plain = {str(name).strip().lower(): value for name, value in row.items()}
     nested = plain.get("tags") or plain.get("skills") or {}
     if isinstance(nested, str) and nested.lstrip()[:1] in ("{", "["):
@@ -123,7 +124,8 @@ def _tags(row: dict, path: Path) -> list:
     return tags
 
 
-def _listed(value: object) -> list[str]:
+def _listed(value: Any) -> list[str]:
+    """Split a text at commas or bars; turn the items of a list into texts."""
     if isinstance(value, str):
         return [tag.strip(" '\"") for tag in re.split(r"[,|]", value.strip("[]")) if tag.strip(" '\"")]
     return [str(tag) for tag in value]
@@ -140,7 +142,7 @@ def _document(index: int, prompt: object, skills: list[str], path: Path) -> dict
 
 
 def documents() -> list[dict]:
-    """The prompts of `$EVOTOK_GENAI_BENCH_PROMPTS`, by default of the hub."""
+    """The prompts of `$EVOTOK_GENAI_BENCH_PROMPTS`, by default from the hub."""
     return read_prompts(os.environ.get(PROMPTS_VARIABLE) or PROMPTS)
 
 

@@ -1,0 +1,1 @@
+"""GenEval: objects, counts, colors and positions in drawn images."""

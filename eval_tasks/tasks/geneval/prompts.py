@@ -1,7 +1,8 @@
-"""GenEval's 553 prompts and what an image of each must hold, drawn anew from the published seed.
+"""GenEval's 553 prompts and their records, regenerated from the published seed.
 
-Source: GenEval (arXiv 2310.11513; github.com/djghosh13/geneval, MIT licence): its class names, its seed, the order of
-its draws. The sha256 of the list is checked whenever it is drawn, so another numpy cannot change it in silence.
+Source: GenEval (arXiv 2310.11513; github.com/djghosh13/geneval, MIT license): class names, seed and order of the random
+choices. The SHA-256 of the list is checked on every generation, so that another version of numpy cannot change it
+unnoticed.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from evotok_plugin.errors import UserError
 
 _POSITIONS = ("left of", "right of", "above", "below")
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
-_PERSON = CLASSES.index("person")  # is never given a colour
+_PERSON = CLASSES.index("person")  # never has a color
 
 SEED, DRAWS = 43, 100
 _SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
@@ -26,7 +27,7 @@ def _article(name: str) -> str:
 
 
 def _colorable(index: int) -> str:
-    """A class other than person from an index in 1..79."""
+    """The class at an index in 1..79, which excludes person."""
     return CLASSES[(index + _PERSON) % len(CLASSES)]
 
 
@@ -95,15 +96,15 @@ def draw_records(seed: int, draws: int) -> list[dict]:
 
 
 def geneval_records() -> list[dict]:
-    """GenEval's 553 records (`tag`, `include`, `exclude` where counted, `prompt`) in its order.
+    """GenEval's 553 records (`tag`, `include`, `prompt`, and `exclude` for counting) in its order.
 
     Raises:
-        UserError: this numpy draws other numbers than the one that the list was made with.
+        UserError: the installed numpy generates other random numbers than the one that the list was made with.
     """
     records = draw_records(SEED, DRAWS)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if hashlib.sha256(lines.encode()).hexdigest() != _SHA256:
         raise UserError(
-            f"numpy {np.__version__} draws other prompts than GenEval's from seed {SEED}; install numpy 2.0 to 2.4"
+            f"numpy {np.__version__} generates other prompts than GenEval's from seed {SEED}; install numpy 2.0 to 2.4"
         )
     return records

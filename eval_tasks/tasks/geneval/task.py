@@ -1,10 +1,13 @@
-"""The task `geneval`: GenEval's 553 prompts, judged by its rules on a detector's instances and CLIP's colours."""
+"""The task `geneval`: GenEval's 553 prompts, judged by its rules on detected instances and colors named by CLIP."""
 
 import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
+
+from PIL.Image import Image
 
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Detector, Mask2FormerDetector
@@ -13,7 +16,7 @@ from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.rules import Instance, colors_wanted, evaluate
 from eval_tasks.judging.scene_detector import SceneDetector
-from eval_tasks.judging.scores import Clock, Judgement
+from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vocabulary import COLORS, SKILLS
 from eval_tasks.judging.weights import fetch, require_weights
 from eval_tasks.tasks.geneval.prompts import geneval_records
@@ -27,7 +30,7 @@ _CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "tokenize
 
 @dataclass(eq=False)
 class _Seen:
-    """An image on its way: what was found in it, and the crops whose colours are not known yet, by instance."""
+    """An image that waits for its judgement: its instances, and its unclassified crops by index of the instance."""
 
     drawn: Drawn
     record: dict
@@ -36,53 +39,56 @@ class _Seen:
 
 
 class GenEvalJudge:
-    """A detector, and a colour classifier where the detector does not tell colours itself.
+    """Judges with a detector, and with a color classifier if the detector does not report colors.
 
-    Images go through the detector batch by batch. Crops wait until they fill a batch of the classifier, whatever
-    images they come from; only they stay in memory, not their images.
+    Images go through the detector batch by batch. The classifier runs on full batches of crops from any images; while
+    crops wait, only they stay in memory, not their images.
     """
 
     def __init__(self, detector: Detector, colors: ColorClassifier | None, batch_size: int) -> None:
         self.detector, self.colors, self.batch_size = detector, colors, batch_size
-        self.clock = Clock()
+        self.stopwatch = Stopwatch()
 
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with a GenEval `record`.
 
         Raises:
-            UserError: a record asks for a class or colour that the judge does not know.
+            UserError: a record with a class or color that the judge does not know.
         """
         waiting: deque[_Seen] = deque()
         for batch in batches:
-            with self.clock:
+            with self.stopwatch:
                 found = self.detector.detect_batch([image for _, image in batch])
             for (drawn, image), instances in zip(batch, found, strict=True):
                 waiting.append(self._seen(drawn, image, instances))
             yield from self._finished(waiting, least=self.batch_size)
         yield from self._finished(waiting, least=1)
 
-    def _seen(self, drawn: Drawn, image, instances: list[Instance]) -> _Seen:
+    def _seen(self, drawn: Drawn, image: Image, instances: list[Instance]) -> _Seen:
         record = json.loads(drawn.document["record"])
         self._check(record)
-        wanted = colors_wanted(record, instances, self.detector.rules) if self.colors else []
-        crops = {instances.index(instance): self.colors.prepare(image, instance) for instance in wanted}
+        crops: dict[int, Crop] = {}
+        if self.colors is not None:
+            for instance in colors_wanted(record, instances, self.detector.rules):
+                crops[instances.index(instance)] = self.colors.prepare(image, instance)
         return _Seen(drawn, record, [replace(instance, mask=None) for instance in instances], crops)
 
     def _check(self, record: dict) -> None:
         clauses = [*record["include"], *record.get("exclude", ())]
         unknown = [clause["class"] for clause in clauses if clause["class"] not in self.detector.classes]
         if unknown:
-            raise UserError(f"{record['prompt']!r}: the detector knows no class {unknown[0]!r}; is this its task?")
+            raise UserError(f"{record['prompt']!r}: the detector does not know the class {unknown[0]!r}; check --task")
         colors = [clause["color"] for clause in clauses if "color" in clause]
         if self.colors and not set(colors) <= set(COLORS):
-            raise UserError(f"{record['prompt']!r}: colours must be among {', '.join(COLORS)}, got {colors}")
+            raise UserError(f"{record['prompt']!r}: colors must be among {', '.join(COLORS)}, got {colors}")
 
     def _finished(self, waiting: deque[_Seen], least: int) -> Iterator[Judgement]:
-        """Classify crops while there are `least` of them, then judge what waits for none, in order."""
+        """Classify crops while at least `least` wait; then judge, in order, the images that wait for none."""
         crops = [(seen, place) for seen in waiting for place in seen.crops]
         while len(crops) >= least:
+            assert self.colors is not None, "crops are only made for a classifier"
             now, crops = crops[: self.batch_size], crops[self.batch_size :]
-            with self.clock:
+            with self.stopwatch:
                 colors = self.colors.classify([seen.crops[place] for seen, place in now])
             for (seen, place), color in zip(now, colors, strict=True):
                 seen.instances[place] = replace(seen.instances[place], color=color)
@@ -114,19 +120,19 @@ def _names(options: JudgeOptions) -> dict[str, str]:
     return {"detector": detector} if detector == SCENES else {"detector": detector, "clip": options.clip}
 
 
-def _folders(options: JudgeOptions) -> dict:
+def _folders(options: JudgeOptions) -> dict[str, Path]:
     detector = fetch(options.detector or MASK2FORMER, "the detector's weights", variable("detector"))
-    clip = fetch(options.clip, "the colour classifier's weights", variable("clip"), _CLIP_FILES)
+    clip = fetch(options.clip, "the color classifier's weights", variable("clip"), _CLIP_FILES)
     require_weights(detector, "the detector's weights")
-    require_weights(clip, "the colour classifier's weights", "open_clip_config.json")
+    require_weights(clip, "the color classifier's weights", "open_clip_config.json")
     return {"detector": detector, "clip": clip}
 
 
 def find_judges(options: JudgeOptions) -> dict[str, str]:
-    """The judges' names, when they are all there.
+    """Locate the judges, downloading them if necessary; returns their names.
 
     Raises:
-        UserError: what is missing, and where it comes from.
+        UserError: a judge is missing; the message says where to get it.
     """
     names = _names(options)
     if names["detector"] != SCENES:
@@ -135,7 +141,7 @@ def find_judges(options: JudgeOptions) -> dict[str, str]:
 
 
 def open_judge(options: JudgeOptions) -> GenEvalJudge:
-    """The detector and the colour classifier, loaded on the options' device."""
+    """Load the detector and the color classifier on the device of the options."""
     if _names(options)["detector"] == SCENES:
         return GenEvalJudge(SceneDetector(), None, options.batch_size)
     folders, device = _folders(options), options.torch_device
@@ -144,7 +150,7 @@ def open_judge(options: JudgeOptions) -> GenEvalJudge:
 
 
 def documents() -> list[dict]:
-    """The 553 prompts, the skills in turn, so that a limit takes of each; `index` is their number in GenEval's list."""
+    """The 553 prompts, with skills alternating so that a limit covers all; `index` is the number in GenEval's list."""
     by_skill = [
         [
             {"index": index, "tag": skill, "prompt": record["prompt"], "record": json.dumps(record)}

@@ -1,0 +1,1 @@
+"""GenEval on drawn scenes, judged by an exact detector."""

@@ -1,6 +1,6 @@
-"""The task `geneval_scenes`: GenEval's six skills on scenes of coloured shapes, judged by the exact detector.
+"""The task `geneval_scenes`: GenEval's six skills on scenes of colored shapes, judged by the exact detector.
 
-A document is one prompt; the model answers with `{"text": "", "images": [path, ...]}` as JSON, one path an image.
+A document is one prompt; the model answers with `{"text": "", "images": [path, ...]}` as JSON, one path per image.
 """
 
 import json
@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,12 +17,13 @@ import numpy as np
 from eval_tasks.judging.answers import open_image, parse_images
 from eval_tasks.judging.rules import evaluate, overall_score
 from eval_tasks.judging.scene_detector import SceneDetector
+from evotok_plugin.common.files import write_text, writing
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import scene_prompts
 
 logger = logging.getLogger(__name__)
 
-# Corpora draw from the streams [seed, 0], [seed, 1], ...: this one is none of theirs, whatever their seed.
+# Corpora use the random streams [seed, 0], [seed, 1], ...; this stream differs from all of them.
 _STREAM = 7_001
 
 
@@ -29,18 +31,18 @@ _STREAM = 7_001
 
 
 def derangement(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
-    """For every prompt the index of another document with a different prompt, each index once.
+    """Assign to every document another one with a different prompt, each exactly once.
 
     Raises:
-        UserError: one prompt makes up more than half of them, so no such assignment exists.
+        UserError: more than half of the prompts are equal, so no such assignment exists.
     """
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
     largest = max(map(len, groups.values()), default=0)
     if 2 * largest > len(prompts):
-        raise UserError(f"one prompt occurs {largest} times among {len(prompts)}: the others cannot be its partners")
-    # Equal prompts stand together; moving on by the longest such run leaves no prompt with itself.
+        raise UserError(f"one prompt occurs {largest} times among {len(prompts)}: too few others to be its partners")
+    # Equal prompts are adjacent; shifting by the longest run of them pairs no prompt with itself.
     names = list(groups)
     ring = [index for position in rng.permutation(len(names)) for index in groups[names[position]]]
     partner = [0] * len(ring)
@@ -50,9 +52,9 @@ def derangement(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
 
 
 def make_documents(skills: Sequence[dict], seed: int) -> list[dict]:
-    """The task's documents: the skills in turn, so that a limit takes of each.
+    """The documents of the task, with skills alternating so that a limit covers all.
 
-    A skill with fewer different prompts than wanted repeats them; every document is drawn anew.
+    A skill with fewer distinct prompts than requested repeats them; each document gets its own images.
 
     Args:
         skills: rows `{"skill": name, "prompts": number}`.
@@ -80,13 +82,8 @@ def make_documents(skills: Sequence[dict], seed: int) -> list[dict]:
 
 
 def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
-    """Draw the prompts from the task's own rows (skill, number of prompts, seed)."""
+    """Generate the prompts from the rows of skills.jsonl (skill, number of prompts, seed)."""
     return datasets.Dataset.from_list(make_documents(list(rows), rows[0]["seed"]))
-
-
-def doc_to_visual(doc: dict) -> list:
-    """A drawing prompt shows no image."""
-    return []
 
 
 # Scoring -------------------------------------------------------------------------------------------------------
@@ -94,11 +91,12 @@ def doc_to_visual(doc: dict) -> list:
 
 @cache
 def judge() -> SceneDetector:
+    """The detector, created once."""
     return SceneDetector()
 
 
 def judge_image(path: Path, record: dict, baseline_record: dict) -> dict:
-    """One image's judgement, against its own record and against another prompt's."""
+    """Judge an image against its own record and against that of another prompt."""
     image, detector = open_image(path), judge()
     instances = detector.detect(image)
     own = evaluate(record, instances, detector.rules)
@@ -117,7 +115,7 @@ def judge_image(path: Path, record: dict, baseline_record: dict) -> dict:
 
 
 def process_results(doc: dict, results: Sequence[str]) -> dict:
-    """lmms-eval's scoring of one document: the skill's own metric, and the judgements for the two overall ones."""
+    """Score a document: the metric of its skill, and the judgements for the two overall metrics."""
     record, baseline_record = json.loads(doc["record"]), json.loads(doc["baseline_record"])
     judgements = [judge_image(path, record, baseline_record) for path in parse_images(results[0])]
     for judgement in judgements:
@@ -132,16 +130,17 @@ def process_results(doc: dict, results: Sequence[str]) -> dict:
 
 
 def write_judgements(judgements: Sequence[dict], folder: Path, task: str) -> Path:
-    """Write one JSON line a judgement to `folder/judgements/<time>_<task>.jsonl`."""
+    """Write one JSON line per judgement to `folder/judgements/<time>_<task>.jsonl`."""
     path = folder / "judgements" / f"{time.strftime('%Y%m%d_%H%M%S')}_{task}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(judgements, key=lambda judgement: judgement["index"])
-    path.write_text("".join(json.dumps(judgement) + "\n" for judgement in ordered))
+    write_text(path, "".join(json.dumps(judgement) + "\n" for judgement in ordered))
     return path
 
 
-def aggregate_overall(items: Sequence[dict], args=None) -> float:
-    """The mean of the task scores; writes the judgements beside the results when there is an output folder."""
+def aggregate_overall(items: Sequence[dict], args: Any = None) -> float:
+    """The mean of the task scores; with an output folder, also write the judgements next to the results."""
     judgements = [judgement for item in items for judgement in item["judgements"]]
     folder = getattr(args, "output_path", None)
     if folder:
@@ -150,5 +149,5 @@ def aggregate_overall(items: Sequence[dict], args=None) -> float:
 
 
 def aggregate_baseline(items: Sequence[dict]) -> float:
-    """The same score for images drawn for other prompts: what a drawer that ignores its prompt would get."""
+    """The same score when images are judged by other prompts: that of a model that ignores its prompt."""
     return overall_score([tuple(scored) for item in items for scored in item["scored"]])

@@ -1,0 +1,1 @@
+"""Multiple-choice questions about drawn scenes in MMBench's format."""

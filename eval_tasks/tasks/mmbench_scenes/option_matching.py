@@ -1,4 +1,4 @@
-"""Which option a free answer names: MMBench's matching by rule, without a language model as judge."""
+"""Matching of free answers to options by MMBench's rules, without a language model as judge."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ _WRAPPING = "()[]{}<>.,:;!?*'\"`"
 
 def _letter(answer: str, letters: set[str]) -> str | None:
     words = answer.split()
-    # "A" that begins a sentence is an article more often than an option.
+    # In a sentence, "A" is more often an article than an option.
     is_sentence = len(words) > 3
     found = {bare for word in words if (bare := word.strip(_WRAPPING)) in letters and not (is_sentence and word == "A")}
     return found.pop() if len(found) == 1 else None
@@ -21,7 +21,7 @@ def _text(answer: str, options: Mapping[str, str]) -> str | None:
         for letter, text in options.items()
         if text.strip() and re.search(rf"(?<!\w){re.escape(text.lower().strip())}(?!\w)", lowered)
     }
-    # "top left" also says "left": an option inside a longer one that was found does not count.
+    # "top left" also contains "left": an option within a longer one that was found does not count.
     whole = [
         letter
         for letter, text in found.items()
@@ -31,12 +31,12 @@ def _text(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def match_option(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer names, None where it names none or several.
+    """The letter of the option that an answer names; None if it names none or several.
 
-    The letter itself wins ("B", "(B)", "B.", "The answer is B"), then the option's text.
+    The letter itself takes precedence ("B", "(B)", "B.", "The answer is B"), then the option's text.
 
     Args:
-        answer: what the model said.
-        options: letter to text, the options there are.
+        answer: the model's answer.
+        options: text by letter.
     """
     return _letter(answer, set(options)) or _text(answer, options)

@@ -1,6 +1,7 @@
 """The task `mmbench_scenes`: questions about scenes with MMBench's columns, prompt layout and option matching."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -9,22 +10,22 @@ from eval_tasks.tasks.mmbench_scenes.option_matching import match_option
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.scenes.questions import OPTION_LETTERS, mmbench_rows, multiple_choice
 
-# Corpora draw from the streams [seed, 0], [seed, 1], ...: this one is none of theirs, whatever their seed.
+# Corpora use the random streams [seed, 0], [seed, 1], ...; this stream differs from all of them.
 _STREAM = 7_002
 
 
-def _is_absent(value) -> bool:
-    """MMBench marks an absent hint or option with None, NaN, "nan" or nothing."""
+def _is_absent(value: Any) -> bool:
+    """Whether a hint or option is absent, for which MMBench writes None, NaN, "nan" or nothing."""
     return value is None or value != value or str(value).strip().lower() in ("", "nan", "none")
 
 
 def options(doc: dict) -> dict[str, str]:
-    """The options of a document, letter to text."""
+    """The options of a document: text by letter."""
     return {letter: str(doc[letter]) for letter in OPTION_LETTERS if not _is_absent(doc.get(letter))}
 
 
 def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
-    """Draw the questions from the task's own row (number of questions, seed, image size)."""
+    """Generate the questions from the row of questions.jsonl (number of questions, seed, image size)."""
     row = rows[0]
     rng = np.random.default_rng([row["seed"], _STREAM])
     questions = mmbench_rows(row["questions"], rng, row["image_size"])
@@ -37,13 +38,13 @@ def doc_to_visual(doc: dict) -> list:
 
 
 def doc_to_text(doc: dict) -> str:
-    """Hint (if any), question, lettered options, and the instruction that the model was trained with."""
+    """The hint (if any), the question, the lettered options, and the instruction that the model was trained with."""
     hint = "" if _is_absent(doc["hint"]) else f"{doc['hint']}\n"
     return multiple_choice(f"{hint}{doc['question']}", list(options(doc).values()))
 
 
 def process_results(doc: dict, results: Sequence[str]) -> dict:
-    """Hit or miss for the whole and for the category, and what guessing would have got."""
+    """1 or 0 for the overall metric and that of the category, and the expected score of guessing."""
     choices = options(doc)
     hit = float(match_option(results[0], choices) == doc["answer"])
     return {"overall": hit, doc["category"]: hit, "chance": 1 / len(choices)}

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache.ledger import Ledger, stamps_of
 from evotok_plugin.data.code_cache.shards import CacheFacts, Shard, remedy, shard_name
@@ -130,9 +129,7 @@ class CodeCache:
 
     def verify(self, show_progress: bool = False) -> list[str]:
         """Recompute all checksums; the names of the shards whose files are not as they were written."""
-        numbers = tqdm(
-            self._numbers, desc="verifying", unit="shard", disable=not show_progress, mininterval=progress_interval()
-        )
+        numbers = progress_bar(self._numbers, desc="verifying", unit="shard", disable=not show_progress)
         return [shard_name(number) for number in numbers if not self._is_whole(number)]
 
     def verify_contents(self, source: ImageSource, show_progress: bool = False) -> list[str]:
@@ -141,7 +138,7 @@ class CodeCache:
             return []
         ledger, indices = Ledger(self._folder), range(len(source))
         entries = ledger.entries_of(key_digests(map(source.key, indices)), stamps_of(source, indices))
-        bar = tqdm(indices, desc="comparing", unit="img", disable=not show_progress, mininterval=progress_interval())
+        bar = progress_bar(indices, desc="comparing", unit="img", disable=not show_progress)
         changed = []
         for index in bar:
             row = ledger.rows[entries[index]] if entries[index] >= 0 else -1
@@ -149,7 +146,7 @@ class CodeCache:
                 continue
             try:
                 digest = content_digest(source.content(index))
-            except ValueError:
+            except UserError:
                 digest = b""
             if row not in ledger.contents.all_rows(np.array([digest], "S16")):
                 changed.append(source.key(index))
@@ -159,7 +156,7 @@ class CodeCache:
         try:
             shard, checksum = Shard.read(self._folder, number)
             codes = self._load(number, len(shard.keys))
-        except ValueError:
+        except UserError:
             return False
         return checksum == shard.checksum() and hashlib.sha256(codes).hexdigest() == shard.codes_sha256
 

@@ -1,5 +1,6 @@
 """Encode all images of a source into a code cache, resumably and over several processes."""
 
+import logging
 import signal
 import time
 from dataclasses import dataclass
@@ -7,23 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
-from evotok_plugin.common.interruption import StopSignals, serve_the_parent
+from evotok_plugin.common.interruption import StopSignals
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.progress import progress_interval
+from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
-from evotok_plugin.data.batches import Batches, Pictures, ShardWriter, codes_of, collate
-from evotok_plugin.data.code_cache.cache import CodeCache, logger
+from evotok_plugin.data.batches import IndexBatches, decoded_batches
+from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.ledger import Ledger, stamps_of
 from evotok_plugin.data.code_cache.lock import only_run, together
 from evotok_plugin.data.code_cache.shards import CacheFacts
+from evotok_plugin.data.code_cache.writer import ShardWriter
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel_values
 from evotok_plugin.modeling_evotok import EvoTokModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,7 @@ def _check_broken(cache: CodeCache, num_images: int, limit: float, report: Path 
         report.unlink(missing_ok=True)
     try:
         BadSamples(report, limit, dict(cache.broken)).check(num_images)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{error}. The encoded images are kept; run again after mending the broken ones (--retry_broken tries them "
             "even if their files have not changed)"
@@ -221,13 +225,18 @@ class _Run:
         """Encode what is missing; returns the signal that ended it before, or 0."""
         # Nobody has more to do than the first process. The others keep step with it to the end, else a process that is
         # done would wait for longer than a collective operation may take.
-        num_rounds = len(Batches(self._shards_of(0), self._options.batch_size))
+        num_rounds = len(self._batches(self._shards_of(0)))
         if not num_rounds:
             return 0
         model.to(self._processes.device)
         shards = self._shards_of(self._processes.rank)
-        batches = iter(self._loader(Batches(shards, self._options.batch_size)))
-        writer = ShardWriter(self._folder, self._facts, shards, self._request.stamp, self._changed)
+        processor = EvoTokImageProcessor(size=self._facts.image_size)
+        batches = decoded_batches(
+            self._source, self._batches(shards), processor, self._options.num_workers, known=self._contents
+        )
+        writer = ShardWriter(
+            self._folder, self._facts, shards, self._source.key, self._request.stamp, changed=self._changed
+        )
         most_broken = self._options.max_bad_fraction * len(self._source)
         seen, broken, known, changed, stop, started = 0, 0, 0, 0, 0, time.monotonic()
         with StopSignals() as signals, self._bar() as bar:
@@ -236,7 +245,7 @@ class _Run:
                     break
                 batch = next(batches, None)
                 if batch is not None:
-                    writer.add(batch, codes_of(batch, model))
+                    writer.add(batch, codes_of(batch.pixels, model) if batch.indices else None)
                 progress = [writer.num_seen, writer.num_broken, writer.num_known, writer.num_changed, signals.caught]
                 before = seen
                 seen, broken, known, changed, stop = self._processes.add_up(torch.tensor(progress)).tolist()
@@ -251,22 +260,22 @@ class _Run:
                 logger.info("recognized %d of %d images by their content", known, len(self._source))
         return signals.caught or (signal.SIGTERM if stop else 0)
 
-    def _loader(self, batches: Batches) -> DataLoader:
-        return DataLoader(
-            Pictures(self._source, EvoTokImageProcessor(size=self._facts.image_size), self._contents),
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=min(self._options.num_workers, len(batches)),
-            worker_init_fn=serve_the_parent,
-            generator=torch.Generator(),  # else it would draw from the random numbers of whoever trains next
-        )
+    def _batches(self, shards: dict[int, np.ndarray]) -> IndexBatches:
+        """Batches that do not reach into the next shard."""
+        return IndexBatches(list(shards.values()), self._options.batch_size)
 
     def _bar(self) -> tqdm:
-        return tqdm(
+        return progress_bar(
             desc="encoding",
             total=len(self._source),
             initial=len(self._source) - len(self._todo),
             unit="img",
             disable=not (self._options.show_progress and self._processes.is_first),
-            mininterval=progress_interval(),
         )
+
+
+@torch.inference_mode()
+def codes_of(pixels: Tensor, model: EvoTokModel) -> np.ndarray:
+    """Codes (B, N, L) in uint16 of images (B, 3, H, W) in uint8; the bytes go to the device, where they are scaled."""
+    codes = model.encode(to_pixel_values(pixels, model.device).to(model.dtype)).codes
+    return codes.cpu().numpy().astype(np.uint16)

@@ -19,7 +19,7 @@ def together(processes: Processes, action: Callable[[], T]) -> T | None:
     result, problem = None, None
     try:
         result = action()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = str(error)
     problems = [text for text in processes.gather(problem) if text]
     if problems:

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from eval_tasks.cli import main
-from eval_tasks.judging.drawn_run import keep
+from eval_tasks.judging.drawn_run import store_drawn_run
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 
 @pytest.fixture
 def drawn_scenes(tmp_path, rng):
-    """Images of two prompts of each skill, every second of them true; returns documents and answers."""
+    """Documents and answers: images for two prompts of each skill, every second one correct."""
     from evotok_plugin.scenes.captions import prompt_record
 
     answers = []
@@ -27,8 +27,8 @@ def drawn_scenes(tmp_path, rng):
     return answers
 
 
-def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
-    run = keep(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
+def test_stored_images_are_judged(drawn_scenes, tmp_path, capsys):
+    run = store_drawn_run(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
     assert main(["judge", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "| **overall** |" in printed and "contact_sheet.html" in printed
@@ -41,7 +41,7 @@ def test_kept_images_are_judged(drawn_scenes, tmp_path, capsys):
         assert row["correct"] == geneval_scenes.judge_image(path, record, record)["correct"]
 
 
-def test_samples_of_a_run_are_kept_and_judged(drawn_scenes, tmp_path, capsys):
+def test_samples_of_a_run_are_stored_and_judged(drawn_scenes, tmp_path, capsys):
     folder = tmp_path / "out/model"
     folder.mkdir(parents=True)
     samples = folder / "20260101_000000_samples_geneval_scenes.jsonl"
@@ -54,17 +54,18 @@ def test_samples_of_a_run_are_kept_and_judged(drawn_scenes, tmp_path, capsys):
     assert (tmp_path / "again/judgements.jsonl").read_text() == first
 
 
-def test_what_cannot_be_judged_is_told(drawn_scenes, tmp_path, capsys):
+def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
     def error(*arguments) -> str:
         assert main(["judge", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "neither kept images nor lmms-eval samples" in error(tmp_path)
-    assert "is no folder" in error(tmp_path / "nowhere")
-    keep(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
-    keep(tmp_path / "out/b", "geneval", drawn_scenes)
+    assert "neither drawn images nor lmms-eval samples" in error(tmp_path)
+    assert "is not a folder" in error(tmp_path / "nowhere")
+    store_drawn_run(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
+    store_drawn_run(tmp_path / "out/b", "geneval", drawn_scenes)
     assert "holds images of geneval, geneval_scenes: choose one with --task" in error(tmp_path / "out")
-    assert "get it where there is a network" in error(tmp_path / "out", "--task", "geneval")
-    assert "the detector knows no class" not in error(tmp_path / "out", "--task", "geneval_scenes", "--batch_size", "0")
-    (tmp_path / "x_samples_mmbench_scenes.jsonl").write_text("")
-    assert "of the task 'mmbench_scenes'; known are geneval" in error(tmp_path / "x_samples_mmbench_scenes.jsonl")
+    assert "download it on a machine with network access" in error(tmp_path / "out", "--task", "geneval")
+    assert "batch size must be at least 1, got 0" in error(tmp_path / "out", "--batch_size", "0")
+    samples = tmp_path / "x_samples_mmbench_scenes.jsonl"
+    samples.write_text("")
+    assert "belongs to the task 'mmbench_scenes'; expected one of dpg_bench" in error(samples)

@@ -1,5 +1,6 @@
-"""`evotok-eval run`: every task a run of its own; finished ones are kept, failed ones are told, whatever happens."""
+"""`evotok-eval run`: one lmms-eval run per task; finished tasks are skipped, failed tasks are reported at the end."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from eval_tasks.commands import run as command
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# In lmms-eval's place: notes that it ran, then writes results, or fails as lmms-eval does (with exit code 0).
+# Replaces lmms-eval: records its call, then writes results, or fails like lmms-eval (with exit code 0).
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
@@ -35,7 +36,7 @@ if what != "fail":
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The module of the command, in a folder with a model, with the stand-in for lmms-eval."""
+    """The module of the command, in a working folder with a model and the stand-in for lmms-eval."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
@@ -47,7 +48,7 @@ def module(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(module, monkeypatch, tmp_path):
-    """`run(*flags, task=what)` evaluates tasks that end so; (exit code, tasks that ran)."""
+    """`run(*flags, task=outcome)` evaluates tasks with given outcomes; returns the exit code and the tasks that ran."""
 
     def evaluate(*flags, **tasks):
         def command(self, task):
@@ -62,7 +63,7 @@ def run(module, monkeypatch, tmp_path):
     return evaluate
 
 
-def test_a_failed_task_fails_the_script_after_all_others(run, capsys):
+def test_a_failed_task_fails_the_command_after_all_others(run, capsys):
     assert run(a="fail", b="well", c="empty", d="well") == (1, ["a", "b", "c", "d"])
     output = capsys.readouterr()
     assert "FAILED a: no lmms-eval results" in output.err and "FAILED c: " in output.err
@@ -70,7 +71,7 @@ def test_a_failed_task_fails_the_script_after_all_others(run, capsys):
     assert "[2/4] b: finished" in output.out and "| b: acc | 0.500 |" in output.out
 
 
-def test_what_is_finished_is_not_done_again(run, capsys):
+def test_finished_tasks_are_not_run_again(run, capsys):
     assert run(a="well", b="fail") == (1, ["a", "b"])
     assert run(a="well", b="well") == (0, ["b"])
     assert run(c="well") == (0, ["c"])
@@ -78,7 +79,7 @@ def test_what_is_finished_is_not_done_again(run, capsys):
     assert all(f"| {task}: acc |" in table for task in "abc")
 
 
-def test_other_settings_or_weights_are_another_evaluation(run, tmp_path, monkeypatch):
+def test_other_settings_or_weights_start_a_new_evaluation(run, tmp_path, monkeypatch):
     assert run(a="well") == (0, ["a"])
     assert run("--limit", "3", a="well") == (0, ["a"])
     assert run("--limit", "3", a="well") == (0, [])
@@ -94,7 +95,7 @@ def test_results_of_an_earlier_run_do_not_hide_a_failure(run):
     assert run("--limit", "3", a="fail") == (1, ["a"])
 
 
-def test_results_that_were_removed_are_made_again(run):
+def test_deleted_results_are_recreated(run):
     assert run(a="well") == (0, ["a"])
     for file in Path("out/a/m").iterdir():
         file.unlink()
@@ -103,21 +104,27 @@ def test_results_that_were_removed_are_made_again(run):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--model", "nowhere"], "is no model folder"), (["--model", "model", "--limit", "0"], "at least 1, got 0")],
+    [(["--model", "nowhere"], "nowhere' does not exist"), (["--model", "model", "--limit", "0"], "at least 1, got 0")],
 )
 def test_user_errors_are_one_line(module, flags, message, capsys):
     assert cli.main(["run", *flags, "--output", "out"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_what_lmms_eval_is_asked(module, tmp_path, monkeypatch):
+def parse(flags):
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    return parser.parse_args(["run", *flags])
+
+
+def test_the_command_and_environment_of_lmms_eval(module, tmp_path, monkeypatch):
     monkeypatch.delenv("EVOTOK_RECONSTRUCTION_IMAGES", raising=False)
     flags = ["--model", "model", "--output", "out", "--limit", "5", "--images", "photos", "--model_args", "seed=2"]
-    evaluation = module.open_evaluation(cli.build_parser().parse_args(["run", *flags]))
+    evaluation = module.open_evaluation(parse(flags))
     asked = " ".join(evaluation.command("geneval"))
     assert f"pretrained={tmp_path / 'model'},images_dir={tmp_path / 'out/geneval/images'},seed=2" in asked
     assert "--tasks geneval" in asked and "--limit 5" in asked
-    assert "--limit" not in evaluation.command("evotok_reconstruction")  # which counts images itself
+    assert "--limit" not in evaluation.command("evotok_reconstruction")  # counts images, through a variable
     environment = evaluation.environment("evotok_reconstruction")
     assert environment["EVOTOK_RECONSTRUCTION_IMAGES"] == str(tmp_path / "photos")
     assert environment["EVOTOK_RECONSTRUCTION_LIMIT"] == "5"
@@ -127,12 +134,12 @@ def test_what_lmms_eval_is_asked(module, tmp_path, monkeypatch):
 
 def test_the_understanding_suite_runs_benchmark_by_benchmark(module, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    tasks = module.one_by_one(["geneval", "evotok_understanding", "pope"])
+    tasks = module.expand_suite(["geneval", "evotok_understanding", "pope"])
     assert tasks[:2] == ["geneval", "pope"] and "evotok_gqa" in tasks and len(tasks) == 10
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_stopped_script_leaves_no_evaluation_behind(module, tmp_path, number, code):
+def test_a_stopped_command_leaves_no_evaluation_running(module, tmp_path, number, code):
     starter = tmp_path / "start.py"
     starter.write_text(
         "import sys\n"
@@ -165,7 +172,7 @@ def _wait(condition, seconds):
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process works; a zombie does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""The judges on small random weights: batches equal one by one, verdict-relevant figures follow a naive reference."""
+"""The judges with small random weights: batches equal single images, and results equal a naive reference."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def vqa(judge_folders) -> YesNoJudge:
 
 
 def test_batched_detections_equal_one_by_one(detector):
-    """Nine images of two sizes, mixed: sizes must not be padded to each other."""
+    """Nine images of two sizes in random order; images must not be padded to a common size."""
     images = [judges.picture(n, *((64, 64) if n % 3 else (80, 48))) for n in range(9)]
     batched = detector.detect_batch(images)
     assert sum(map(len, batched)) > 30
@@ -50,7 +50,7 @@ def test_batched_detections_equal_one_by_one(detector):
 
 
 def naive_instances(detector, image) -> list[tuple[str, float, np.ndarray]]:
-    """mmdet's reading of Mask2Former's outputs, all pairs of query and class, one after the other."""
+    """Post-processing as in mmdet's Mask2Former, one pair of query and class at a time."""
     inputs = detector.processor(images=[image], return_tensors="pt")
     with torch.no_grad():
         outputs = detector.model(**inputs)
@@ -83,7 +83,7 @@ def test_detections_follow_the_naive_reference(detector):
             assert instance.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
-def test_detectors_of_other_classes_are_refused(judge_folders, tmp_path):
+def test_detectors_of_other_classes_are_rejected(judge_folders, tmp_path):
     config = json.loads((judge_folders["detector"] / "config.json").read_text())
     swapped = dict(enumerate(CLASSES)) | {0: CLASSES[1], 1: CLASSES[0]}
     coco = dict(enumerate(CLASSES)) | {64: "mouse", 65: "remote", 66: "keyboard"}
@@ -110,7 +110,7 @@ def test_detectors_of_other_classes_are_refused(judge_folders, tmp_path):
         Mask2FormerDetector.open(other)
 
 
-# Colours -------------------------------------------------------------------------------------------------------
+# Colors -------------------------------------------------------------------------------------------------------
 
 
 def half(label: str, left: int, right: int) -> Instance:
@@ -119,7 +119,7 @@ def half(label: str, left: int, right: int) -> Instance:
     return Instance(label, 0.9, (left, 10, right, 40), mask)
 
 
-def test_crops_show_the_object_on_grey():
+def test_crops_show_the_object_on_gray():
     image = Image.new("RGB", (64, 64), "red")
     instance = half("cup", 8, 24)
     instance.mask[10:20] = False
@@ -185,8 +185,8 @@ def test_a_vqa_model_without_a_chat_template(tmp_path):
         assert (together.yes, together.no) == pytest.approx((one.yes, one.no), rel=1e-3)
 
 
-def test_models_that_cannot_answer_are_refused(judge_folders, tmp_path):
-    with pytest.raises(ValueError, match="'mask2former', which answers no questions"):
+def test_models_that_cannot_answer_are_rejected(judge_folders, tmp_path):
+    with pytest.raises(ValueError, match="'mask2former', which does not answer questions"):
         YesNoJudge.open(judge_folders["detector"])
     with pytest.raises(ValueError, match="must be a folder with config.json"):
         YesNoJudge.open(tmp_path)

@@ -1,5 +1,5 @@
-"""GenEval's rules against hand-made cases and, on thousands of random ones, against GenEval's own program's verdicts
-and a naive second implementation."""
+"""GenEval's rules on manual cases, and on thousands of random cases against the original program's verdicts and a naive
+implementation."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from eval_tasks.judging.rules import (
     task_scores,
 )
 
-# Verdicts of evaluation/evaluate_images.py of github.com/djghosh13/geneval on `random_case`s, eight to a byte.
+# Verdicts of evaluation/evaluate_images.py of github.com/djghosh13/geneval on `random_case`s, eight per byte.
 GOLDEN = Path(__file__).with_name("geneval_verdicts.txt")
 GOLDEN_SEED, GOLDEN_CASES = 2310, 8000
 
@@ -28,7 +28,7 @@ def judged(instances, include, exclude=(), tag="two_object", rules=GENEVAL_RULES
     return evaluate({"tag": tag, "include": include, "exclude": exclude}, instances, rules)
 
 
-# The second implementation: the rules told again, step by step ----------------------------------------------------
+# A naive implementation ------------------------------------------------------------------------------------------
 
 
 def naive_direction(box, other, wanted) -> bool:
@@ -84,7 +84,7 @@ def cases():
     return [random_case(rng) for _ in range(GOLDEN_CASES)]
 
 
-def test_verdicts_are_those_of_genevals_own_program():
+def test_verdicts_equal_those_of_the_original_program():
     golden = np.unpackbits(np.frombuffer(bytes.fromhex(GOLDEN.read_text()), np.uint8)).astype(bool)
     found = [evaluate(record, instances).correct for instances, record in cases()]
     assert found == golden.tolist() and 500 < golden.sum() < 7500  # both outcomes are covered
@@ -97,8 +97,8 @@ def test_random_cases_match_naive_implementation():
         assert verdict.correct == (verdict.reason == "")
 
 
-def test_only_colors_that_decide_are_wanted():
-    """Colours of other instances change no verdict, and every wanted one belongs to a clause with a colour."""
+def test_only_colors_that_affect_the_verdict_are_requested():
+    """Colors of other instances do not change the verdict; requested instances belong to clauses with a color."""
     for instances, record in cases()[:2000]:
         wanted = colors_wanted(record, instances)
         repainted = [
@@ -121,7 +121,7 @@ def test_scores_must_exceed_the_threshold_and_counting_has_its_own():
     assert judged([make(score=0.01)], cup, rules=Rules(min_score=0.0)).correct
 
 
-def test_exclude_counts_what_is_too_many():
+def test_exclude_limits_the_count():
     include, exclude = [{"class": "cup", "count": 2}], [{"class": "cup", "count": 3}]
     for number, correct in ((1, False), (2, True), (3, False)):
         verdict = judged([make(score=0.95)] * number, include, exclude, tag="counting")
@@ -129,7 +129,7 @@ def test_exclude_counts_what_is_too_many():
     assert "expected cup < 3, found 3" in judged([make(score=0.95)] * 3, include, exclude, tag="counting").reason
 
 
-def test_only_the_most_confident_instances_are_looked_at():
+def test_only_the_most_confident_instances_count():
     instances = [make(score=0.5, color="red"), make(score=0.9, color="blue")]
     assert judged(instances, [{"class": "cup", "count": 1, "color": "blue"}]).correct
     wrong = judged(instances, [{"class": "cup", "count": 1, "color": "red"}])
@@ -158,7 +158,7 @@ def test_directions():
     assert directions((20, 40, 30, 50), middle) == {"below"}
     assert directions((0, 0, 10, 10), middle) == {"left of", "above"}
     assert directions(middle, middle) == frozenset()
-    # Offsets within a tenth of the summed sizes are none, nor are those that hardly reach beyond it.
+    # Offsets within a tenth of the summed sizes, or barely above it, have no direction.
     assert directions((22, 20, 32, 30), middle) == frozenset()
     assert directions((0.001, 0, 0.001, 0), (0, 0, 0, 0)) == {"right of"}
     assert directions((0.0009, 0, 0.0009, 0), (0, 0, 0, 0)) == frozenset()

@@ -1,4 +1,4 @@
-"""The exact detector on rendered, degraded, touching and damaged scenes."""
+"""The scene detector on rendered, degraded, touching and damaged scenes."""
 
 import sys
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from eval_tasks.judging.scene_detector import SceneDetector, degrading, lab, main, measure
-from evotok_plugin.scenes.scene import COLORS, GROUND, SHAPES, Scene, SceneObject, render
+from evotok_plugin.scenes.scene import BACKGROUND, COLORS, SHAPES, Scene, SceneObject, render
 
 DETECTOR = SceneDetector()
 
@@ -23,8 +23,8 @@ def test_accuracy_on_whole_scenes(degradation, least):
     assert accuracy.share >= least, accuracy.faults
 
 
-def test_every_shape_in_every_color_on_every_ground():
-    for ground in (GROUND, (120, 120, 120)):
+def test_every_shape_in_every_color_on_every_background():
+    for ground in (BACKGROUND, (120, 120, 120)):
         for shape in SHAPES:
             for color in COLORS:
                 image = render(Scene((SceneObject(shape, color, 0.5, 0.5, 0.25),), ground))
@@ -41,23 +41,23 @@ def test_works_at_other_sizes():
 
 
 def test_touching_objects_of_two_colors_are_two():
-    image = Image.new("RGB", (48, 48), GROUND)
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     draw = ImageDraw.Draw(image)
     draw.rectangle((8, 16, 20, 28), fill=COLORS["red"])
     draw.rectangle((21, 16, 33, 28), fill=COLORS["blue"])
     assert kinds(image) == {("red", "square"): 1, ("blue", "square"): 1}
 
 
-# 0.013 of the side is the least gap that sampled scenes have.
+# The smallest gap in sampled scenes is 0.013 of the side.
 @pytest.mark.parametrize(("shape", "gap"), [*((shape, 0.013) for shape in SHAPES), ("circle", 0.0), ("cross", 0.0)])
-def test_neighbours_of_one_color_are_two(shape, gap):
+def test_adjacent_objects_of_one_color_are_two(shape, gap):
     for x in np.linspace(0.33, 0.36, 7):
         pair = [SceneObject(shape, "red", x + shift, 0.5, 0.27) for shift in (0.0, 0.27 + gap)]
         assert kinds(render(Scene(tuple(pair)))) == {("red", shape): 2}, x
 
 
-def test_specks_blank_images_and_formless_blobs_are_no_objects():
-    blank = Image.new("RGB", (48, 48), GROUND)
+def test_specks_blank_images_and_shapeless_blobs_are_ignored():
+    blank = Image.new("RGB", (48, 48), BACKGROUND)
     assert DETECTOR.detect(blank) == []
     speckled = blank.copy()
     for x, y in ((3, 3), (20, 30), (21, 30), (40, 12)):
@@ -68,8 +68,8 @@ def test_specks_blank_images_and_formless_blobs_are_no_objects():
     assert DETECTOR.detect(bar) == []
 
 
-def test_a_color_without_a_name_is_none_and_odd_pixels_do_not_split_an_object():
-    image = Image.new("RGB", (48, 48), GROUND)
+def test_unnamed_colors_are_none_and_stray_pixels_do_not_split_an_object():
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     ImageDraw.Draw(image).rectangle((18, 18, 29, 29), fill=(30, 230, 230))
     assert kinds(image) == {(None, "square"): 1}
     image = render(Scene((SceneObject("circle", "red", 0.5, 0.5, 0.27),)))
@@ -78,8 +78,8 @@ def test_a_color_without_a_name_is_none_and_odd_pixels_do_not_split_an_object():
     assert kinds(image) == {("red", "circle"): 1}
 
 
-def test_object_cut_by_the_border_does_not_break_it():
-    image = Image.new("RGB", (48, 48), GROUND)
+def test_an_object_cut_by_the_border_is_not_an_error():
+    image = Image.new("RGB", (48, 48), BACKGROUND)
     ImageDraw.Draw(image).ellipse((-6, 16, 10, 32), fill=COLORS["blue"])
     DETECTOR.detect(image)
 
@@ -91,7 +91,7 @@ def test_lab_of_white_black_and_red():
 
 def test_command_reports_accuracy(monkeypatch, capsys, tiny_evotok_folder):
     for options, right in (([], "12 of 12"), (["--degrade", "0.5", "4"], "12 of 12"), (["--tokenizer"], "0 of 12")):
-        folder = [str(tiny_evotok_folder)] if options == ["--tokenizer"] else []  # a random model rebuilds nothing
+        folder = [str(tiny_evotok_folder)] if options == ["--tokenizer"] else []  # random weights
         monkeypatch.setattr(sys, "argv", ["scene_detector", "--scenes", "12", *options, *folder])
         main()
         assert f"{right} scenes right" in capsys.readouterr().out

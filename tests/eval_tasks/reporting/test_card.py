@@ -1,4 +1,4 @@
-"""The report card: result files in, table, JSON and plot out; what is not comparable is marked."""
+"""The report card: from results files to a table, JSON and a plot, with incomparable figures marked."""
 
 import json
 
@@ -8,12 +8,12 @@ from PIL import Image
 from eval_tasks.cli import main
 from eval_tasks.reporting.card import make_card
 from eval_tasks.reporting.plot import plot_card
-from eval_tasks.reporting.published import benchmarks, published
+from eval_tasks.reporting.published import card_rows, published
 from eval_tasks.reporting.runs import read_run
 
 
 def write(folder, results, model="models/a", time="20260101_000000", asked=100, groups=None):
-    """A results file as lmms-eval 0.7.3 writes it, of 100 documents a task."""
+    """Write a results file like lmms-eval 0.7.3, with 100 documents per task."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "results": {task: {"alias": task, **values} for task, values in results.items()},
@@ -28,7 +28,7 @@ def write(folder, results, model="models/a", time="20260101_000000", asked=100, 
 
 
 def card_of(*folders):
-    return make_card([read_run(folder) for folder in folders], benchmarks(), published())
+    return make_card([read_run(folder) for folder in folders], card_rows(), published())
 
 
 def reconstruction(images=50000, size=256, **figures):
@@ -40,7 +40,7 @@ def row_of(card, name):
     return row
 
 
-def test_a_run_is_all_results_below_its_folder_the_newest_of_each(tmp_path):
+def test_a_run_has_the_newest_result_of_each_task_below_its_folder(tmp_path):
     write(tmp_path / "gqa/a", {"gqa": {"exact_match,none": 0.5}})
     write(
         tmp_path / "gqa/a", {"gqa": {"exact_match,none": 0.6, "exact_match_stderr,none": 0.1}}, time="20260102_000000"
@@ -55,7 +55,7 @@ def test_a_run_is_all_results_below_its_folder_the_newest_of_each(tmp_path):
     }
 
 
-def test_figures_in_the_unit_that_is_published(tmp_path):
+def test_figures_are_converted_to_the_published_unit(tmp_path):
     write(tmp_path, {"gqa": {"exact_match,none": 0.6}, "geneval": {"overall,none": 0.62}})
     card = card_of(tmp_path)
     row = row_of(card, "GQA")
@@ -65,7 +65,7 @@ def test_figures_in_the_unit_that_is_published(tmp_path):
     assert "- **UniTok**: GQA: UniTok README, unified MLLM (256x256, Llama-2-7B)" in card.as_markdown()
 
 
-def test_a_run_of_some_documents_is_marked(tmp_path):
+def test_a_limited_run_is_marked(tmp_path):
     write(tmp_path, {"gqa": {"exact_match,none": 0.6}}, asked=10)
     text = card_of(tmp_path).as_markdown()
     assert "| GQA | 60.0 *1 | 61.1 |" in text and "1. gqa: only 10 documents were asked" in text
@@ -78,19 +78,19 @@ def test_rfid_is_comparable_at_the_published_number_and_size(tmp_path, images, s
     assert bool(cell.differs) is not comparable
 
 
-def test_rfid_that_was_left_out_has_a_row_and_no_figure(tmp_path):
+def test_a_missing_rfid_has_a_row_without_a_figure(tmp_path):
     write(tmp_path, reconstruction())
     text = card_of(tmp_path).as_markdown()
     assert "| rFID (lower is better) | not measured | 0.43 | 0.41 |" in text and "LPIPS" not in text
 
 
-def test_what_no_skill_scores_stands_below_and_unknown_tasks_last(tmp_path):
+def test_baselines_follow_their_row_and_unknown_tasks_come_last(tmp_path):
     write(tmp_path, {"new": {"acc,none": 0.25}, "mmbench_scenes": {"overall,none": 0.7, "chance,none": 0.27}})
     lines = card_of(tmp_path).as_markdown().splitlines()
     assert lines[2:5] == ["| MMBench scenes | 70.0 |", "| - chance | 27.0 |", "| new: acc | 0.250 |"]
 
 
-def test_folders_of_one_name_are_told_apart(tmp_path):
+def test_folders_with_the_same_name_are_numbered(tmp_path):
     for model in "ab":
         write(tmp_path / model / "results", {"gqa": {"exact_match,none": 0.5}}, model=model)
     card = card_of(tmp_path / "a/results", tmp_path / "b/results")
@@ -98,24 +98,24 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 
 def test_every_published_figure_has_a_row_and_a_source():
-    rows = {benchmark.name for benchmark in benchmarks()}
+    rows = {benchmark.name for benchmark in card_rows()}
     for model in published():
         assert model.figures and set(model.figures) <= rows, model.name
         assert all(figure.source and figure.setting for figure in model.figures.values())
     assert {model.name for model in published()} == {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro"}
 
 
-def test_rows_name_tasks_and_metrics_that_exist(lmms_eval_tasks):
+def test_all_tasks_and_metrics_of_rows_exist(lmms_eval_tasks):
     manager = lmms_eval_tasks.TaskManager()
-    for benchmark in benchmarks():
-        if benchmark.task == "mmvet":  # loads with its judge's key alone
+    for benchmark in card_rows():
+        if benchmark.task == "mmvet":  # loads only with the key of its judge
             continue
         metrics = {metric["metric"] for metric in manager._get_config(benchmark.task)["metric_list"]}
-        wanted = [benchmark.metric.split(",")[0], *filter(None, [benchmark.beside])]
+        wanted = [benchmark.metric.split(",")[0], *filter(None, [benchmark.baseline])]
         assert set(wanted) <= metrics, benchmark.name
 
 
-def test_bars_are_ours_and_theirs_and_hatched_where_marked(tmp_path):
+def test_bars_show_all_figures_and_incomparable_ones_are_hatched(tmp_path):
     write(tmp_path, {"gqa": {"exact_match,none": 0.6}, "pope": {"pope_accuracy,none": 0.8}}, asked=10)
     figure = plot_card(card_of(tmp_path))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.patches}
@@ -136,7 +136,7 @@ def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
         assert picture.width > 200
 
 
-def test_bad_input_is_told(tmp_path, capsys):
+def test_bad_input_is_a_user_error(tmp_path, capsys):
     def error(*arguments):
         assert main(["report", *map(str, arguments)]) == 2
         return capsys.readouterr().err
@@ -180,13 +180,13 @@ def test_results_of_older_versions_are_found(tmp_path, name, capsys):
     assert list(run.tasks) == ["pope"] and run.model == "a=b" and run.unreadable == ()
 
 
-def test_a_row_of_a_version_without_filters(tmp_path):
+def test_results_of_a_version_without_filters(tmp_path):
     content = {"results": {"gqa": {"exact_match": 0.5, "exact_match_stderr": 0.1, "samples": 9}}, "versions": {}}
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert read_run(tmp_path).tasks["gqa"].figures == {"exact_match": 0.5}
 
 
-def test_a_task_without_a_figure_is_shown_beside_the_others(tmp_path, capsys):
+def test_a_task_without_a_figure_is_listed_with_the_others(tmp_path, capsys):
     results = {
         "gqa": {"submission,none": None},
         "vqav2_test": {"submission,none": "vqav2.json"},
@@ -200,7 +200,7 @@ def test_a_task_without_a_figure_is_shown_beside_the_others(tmp_path, capsys):
     assert "| GQA | no figure |" in text and "vqav2_test 100 documents" in text and "nothing" not in text
 
 
-def test_a_file_that_cannot_be_read_is_named_beside_the_others(tmp_path, capsys):
+def test_an_unreadable_file_is_listed_with_the_results_of_the_others(tmp_path, capsys):
     write(tmp_path / "good", {"gqa": {"exact_match,none": 0.6}})
     write(tmp_path / "bad", {"pope": {}}).write_text('{"results": ')
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "out")]) == 0

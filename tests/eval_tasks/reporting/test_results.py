@@ -1,4 +1,4 @@
-"""Reading lmms-eval's results."""
+"""Reading of lmms-eval's results files."""
 
 import json
 import os
@@ -41,11 +41,11 @@ def test_newest_file_as_plain_figures(tmp_path):
     }
 
 
-def test_failed_runs_are_told(tmp_path):
+def test_failed_runs_are_user_errors(tmp_path):
     with pytest.raises(ValueError, match="the run failed"):
         read_results(tmp_path)
     written = write(tmp_path, "20260102_000000_results.json", RESULTS, age=100)
-    with pytest.raises(ValueError, match="1 of earlier runs"):
+    with pytest.raises(ValueError, match="1 from earlier runs"):
         read_results(tmp_path, not_before=written + 50)
     with pytest.raises(ValueError, match="no figures for geneval_scenes"):
         read_results(tmp_path, tasks=["geneval_scenes"])

@@ -1,4 +1,4 @@
-"""`evotok_reconstruction`: the model's tokenizer measured inside lmms-eval as `evotok evaluate` measures it."""
+"""`evotok_reconstruction`: the model's tokenizer measured in lmms-eval as by `evotok evaluate`."""
 
 import json
 
@@ -9,6 +9,7 @@ from eval_tasks.tasks.evotok_reconstruction import task as reconstruction
 from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE, LIMIT_VARIABLE
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.data.sources import open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import evaluate as evaluate_tokenizer
 
 
@@ -30,18 +31,16 @@ def lm(tiny_mllm, lmms_eval_tasks, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """What a machine without the measuring networks' weights finds."""
+    """Simulates a machine without the weights of the measuring networks."""
 
     def absent():
-        raise ValueError("weights are not there")
+        raise UserError("weights are not there")
 
     monkeypatch.setattr(reconstruction, "load_inception", absent)
     monkeypatch.setattr(reconstruction, "load_lpips", absent)
 
 
-def test_the_figures_are_those_of_evotok_evaluate(
-    images, lm, evaluate, no_weights, tiny_evotok_folder, tmp_path, caplog
-):
+def test_figures_equal_those_of_evotok_evaluate(images, lm, evaluate, no_weights, tiny_evotok_folder, tmp_path, caplog):
     results = evaluate(lm, ["evotok_reconstruction"])["results"]["evotok_reconstruction"]
     tokenizer = EvoTokModel.from_pretrained(tiny_evotok_folder).eval()
     expected = evaluate_tokenizer(
@@ -84,7 +83,7 @@ def test_a_truncated_image_is_named_and_nothing_is_measured(images, lm, evaluate
         ({IMAGES_VARIABLE: ".", LIMIT_VARIABLE: "few"}, "must be a number of at least 1, got 'few'"),
     ],
 )
-def test_settings_that_mean_nothing_are_told(variables, message, tmp_path, monkeypatch):
+def test_invalid_settings_are_rejected(variables, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (48, 48)).save("a.png")
     monkeypatch.delenv(IMAGES_VARIABLE, raising=False)
@@ -94,6 +93,6 @@ def test_settings_that_mean_nothing_are_told(variables, message, tmp_path, monke
         reconstruction.images_source()
 
 
-def test_answers_of_other_models_are_told():
+def test_answers_of_other_models_are_rejected():
     with pytest.raises(ValueError, match="needs `--model evotok`"):
         reconstruction.process_results({"process": 0}, ["I see a cat."])

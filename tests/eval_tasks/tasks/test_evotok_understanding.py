@@ -1,4 +1,4 @@
-"""`evotok_understanding`: upstream's own code for every task, on made-up rows in local folders in its formats."""
+"""`evotok_understanding`: upstream's code of every task on synthetic rows in local folders."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def picture(number: int) -> Image.Image:
 
 
 def write(root, name, split, rows, config=None, images=("image",)):
-    """A data set as `hf download` leaves it: parquet, and a README that names its configuration where it has one."""
+    """Write a data set like `hf download`: parquet, and a README with the configuration if there is one."""
     folder = root / HUB / name
     folder.mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_list(rows)
@@ -43,7 +43,7 @@ def options_row(number, answer="B"):
 
 @pytest.fixture
 def data_root(tmp_path, monkeypatch):
-    """Two questions for every task; the second of each has another right answer than the first."""
+    """Two questions for every task, with different right answers."""
     root = tmp_path / "data"
     shown = [{"image": picture(number)} for number in (0, 1)]
     write(root, "POPE", "test", [
@@ -88,7 +88,7 @@ def data_root(tmp_path, monkeypatch):
     return root
 
 
-# Right answers, as models write them.
+# Right answers in the style of models.
 WRITTEN = {
     "pope": ("Yes", "no"),
     "mmbench": ("B.", "It is a cat"),
@@ -142,12 +142,12 @@ def test_right_and_wrong_answers_in_every_task(data_root, upstream, make_lm, eva
     assert len(seen) == 2 * len(FIGURES)
     for (name, number), (text, shades) in seen.items():
         assert shades == [1 - number if name == "gqa" else number], name
-        assert "Answer" in text, name  # every prompt says what form of answer it wants
+        assert "Answer" in text, name  # every prompt describes the form of the answer
     results = evaluate(make_lm(swapped), ["evotok_understanding"], include_path=upstream)["results"]
     assert {task: results[task][key] for task, (key, _) in FIGURES.items()} == dict.fromkeys(FIGURES, 0.0)
 
 
-def test_data_that_is_not_there_is_not_sought_on_the_hub(data_root, upstream, make_lm, evaluate):
+def test_missing_local_data_is_not_downloaded(data_root, upstream, make_lm, evaluate):
     (data_root / HUB / "POPE").rename(data_root / "elsewhere")
     with pytest.raises(ValueError, match="hf download --repo-type dataset lmms-lab-encoder/POPE"):
         evaluate(make_lm(), ["evotok_understanding"], include_path=upstream)
@@ -162,12 +162,12 @@ def test_changed_data_is_read_again(data_root, upstream, make_lm, evaluate):
         assert results["results"]["mmbench_en_dev_static"]["gpt_eval_score,none"] == score
 
 
-def test_gqa_without_an_image_says_so(data_root, upstream, make_lm, evaluate, monkeypatch):
+def test_gqa_with_a_missing_image_is_an_error(data_root, upstream, make_lm, evaluate, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # lmms-eval tries five times
     folder = data_root / HUB / "GQA/testdev_balanced_images"
     (file,) = folder.iterdir()
     datasets.Dataset.from_parquet(str(file)).select([0]).to_parquet(file)
-    with pytest.raises(ValueError, match="GQA: 1 questions without image, the first about 'i1'"):
+    with pytest.raises(ValueError, match="GQA: 1 questions without an image, first 'i1'"):
         evaluate(make_lm(), ["evotok_understanding"], include_path=upstream)
 
 
@@ -181,12 +181,12 @@ def test_gqa_without_an_image_says_so(data_root, upstream, make_lm, evaluate, mo
         ({"API_TYPE": "local"}, True),
     ],
 )
-def test_mmvet_runs_where_it_can_be_judged(environment, runs, caplog):
+def test_mmvet_runs_only_with_a_judge(environment, runs, caplog):
     assert ("evotok_mmvet" in suite(environment)) is runs
     assert runs is not ("mmvet is left out" in caplog.text)
 
 
-def test_the_whole_index_knows_every_task(lmms_eval_tasks):
+def test_the_index_has_every_task(lmms_eval_tasks):
     index = lmms_eval_tasks.TaskManager(include_defaults=True).task_index
     assert {*FIGURES, "mmvet", "evotok_understanding", "evotok_reconstruction"} <= set(index)
     group = yaml.load(Path(index["evotok_understanding"]["yaml_path"]).read_text(), _WithoutFunctions)["task"]

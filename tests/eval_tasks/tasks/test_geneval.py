@@ -1,4 +1,4 @@
-"""GenEval's judge over streams of images, and the task in lmms-eval with any model that draws."""
+"""GenEval's judge on streams of images, and the task in lmms-eval with several drawing models."""
 
 import json
 import weakref
@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Mask2FormerDetector
-from eval_tasks.judging.drawn_run import Drawn, keep, open_kept
+from eval_tasks.judging.drawn_run import Drawn, open_drawn_run, store_drawn_run
 from eval_tasks.judging.judge_run import judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.rules import GENEVAL_RULES, Instance, evaluate
@@ -21,8 +21,8 @@ from eval_tasks.tasks.geneval.prompts import geneval_records
 
 
 class Oracle:
-    """A detector and colour classifier that read an image's top left pixel as the number of a record, and find all
-    that it asks for, apart from what `spoil` says."""
+    """A detector and color classifier that read the number of a record from an image's top left pixel, and detect all
+    objects of the record, or one fewer of each if `spoil(number)`."""
 
     rules, classes = GENEVAL_RULES, CLASSES
 
@@ -70,7 +70,7 @@ def drawn_for(document: dict, sample: int = 0) -> Drawn:
 
 
 def batches(documents, size: int):
-    """Batches of four images a document, drawn when they are asked for."""
+    """Batches of four images per document, drawn lazily."""
     places = [(document, sample) for document in documents for sample in range(4)]
     for start in range(0, len(places), size):
         now = places[start : start + size]
@@ -92,11 +92,11 @@ def test_crops_of_many_images_share_full_batches():
     list(geneval.GenEvalJudge(oracle, oracle, 16).judge(batches(geneval.documents(), 16)))
     assert set(oracle.batches[:-1]) == {16} and set(oracle.crop_batches[:-1]) == {16}
     colored = sum("color" in clause for record in geneval_records() for clause in record["include"])
-    assert sum(oracle.crop_batches) == 4 * colored  # each once
+    assert sum(oracle.crop_batches) == 4 * colored  # each crop once
 
 
 def test_images_do_not_stay_in_memory():
-    """A long run of prompts without colours: no crop ever fills a batch, and still only a batch of images lives."""
+    """With a long run of prompts without colors, crops never fill a batch, but images must still be freed."""
     oracle, seen, most = Oracle(), [], 0
 
     def stream():
@@ -108,11 +108,11 @@ def test_images_do_not_stay_in_memory():
             yield batch
 
     assert sum(1 for _ in geneval.GenEvalJudge(oracle, oracle, 16).judge(stream())) > 300
-    assert most <= 17  # the batch before may still be held by the loop's variables
+    assert most <= 17  # loop variables may still refer to the previous batch
 
 
-def test_batches_give_the_verdicts_of_one_by_one(judge_folders):
-    """The real chain on random weights, against the rules on its parts called one image and one crop at a time."""
+def test_batched_verdicts_equal_one_by_one(judge_folders):
+    """The real judges with random weights, against the rules on single images and single crops."""
     detector, colors = (
         Mask2FormerDetector.open(judge_folders["detector"]),
         ColorClassifier.open(judge_folders["clip"]),
@@ -134,11 +134,11 @@ def test_batches_give_the_verdicts_of_one_by_one(judge_folders):
     assert 0 < sum(item.correct for item in found) < 24
 
 
-def test_unknown_classes_and_colors_are_told():
+def test_unknown_classes_and_colors_are_rejected():
     oracle = Oracle()
     for clause, message in (
-        ({"class": "unicorn", "count": 1}, "knows no class 'unicorn'"),
-        ({"class": "cup", "count": 1, "color": "beige"}, "colours must be among red"),
+        ({"class": "unicorn", "count": 1}, "does not know the class 'unicorn'"),
+        ({"class": "cup", "count": 1, "color": "beige"}, "colors must be among red"),
     ):
         record = {"tag": "colors", "include": [clause], "prompt": "a photo"}
         pair = (drawn_for({"index": 0, "record": json.dumps(record)}), numbered(0))
@@ -151,7 +151,7 @@ def test_unknown_classes_and_colors_are_told():
 
 @pytest.fixture
 def oracle_judges(monkeypatch):
-    """The task with an oracle that fails every third prompt, by its number."""
+    """The task with an oracle that fails every third prompt."""
     oracle = Oracle(spoil=lambda number: number % 3 == 0)
     judge_of = lambda options: geneval.GenEvalJudge(oracle, oracle, options.batch_size)  # noqa: E731
     benchmark = replace(geneval.BENCHMARK, find_judges=lambda options: {"detector": "oracle"}, open_judge=judge_of)
@@ -189,21 +189,21 @@ def check_outcome(results: dict, folder, limit: int) -> None:
         assert picture.width > 400 and picture.height > 400
 
 
-def test_a_whole_run_and_judging_it_again(oracle_judges, make_lm, evaluate, tmp_path):
+def test_a_complete_run_can_be_judged_again(oracle_judges, make_lm, evaluate, tmp_path):
     lm = make_lm(drawer=lambda prompt, seed: numbered(official_number(prompt)), batch_size=16)
     results = evaluate(lm, ["geneval"], limit=24)
     (folder,) = (tmp_path / "results/drawn").iterdir()
     check_outcome(results["results"]["geneval"], folder, 24)
     assert results["configs"]["geneval"]["metadata"]["judges"]["batch_size"] == 16
-    kept = open_kept(folder)
+    kept = open_drawn_run(folder)
     benchmark = geneval.process_results.__self__.benchmark
     again = judge_run(kept, benchmark, JudgeOptions(batch_size=5), tmp_path / "again")
     assert read_lines(tmp_path / "again/judgements.jsonl") == read_lines(folder / "judgements.jsonl")
     assert again.scores["overall"].value == results["results"]["geneval"]["overall,none"]
 
 
-def test_another_model_of_the_other_interface(oracle_judges, evaluate, tmp_path, lmms_eval_tasks):
-    """Any model that answers with JSON naming its images will do; this one has lmms-eval's simple interface."""
+def test_a_model_with_the_simple_interface_can_be_judged(oracle_judges, evaluate, tmp_path, lmms_eval_tasks):
+    """Any model works that answers with JSON with the paths of its images."""
     from lmms_eval.api.model import lmms
 
     class Other(lmms):
@@ -230,7 +230,7 @@ def test_another_model_of_the_other_interface(oracle_judges, evaluate, tmp_path,
     check_outcome(results, folder, 12)
 
 
-def test_missing_judges_are_told_before_anything_is_drawn(make_lm, evaluate, tmp_path, monkeypatch, judge_folders):
+def test_missing_judges_are_reported_before_drawing(make_lm, evaluate, tmp_path, monkeypatch, judge_folders):
     lm = make_lm(batch_size=8)
     monkeypatch.setenv("EVOTOK_JUDGE_DETECTOR", str(judge_folders["detector"]))
     for clip, message in (
@@ -244,14 +244,14 @@ def test_missing_judges_are_told_before_anything_is_drawn(make_lm, evaluate, tmp
     assert not lm._model.draw_kwargs and not (tmp_path / "results").exists()
 
 
-def test_a_mistyped_option_is_told(make_lm, evaluate, monkeypatch):
+def test_a_mistyped_option_is_rejected(make_lm, evaluate, monkeypatch):
     monkeypatch.setenv("EVOTOK_JUDGE_DETEKTOR", "x")
     with pytest.raises(ValueError, match="did you mean EVOTOK_JUDGE_DETECTOR"):
         evaluate(make_lm(), ["geneval"], limit=1)
 
 
 def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp_path):
-    """--predict_only needs no judge; what lmms-eval's samples keep of a document is enough to judge it."""
+    """--predict_only does not need judges, and lmms-eval's samples are sufficient to judge the images later."""
     from lmms_eval.evaluator import simple_evaluate
 
     from eval_tasks.judging.drawn_run import answers_of
@@ -265,10 +265,10 @@ def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp
         for sample in results["samples"]["geneval"]
     ]
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = keep(tmp_path / "kept", "geneval", answers_of(samples))
+    run = store_drawn_run(tmp_path / "kept", "geneval", answers_of(samples))
     assert [item.document for item in run.drawn[::4]] == sorted(geneval.documents()[:6], key=lambda d: d["index"])
     samples.write_text('{"target": "a photo"}\n')
-    with pytest.raises(ValueError, match="line 1: no answer of a drawing task"):
+    with pytest.raises(ValueError, match="line 1: not an answer of a drawing task"):
         list(answers_of(samples))
 
 
@@ -279,44 +279,46 @@ def answer(*paths) -> str:
     return json.dumps({"text": "", "images": [str(path) for path in paths]})
 
 
-def test_what_cannot_be_kept_is_named_and_everything_else_is_kept(tmp_path):
+def test_faulty_answers_are_listed_and_all_others_are_stored(tmp_path):
     for n in range(3):
         numbered(n).save(tmp_path / f"{n}.png")
     documents = geneval.documents()[:3]
     answers = [answer(tmp_path / "0.png", tmp_path / "gone.png"), "sorry", answer(tmp_path / "2.png")]
     with pytest.raises(
-        ValueError, match="2 of the model's answers cannot be judged.*gone.png.*other 2 images are kept"
+        ValueError, match="2 of the model's answers cannot be judged.*gone.png.*other 2 images are stored"
     ):
-        keep(tmp_path / "kept", "geneval", zip(documents, answers, strict=True))
+        store_drawn_run(tmp_path / "kept", "geneval", zip(documents, answers, strict=True))
     assert len(list((tmp_path / "kept/images").iterdir())) == 2
     with pytest.raises(ValueError, match="is incomplete: 2 answers are missing"):
-        open_kept(tmp_path / "kept")
+        open_drawn_run(tmp_path / "kept")
 
 
 def test_broken_images_and_empty_or_damaged_folders(tmp_path, monkeypatch):
     judges.picture(0).save(tmp_path / "0.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:600])
     documents = geneval.documents()
-    run = keep(tmp_path / "a", "geneval", [(documents[0], answer(tmp_path / "0.png", tmp_path / "cut.png"))])
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as parts of lmms-eval do
+    run = store_drawn_run(tmp_path / "a", "geneval", [(documents[0], answer(tmp_path / "0.png", tmp_path / "cut.png"))])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as in parts of lmms-eval
     with pytest.raises(ValueError, match="_1.png cannot be read"):
         list(run.images(1))
     assert ImageFile.LOAD_TRUNCATED_IMAGES
-    keep(tmp_path / "b", "geneval", [])
+    store_drawn_run(tmp_path / "b", "geneval", [])
     with pytest.raises(ValueError, match="the run was empty"):
-        open_kept(tmp_path / "b")
+        open_drawn_run(tmp_path / "b")
     (tmp_path / "a/drawn.jsonl").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        open_kept(tmp_path / "a")
+        open_drawn_run(tmp_path / "a")
     with pytest.raises(ValueError, match="holds no drawn images"):
-        open_kept(tmp_path)
+        open_drawn_run(tmp_path)
 
 
-def test_a_failed_judging_leaves_the_images_and_says_where(make_lm, evaluate, tmp_path, monkeypatch, oracle_judges):
+def test_a_failed_judge_leaves_the_images_and_names_their_folder(
+    make_lm, evaluate, tmp_path, monkeypatch, oracle_judges
+):
     monkeypatch.setattr(oracle_judges, "detect_batch", lambda images: 1 / 0)
     lm = make_lm(drawer=lambda prompt, seed: numbered(official_number(prompt)), batch_size=8)
     with pytest.raises(ZeroDivisionError) as caught:
         evaluate(lm, ["geneval"], limit=2)
     (folder,) = (tmp_path / "results/drawn").iterdir()
     assert f"evotok-eval judge {folder}" in caught.value.__notes__[0]
-    assert len(open_kept(folder).drawn) == 8
+    assert len(open_drawn_run(folder).drawn) == 8

@@ -1,4 +1,4 @@
-"""The drawing task: its documents, its answers, its baseline, and a whole run with drawers of known skill."""
+"""The drawing task: its documents, its answers, its baseline, and complete runs with drawers of known skill."""
 
 import json
 from functools import cache
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
+from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import prompt_record
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
@@ -21,7 +22,7 @@ def documents() -> list[dict]:
 
 @cache
 def scene_for(prompt: str):
-    """Some scene of which the prompt is true."""
+    """A scene that matches the prompt."""
     skill = next(doc["tag"] for doc in documents() if doc["prompt"] == prompt)
     rng = np.random.default_rng(1)
     while True:
@@ -34,7 +35,7 @@ def perfect(prompt: str, seed: int) -> Image.Image:
     return render(scene_for(prompt))
 
 
-def test_documents_are_reproducible_and_take_turns():
+def test_documents_are_reproducible_and_alternate_skills():
     docs = documents()
     assert docs == geneval_scenes.make_documents(SKILL_ROWS, seed=20260312)
     assert docs != geneval_scenes.make_documents(SKILL_ROWS, seed=1)
@@ -60,7 +61,7 @@ def test_derangement_of_any_list():
         prompts = [str(rng.integers(6)) for _ in range(int(rng.integers(2, 30)))]
         most = max(map(prompts.count, prompts))
         if 2 * most > len(prompts):
-            with pytest.raises(ValueError, match="cannot be its partners"):
+            with pytest.raises(ValueError, match="too few others to be its partners"):
                 geneval_scenes.derangement(prompts, rng)
             continue
         partner = geneval_scenes.derangement(prompts, rng)
@@ -68,11 +69,11 @@ def test_derangement_of_any_list():
         assert all(prompts[index] != prompts[other] for index, other in enumerate(partner))
 
 
-def test_answers_that_are_no_images(tmp_path):
+def test_answers_without_usable_images_are_rejected(tmp_path):
     for answer in ("a red circle", "[]", '{"images": []}', '{"images": [3]}', '{"text": ""}'):
         with pytest.raises(ValueError, match="expected .*images.* as JSON"):
             geneval_scenes.parse_images(answer)
-    with pytest.raises(FileNotFoundError, match="1 of 1 drawn images are gone"):
+    with pytest.raises(UserError, match="1 of 1 drawn images are missing"):
         geneval_scenes.parse_images(json.dumps({"images": [str(tmp_path / "gone.png")]}))
     broken = tmp_path / "broken.png"
     render(scene_for(documents()[0]["prompt"])).save(broken)
@@ -103,7 +104,7 @@ def test_every_prompt_can_be_fulfilled():
         assert verdict.correct, (doc["prompt"], verdict.reason)
 
 
-def test_perfect_drawer_gets_everything(make_lm, evaluate, tmp_path):
+def test_a_perfect_drawer_scores_one(make_lm, evaluate, tmp_path):
     lm = make_lm(drawer=perfect, batch_size=8)
     results = evaluate(lm, ["geneval_scenes"], limit=24)["results"]["geneval_scenes"]
     for metric in ("overall", *SKILLS):
@@ -116,7 +117,7 @@ def test_perfect_drawer_gets_everything(make_lm, evaluate, tmp_path):
     assert not hasattr(lm, "_model")  # lmms-eval freed it before scoring
 
 
-def test_blank_drawer_gets_nothing(make_lm, evaluate):
+def test_a_blank_drawer_scores_zero(make_lm, evaluate):
     results = evaluate(make_lm(batch_size=8), ["geneval_scenes"], limit=12)["results"]["geneval_scenes"]
     assert results["overall,none"] == results["baseline,none"] == 0.0
 

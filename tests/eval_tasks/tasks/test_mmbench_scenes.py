@@ -1,4 +1,4 @@
-"""The reading tasks: mmbench_scenes, and upstream's MMBench code on a local folder in its format."""
+"""mmbench_scenes, and upstream's MMBench on a local folder in its format."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def questions() -> datasets.Dataset:
 
 
 def knows(rows):
-    """An answerer that knows the right letter of every question by its text and its image."""
+    """A function that gives the right letter for the text and image of every question."""
     letters = {(row["question"], np.asarray(row["image"]).tobytes()): row["answer"] for row in rows}
 
     def answer(text, images):
@@ -60,7 +60,7 @@ def test_scores_of_one_document(questions):
         assert results == {"overall": hit, doc["category"]: hit, "chance": 1 / len(choices)}
 
 
-def test_a_reader_that_knows_and_one_that_always_says_a(make_lm, evaluate, questions):
+def test_a_perfect_reader_and_one_that_always_answers_a(make_lm, evaluate, questions):
     first = questions.select(range(40))
     results = evaluate(make_lm(knows(first), batch_size=8), ["mmbench_scenes"], limit=40)["results"]["mmbench_scenes"]
     categories = set(first["category"])

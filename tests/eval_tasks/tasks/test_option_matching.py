@@ -1,4 +1,4 @@
-"""Which option an answer names."""
+"""Matching of answers to options."""
 
 import pytest
 
@@ -20,9 +20,9 @@ FOUR = {"A": "top left", "B": "left", "C": "center", "D": "bottom"}
         ("The answer is D", "D"),
         ("The answer is (A).", "A"),
         ("A", "A"),
-        ("A circle stands in the center", "C"),  # the article is no option
+        ("A circle stands in the center", "C"),  # an article, not an option
         ("left", "B"),
-        ("Top Left", "A"),  # also says "left"; the longer option holds it
+        ("Top Left", "A"),  # also contains "left", but the longer option takes precedence
         ("It is at the bottom.", "D"),
         ("bottomless", None),
         ("", None),

@@ -1,4 +1,4 @@
-"""GenAI-Bench and DPG-Bench: their prompts files, their judges, whole runs."""
+"""GenAI-Bench and DPG-Bench: prompts files, judges and complete runs."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval_tasks.judging.drawn_run import Drawn, keep, kept_folders
+from eval_tasks.judging.drawn_run import Drawn, drawn_run_folders, store_drawn_run
 from eval_tasks.judging.vqa import Answer
 from eval_tasks.tasks.dpg_bench import task as dpg_bench
 from eval_tasks.tasks.genai_bench import task as genai_bench
@@ -58,8 +58,8 @@ def dpg_file(tmp_path):
     return path
 
 
-class Sayer:
-    """Answers questions by a function of them, and remembers its batches."""
+class FakeVqa:
+    """Answers questions with a given function, and records its batches."""
 
     def __init__(self, yes) -> None:
         self.yes, self.batches = yes, []
@@ -77,7 +77,7 @@ def judged(judge, documents, batch_size=2):
 # Prompts -------------------------------------------------------------------------------------------------------
 
 
-def test_genai_prompts_from_its_own_files_and_from_tables_are_the_same(genai_folder, tmp_path):
+def test_genai_prompts_are_the_same_in_all_formats(genai_folder, tmp_path):
     documents = genai_bench.read_prompts(genai_folder)
     assert documents[1] == {"index": 1, "prompt": "a b cup", "skills": ["advanced", "attribute", "counting"]}
     tags = [
@@ -100,12 +100,12 @@ def test_genai_prompts_from_its_own_files_and_from_tables_are_the_same(genai_fol
         assert genai_bench.read_prompts(path) == documents
 
 
-def test_genai_prompts_in_another_format_are_told(genai_folder, tmp_path):
+def test_genai_prompts_in_another_format_are_rejected(genai_folder, tmp_path):
     (genai_folder / "genai_skills.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="lists of prompt numbers by skill"):
         genai_bench.read_prompts(genai_folder)
     (genai_folder / "genai_skills.json").unlink()
-    with pytest.raises(ValueError, match="has no genai_skills.json"):
+    with pytest.raises(ValueError, match="is missing genai_skills.json"):
         genai_bench.read_prompts(genai_folder)
     for name, text, message in (
         ("a.jsonl", '{"caption": "x", "skills": ["counting"]}', "needs a column 'prompt' or 'text'"),
@@ -135,14 +135,16 @@ def test_dpg_prompts(dpg_file, tmp_path):
     columns = {name: [str(row[place]) for row in DPG_ROWS] for place, name in enumerate(DPG_COLUMNS)}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "other.parquet")
     assert dpg_bench.read_prompts(tmp_path / "other.parquet") == documents
-    with pytest.raises(ValueError, match="must hold one .csv or .parquet, it has 2"):
+    with pytest.raises(ValueError, match="must hold one .csv or .parquet, found 2"):
         dpg_bench.read_prompts(tmp_path)
 
 
-def test_dpg_prompts_in_another_format_are_told(tmp_path):
+def test_dpg_prompts_in_another_format_are_rejected(tmp_path):
     for place, value, message in (
-        (4, "9", "depends on \\[9\\], not all there"),
-        (7, "colour (cup)", "category 'colour' is none of global"),
+        (4, "9", "depends on missing ones of \\[9\\]"),
+        (3, "first", "expected a number as proposition_id, got 'first'"),
+        (4, "1;2", "expected a number as dependency, got '1;2'"),
+        (7, "color (cup)", "expected one of global, entity, attribute, relation, other as category, got 'color'"),
     ):
         row = list(DPG_ROWS[0])
         row[place] = value
@@ -151,9 +153,9 @@ def test_dpg_prompts_in_another_format_are_told(tmp_path):
         with pytest.raises(ValueError, match=message):
             dpg_bench.read_prompts(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text("prompt\na cup\n")
-    with pytest.raises(ValueError, match="needs a column 'item_id', it has \\['prompt'\\]"):
+    with pytest.raises(ValueError, match="needs a column 'item_id', got \\['prompt'\\]"):
         dpg_bench.read_prompts(tmp_path / "x.csv")
-    with pytest.raises(ValueError, match="get https://github.com/TencentQQGYLab/ELLA"):
+    with pytest.raises(ValueError, match="download https://github.com/TencentQQGYLab/ELLA"):
         dpg_bench.read_prompts("dpg_bench.csv")
 
 
@@ -166,26 +168,26 @@ def test_rows_of_a_json_object_keep_their_keys(tmp_path):
 
 
 def test_vqascore_asks_the_papers_question_and_counts_for_every_skill(genai_folder):
-    sayer = Sayer(lambda question: 0.9 if "a b cup" in question else 0.2)
-    found = judged(genai_bench.VqaScoreJudge(sayer), genai_bench.read_prompts(genai_folder))
-    assert sayer.batches[0][0] == 'Does this figure show "a a cup"? Please answer yes or no.'
+    vqa = FakeVqa(lambda question: 0.9 if "a b cup" in question else 0.2)
+    found = judged(genai_bench.VqaScoreJudge(vqa), genai_bench.read_prompts(genai_folder))
+    assert vqa.batches[0][0] == 'Does this figure show "a a cup"? Please answer yes or no.'
     assert [item.score for item in found] == [0.2, 0.9, 0.2] and found[0].correct is None
     assert found[1].marks == {"advanced": [0.9], "attribute": [0.9], "counting": [0.9]}
 
 
 def test_dpg_questions_depend_on_their_parents(dpg_file):
     documents = dpg_bench.read_prompts(dpg_file)
-    sayer = Sayer(lambda question: float("blue?" not in question))  # no to the second question alone
-    first, second = judged(dpg_bench.DpgJudge(sayer, 4), documents)
-    assert list(map(len, sayer.batches)) == [4, 2]  # questions of two images share a batch
+    vqa = FakeVqa(lambda question: float("blue?" not in question))  # no only to the second question
+    first, second = judged(dpg_bench.DpgJudge(vqa, 4), documents)
+    assert list(map(len, vqa.batches)) == [4, 2]  # questions of two images share a batch
     assert first.score == pytest.approx(1 / 3) and second.score == 1.0
-    # The third question is answered yes, which is what its category counts.
+    # The third question is answered with yes, which counts for its category.
     assert first.marks["relation"] == [1.0] and first.marks["attribute"] == first.marks["attribute - color"] == [0.0]
     assert first.reason == "Is the cup blue?; Is the blue cup here?"
 
 
 def naive_dpg(questions, said) -> float:
-    """ELLA's scoring, told again: scores by question number, struck out where a parent's is zero, in order."""
+    """ELLA's scoring: scores by question number, set to 0 in order where the score of a parent is 0."""
     scores = {question["id"]: float(yes) for question, yes in zip(questions, said, strict=True)}
     for question in questions:
         for parent in question["parents"]:
@@ -236,14 +238,14 @@ def test_a_run_with_a_real_judge(task, make_lm, evaluate, monkeypatch, judge_fol
     assert (folder / "contact_sheet.html").read_text().count("data:image/jpeg") == len(rows)
 
 
-def test_missing_prompts_are_told_at_once(make_lm, evaluate, monkeypatch, tmp_path):
+def test_missing_prompts_are_reported_at_once(make_lm, evaluate, monkeypatch, tmp_path):
     monkeypatch.setenv("EVOTOK_DPG_BENCH_PROMPTS", str(tmp_path / "nowhere.csv"))
     monkeypatch.setattr(dpg_bench.process_results.__self__, "_documents", None)
-    with pytest.raises(ValueError, match="nowhere.csv' does not exist; get https"):
+    with pytest.raises(ValueError, match="nowhere.csv' does not exist; download https"):
         evaluate(make_lm(), ["dpg_bench"])
 
 
-def test_a_missing_vqa_judge_is_told_before_drawing(make_lm, evaluate, monkeypatch, genai_folder):
+def test_a_missing_vqa_judge_is_reported_before_drawing(make_lm, evaluate, monkeypatch, genai_folder):
     monkeypatch.setenv("EVOTOK_GENAI_BENCH_PROMPTS", str(genai_folder))
     monkeypatch.setattr(genai_bench.process_results.__self__, "_documents", None)
     lm = make_lm()
@@ -253,24 +255,24 @@ def test_a_missing_vqa_judge_is_told_before_drawing(make_lm, evaluate, monkeypat
     assert replace(genai_bench.BENCHMARK).overall == "images"
 
 
-def test_a_line_ends_where_json_lines_end(tmp_path):
+def test_lines_are_split_only_at_newlines(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert read_rows(path) == [{"prompt": "one\u2028two\x85three"}]
 
 
-def test_skills_may_be_written_as_python_writes_them(tmp_path):
+def test_skills_may_be_python_literals(tmp_path):
     for text in ('{"basic_skills": ["scene"], "advanced_skills": null}', "{'basic_skills': ['scene'], 'x': None}"):
         assert genai_bench._tags({"Prompt": "a", "Tags": text}, tmp_path) == ["scene"]
     with pytest.raises(ValueError, match="neither JSON nor a Python literal"):
         genai_bench._tags({"Tags": "{broken"}, tmp_path)
 
 
-def test_what_is_kept_twice_or_damaged_is_told(tmp_path):
+def test_duplicate_documents_and_damaged_folders_are_rejected(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     answer = json.dumps({"text": "", "images": [str(tmp_path / "a.png")]})
-    with pytest.raises(ValueError, match="document 3: its number comes twice"):
-        keep(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
+    with pytest.raises(ValueError, match="document 3: its index occurs twice"):
+        store_drawn_run(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
     (tmp_path / "kept" / "drawn.json").write_text("{")
     with pytest.raises(ValueError, match="drawn.json is damaged"):
-        kept_folders(tmp_path, "geneval")
+        drawn_run_folders(tmp_path, "geneval")

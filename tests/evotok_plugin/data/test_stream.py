@@ -6,6 +6,7 @@ from PIL import Image
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.trainer import _Positions
 
 
@@ -23,7 +24,7 @@ class Pictures:
 
     def picture(self, index):
         if index in self.broken:
-            raise ValueError(f"image {index} is broken")
+            raise UserError(f"image {index} is broken")
         return Image.new("RGB", (40, 30), (self.first + index,) * 3)
 
     def label(self, index):

@@ -23,6 +23,7 @@ from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.cli import main
 from evotok_plugin.common.hub_files import HubFile
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation import evaluate as evaluation
 from evotok_plugin.evaluation import meters
 from evotok_plugin.evaluation.evaluate import EvaluationOptions, chosen_metrics, evaluate
@@ -58,7 +59,7 @@ class Pictures:
     def picture(self, index):
         self.decoded[index] += 1
         if index in self.broken:
-            raise ValueError(f"{index} is broken")
+            raise UserError(f"{index} is broken")
         return Image.fromarray(self.arrays[index])
 
     def label(self, index):

@@ -8,7 +8,7 @@ from evotok_plugin.scenes import scene as scenes
 
 
 @pytest.mark.parametrize("skill", scenes.SKILLS)
-def test_objects_stay_inside_cells_of_their_own(skill, rng):
+def test_each_object_stays_inside_its_own_cell(skill, rng):
     for _ in range(100):
         scene = scenes.sample_scene(rng, skill)
         cells = [item.cell for item in scene.objects]
@@ -62,7 +62,7 @@ def test_counting_questions_count(rng):
             assert question.answer == captions.NUMBERS[count]
 
 
-def test_the_corpus_is_a_function_of_its_seed(tmp_path):
+def test_the_corpus_depends_only_on_its_seed(tmp_path):
     for name in ("a", "b"):
         corpus.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
     corpus.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
@@ -73,7 +73,7 @@ def test_the_corpus_is_a_function_of_its_seed(tmp_path):
     assert kinds == ["read", "draw", "draw", "draw"] * 7
 
 
-def test_scene_prompts_are_distinct_and_no_more_than_there_are(rng):
+def test_scene_prompts_are_distinct_and_limited_to_those_that_exist(rng):
     assert len(captions.scene_prompts("single_object", 20, rng)) == len(scenes.SHAPES)
     prompts = [record["prompt"] for record in captions.scene_prompts("position", 20, rng)]
     assert len(set(prompts)) == 20
@@ -86,7 +86,7 @@ def test_unknown_skills_and_shapes_are_refused(rng):
         scenes.render(scenes.Scene((scenes.SceneObject("blob", "red", 0.5, 0.5, 0.2),)))
 
 
-def test_rendering_shows_colour_and_ground():
-    scene = scenes.Scene((scenes.SceneObject("square", "red", 0.5, 0.5, 0.3),), ground=(150, 150, 150))
+def test_rendering_shows_color_and_background():
+    scene = scenes.Scene((scenes.SceneObject("square", "red", 0.5, 0.5, 0.3),), background=(150, 150, 150))
     picture = np.array(scenes.render(scene))
     assert tuple(picture[24, 24]) == scenes.COLORS["red"] and tuple(picture[2, 2]) == (150, 150, 150)

@@ -1,18 +1,15 @@
-import http.server
 import io
 import json
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from evotok_plugin.errors import UserError
 from llava_ext.cli import main
-from llava_ext.commands.chat import Pictures
-from llava_ext.generation import ImageDrawn, TextDelta
-from llava_ext.generation.interleaved import AnswerOptions
-from llava_ext.serving import web_images
-from llava_ext.serving.session import Conversation
+from llava_ext.commands.chat import extract_images, open_chat_image
+from llava_ext.generation import AnswerOptions, ImageDrawn, TextDelta
+from llava_ext.serving.session import ChatSession
 
 DRAW = AnswerOptions(image_first=True)
 TALK = AnswerOptions(max_new_tokens=4, max_images=0)
@@ -20,7 +17,7 @@ TALK = AnswerOptions(max_new_tokens=4, max_images=0)
 
 @pytest.fixture
 def picture(tmp_path):
-    """A red image of 60 x 40 pixels as a file whose name holds a space."""
+    """A red image of 60 x 40 pixels as a file whose name contains a space."""
     path = tmp_path / "my cat.png"
     Image.new("RGB", (60, 40), "red").save(path)
     return path
@@ -28,7 +25,7 @@ def picture(tmp_path):
 
 @pytest.fixture
 def chat(model_folder, tmp_path, capsys, monkeypatch):
-    """`chat(lines, *flags)` types lines into the command; gives what it wrote to stdout and stderr."""
+    """`chat(lines, *flags)` feeds lines to the command and returns its stdout and stderr."""
 
     def run(lines, *flags):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, lines)) + "\n"))
@@ -42,18 +39,18 @@ def chat(model_folder, tmp_path, capsys, monkeypatch):
 # A conversation --------------------------------------------------------------------------------------------------
 
 
-def test_an_image_it_drew_can_be_asked_about(tiny_mllm):
+def test_the_model_can_be_asked_about_an_image_it_drew(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
-    events = list(conversation.ask(model, processor, "a photo of a ring", [], DRAW, seed=3))
+    session = ChatSession()
+    events = list(session.ask(model, processor, "a photo of a ring", [], DRAW, seed=3))
     (drawn,) = [event.image for event in events if isinstance(event, ImageDrawn)]
-    list(conversation.ask(model, processor, "What shape is it?", [], TALK, seed=4))
-    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
-    inputs = processor.apply_chat_template(conversation.messages, tokenize=True)
+    list(session.ask(model, processor, "What shape is it?", [], TALK, seed=4))
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+    inputs = processor.apply_chat_template(session.messages, tokenize=True)
     np.testing.assert_array_equal(inputs["pixel_values"], processor.image_processor(drawn).pixel_values)
 
 
-def test_the_history_is_part_of_the_question(tiny_mllm, monkeypatch):
+def test_the_conversation_so_far_is_part_of_the_prompt(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
     seen, stream = [], type(model).stream
 
@@ -62,28 +59,28 @@ def test_the_history_is_part_of_the_question(tiny_mllm, monkeypatch):
         return stream(model, inputs, *arguments)
 
     monkeypatch.setattr(type(model), "stream", watched)
-    conversation = Conversation()
+    session = ChatSession()
     for text in ("red circles", "blue squares"):
-        list(conversation.ask(model, processor, text, [], TALK, seed=0))
+        list(session.ask(model, processor, text, [], TALK, seed=0))
     assert "red circles" in seen[1] and seen[1].index("red circles") < seen[1].index("blue squares")
 
 
-def test_what_a_model_writes_never_stands_for_an_image(tiny_mllm, monkeypatch):
+def test_text_of_the_model_is_never_read_as_an_image_placeholder(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
     said = [TextDelta(0, "an <ima"), TextDelta(0, "ge> and <|image_pad|>")]
     monkeypatch.setattr(type(model), "stream", lambda *arguments: iter(said))
-    conversation = Conversation()
-    list(conversation.ask(model, processor, "hi", [], TALK, seed=0))
-    inputs = processor.apply_chat_template(conversation.messages, tokenize=True)
+    session = ChatSession()
+    list(session.ask(model, processor, "hi", [], TALK, seed=0))
+    inputs = processor.apply_chat_template(session.messages, tokenize=True)
     assert "pixel_values" not in inputs and processor.image_token_id not in inputs["input_ids"]
     assert "an <image> and <|image_pad|>" in processor.decode(inputs["input_ids"][0])
 
 
-def test_an_image_that_cannot_be_written_leaves_the_conversation_as_it_was(chat, tmp_path, monkeypatch):
+def test_the_conversation_is_unchanged_if_an_image_cannot_be_written(chat, tmp_path, monkeypatch):
     from llava_ext.commands import chat as command
 
     def full(*arguments):
-        raise ValueError("disk full")
+        raise UserError("disk full")
 
     monkeypatch.setattr(command, "write_drawn", full)
     written = chat(["/draw a ring", f"/save {tmp_path / 'saved'}"])
@@ -91,30 +88,30 @@ def test_an_image_that_cannot_be_written_leaves_the_conversation_as_it_was(chat,
     assert json.loads((tmp_path / "saved" / "conversation.json").read_text()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_at_once(model_folder, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_reported_at_once(model_folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["chat", "hi", "--model", str(model_folder), "-o", str(tmp_path / "file" / "x")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_after_an_error_the_conversation_is_as_before(tiny_mllm):
+def test_the_conversation_is_unchanged_after_an_error(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
-    list(conversation.ask(model, processor, "a ring", [], TALK, seed=0))
-    before = list(conversation.messages)
+    session = ChatSession()
+    list(session.ask(model, processor, "a ring", [], TALK, seed=0))
+    before = list(session.messages)
     for text in ("  ", "ring " * 40000):
-        with pytest.raises(ValueError):
-            list(conversation.ask(model, processor, text, [], TALK, seed=0))
-        assert conversation.messages == before
+        with pytest.raises(UserError):
+            list(session.ask(model, processor, text, [], TALK, seed=0))
+        assert session.messages == before
 
 
-def test_an_answer_that_is_left_joins_as_far_as_it_came(tiny_mllm):
+def test_a_stopped_answer_is_added_as_far_as_it_came(tiny_mllm):
     model, processor = tiny_mllm
-    conversation = Conversation()
-    events = conversation.ask(model, processor, "a ring", [], AnswerOptions(max_new_tokens=200, max_images=0), seed=0)
+    session = ChatSession()
+    events = session.ask(model, processor, "a ring", [], AnswerOptions(max_new_tokens=200, max_images=0), seed=0)
     heard = next(event.text for event in events if isinstance(event, TextDelta))
     events.close()
-    assert conversation.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": heard}]}
+    assert session.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": heard}]}
 
 
 # In the terminal -------------------------------------------------------------------------------------------------
@@ -137,18 +134,18 @@ def test_a_conversation_is_saved_with_its_images(chat, picture, tmp_path):
     assert Image.open(tmp_path / "kept" / "image1.png").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_saving_overwrites_nothing(chat, tmp_path):
+def test_saving_never_overwrites_files(chat, tmp_path):
     (tmp_path / "mine.txt").write_text("dear")
     _, error = chat(["/draw a ring", f"/save {tmp_path}"])
     assert "not empty" in error and (tmp_path / "mine.txt").read_text() == "dear"
 
 
-def test_reset_begins_anew(chat, tmp_path):
+def test_reset_starts_a_new_conversation(chat, tmp_path):
     chat(["/draw a ring", "/reset", f"/save {tmp_path / 'kept'}"])
     assert json.loads((tmp_path / "kept" / "conversation.json").read_text()) == []
 
 
-def test_an_image_alone_waits_for_its_question(chat, picture, tmp_path):
+def test_an_image_without_a_question_is_kept_for_the_next_one(chat, picture, tmp_path):
     _, error = chat([f"'{picture}'", "What is it?", f"/save {tmp_path / 'kept'}"])
     assert "1 image for the next question" in error and (tmp_path / "kept" / "image1.png").is_file()
 
@@ -157,19 +154,19 @@ def test_an_image_alone_waits_for_its_question(chat, picture, tmp_path):
     ("line", "message"),
     [
         ("/dance", "unknown command /dance; /help"),
-        ("/image", "/image what?"),
+        ("/image", "/image needs an argument"),
         ("/image absent.png", "image 'absent.png' does not exist"),
         ("what is in there/absent.png ?", "image 'there/absent.png' does not exist"),
-        ("what is https://example.com/cat.png ?", "is not fetched; save the image and give its path"),
+        ("what is https://example.com/cat.png ?", "is not fetched; save the image and give its path\n"),
     ],
 )
-def test_after_bad_input_the_conversation_goes_on(chat, line, message, tmp_path):
+def test_the_conversation_continues_after_bad_input(chat, line, message, tmp_path):
     _, error = chat([line, "/draw a ring", "/quit", "/draw never"])
     assert "error: " in error and message in error
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["a_ring_seed0.png"]
 
 
-def test_one_question_takes_its_images_from_the_line_too(model_folder, picture, capsys):
+def test_a_single_question_can_contain_image_paths(model_folder, picture, capsys):
     arguments = ["chat", f'What is in "{picture}"?', "--model", str(model_folder), "--max_new_tokens", "3"]
     assert main(arguments) == 0 and capsys.readouterr().out.endswith("\n")
 
@@ -177,7 +174,7 @@ def test_one_question_takes_its_images_from_the_line_too(model_folder, picture, 
 # Images in a line ------------------------------------------------------------------------------------------------
 
 
-def test_paths_in_a_line_are_recognised(picture, tmp_path, monkeypatch):
+def test_paths_in_a_line_are_recognized(picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("dog.JPG")
     plain, escaped, url = "dog.JPG", str(picture).replace(" ", "\\ "), picture.as_uri()
@@ -189,85 +186,10 @@ def test_paths_in_a_line_are_recognised(picture, tmp_path, monkeypatch):
         ("write it as ring.png", "write it as ring.png", 0),
         ("what is a .png?", "what is a .png?", 0),
     ]:
-        found = Pictures(allow_urls=False).in_line(line)
+        found = extract_images(line)
         assert (found[0], len(found[1])) == (text, count), line
 
 
-def test_a_file_of_another_host_is_not_looked_for_here(picture):
-    with pytest.raises(ValueError, match="only local files are read"):
-        Pictures(allow_urls=False).open(f"file://server{picture}")
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("http://127.0.0.1/a.png", "127.0.0.1, which is no public address"),
-        ("http://localhost:1/a.png", "no public address"),
-        ("http://[::1]/a.png", "no public address"),
-        ("http://[::ffff:10.0.0.1]/a.png", "no public address"),
-        ("http://169.254.169.254/latest/meta-data", "no public address"),
-        ("http://192.168.1.1/a.png", "no public address"),
-        ("http://0/a.png", "no public address"),
-        ("http://[/a.png", "is no URL"),
-        ("file:///etc/passwd", "expected http:// or https://"),
-        ("ftp://example.com/a.png", "expected http:// or https://"),
-    ],
-)
-def test_no_address_but_a_public_one_is_fetched(url, message):
-    with pytest.raises(ValueError, match=message):
-        web_images.fetch(url, 1000)
-
-
-@pytest.fixture
-def site(monkeypatch):
-    """A server that passes for public by the name `images.test`."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20), "blue").save(buffer, "PNG")
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            here = f"http://images.test:{self.server.server_address[1]}"
-            moved = {"/moved": f"{here}/cat.png", "/inside": "http://127.0.0.1/a.png", "/round": "/round"}
-            self.send_response(302 if self.path in moved else 200 if self.path in ("/cat.png", "/page") else 404)
-            if self.path in moved:
-                self.send_header("Location", moved[self.path])
-            self.end_headers()
-            self.wfile.write(buffer.getvalue() if self.path == "/cat.png" else b"<html>")
-
-        def log_message(self, *arguments):
-            pass
-
-    checked = web_images._public_address
-    monkeypatch.setattr(
-        web_images, "_public_address", lambda h, p: "127.0.0.1" if h == "images.test" else checked(h, p)
-    )
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://images.test:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_images_of_the_web_are_read_where_that_is_allowed(site):
-    for path in ("/cat.png", "/moved"):
-        text, images = Pictures(allow_urls=True).in_line(f"What is {site}{path}, pray?")
-        assert images[0].getpixel((0, 0)) == (0, 0, 255) and text == "What is , pray?"
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("/inside", "127.0.0.1, which is no public address"),
-        ("/round", "more than 3 redirects"),
-        ("/nothing", "404"),
-        ("/page", "broken, or none of PNG"),
-    ],
-)
-def test_what_the_web_gives_is_checked(site, path, message):
-    with pytest.raises(ValueError, match=message):
-        Pictures(allow_urls=True).open(site + path)
-
-
-def test_no_more_is_fetched_than_allowed(site):
-    with pytest.raises(ValueError, match="/cat.png has more than the"):
-        web_images.fetch(f"{site}/cat.png", 20)
+def test_a_file_url_of_another_host_is_rejected(picture):
+    with pytest.raises(UserError, match="only local files are read"):
+        open_chat_image(f"file://server{picture}")

@@ -12,7 +12,7 @@ RING = "a photo of a ring"
 
 @pytest.fixture
 def draw(model_folder, tmp_path, capsys):
-    """Runs the command; gives the exit code, and what it wrote to stderr."""
+    """Run the command and return its exit code and stderr."""
 
     def run(*arguments):
         flags = [] if "-o" in arguments else ["-o", tmp_path]
@@ -26,7 +26,7 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def test_files_say_how_they_were_drawn(draw, tmp_path, model_folder):
+def test_png_text_records_how_an_image_was_drawn(draw, tmp_path, model_folder):
     assert draw("a naïve ring, 環", "-n", 2, "--seed", 3, "--top_p", 0.9, "--temperature", "1,0.9,0.8,0.7")[0] == 0
     text = Image.open(tmp_path / "a_naïve_ring_環_seed4.png").text
     assert (text["prompt"], text["seed"], text["model"]) == ("a naïve ring, 環", "4", model_folder.name)
@@ -36,7 +36,7 @@ def test_files_say_how_they_were_drawn(draw, tmp_path, model_folder):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_same_again_replaces_and_anything_else_stands_beside(draw, tmp_path):
+def test_only_the_same_image_is_overwritten(draw, tmp_path):
     for _ in range(2):
         draw(RING)
     assert [path.name for path in tmp_path.iterdir()] == ["a_photo_of_a_ring_seed0.png"]
@@ -46,14 +46,14 @@ def test_the_same_again_replaces_and_anything_else_stands_beside(draw, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "a_photo_of_a_ring_seed0.png").read_bytes() == first
 
 
-def test_a_file_of_someone_else_is_left_alone(draw, tmp_path):
+def test_a_foreign_file_is_never_overwritten(draw, tmp_path):
     mine = tmp_path / "a_photo_of_a_ring_seed0.png"
     mine.write_text("dear")
     assert draw(RING)[0] == 0
     assert mine.read_text() == "dear" and Image.open(tmp_path / "a_photo_of_a_ring_seed0_2.png").text["seed"] == "0"
 
 
-def test_an_image_is_the_same_whatever_is_drawn_beside_it(draw, tmp_path):
+def test_an_image_does_not_depend_on_its_batch(draw, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"a photo of two squares\n\n{RING}\n")
     draw("a red circle", "--prompts", prompts, "-n", 2, "-o", tmp_path / "many", "--batch_size", 4)
@@ -63,7 +63,7 @@ def test_an_image_is_the_same_whatever_is_drawn_beside_it(draw, tmp_path):
     np.testing.assert_allclose(many, one, atol=1)  # the decoder's sums round differently in another batch
 
 
-def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_finished_images(draw, tmp_path, monkeypatch):
     generate, calls = EvoTokLlavaForConditionalGeneration.generate_images, []
 
     def interrupted(model, *arguments, **settings):
@@ -78,16 +78,16 @@ def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a_photo_of_a_ring_seed{seed}.png" for seed in (0, 1)]
 
 
-def test_a_preview_shows_the_batch_and_takes_no_other_files_place(draw, tmp_path):
+def test_a_preview_shows_the_batch_and_overwrites_only_previews(draw, tmp_path):
     preview = tmp_path / "preview.png"
     for _ in range(2):
         assert draw(RING, "-n", 2, "--preview", preview, "--preview_every", 2)[0] == 0
     grid = pixels(preview)
     assert grid.shape == pixels(tmp_path / "a_photo_of_a_ring_grid.png").shape
-    assert (grid[-1, -1] == 128).all()  # the last place is never drawn in a preview
+    assert (grid[-1, -1] == 128).all()  # the last position is never drawn in a preview
     drawn = tmp_path / "a_photo_of_a_ring_seed0.png"
     code, error = draw(RING, "--preview", drawn)
-    assert code == 2 and "is there already and is no preview" in error
+    assert code == 2 and "exists and was not written as a preview" in error
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_preview_shows_the_batch_and_takes_no_other_files_place(draw, tmp_path
         ([RING, "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(draw, tmp_path, arguments, message):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(draw, tmp_path, arguments, message):
     code, error = draw(*arguments)
     last = error.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and message in last
@@ -114,13 +114,13 @@ def test_bad_input_is_one_line_and_writes_nothing(draw, tmp_path, arguments, mes
 
 
 @pytest.mark.parametrize("flags", [["--guidance_schedule", "quadratic"], ["--temperature", "warm"]])
-def test_flags_of_the_wrong_kind_are_named(draw, flags, capsys):
+def test_flags_of_the_wrong_type_are_named(draw, flags, capsys):
     with pytest.raises(SystemExit) as left:
         draw(RING, *flags)
     assert left.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_named(draw, tmp_path):
+def test_an_output_that_cannot_be_written_is_reported_before_drawing(draw, tmp_path):
     (tmp_path / "file").write_text("")
     code, error = draw(RING, "-o", tmp_path / "file")
     assert code == 2 and "is not a folder" in error and "drawing" not in error

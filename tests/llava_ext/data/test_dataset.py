@@ -20,6 +20,7 @@ from llava_ext.data.samplers import EpochSampler, ModalityGroupedSampler
 from llava_ext.processing_evotok_llava import TooLong
 from llava_ext.training.build_data import build_dataset
 from llava_ext.training.config import StageConfig
+from llava_ext.training.launch import prepare_processes
 
 READ_ONLY = {"tune_write_projector": False, "tune_image_head": False}  # for data without drawings
 
@@ -185,7 +186,9 @@ def config_of(tmp_path, scene_folder):
             "disable_tqdm": True,
             "report_to": "none",
         }
-        return StageConfig(**values | options)
+        config = StageConfig(**values | options)
+        prepare_processes(config)
+        return config
 
     return build
 

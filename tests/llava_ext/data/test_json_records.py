@@ -66,7 +66,7 @@ def test_text_without_an_end_is_scanned_once(tmp_path, content, monkeypatch):
 
     monkeypatch.setattr(json_records, "_STRING_OR_BRACKET", Counting())
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="it ends within record 0; was it cut off"):
+    with pytest.raises(ValueError, match="it ends within record 0; is it truncated"):
         open_records(tmp_path / "a.json", RowOptions())
     assert found[-1][1] == len(content) and sum(end - start for start, end in found) <= len(content)
 
@@ -80,7 +80,7 @@ def test_folders_of_records_are_read_by_kind(tmp_path, caplog):
     assert len(open_records(f"{tmp_path}/", RowOptions())) == 3
     assert caplog.messages == [f"{tmp_path}: 2 files skipped: 1 .json, 1 .md"]
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="several kinds of data .*name the files by a pattern"):
+    with pytest.raises(ValueError, match="several kinds of data .*select files with a pattern"):
         open_records(tmp_path, RowOptions())
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from evotok_plugin.common.processes import Processes
 from llava_ext.data.mixture import Mixture
+from llava_ext.data.record_scan import scan_records
 from llava_ext.data.record_sources import open_records
 from llava_ext.data.records import KINDS, RowOptions, parse_record
-from llava_ext.data.survey import survey
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -188,7 +188,7 @@ def test_an_empty_column_of_images_hides_no_other(folder, write):
     videos = datasets.Dataset.from_list([{"conversations": turns("a", "b"), "video": name} for name in ("v.mp4", None)])
     source = _records_of(videos, folder / "videos", folder)
     assert len(source.records(1)) == 1
-    with pytest.raises(ValueError, match="the row has 'video', which is not supported"):
+    with pytest.raises(ValueError, match="the row has 'video'; only text and images"):
         source.records(0)
 
 
@@ -215,7 +215,7 @@ def test_a_video_in_a_shard_is_a_bad_sample(folder):
     members = [("a.mp4", b""), ("a.txt", b"a ring"), ("b.png", png(1)), ("b.TXT", b"a ring")]
     source = open_records(write_shard(folder / "w.tar", members), RowOptions(caption_task="read"))
     assert source.records(1)[0].kind == "read"
-    with pytest.raises(ValueError, match="the sample has a .mp4, which is not supported"):
+    with pytest.raises(ValueError, match="the sample has a .mp4 file; only text and images"):
         source.records(0)
 
 
@@ -283,8 +283,8 @@ def test_names_stay_when_files_move_or_are_added(folder, write, tmp_path_factory
     ("name", "content", "message"),
     [
         ("a.json", "{", "not valid JSON: it ends within record 0"),
-        ("a.json", '[{"a": 1}, {"b": ', "it ends within record 1; was it cut off"),
-        ("a.json", '{"data": [{"a": 1}]}', "expected a list of records.*one record a line is a .jsonl file"),
+        ("a.json", '[{"a": 1}, {"b": ', "it ends within record 1; is it truncated"),
+        ("a.json", '{"data": [{"a": 1}]}', "expected a list of records.*use .jsonl for one record per line"),
         ("a.json", '[{"a": 1} {"b": 2}]', "expected a list of records, with ',' at byte"),
         ("a.json", '["a", "b"]', "expected a list of records"),
         ("a.json", "[]", "non-empty list"),
@@ -347,14 +347,14 @@ def test_a_bad_sample_of_a_shard_is_one_bad_sample(tmp_path, members, message):
         source.records(1)
 
 
-# The survey ---------------------------------------------------------------------------------------------------
+# The scan of records ------------------------------------------------------------------------------------------
 
 
 def looked_at(tiny_mllm, sources, max_length=2048):
-    return survey(sources, tiny_mllm[1], max_length, ALONE, num_workers=1)
+    return scan_records(sources, tiny_mllm[1], max_length, ALONE, num_workers=1)
 
 
-def test_a_survey_finds_what_is_usable_and_what_it_needs(tiny_mllm, folder):
+def test_a_scan_finds_usable_records_and_the_images_they_need(tiny_mllm, folder):
     rows = [*ROWS, {"id": "bad"}, row(0) | {"image": "absent.png"}]
     found = looked_at(tiny_mllm, [open_records(as_jsonl(folder, rows), RowOptions(folder))])
     assert [found.records[i] for i in range(12)] == [parse_record(one, folder) for one in ROWS]
@@ -379,7 +379,7 @@ def test_an_image_that_many_need_is_there_once(tiny_mllm, folder):
 
 
 def test_two_processes_find_what_one_finds(tiny_mllm, folder, monkeypatch):
-    monkeypatch.setattr("llava_ext.data.survey._CHUNK", 5)
+    monkeypatch.setattr("llava_ext.data.record_scan._CHUNK", 5)
     sources = [open_records(write(folder, ROWS), RowOptions(folder)) for write in (as_json, as_shards)]
     alone = looked_at(tiny_mllm, sources)
     parts = []
@@ -390,7 +390,7 @@ def test_two_processes_find_what_one_finds(tiny_mllm, folder, monkeypatch):
             return parts if len(parts) == 2 else [value, value]
 
     for rank in (0, 1):
-        both = survey(sources, tiny_mllm[1], 2048, Half(rank, 2, ALONE.device), num_workers=1)
+        both = scan_records(sources, tiny_mllm[1], 2048, Half(rank, 2, ALONE.device), num_workers=1)
     assert list(both.records) == list(alone.records)
     assert [both.images.key(i) for i in range(len(both.images))] == [
         alone.images.key(i) for i in range(len(alone.images))

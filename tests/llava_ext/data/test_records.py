@@ -92,8 +92,8 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"image": "a.png", "conversations": turns("<image>", "a"), "drawn": [True]}, "outside the assistant's turns"),
         ({"image": "a.png", "conversations": turns("a", "<image>"), "drawn": [1]}, r"for each of 1 images, got \[1\]"),
         ({"image": "a.png", "conversations": turns("a", "<image>"), "drawn": []}, r"for each of 1 images, got \[\]"),
-        ({"image": "../a.png", "conversations": turns("<image>", "a")}, "leaves the image folder"),
-        ({"image": "/etc/hostname", "conversations": turns("<image>", "a")}, "leaves the image folder"),
+        ({"image": "../a.png", "conversations": turns("<image>", "a")}, "outside the image folder"),
+        ({"image": "/etc/hostname", "conversations": turns("<image>", "a")}, "outside the image folder"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(folder, row, message):
@@ -208,16 +208,19 @@ def test_an_image_of_a_system_turn_is_read_and_a_first_turn_may_be_gpt_s(folder)
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"image": "a.png", "video": "v.mp4"}, "the row has 'video', which is not supported"),
+        ({"image": "a.png", "video": "v.mp4"}, "the row has 'video'; only text and images are supported"),
         ({"videos": ["v.mp4"]}, "the row has 'videos'"),
         ({"audio": {"path": "a.wav"}}, "the row has 'audio'"),
-        ({"conversations": turns("<video>\nwhat?", "a")}, "turn 0 holds <video>, which is not supported"),
-        ({"conversations": turns("what?", "<audio>")}, "turn 1 holds <audio>"),
+        (
+            {"conversations": turns("<video>\nwhat?", "a")},
+            "turn 0 contains <video>; only text and images",
+        ),
+        ({"conversations": turns("what?", "<audio>")}, "turn 1 contains <audio>"),
         ({"image": "", "conversations": turns("<image>", "a")}, "'image' and 'images' are missing or empty"),
         ({"conversations": turns("a tag?", "<image>")}, "1 <image> .* 0 images"),
         ({"image": "a.png", "conversations": turns("what?", "a")}, "write <image> where each image belongs"),
         ({"conversations": turns("what?", " ")}, "turn 1: the answer of 'gpt' is empty"),
-        ({"conversations": "no JSON"}, "'conversations' is text that is not JSON"),
+        ({"conversations": "no JSON"}, "'conversations' is text that is not valid JSON"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(folder, row, message):

@@ -11,7 +11,8 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from llava_ext.embedded import prepare
 from llava_ext.embedded.prepare import DONE, holds_model, make, uses_embedded_default
-from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
+from llava_ext.training.config import StageConfig
+from llava_ext.training.deepspeed_config import find_deepspeed_config, read_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(recipes_folder("llava_ext").glob("*.yaml"))

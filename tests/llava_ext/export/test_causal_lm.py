@@ -60,7 +60,7 @@ GREEDILY = """
 import json
 def answer(text):
     prompt = ids_of(text)
-    turns = LogitsProcessorList([WhoseTurn()])
+    turns = LogitsProcessorList([AllowedTokens()])
     ids = model.generate(prompt, do_sample=False, max_new_tokens=POSITIONS * LEVELS + 8, logits_processor=turns)
     return ids[0, prompt.shape[1]:].tolist()
 
@@ -222,7 +222,7 @@ def test_residual_tokens_stay_whole_under_other_pre_tokenizers(pre_tokenizer):
 
 def test_tokenizers_that_would_tear_tokens_or_change_text_are_refused():
     vocabulary = ResidualVocabulary(300, 2, 10)
-    with pytest.raises(ValueError, match="tear residual tokens"):
+    with pytest.raises(ValueError, match="split residual tokens"):
         with_residual_tokens(bpe(pre_tokenizers.Punctuation()), vocabulary)
     unreachable = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     facts = json.loads(unreachable.backend_tokenizer.to_str())

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from evotok_plugin import SamplingOptions, uniform_noise
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import sample
 from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import SCHEDULES
@@ -71,12 +72,12 @@ def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
         ({"prompt": "x", "temperature": [1.0, 0.5]}, "temperature has 2 values, but 4 levels"),
         ({"prompt": "x", "guidance_schedule": "steep"}, "expected constant, linear, cosine, got 'steep'"),
         ({"prompt": "x", "output_type": "np"}, "expected 'pil' or 'pt', got 'np'"),
-        ({"prompt": "ring " * 33000}, "language model sees"),
+        ({"prompt": "ring " * 33000}, "but the language model has"),
     ],
 )
 def test_bad_settings_are_refused(tiny_mllm, arguments, message):
     model, processor = tiny_mllm
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         model.generate_images(processor=processor, **arguments)
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from evotok_plugin import SamplingOptions, uniform_noise
+from evotok_plugin.errors import UserError
 from llava_ext.generation import (
     AnswerOptions,
     DrawingOptions,
@@ -254,7 +255,7 @@ def test_a_drawn_image_in_the_prompt_is_gone_on_from(talker):
     half = whole[:, : whole[0].tolist().index(processor.image_end_id) + 1]
     done = half.shape[1] - inputs["input_ids"].shape[1] - 38  # text tokens before the image
     assert torch.equal(answer(model, processor, {"input_ids": half}, max_new_tokens=6 - done, max_images=0), whole)
-    with pytest.raises(ValueError, match='modalities="auto"'):
+    with pytest.raises(UserError, match='modalities="auto"'):
         model.generate(half, max_new_tokens=2)
 
 
@@ -265,13 +266,13 @@ def test_a_drawn_image_in_the_prompt_is_gone_on_from(talker):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_images": -1}, "max_images must be at least 0"),
         ({"num_beams": 4}, "does not take num_beams"),
-        ({"seed": [1, 2]}, "2 seeds for 1 .one a conversation"),
+        ({"seed": [1, 2]}, "2 seeds for 1 .one per conversation"),
         ({"drawing": DrawingOptions(sampling=SamplingOptions(top_k=[1, 2]))}, "top_k has 2 values, but 4 levels"),
     ],
 )
 def test_bad_settings_are_refused(talker, settings, message):
     model, processor = talker
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         answer(model, processor, asked(processor, "draw"), **settings)
 
 
@@ -279,7 +280,7 @@ def test_a_conversation_longer_than_the_model_sees_is_refused(talker):
     model, processor = talker
     limit = model.config.text_config.max_position_embeddings
     inputs = {"input_ids": torch.full((1, limit), 7)}
-    with pytest.raises(ValueError, match=f"language model sees {limit}; shorten the prompt"):
+    with pytest.raises(UserError, match=f"language model has {limit} positions; shorten the prompt"):
         answer(model, processor, inputs)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from evotok_plugin import SamplingOptions
+from evotok_plugin.errors import UserError
 from llava_ext import EvoTokLlavaForConditionalGeneration
 from llava_ext.export.portable import export_model
 from llava_ext.generation import AnswerOptions, DrawingOptions
@@ -143,7 +144,7 @@ def test_fields_of_text_keep_their_meaning(own_folder):
     [
         ({"top_p": 2}, "expected 0 < top_p <= 1, got top_p=2"),
         ({"temperatur": 1}, "unknown setting 'temperatur'; did you mean 'temperature'"),
-        ({"temperature": "hot"}, "expected a number or one a level, got temperature='hot'"),
+        ({"temperature": "hot"}, "expected one number or one per level, got temperature='hot'"),
         ({"temperature": [1.0, 0.5]}, "temperature has 2 values, but 4 levels are drawn"),
         ({"top_k": True}, "top_k=True"),
         ({"guidance_scale": "3"}, "guidance_scale must be at least 1"),
@@ -155,9 +156,9 @@ def test_fields_of_text_keep_their_meaning(own_folder):
 )
 def test_broken_settings_in_a_file_are_named(own_folder, values, message):
     rewrite(own_folder, image_generation=values)
-    with pytest.raises(ValueError, match="generation_config.json: .*" + message):
+    with pytest.raises(UserError, match="generation_config.json: .*" + message):
         load_model(own_folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         EvoTokLlavaForConditionalGeneration.from_pretrained(own_folder)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
+from evotok_plugin.errors import UserError
 from llava_ext.generation import Finished
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
@@ -120,7 +121,7 @@ def test_images_that_do_not_match_are_refused_expanded_or_not(asked):
     model, inputs = asked[0], inputs_of(asked, [0, 2])
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="every <image> needs its image"):
+        with pytest.raises(UserError, match="every <image> needs its image"):
             model.generate(**inputs, **{**NEW, **settings})
     with pytest.raises(ValueError, match="images need input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=inputs["pixel_values"])
@@ -172,7 +173,7 @@ def test_text_keeps_to_the_context(any_mllm, monkeypatch):
     longest = int(inputs["attention_mask"].sum(dim=1).max())
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", longest + 3)
     never = {"eos_token_id": -1}
-    with pytest.warns(UserWarning, match="may have 3 tokens instead of the 50 asked for"):
+    with pytest.warns(UserWarning, match="limited to 3 tokens instead of 50"):
         ids = model.generate(**inputs, max_new_tokens=50, do_sample=False, **never)
     assert ids.shape[1] == longest + 3
     with warnings.catch_warnings():
@@ -183,7 +184,9 @@ def test_text_keeps_to_the_context(any_mllm, monkeypatch):
     for limit in (longest, longest - 2):
         monkeypatch.setattr(model.config.text_config, "max_position_embeddings", limit)
         for settings in (NEW, {**NEW, "use_cache": False}, {"max_length": 99}):
-            with pytest.raises(ValueError, match=f"take {longest + 1} steps, but the language model sees {limit}"):
+            with pytest.raises(
+                UserError, match=f"take {longest + 1} steps, but the language model has {limit} positions"
+            ):
                 model.generate(**inputs, **settings)
 
 
@@ -297,7 +300,7 @@ def test_an_answer_that_waits_leaves_the_mode_alone(in_training):
     next(events)
     assert model.training and model.language_model.training
     model.language_model.layers[0].forward = model.language_model.layers[0].forward  # as hooks of accelerate do
-    with pytest.raises(ValueError, match="call model.eval\\(\\) before drawing"):
+    with pytest.raises(UserError, match="call model.eval\\(\\) before drawing"):
         model.generate_images("a ring", processor)
 
 
@@ -329,8 +332,8 @@ def test_settings_of_answers_come_from_generation_configs(any_mllm, monkeypatch)
         (GenerationConfig(stop_strings=["a"]), "generation_config.stop_strings"),
         (GenerationConfig(return_dict_in_generate=True), "generation_config.return_dict_in_generate"),
     ):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UserError, match=name):
             new(generation_config=config)
     monkeypatch.setattr(model.generation_config, "num_return_sequences", 2)
-    with pytest.raises(ValueError, match="model.generation_config.num_return_sequences = 2"):
+    with pytest.raises(UserError, match="model.generation_config.num_return_sequences = 2"):
         new()

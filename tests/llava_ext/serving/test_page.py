@@ -1,4 +1,4 @@
-"""The page without a browser: what it takes, what it refuses, and that it goes on."""
+"""The web page without a browser: uploads, answers, limits, and errors."""
 
 import io
 import itertools
@@ -19,13 +19,16 @@ pytest.importorskip("gradio", reason="the page needs gradio: pip install 'evotok
 import gradio_client
 from gradio_client.exceptions import AppError
 
+from evotok_plugin.errors import UserError
 from llava_ext.cli import main
 from llava_ext.generation import TextDelta
+from llava_ext.model_folder import OpenModel
+from llava_ext.serving.handlers import DemoLimits
 from llava_ext.serving.level_view import level_by_level
-from llava_ext.serving.page import DemoLimits, build_demo, launch_demo
+from llava_ext.serving.page import build_demo, launch_demo
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
-LIMIT_S = 600  # no speed is expected: this only ends a test that hangs
+TIMEOUT_S = 600  # only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
 SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant", "negative": "", "seed": 0}
 SETTINGS |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -48,7 +51,7 @@ def uploads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(tiny_mllm, uploads):
-    demo = build_demo(*tiny_mllm, LIMITS, name="tiny")
+    demo = build_demo(OpenModel(*tiny_mllm, "tiny", "fingerprint"), LIMITS)
     yield launch_demo(demo, LIMITS, port=free_port(), wait=False)
     demo.close()
 
@@ -60,7 +63,7 @@ def client(address):
 
 @pytest.fixture
 def ask(client):
-    """`ask(text, *files, **settings)`: the answer's last message, as the page shows it."""
+    """`ask(text, *files, **settings)` returns the last message of the conversation as the page shows it."""
 
     def run(text, *files, **settings):
         message = {"text": text, "files": [gradio_client.handle_file(file) for file in files]}
@@ -75,10 +78,10 @@ def write(folder, name="a.png", size=(60, 40), **options):
     return folder / name
 
 
-# Pictures that strangers give ------------------------------------------------------------------------------------
+# Untrusted uploads -----------------------------------------------------------------------------------------------
 
 
-def test_metadata_is_stripped_and_the_picture_stands_upright(tmp_path):
+def test_metadata_is_stripped_and_the_image_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"  # turned by 90 degrees; maker
     path = write(tmp_path, "a.jpg", exif=exif, comment=b"at home")
@@ -87,7 +90,7 @@ def test_metadata_is_stripped_and_the_picture_stands_upright(tmp_path):
 
 
 def huge_png():
-    """A few bytes that promise 60000 x 60000 pixels."""
+    """A few bytes whose header declares 60000 x 60000 pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -97,6 +100,7 @@ def huge_png():
 
 
 def broken_pictures():
+    """Content of broken uploads, with the error message of each, by kind."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
     whole = buffer.getvalue()
@@ -110,20 +114,20 @@ def broken_pictures():
 
 
 @pytest.mark.parametrize("kind", broken_pictures())
-def test_broken_pictures_are_named(kind):
+def test_broken_images_are_rejected_with_their_name(kind):
     content, message = broken_pictures()[kind]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_upload(content, UploadLimits(), name="x.png")
 
 
-def test_limits_are_kept(tmp_path):
+def test_upload_limits_are_enforced(tmp_path):
     path = write(tmp_path, size=(300, 200))
     assert open_upload(path, UploadLimits(max_pixels=60_000)).size == (300, 200)
-    with pytest.raises(ValueError, match="300 x 200 pixels, more than the 59,999 allowed"):
+    with pytest.raises(UserError, match="300 x 200 pixels, more than the 59,999 allowed"):
         open_upload(path, UploadLimits(max_pixels=59_999))
-    with pytest.raises(ValueError, match="more than the 0.0001 MB allowed"):
+    with pytest.raises(UserError, match="more than the 0.0001 MB allowed"):
         open_upload(path, UploadLimits(max_mb=0.0001))
-    with pytest.raises(ValueError, match="max_pixels of 1 or more"):
+    with pytest.raises(UserError, match="max_pixels of 1 or more"):
         UploadLimits(max_pixels=0)
 
 
@@ -149,7 +153,7 @@ def test_an_image_evolves_level_by_level(tiny_mllm):
 # The page --------------------------------------------------------------------------------------------------------
 
 
-def test_it_draws_with_what_the_file_says(ask):
+def test_a_drawn_image_records_its_provenance(ask):
     (part,) = ask("a photo of a ring", seed=7, top_k=5)["content"]
     image = Image.open(part["file"])
     assert image.size == (48, 48) and (image.text["prompt"], image.text["seed"]) == ("a photo of a ring", "7")
@@ -161,7 +165,7 @@ def test_it_answers_about_an_upload(ask, tmp_path):
     assert answer["role"] == "assistant" and answer["content"]
 
 
-def test_previews_come_while_it_draws(client):
+def test_previews_are_shown_while_an_image_is_drawn(client):
     job = client.submit({"text": "a ring", "files": []}, *SETTINGS.values(), api_name="/ask")
     job.result()
     last = [shown[-1]["content"][-1] for _, shown in job.outputs()]
@@ -169,7 +173,7 @@ def test_previews_come_while_it_draws(client):
     assert last[0].get("text") == "drawing ..." and len(set(files)) >= 3
 
 
-def test_the_conversation_goes_on_until_it_is_reset(ask, client):
+def test_the_conversation_continues_until_it_is_reset(ask, client):
     for count in (2, 4):
         ask("a ring")
         assert len(client.predict({"text": "x", "files": []}, *SETTINGS.values(), api_name="/ask")[1]) == 2 * count
@@ -177,7 +181,7 @@ def test_the_conversation_goes_on_until_it_is_reset(ask, client):
     assert len(client.predict({"text": "x", "files": []}, *SETTINGS.values(), api_name="/ask")[1]) == 2
 
 
-def test_an_upload_does_not_stay_on_disk_as_it_came(ask, client, uploads, tmp_path):
+def test_the_original_upload_is_deleted(ask, client, uploads, tmp_path):
     secret = b"where I live"
     path = write(tmp_path, "secret.jpg", comment=secret)
     ask("What is it?", path)
@@ -186,9 +190,9 @@ def test_an_upload_does_not_stay_on_disk_as_it_came(ask, client, uploads, tmp_pa
     assert kept and not [file for file in kept if secret in file.read_bytes()]
 
 
-def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
+def test_stopping_keeps_the_answer_so_far(client, tiny_mllm, monkeypatch):
     def slowly(model, *arguments):
-        for number in itertools.count():  # only a stop ends it
+        for number in itertools.count():  # until the answer is stopped
             time.sleep(0.02)
             yield TextDelta(0, f" {number}")
 
@@ -197,7 +201,7 @@ def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
     while not job.outputs():
         time.sleep(0.01)
     client.predict(api_name="/stop")
-    text = job.result(timeout=LIMIT_S)[1][-1]["content"][0]["text"]
+    text = job.result(timeout=TIMEOUT_S)[1][-1]["content"][0]["text"]
     assert text.startswith(" 0")
 
 
@@ -210,12 +214,12 @@ def test_a_stop_keeps_what_came(client, tiny_mllm, monkeypatch):
         ("a ring", {"guidance": 0.5}, "guidance_scale must be at least 1 and at most 1000, got 0.5"),
         ("a ring", {"guidance": None}, "a setting is empty"),
         ("a ring", {"top_k": -1}, "top_k"),
-        ("a ring", {"seed": -5}, "the seed must lie in 0"),
+        ("a ring", {"seed": -5}, "the seed must be between 0"),
         ("a ring", {"answer": "music"}, "music"),
         ("a ring", {"schedule": "quadratic"}, "quadratic"),
     ],
 )
-def test_bad_messages_are_answered_by_an_error_and_the_page_goes_on(ask, text, settings, message):
+def test_bad_messages_are_reported_and_the_page_keeps_working(ask, text, settings, message):
     with pytest.raises(AppError) as refused:
         ask(text, **settings)
     assert message in str(refused.value)
@@ -224,15 +228,26 @@ def test_bad_messages_are_answered_by_an_error_and_the_page_goes_on(ask, text, s
 
 def test_text_in_errors_is_escaped_because_the_page_renders_html(ask, monkeypatch):
     def refuse(*arguments):
-        raise ValueError("the text holds <b>")
+        raise UserError("the text holds <b>")
 
-    monkeypatch.setattr("llava_ext.serving.session.Conversation.ask", refuse)
+    monkeypatch.setattr("llava_ext.serving.session.ChatSession.ask", refuse)
     with pytest.raises(AppError, match="the text holds &lt;b&gt;"):
         ask("a ring")
 
 
+def test_other_errors_are_logged_and_shown_as_internal_error(ask, monkeypatch, caplog):
+    def fail(*arguments):
+        raise ValueError("a secret detail")
+
+    monkeypatch.setattr("llava_ext.serving.session.ChatSession.ask", fail)
+    with pytest.raises(AppError, match="internal error") as shown:
+        ask("a ring")
+    assert "secret" not in str(shown.value)
+    assert "ValueError: a secret detail" in caplog.text and "Traceback" in caplog.text
+
+
 @pytest.mark.parametrize("kind", broken_pictures())
-def test_corrupt_uploads_are_answered_by_an_error_and_the_page_goes_on(ask, client, tmp_path, kind):
+def test_corrupt_uploads_are_reported_and_the_page_keeps_working(ask, client, tmp_path, kind):
     content, message = broken_pictures()[kind]
     path = tmp_path / "upload.png"
     path.write_bytes(content)
@@ -245,7 +260,7 @@ def test_corrupt_uploads_are_answered_by_an_error_and_the_page_goes_on(ask, clie
     assert ask("What is it?", write(tmp_path, "good.png"))["role"] == "assistant"
 
 
-def test_uploads_beyond_the_limits_are_refused(ask, client, tmp_path):
+def test_uploads_beyond_the_limits_are_rejected(ask, client, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "heavy.png")
     with pytest.raises(Exception, match="size"):
@@ -261,14 +276,14 @@ def test_uploads_beyond_the_limits_are_refused(ask, client, tmp_path):
 def post(address, path, body):
     request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=LIMIT_S)
+        urllib.request.urlopen(request, timeout=TIMEOUT_S)
     return refused.value.code
 
 
 @pytest.mark.parametrize(
     "file", [{"path": "https://example.com/a.png"}, {"path": "a", "url": "data:image/png;base64,x"}]
 )
-def test_the_server_fetches_nothing(address, file):
+def test_files_by_url_are_rejected(address, file):
     body = {"data": [{**file, "meta": {"_type": "gradio.FileData"}}]}
     assert post(address, "gradio_api/call/evolve", body) == 400
 
@@ -281,17 +296,17 @@ def test_a_file_that_was_not_uploaded_is_neither_read_nor_deleted(address, tmp_p
         address + "gradio_api/call/evolve", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{address}gradio_api/call/evolve/{event}", timeout=LIMIT_S) as stream:
+        with urllib.request.urlopen(f"{address}gradio_api/call/evolve/{event}", timeout=TIMEOUT_S) as stream:
             assert stream.read().startswith(b"event: error")
     except urllib.error.HTTPError as refused:
         assert refused.code == 400
     assert path.is_file()
 
 
-def test_a_drawing_that_is_uploaded_again_is_still_shown(ask, client, tmp_path):
-    """Files lie by what is in them: the upload's must not be the one that the conversation shows."""
+def test_a_drawn_image_that_is_uploaded_again_is_still_shown(ask, client, tmp_path):
+    """gradio names files by their content; deleting the upload must not delete the file that the conversation shows."""
     (part,) = ask("a photo of a ring")["content"]
     shown = Image.open(part["file"])
     copy = tmp_path / "image.png"
@@ -302,27 +317,28 @@ def test_a_drawing_that_is_uploaded_again_is_still_shown(ask, client, tmp_path):
     assert Image.open(first["file"]).tobytes() == shown.tobytes()
 
 
-def test_large_requests_and_files_of_the_machine_are_refused(address):
+def test_large_requests_and_local_files_are_rejected(address):
     assert post(address, "gradio_api/call/evolve", {"data": ["x" * 2**19]}) == 413
     for secret in ("/etc/passwd", __file__):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}gradio_api/file={secret}", timeout=LIMIT_S)
+            urllib.request.urlopen(f"{address}gradio_api/file={secret}", timeout=TIMEOUT_S)
         assert refused.value.code in (403, 404)
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_answers_to_its_own_name(address):
-    with urllib.request.urlopen(address, timeout=LIMIT_S) as page:
+def test_the_page_loads_nothing_from_other_servers_and_checks_the_host_name(address):
+    with urllib.request.urlopen(address, timeout=TIMEOUT_S) as page:
         assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-        assert "fonts.googleapis.com" not in page.read().decode()
+        content = page.read().decode()
+        assert "fonts.googleapis.com" not in content and "image-rendering: pixelated" in content
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=LIMIT_S)
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=TIMEOUT_S)
     assert refused.value.code == 400
 
 
 # The command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_taken_is_named(tiny_mllm, address, tmp_path, capsys):
+def test_a_port_in_use_is_reported(tiny_mllm, address, tmp_path, capsys):
     for part in tiny_mllm:
         part.save_pretrained(tmp_path)
     port = address.rstrip("/").rpartition(":")[2]
@@ -338,13 +354,13 @@ def test_a_port_that_is_taken_is_named(tiny_mllm, address, tmp_path, capsys):
         (["--host", "::1"], "expected a name or an IPv4 address"),
     ],
 )
-def test_bad_flags_are_one_line(tiny_mllm, tmp_path, flags, message, capsys):
+def test_bad_flags_are_reported_in_one_line(tiny_mllm, tmp_path, flags, message, capsys):
     for part in tiny_mllm:
         part.save_pretrained(tmp_path)
     assert main(["demo", "--model", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_sharing_over_a_foreign_server_is_not_offered(capsys):
+def test_sharing_through_another_server_is_not_offered(capsys):
     assert main(["demo", "--share"]) == 2
     assert "unrecognized arguments: --share" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""The page in a real browser without any network: upload and ask, draw, evolve, and see errors.
+"""The web page in a real browser without network access: upload, ask, draw, rebuild, and errors.
 
-Alone: `python -m pytest tests/llava_ext/test_demo_browser.py`, after `pip install 'evotok[demo,test]'` and
-`apt-get install chromium`.
+To run it: `pip install 'evotok[demo,test]'`, `apt-get install chromium`, and
+`python -m pytest tests/llava_ext/serving/test_page_in_browser.py`.
 """
 
 import shutil
@@ -14,7 +14,9 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'evotok[demo]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
-from llava_ext.serving.page import DemoLimits, build_demo, launch_demo  # noqa: E402
+from llava_ext.model_folder import OpenModel  # noqa: E402
+from llava_ext.serving.handlers import DemoLimits  # noqa: E402
+from llava_ext.serving.page import build_demo, launch_demo  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -33,7 +35,7 @@ def address(tiny_mllm):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    demo = build_demo(*tiny_mllm, DemoLimits(max_new_tokens=16), name="tiny")
+    demo = build_demo(OpenModel(*tiny_mllm, "tiny", ""), DemoLimits(max_new_tokens=16))
     yield launch_demo(demo, port=port, wait=False)
     demo.close()
 
@@ -48,7 +50,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The page, which must ask nothing of any other server."""
+    """The page; the test fails if it requests anything from another server."""
     page, asked = browser.new_page(viewport={"width": 1200, "height": 900}), []
     page.set_default_timeout(120_000)
     page.on("request", lambda request: asked.append(request.url))
@@ -77,14 +79,14 @@ def say(page, text):
 
 
 def loaded(page, images, count=1):
-    """Wait until so many images are there and have pixels."""
+    """Wait until `count` images are loaded."""
     page.wait_for_function(
         "([images, count]) => [...document.querySelectorAll(images)].filter(i => i.naturalWidth > 0).length >= count",
         arg=[images, count],
     )
 
 
-def test_it_reads_an_upload_and_draws(page, picture):
+def test_an_upload_is_read_and_an_image_drawn(page, picture):
     attach(page, "#message", picture)
     say(page, "What is in the image?")
     loaded(page, "#conversation .user img")
@@ -95,7 +97,7 @@ def test_it_reads_an_upload_and_draws(page, picture):
     assert page.locator("#message textarea").input_value() == ""
 
 
-def test_an_image_evolves(page, picture):
+def test_an_image_is_rebuilt_level_by_level(page, picture):
     page.get_by_role("tab", name="Evolution").click()
     attach(page, "#evolving", picture)
     page.click("#rebuild")
@@ -104,12 +106,12 @@ def test_an_image_evolves(page, picture):
     assert page.locator("#levels .caption-label").all_inner_texts()[1].startswith("1 level: ")
 
 
-def test_errors_are_seen_and_the_page_goes_on(page, tmp_path):
+def test_errors_are_shown_and_the_page_keeps_working(page, tmp_path):
     page.get_by_label("Guidance scale").fill("0.5")
     say(page, "a <b>bold</b> ring")
     error = page.locator("[data-testid=toast-body]", has_text="guidance_scale must be at least 1")
     error.wait_for()
-    assert page.locator("#message textarea").input_value() == "a <b>bold</b> ring"  # nothing is lost
+    assert page.locator("#message textarea").input_value() == "a <b>bold</b> ring"  # the message is kept
     page.get_by_label("Guidance scale").fill("2")
     say(page, "<|image_pad|>")
     page.locator("[data-testid=toast-body]", has_text="the text holds <|image_pad|>").wait_for()

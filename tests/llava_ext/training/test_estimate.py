@@ -1,8 +1,8 @@
-"""What `evotok-llava estimate` says, against models and runs that are really there."""
+"""`evotok-llava estimate` compared with real models and runs."""
 
 import pytest
 import torch
-from stage_runs import run_forked, trained_once, write_recipe
+from stage_runs import run_forked, train_one_step, write_recipe
 from torch import nn
 
 from llava_ext.cli import main
@@ -30,20 +30,20 @@ def model_folder(tiny_mllm, tmp_path_factory):
 )
 def test_parameters_and_model_states_are_those_of_a_real_run(recipe, model_folder, tmp_path, overrides):
     overrides = {"model_name_or_path": str(model_folder), **overrides}
-    counts, weights, gradients, averages = run_forked(trained_once, recipe, tmp_path, overrides)
+    counts, weights, gradients, averages = run_forked(train_one_step, recipe, tmp_path, overrides)
     estimate = estimate_run(str(recipe), {**overrides, "deepspeed": "none"}, num_gpus=1)
     assert estimate.parameters == counts
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, gradients, averages)
 
 
-def test_a_model_that_is_yet_to_be_put_together_is_counted_alike(recipe, tiny_mllm):
+def test_a_model_that_has_not_been_assembled_is_counted_alike(recipe, tiny_mllm):
     model, _ = tiny_mllm
     counted = sum(every for every, _ in estimate_run(str(recipe), {}, 1).parameters.values())
-    added = model.lm_head.out_features - 436  # a tokenizer may need rows that a configuration does not tell of
+    added = model.lm_head.out_features - 436  # rows for the tokenizer, unknown to the configuration
     assert counted == sum(p.numel() for p in model.parameters()) - 2 * 32 * added
 
 
-def test_activations_are_those_that_autograd_keeps(recipe, model_folder, tiny_mllm):
+def test_activations_are_the_tensors_that_autograd_keeps(recipe, model_folder, tiny_mllm):
     model, _ = tiny_mllm
     overrides = {"model_name_or_path": str(model_folder), "model_max_length": 256, "per_device_train_batch_size": 8}
     estimate = estimate_run(str(recipe), overrides, 1)
@@ -59,11 +59,11 @@ def test_activations_are_those_that_autograd_keeps(recipe, model_folder, tiny_ml
 def test_kept_bytes_count_a_storage_once_and_no_weights():
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     x = torch.randn(2, 4, requires_grad=True)
-    assert kept_bytes(layers, lambda: layers(x)) == 2 * 2 * 4 * 4  # the input of either layer
+    assert kept_bytes(layers, lambda: layers(x)) == 2 * 2 * 4 * 4  # the inputs of both layers
     assert kept_bytes(layers, lambda: x * x) == 2 * 4 * 4
 
 
-def test_engines_and_checkpointing_save_what_they_promise(recipe):
+def test_engines_and_checkpointing_save_memory(recipe):
     def of(gpus=1, **overrides):
         return estimate_run(str(recipe), overrides, gpus)
 
@@ -73,13 +73,13 @@ def test_engines_and_checkpointing_save_what_they_promise(recipe):
     assert offloaded.optimizer == offloaded.gradients == 0 and offloaded.on_host > 0
     assert of(gradient_checkpointing="true").activations < of().activations
     assert of(bits=4, **LORA).weights < of(**LORA).weights
-    assert of(4, gradient_accumulation_steps=3).samples_a_step == 4 * 4 * 3
+    assert of(4, gradient_accumulation_steps=3).samples_per_step == 4 * 4 * 3
 
 
 def test_the_command_prints_a_table(recipe, capsys):
     assert main(["estimate", "--recipe", str(recipe), "--gpus", "2", "--bf16", "true"]) == 0
     text = capsys.readouterr().out
-    for word in ("vision_tower", "language_model", "memory a GPU, ZeRO-2 over 2", "optimizer", "8 samples"):
+    for word in ("vision_tower", "language_model", "memory per GPU, ZeRO-2 over 2", "optimizer", "8 samples"):
         assert word in text, word
 
 
@@ -92,19 +92,19 @@ def test_the_command_prints_a_table(recipe, capsys):
         (["--deepspeed", "zero9"], "'zero9' not found"),
     ],
 )
-def test_what_is_not_at_hand_is_one_clear_line(recipe, capsys, flags, message):
+def test_missing_input_is_reported_in_one_line(recipe, capsys, flags, message):
     assert main(["estimate", "--recipe", str(recipe), *flags]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_the_paper_s_sizes_are_known_from_a_configuration_alone(tmp_path):
-    """Qwen2.5-7B has 7.62 B parameters by its model card."""
+def test_a_configuration_without_weights_gives_the_sizes_of_the_paper(tmp_path):
+    """Qwen2.5-7B has 7.62 B parameters according to its model card."""
     from transformers import Qwen2Config
 
     sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
     Qwen2Config(**sizes, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False).save_pretrained(tmp_path)
     estimate = estimate_run("paper", {"model_name_or_path": str(tmp_path)}, 8)
     assert estimate.parameters["language_model"] == (7_615_616_512, 0)
-    spread = estimate_run("paper", {"model_name_or_path": str(tmp_path), "deepspeed": "zero3"}, 8)
-    assert spread.weights < estimate.weights / 3
+    partitioned = estimate_run("paper", {"model_name_or_path": str(tmp_path), "deepspeed": "zero3"}, 8)
+    assert partitioned.weights < estimate.weights / 3
     assert any("paper's tokenizer is assumed" in note for note in estimate.notes)

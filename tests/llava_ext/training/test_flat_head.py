@@ -1,10 +1,10 @@
-"""Models with the flat head through the real training command: engines, adapters, resume, what they need."""
+"""Training of models with the flat head by the real command: engines, adapters, resuming, memory."""
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stage_runs import losses, run, run_forked, stage_exit, trained_once, write_recipe
+from stage_runs import losses, run, run_forked, stage_exit, train_one_step, write_recipe
 
 from llava_ext.model_folder import load_model
 from llava_ext.training.adapters import merge
@@ -39,14 +39,14 @@ def assert_near(found, expected):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_a_run_leaves_a_flat_model_and_no_parameter_of_the_other_head(finished):
+def test_a_run_writes_a_flat_model_without_parameters_of_the_other_head(finished):
     model, processor = load_model(finished)
     assert model.config.image_head == processor.image_head == "flat"
     assert not [name for name in weights(finished) if "write_projector" in name]
     assert len(model.generate_images("a ring", processor)) == 1
 
 
-def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, recipe, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, recipe, tmp_path):
     import shutil
 
     shutil.copytree(finished / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
@@ -55,7 +55,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, reci
         assert torch.equal(weights(tmp_path / "again")[name], tensor), name
 
 
-def test_stage_2_goes_on_from_a_flat_model_without_being_told(finished, recipe, tmp_path):
+def test_stage_2_keeps_the_flat_head_of_its_model_by_default(finished, recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text()) | {"model_name_or_path": str(finished), "max_steps": 1}
     del values["image_head"]
     (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(values))
@@ -71,7 +71,7 @@ def test_stage_2_goes_on_from_a_flat_model_without_being_told(finished, recipe, 
         (["--image_head", "flatt"], "expected depth or flat, got 'flatt'"),
     ],
 )
-def test_another_head_than_the_model_has_is_refused(finished, recipe, tmp_path, flags, message):
+def test_another_head_than_that_of_the_model_is_rejected(finished, recipe, tmp_path, flags, message):
     flags = ["--model_name_or_path", str(finished), *flags]
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", flags)
     assert code == 2 and message in line
@@ -79,7 +79,7 @@ def test_another_head_than_the_model_has_is_refused(finished, recipe, tmp_path, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero3_on_two_processes_gives_the_model_of_zero2(recipe, tmp_path, kind):
-    """The scenes' batches are of one kind each, so the processes run other parts of the model at the same time."""
+    """Each batch of the scenes has one kind of sample, so the processes run different modules at the same time."""
     for engine in ("zero2", "zero3"):
         overrides = {"residual_embeddings": kind, "deepspeed": engine, "max_steps": 2}
         run_forked(run, recipe, tmp_path / engine, overrides, world_size=2)
@@ -104,24 +104,24 @@ def test_qlora_quantizes_the_backbone_and_merges_into_the_base(finished, recipe,
 
 
 @pytest.mark.parametrize("overrides", [{"gradient_checkpointing": "true"}, {"deepspeed": "none"}], ids=str)
-def test_engines_and_gradient_checkpointing_change_no_loss(finished, recipe, tmp_path, overrides):
+def test_engines_and_gradient_checkpointing_do_not_change_losses(finished, recipe, tmp_path, overrides):
     run_forked(run, recipe, tmp_path / "other", overrides)
     assert losses(tmp_path / "other") == pytest.approx(losses(finished), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", [{"packing": "true", "model_max_length": 128}, {"bf16": "true"}], ids=str)
-def test_packed_rows_and_bf16_train(recipe, tmp_path, overrides, kind):
+def test_packed_rows_and_bf16_can_be_trained(recipe, tmp_path, overrides, kind):
     run_forked(run, recipe, tmp_path / "run", {**overrides, "residual_embeddings": kind, "max_steps": 2})
     assert list(losses(tmp_path / "run")) == [1, 2]
     load_model(tmp_path / "run", dtype="auto")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_run_needs_is_what_a_real_run_takes(recipe, tmp_path, kind):
+def test_the_estimate_equals_the_memory_of_a_real_run(recipe, tmp_path, kind):
     overrides = {"residual_embeddings": kind, "tune_language_model": "false"}
-    counts, weights, gradients, averages = run_forked(trained_once, recipe, tmp_path, overrides)
+    counts, weights, gradients, averages = run_forked(train_one_step, recipe, tmp_path, overrides)
     estimate = estimate_run(str(recipe), {**overrides, "deepspeed": "none"}, num_gpus=1)
-    added = counts["language_model"][0] - estimate.parameters["language_model"][0]  # rows that a tokenizer needs
+    added = counts["language_model"][0] - estimate.parameters["language_model"][0]  # rows for the tokenizer
     assert estimate.parameters | {"language_model": None} == counts | {"language_model": None}
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights - 4 * added, gradients, averages)

@@ -1,4 +1,4 @@
-"""Ways to train: LoRA, QLoRA, ZeRO-3, learning rates of their own, gradient checkpointing, other backbones."""
+"""Training methods: LoRA, QLoRA, ZeRO-3, learning rates per group, gradient checkpointing, other backbones."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import losses, run, run_forked, stage_exit, write_recipe
+from stage_runs import losses, prepared_config, run, run_forked, stage_exit, write_recipe
 
 from llava_ext.assembly import assemble
 from llava_ext.cli import main
@@ -14,13 +14,12 @@ from llava_ext.model_folder import load_model
 from llava_ext.processing_evotok_llava import IMAGE_TOKENS
 from llava_ext.training import train
 from llava_ext.training.adapters import merge
-from llava_ext.training.config import StageConfig
 from llava_ext.training.trainer import EvoTokTrainer
 
 
 @pytest.fixture(scope="module")
 def base(tiny_mllm, tmp_path_factory):
-    """The model folder that runs go on from."""
+    """The model folder that runs continue from."""
     folder = tmp_path_factory.mktemp("base")
     model, processor = tiny_mllm
     model.save_pretrained(folder)
@@ -61,7 +60,7 @@ def weights(folder):
 # LoRA --------------------------------------------------------------------------------------------------------
 
 
-def test_lora_writes_the_adapter_and_the_model_with_it_folded_in(lora_run, base):
+def test_lora_writes_the_adapter_and_the_merged_model(lora_run, base):
     adapter, before, after = (
         load_file(lora_run / "adapter" / "adapter_model.safetensors"),
         weights(base),
@@ -81,7 +80,7 @@ def test_lora_writes_the_adapter_and_the_model_with_it_folded_in(lora_run, base)
     load_model(lora_run)
 
 
-def test_settings_of_drawing_go_with_the_adapter_and_into_the_merged_model(lora_run, base, tmp_path):
+def test_drawing_settings_are_saved_with_the_adapter_and_the_merged_model(lora_run, base, tmp_path):
     merge(base, lora_run / "adapter", tmp_path / "merged")
     for folder in (lora_run, lora_run / "adapter", lora_run / "checkpoint-4", tmp_path / "merged"):
         settings = json.loads((folder / "generation_config.json").read_text())["image_generation"]
@@ -89,13 +88,13 @@ def test_settings_of_drawing_go_with_the_adapter_and_into_the_merged_model(lora_
     assert json.loads((base / "generation_config.json").read_text())["image_generation"]["guidance_scale"] == 3.0
 
 
-def test_adapters_and_their_checkpoints_hold_what_is_trained_and_no_backbone(lora_run):
+def test_adapters_and_their_checkpoints_hold_only_trained_parameters(lora_run):
     for folder in (lora_run / "adapter", lora_run / "checkpoint-4"):
         names = {name.removeprefix("base_model.model.") for name in load_file(folder / "adapter_model.safetensors")}
         assert all(name.startswith(MODULES) or ".lora_" in name or "token_adapter" in name for name in names)
     state = lora_run / "checkpoint-4" / "global_step4" / "mp_rank_00_model_states.pt"
-    whole = (lora_run / "model.safetensors").stat().st_size
-    assert state.stat().st_size < 0.5 * whole
+    merged = (lora_run / "model.safetensors").stat().st_size
+    assert state.stat().st_size < 0.5 * merged
 
 
 def test_peft_alone_reads_the_adapter_folder(lora_run, base):
@@ -112,7 +111,7 @@ def test_nothing_in_the_adapter_folder_names_this_machine(lora_run, base):
         assert str(base.parent) not in file.read_text(), file.name
 
 
-def test_merge_gives_what_the_run_gave(lora_run, base, tmp_path, capsys):
+def test_merge_gives_the_same_model_as_the_run(lora_run, base, tmp_path, capsys):
     assert main(["merge", str(base), str(lora_run / "adapter"), "-o", str(tmp_path / "merged")]) == 0
     for name, tensor in weights(lora_run).items():
         assert torch.equal(tensor, weights(tmp_path / "merged")[name]), name
@@ -120,7 +119,7 @@ def test_merge_gives_what_the_run_gave(lora_run, base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row", [0, -1])
-def test_merge_refuses_another_base(lora_run, base, tmp_path, row):
+def test_merge_rejects_another_base(lora_run, base, tmp_path, row):
     other, _ = load_model(base)
     with torch.no_grad():
         other.language_model.layers[0].mlp.up_proj.weight[row] += 1
@@ -141,7 +140,7 @@ def test_merge_compares_an_adapter_of_an_earlier_version_by_its_fingerprint(lora
         merge(base, tmp_path / "adapter", tmp_path / "again")
 
 
-def test_merge_refuses_an_adapter_that_lacks_something(lora_run, base, tmp_path):
+def test_merge_rejects_an_adapter_that_lacks_a_parameter(lora_run, base, tmp_path):
     from safetensors.torch import save_file
 
     shutil.copytree(lora_run / "adapter", tmp_path / "cut")
@@ -156,7 +155,7 @@ def test_merge_refuses_an_adapter_that_lacks_something(lora_run, base, tmp_path)
     ("adapter", "message"),
     [("", "did you mean"), ("checkpoint-4/global_step4", "holds no adapter"), ("../absent", "holds no adapter")],
 )
-def test_merge_says_what_is_no_adapter(lora_run, base, tmp_path, capsys, adapter, message):
+def test_merge_rejects_a_folder_without_an_adapter(lora_run, base, tmp_path, capsys, adapter, message):
     assert main(["merge", str(base), str(lora_run / adapter), "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
@@ -180,8 +179,8 @@ def test_lora_from_a_causal_lm_can_be_merged_with_its_tokenizer(
 def test_qlora_keeps_the_backbone_in_four_bits_and_nothing_else(recipe, tmp_path):
     import bitsandbytes
 
-    def kinds():
-        config = StageConfig(**train.stage_values(str(recipe), {"output_dir": str(tmp_path), "bits": 4, **LORA}))
+    def layer_types():
+        config = prepared_config(recipe, {"output_dir": str(tmp_path), "bits": 4, **LORA})
         model, _ = train.build_model(config)
         layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
         quantized = {name.split(".")[0] for name, m in layers if isinstance(m, bitsandbytes.nn.Linear4bit)}
@@ -189,12 +188,12 @@ def test_qlora_keeps_the_backbone_in_four_bits_and_nothing_else(recipe, tmp_path
         state = model.language_model.layers[0].mlp.up_proj.weight.quant_state
         return quantized, plain, state.quant_type, state.nested
 
-    quantized, plain, quant_type, nested = run_forked(kinds)
+    quantized, plain, quant_type, nested = run_forked(layer_types)
     assert quantized == {"language_model"} and (quant_type, nested) == ("nf4", True)
     assert plain == {"vision_tower", "lm_head", *MODULES}
 
 
-def test_qlora_writes_an_adapter_that_merge_folds_into_the_unquantized_base(qlora_run, base, tmp_path):
+def test_qlora_writes_an_adapter_that_can_be_merged_into_the_unquantized_base(qlora_run, base, tmp_path):
     assert not (qlora_run / "model.safetensors").exists()
     with pytest.raises(ValueError, match="holds an adapter.*evotok-llava merge"):
         load_model(qlora_run / "adapter")
@@ -211,12 +210,12 @@ def test_qlora_writes_an_adapter_that_merge_folds_into_the_unquantized_base(qlor
     assert len(model.generate_images("a ring", processor)) == 1
 
 
-def test_a_four_bit_backbone_cannot_train_itself(recipe, tmp_path):
+def test_a_four_bit_backbone_without_adapters_is_rejected(recipe, tmp_path):
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--bits", "4"])
     assert code == 2 and "--lora_enable true" in line
 
 
-def test_zero3_that_would_save_no_weights_is_refused(recipe, tmp_path):
+def test_zero3_that_would_save_no_weights_is_rejected(recipe, tmp_path):
     settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
     (tmp_path / "own.json").write_text(json.dumps(settings))
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--deepspeed", str(tmp_path / "own.json")])
@@ -238,7 +237,7 @@ def test_zero3_on_two_processes_gives_the_model_of_zero2(recipe, tmp_path, metho
     load_model(tmp_path / "zero3")
 
 
-def test_zero3_leaves_the_tokenizer_of_a_bf16_run_as_it_was(recipe, base, tmp_path):
+def test_zero3_does_not_change_the_tokenizer_of_a_bf16_run(recipe, base, tmp_path):
     overrides = {"deepspeed": "zero3", "bf16": "true", "max_steps": 2}
     run_forked(run, recipe, tmp_path / "run", overrides)
     saved = weights(tmp_path / "run")
@@ -248,7 +247,7 @@ def test_zero3_leaves_the_tokenizer_of_a_bf16_run_as_it_was(recipe, base, tmp_pa
     assert saved[f"{QUERY}.weight"].dtype == torch.bfloat16
 
 
-def test_optimizer_and_weights_may_live_on_the_host(recipe, tmp_path):
+def test_optimizer_and_weights_can_be_offloaded_to_the_host(recipe, tmp_path):
     run_forked(run, recipe, tmp_path / "offload", {"deepspeed": "zero3_offload", "max_steps": 2})
     run_forked(run, recipe, tmp_path / "plain", {"deepspeed": "none", "max_steps": 2})
     assert losses(tmp_path / "offload") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
@@ -260,12 +259,12 @@ RATES = {"language_model_lr": 1e-4, "mm_projector_lr": 2e-4, "image_head_lr": 3e
 
 
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
-def test_every_parameter_is_in_one_group_with_its_part_s_learning_rate(recipe, tmp_path, method):
+def test_every_parameter_is_in_one_optimizer_group_with_the_learning_rate_of_its_group(recipe, tmp_path, method):
     groups = run_forked(_optimizer_groups, recipe, tmp_path, {**method, **RATES, "weight_decay": 0.1})
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names)) and set(names) == set(groups[0]["trained"])
     for group in groups:
-        assert group["names"], "DeepSpeed takes no empty group"
+        assert group["names"], "DeepSpeed rejects empty groups"
         for name in group["names"]:
             part = name.removeprefix("base_model.model.").split(".")[0]
             projectors = ("read_projector", "write_projector", "new_token_rows")
@@ -278,10 +277,9 @@ def test_every_parameter_is_in_one_group_with_its_part_s_learning_rate(recipe, t
 
 
 def _optimizer_groups(recipe, output, overrides):
-    values = train.stage_values(str(recipe), {"output_dir": str(output), "deepspeed": None, **overrides})
-    config = StageConfig(**values)
+    config = prepared_config(recipe, {"output_dir": str(output), "deepspeed": None, **overrides})
     model, processor = train.build_model(config)
-    model = train.ready_to_train(model, config)
+    model = train.make_trainable(model, config)
     trainer = EvoTokTrainer(model, config, shape=train.RunShape(1), processing_class=processor)
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -293,7 +291,7 @@ def _optimizer_groups(recipe, output, overrides):
 
 
 @pytest.mark.parametrize("engine", ["none", "zero3"])
-def test_a_part_with_rate_zero_stays_as_it_was(recipe, base, tmp_path, engine):
+def test_a_group_with_learning_rate_zero_does_not_change(recipe, base, tmp_path, engine):
     overrides = {"deepspeed": engine, "max_steps": 2, "mm_projector_lr": 0.0, "weight_decay": 0.1}
     run_forked(run, recipe, tmp_path / "run", overrides)
     before, after = weights(base), weights(tmp_path / "run")
@@ -301,7 +299,7 @@ def test_a_part_with_rate_zero_stays_as_it_was(recipe, base, tmp_path, engine):
     assert moved == {"language_model", "lm_head", "image_head"}
 
 
-def test_rates_of_parts_do_not_go_with_deepspeed_s_own_optimizer(recipe, tmp_path):
+def test_learning_rates_per_group_are_rejected_with_an_optimizer_of_deepspeed(recipe, tmp_path):
     settings = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
     settings["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
     (tmp_path / "own.json").write_text(json.dumps(settings))
@@ -315,7 +313,7 @@ def test_rates_of_parts_do_not_go_with_deepspeed_s_own_optimizer(recipe, tmp_pat
 
 @pytest.mark.parametrize("method", [{}, WITHOUT_DROPOUT], ids=["full", "lora"])
 @pytest.mark.parametrize("engine", ["none", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_gradient_checkpointing_changes_no_loss(recipe, tmp_path, engine, method):
+def test_gradient_checkpointing_does_not_change_losses(recipe, tmp_path, engine, method):
     for name, on in (("with", "true"), ("without", "false")):
         run_forked(
             run, recipe, tmp_path / name, {**method, "deepspeed": engine, "max_steps": 3, "gradient_checkpointing": on}
@@ -326,9 +324,9 @@ def test_gradient_checkpointing_changes_no_loss(recipe, tmp_path, engine, method
 def test_gradient_checkpointing_reaches_every_layer_of_the_backbone(recipe, tmp_path):
     def layers():
         overrides = {"output_dir": str(tmp_path), "gradient_checkpointing": "true", "deepspeed": None}
-        config = StageConfig(**train.stage_values(str(recipe), overrides))
+        config = prepared_config(recipe, overrides)
         model, _ = train.build_model(config)
-        model = train.ready_to_train(model, config)
+        model = train.make_trainable(model, config)
         model.gradient_checkpointing_enable()
         return [layer.gradient_checkpointing for layer in model.language_model.layers]
 
@@ -340,7 +338,7 @@ def test_gradient_checkpointing_reaches_every_layer_of_the_backbone(recipe, tmp_
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backbone", ["qwen2", "qwen3", "llama", "mistral"])
-def test_any_backbone_is_put_together_trained_saved_and_asked(
+def test_other_backbones_are_assembled_trained_saved_and_used(
     backbone, tied, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, recipe, tmp_path
 ):
     folder = make_backbone(tiny_tokenizer_folder, tmp_path / "lm", backbone, tie_word_embeddings=tied)
@@ -357,7 +355,7 @@ def test_any_backbone_is_put_together_trained_saved_and_asked(
 
 
 @pytest.mark.parametrize("method", FULL_AND_LORA)
-def test_tied_embeddings_survive_zero3(
+def test_tied_embeddings_stay_tied_under_zero3(
     method, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, recipe, tmp_path
 ):
     folder = make_backbone(tiny_tokenizer_folder, tmp_path / "lm", "qwen2", tie_word_embeddings=True)

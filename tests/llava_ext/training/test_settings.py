@@ -1,25 +1,29 @@
-"""Settings of a stage: every one takes effect or is refused, also on resume."""
+"""Settings of a stage: each takes effect or is rejected, also when a run is resumed."""
 
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 from transformers import TrainingArguments
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
-from llava_ext.training import settings
-from llava_ext.training.config import StageConfig, check_reporting
-from llava_ext.training.honored import HONORED, REJECTED
+from llava_ext.training import resume_rules, settings
+from llava_ext.training.config import StageConfig, check_reporting, check_required
+from llava_ext.training.launch import prepare_processes
 from llava_ext.training.llava_flags import translate
+from llava_ext.training.supported_arguments import SUPPORTED, UNSUPPORTED
 from llava_ext.training.train import parse
 
 
-def test_every_training_argument_is_honored_or_rejected():
+def test_every_training_argument_is_supported_or_rejected():
     names = {field.name for field in fields(TrainingArguments)}
-    assert not HONORED & set(REJECTED) and HONORED | set(REJECTED) == names
+    assert not SUPPORTED & set(UNSUPPORTED) and SUPPORTED | set(UNSUPPORTED) == names
 
 
-def test_every_setting_has_its_place_on_resume():
-    tables = (settings.IRRELEVANT, settings.APPLIED, settings.BY_CONTENT, settings.REJECTED)
+def test_every_setting_has_a_rule_for_resuming():
+    tables = (resume_rules.IRRELEVANT, resume_rules.APPLIED, resume_rules.BY_CONTENT, resume_rules.REJECTED)
     names = [name for table in tables for name in table]
     assert len(names) == len(set(names)) and set(names) == {field.name for field in fields(StageConfig)}
 
@@ -41,7 +45,7 @@ def test_every_setting_has_its_place_on_resume():
         ("debug", "underflow_overflow"),
     ],
 )
-def test_a_setting_without_effect_is_refused(name, value):
+def test_a_setting_without_effect_is_rejected(name, value):
     with pytest.raises(ValueError, match=f"{name}=.* has no effect in a stage: "):
         settings.stage_values("finetune", {name: value})
 
@@ -86,7 +90,7 @@ def test_flags_of_adapters_need_adapters():
         ({"group_by_modality_length": "true", "packing": "true"}, "--group_by_modality_length .* --packing false"),
     ],
 )
-def test_a_flag_that_another_one_switches_off_is_refused(given, message):
+def test_a_flag_that_another_flag_makes_ineffective_is_rejected(given, message):
     with pytest.raises(ValueError, match=message.replace(" .* ", " has no effect .*")):
         settings.stage_values("finetune", given)
 
@@ -103,62 +107,124 @@ def test_a_flag_that_another_one_switches_off_is_refused(given, message):
         {"head_num_layers": "3", "image_head": "depth"},
     ],
 )
-def test_flags_that_agree_are_accepted(given):
+def test_compatible_flags_are_accepted(given):
     settings.stage_values("finetune", given)
 
 
-def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
+def test_several_gpus_without_a_launcher_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(StageConfig, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="2 GPUs are visible.*NPROC=N or torchrun.*CUDA_VISIBLE_DEVICES=0"):
-        StageConfig(model_name_or_path="m", data_path="d.json", output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)  # restored after the test
+    config = StageConfig(model_name_or_path="m", data_path=["d.json"], output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="2 GPUs are visible.*NPROC=N or torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        prepare_processes(config)
+
+
+CONSTRUCT = """
+import os
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from llava_ext.training.config import StageConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+environment = dict(os.environ)
+config = StageConfig(model_name_or_path="m", data_path=["d.json"], output_dir="out", deepspeed="zero3", bf16=True)
+assert config.deepspeed == "zero3" and not os.path.exists("out")
+assert dict(os.environ) == environment
+assert not torch.distributed.is_initialized() and not is_deepspeed_zero3_enabled()
+assert PartialState._shared_state == {} and AcceleratorState._shared_state == {}
+"""
+
+
+def test_constructing_a_config_has_no_side_effects(tmp_path):
+    subprocess.run([sys.executable, "-c", CONSTRUCT], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType.*change the setting"),
+        ({"deepspeed": "broken.json"}, "DeepSpeed configuration broken.json is not valid JSON"),
+        ({"deepspeed": "list.json"}, "DeepSpeed configuration list.json: expected a JSON object, got list"),
+    ],
+)
+def test_values_that_transformers_or_deepspeed_rejects_are_user_errors(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)  # restored after the test
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    config = StageConfig(model_name_or_path="m", data_path=["d.json"], output_dir="out", use_cpu=True, **given)
+    with pytest.raises(UserError, match=message):
+        prepare_processes(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_r": 0, "lora_enable": True}, "lora_r must be at least 1, got 0"),
+        ({"lora_dropout": 1.0, "lora_enable": True}, "lora_dropout must be at least 0 and below 1, got 1.0"),
+        ({"prompt_dropout": -0.1}, "prompt_dropout must be at least 0 and below 1, got -0.1"),
+        ({"bits": 8}, "bits must be 16, or 4 for QLoRA, got 8"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, got 0"),
+    ],
+)
+def test_a_value_outside_its_range_is_rejected(given, message):
+    with pytest.raises(UserError, match=message):
+        StageConfig(**given)
+
+
+def test_settings_without_a_default_are_required():
+    with pytest.raises(UserError, match="output_dir is not set; pass --output_dir"):
+        check_required(StageConfig(model_name_or_path="m", data_path=["d.json"]))
+    with pytest.raises(UserError, match="data_path is not set"):
+        check_required(StageConfig(model_name_or_path="m", output_dir="out"))
 
 
 def test_epochs_and_steps_replace_each_other():
-    said = []
-    values = settings.stage_values("finetune", {"num_train_epochs": "1"}, said.append)
-    assert "max_steps" not in values and values["num_train_epochs"] == 1 and "max_steps 2900" in said.pop()
-    values = settings.stage_values("paper_finetune", {"max_steps": "7"}, said.append)
-    assert "num_train_epochs" not in values and values["max_steps"] == 7 and said.pop()
-    values = settings.stage_values("finetune", {"max_steps": "7", "num_train_epochs": "2"}, said.append)
-    assert values["max_steps"] == 7 and "takes precedence" in said.pop()
-    values = settings.stage_values("finetune", {"max_steps": "-1", "num_train_epochs": "2"}, said.append)
-    assert (values["max_steps"], values["num_train_epochs"], said) == (-1, 2, [])
-    values = settings.stage_values("finetune", {"warmup_steps": "5"}, said.append)
-    assert values["warmup_steps"] == 5 and "warmup_steps 5.0 replaces" in said.pop()
+    notices = []
+    values = settings.stage_values("finetune", {"num_train_epochs": "1"}, notices.append)
+    assert "max_steps" not in values and values["num_train_epochs"] == 1 and "max_steps 2900" in notices.pop()
+    values = settings.stage_values("paper_finetune", {"max_steps": "7"}, notices.append)
+    assert "num_train_epochs" not in values and values["max_steps"] == 7 and notices.pop()
+    values = settings.stage_values("finetune", {"max_steps": "7", "num_train_epochs": "2"}, notices.append)
+    assert values["max_steps"] == 7 and "takes precedence" in notices.pop()
+    values = settings.stage_values("finetune", {"max_steps": "-1", "num_train_epochs": "2"}, notices.append)
+    assert (values["max_steps"], values["num_train_epochs"], notices) == (-1, 2, [])
+    values = settings.stage_values("finetune", {"warmup_steps": "5"}, notices.append)
+    assert values["warmup_steps"] == 5 and "warmup_steps 5.0 replaces" in notices.pop()
 
 
-def test_changes_are_rejected_applied_or_of_no_influence():
+def test_changes_are_rejected_applied_or_irrelevant():
     before = {"learning_rate": 1e-3, "max_steps": 4, "data_path": ["a.json"], "logging_steps": 1}
-    assert settings.compare(before, {**before, "logging_steps": 5, "save_steps": 9, "seed": 42}) == ([], [], [])
+    assert resume_rules.compare(before, {**before, "logging_steps": 5, "save_steps": 9, "seed": 42}) == ([], [], [])
     now = {**before, "learning_rate": 1e-5, "tune_language_model": False, "max_steps": 8, "data_path": ["b.json"]}
-    rejected, applied, moved = settings.compare(before, now)
+    rejected, applied, moved = resume_rules.compare(before, now)
     assert {change.name for change in rejected} == {"learning_rate", "tune_language_model"}
     assert str(rejected[0]) == "learning_rate: 0.001 before, 1e-05 now"
     assert [change.name for change in applied] == ["max_steps"] and [change.name for change in moved] == ["data_path"]
     facts = {"data": "4 records, digest a"}
     flat = {"image_head": "flat"}
-    assert settings.compare({**flat, "head_num_layers": 3}, flat)[0] == []  # without effect in both
-    assert settings.content_changes(facts, facts, moved) == []  # the same records at another place
-    assert settings.content_changes({}, facts, moved) == moved
+    assert resume_rules.compare({**flat, "head_num_layers": 3}, flat)[0] == []  # no effect in both
+    assert resume_rules.content_changes(facts, facts, moved) == []  # the same records at another path
+    assert resume_rules.content_changes({}, facts, moved) == moved
     one, other = {"weights": "a", "sha256": "b"}, {"weights": "a", "sha256": "c"}
-    (model,) = settings.content_changes(one, other, [])
-    assert model.name == "model_name_or_path" and settings.content_changes({"weights": "a"}, other, []) == []
-    (different,) = settings.content_changes(facts, {"data": "5 records, digest b"}, [])
+    (model,) = resume_rules.content_changes(one, other, [])
+    assert model.name == "model_name_or_path" and resume_rules.content_changes({"weights": "a"}, other, []) == []
+    (different,) = resume_rules.content_changes(facts, {"data": "5 records, digest b"}, [])
     assert (different.name, different.before) == ("data", "4 records, digest a")
 
 
-def test_llava_s_flags_are_understood_said_to_be_ignored_or_replaced():
-    said = []
+def test_flags_of_llava_are_translated_ignored_with_a_notice_or_rejected():
+    notices = []
     line = (
         "--version v1 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False "
         "--mm_use_im_patch_token False --image_aspect_ratio pad --evaluation_strategy no --lazy_preprocess True "
         "--per_device_eval_batch_size 4 --group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b"
     )
-    rest = translate(line.split(), said.append)
+    rest = translate(line.split(), notices.append)
     assert rest == "--group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b".split()
-    assert len(said) == 9 and said[2].startswith("--mm_vision_select_layer -2: ")
-    assert translate(["--tune_mm_mlp_adapter", "True"], said.append) == ["--tune_language_model", "false"]
-    assert translate(["--freeze_backbone", "False"], said.append) == []
+    assert len(notices) == 9 and notices[2].startswith("--mm_vision_select_layer -2: ")
+    assert translate(["--tune_mm_mlp_adapter", "True"], notices.append) == ["--tune_language_model", "false"]
+    assert translate(["--freeze_backbone", "False"], notices.append) == []
     for flag, value, instead in [
         ("pretrain_mm_mlp_adapter", "x.bin", "--model_name_or_path"),
         ("mm_projector_type", "linear", "mlp2x_gelu"),
@@ -166,13 +232,13 @@ def test_llava_s_flags_are_understood_said_to_be_ignored_or_replaced():
         ("evaluation_strategy", "steps", "evaluate.sh"),
     ]:
         with pytest.raises(ValueError, match=f"--{flag} {value} of LLaVA is not supported; instead: .*{instead}"):
-            translate([f"--{flag}", value], said.append)
+            translate([f"--{flag}", value], notices.append)
 
 
 def test_an_unknown_flag_suggests_the_nearest():
     with pytest.raises(ValueError, match="--learnin_rate; did you mean --learning_rate"):
         parse(["--recipe", "finetune", "--learnin_rate", "3"])
-    with pytest.raises(ValueError, match="unrecognized arguments: --learning"):  # no abbreviations
+    with pytest.raises(ValueError, match="unrecognized arguments: --learning"):  # abbreviations are not accepted
         parse(["--recipe", "finetune", "--learning", "3"])
     assert parse(["--recipe", "finetune", "--version", "v1", "--seed", "3"]) == ("finetune", {"seed": "3"})
 

@@ -1,5 +1,7 @@
-"""The loss of an optimizer step: a mean over its text tokens and one over its image positions, however the step is cut
-into micro-batches, processes and packed rows."""
+"""The loss of an optimizer step: a mean over its text tokens plus one over its image positions.
+
+It does not depend on how the step is divided into micro-batches, processes and packed rows.
+"""
 
 import json
 import tempfile
@@ -15,6 +17,7 @@ from llava_ext.data.collators import Collator, PackedCollator
 from llava_ext.data.packing import PackedDataset
 from llava_ext.training import train
 from llava_ext.training.config import StageConfig
+from llava_ext.training.launch import prepare_processes
 from llava_ext.training.trainer import EvoTokTrainer
 
 LEARNING_RATE = 4.0  # of plain SGD: a step's change of the weights is this many times the gradient
@@ -29,14 +32,14 @@ SGD = {
     "logging_steps": 1,
     "deepspeed": "none",
 }
-# Samples a micro-batch, micro-batches, processes: 8 samples in all.
+# Samples per micro-batch, micro-batches, processes: 8 samples in total.
 CUTS = {"8": (8, 1, 1), "4 x 2": (4, 2, 1), "1 x 8": (1, 8, 1), "1 x 4, two processes": (1, 4, 2)}
 PACKED = {"packing": "true", "model_max_length": 128}
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_backbone_folder, tiny_evotok_folder, scene_folder, tmp_path_factory):
-    """One long answer among short ones, and drawings and readings that some micro-batches lack."""
+    """One long answer among short ones, and read and drawn images that some micro-batches lack."""
     folder = tmp_path_factory.mktemp("recipes")
     path = write_recipe(folder, tiny_backbone_folder, tiny_evotok_folder, scene_folder)
     rows = json.loads((scene_folder / "train" / "pretrain.json").read_text())
@@ -59,14 +62,15 @@ def mixed(recipe):
 def prepare(recipe, overrides):
     output = tempfile.mkdtemp(dir=recipe.parent)
     config = StageConfig(**recipe_values(str(recipe), StageConfig, {"output_dir": output, **SGD, **overrides}))
+    prepare_processes(config)
     transformers.set_seed(0)
     model, processor = train.build_model(config)
     dataset = train.build_dataset(config, model, processor)
-    return config, train.ready_to_train(model, config), processor, dataset
+    return config, train.make_trainable(model, config), processor, dataset
 
 
 def gradient_of_the_joint_batch(recipe, overrides):
-    """Of one forward pass over all samples, and its losses."""
+    """The gradient of one forward pass over all samples, and its losses."""
     config, model, processor, dataset = prepare(recipe, overrides)
     output = model.train()(**Collator(processor)([dataset[index] for index in range(len(dataset))]))
     loss = config.text_loss_weight * output.text_loss + config.image_loss_weight * output.image_loss
@@ -77,7 +81,7 @@ def gradient_of_the_joint_batch(recipe, overrides):
 
 
 def gradient_of_a_step(recipe, overrides):
-    """What one step of the real trainer does to the weights, and what it logs."""
+    """The gradient computed from the change of the weights in one step of the real trainer, and its log."""
     config, model, processor, dataset = prepare(recipe, overrides)
     before = {name: w.detach().clone() for name, w in model.named_parameters() if w.requires_grad}
     trainer = EvoTokTrainer(
@@ -88,7 +92,7 @@ def gradient_of_a_step(recipe, overrides):
         processing_class=processor,
         shape=train.RunShape(config.world_size),
     )
-    trainer._save_checkpoint = lambda *_: None  # nothing is made of the model
+    trainer._save_checkpoint = lambda *_: None  # the test only needs the weights
     trainer.train()
     changes = {name: (w - model.get_parameter(name).detach().float()) / LEARNING_RATE for name, w in before.items()}
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines() if config.process_index == 0 else []
@@ -142,7 +146,7 @@ def test_loss_weights_weigh_the_means(recipe, mixed):
 
 
 def test_a_step_without_drawings_on_any_process(recipe, scene_folder, tmp_path):
-    """Neither mean is then taken over nothing, and the head gets a gradient of zeros."""
+    """A mean over no image positions must not become NaN."""
     said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": said}, {"conversations": said}]))
     overrides = {"data_path": [str(tmp_path / "text.json")], "tune_image_head": "false", "tune_projectors": "false"}
@@ -152,9 +156,11 @@ def test_a_step_without_drawings_on_any_process(recipe, scene_folder, tmp_path):
     assert "image_loss" not in lines[0] and lines[0]["loss"] == pytest.approx(losses["loss"], abs=1e-4)
 
 
-def test_the_last_shorter_step_of_an_epoch_weighs_its_tokens_alike(recipe):
-    """Of seven samples the second step has three; with a rate of 0 both see the same weights, so that the losses of
-    the run are those of the joint batch."""
+def test_tokens_of_the_shorter_last_step_of_an_epoch_have_the_same_weight(recipe):
+    """Of seven samples the second step has three.
+
+    With learning rate 0 both steps have the same weights, so the losses of the run equal those of the joint batch.
+    """
     data = {"data_path": [str(recipe.parent / "seven.json")], "learning_rate": 0.0}
     _, expected = run_forked(gradient_of_the_joint_batch, recipe, data)
     cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 2}
@@ -175,12 +181,12 @@ def test_samples_that_do_not_divide_among_the_processes_are_learned_once(recipe,
     assert lines[0]["loss"] == pytest.approx(losses["loss"], abs=1e-4)
 
 
-# Parts without samples ---------------------------------------------------------------------------------------
+# Groups without samples ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def only(recipe, scene_folder, tmp_path):
-    """`only(kind)` is a data set that only reads, or only draws."""
+    """`only(kind)` writes a data set that only reads images, or only draws."""
     rows = json.loads((scene_folder / "train" / "pretrain.json").read_text())
     turn = {"read": 0, "draw": 1}
 
@@ -202,7 +208,7 @@ def test_a_head_without_drawings_stops_the_run_before_the_first_step(recipe, onl
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_the_remedy_that_is_named_lets_the_run_train_what_has_samples(recipe, only, tmp_path):
+def test_the_named_remedy_lets_the_other_groups_train(recipe, only, tmp_path):
     overrides = {"data_path": [only("read")], "tune_language_model": "false", "max_steps": 1}
     overrides |= {"tune_write_projector": "false", "tune_image_head": "false"}
 
@@ -213,12 +219,12 @@ def test_the_remedy_that_is_named_lets_the_run_train_what_has_samples(recipe, on
     assert run_forked(trained) == {"read_projector", "new_token_rows"}
 
 
-def test_a_read_projector_without_images_that_are_read_is_named(recipe, only, tmp_path):
+def test_a_read_projector_without_images_to_read_is_named(recipe, only, tmp_path):
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--data_path", only("draw")])
     assert code == 2 and "read_projector would train" in line and "--tune_read_projector false" in line
 
 
-def test_several_parts_without_samples_have_a_remedy_each(recipe, tmp_path):
+def test_each_group_without_samples_has_its_own_remedy(recipe, tmp_path):
     flags = ["--data_path", str(recipe.parent / "text.json")]
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", flags)
     reads, draws = line.split(". ", 1)[1].split(". ")
@@ -227,7 +233,7 @@ def test_several_parts_without_samples_have_a_remedy_each(recipe, tmp_path):
     assert draws.endswith("or pass --tune_write_projector false --tune_image_head false.")
 
 
-def test_conversations_that_draw_and_read_are_samples_of_both(recipe, only, tmp_path):
+def test_conversations_that_draw_and_read_train_both_groups(recipe, only, tmp_path):
     rows = json.loads(Path(only("read")).read_text())
     for row in rows:
         row["image"] = [row["image"], row["image"]]
@@ -241,19 +247,19 @@ def test_conversations_that_draw_and_read_are_samples_of_both(recipe, only, tmp_
 
 
 def _prepared(recipe, overrides):
-    """The kinds of samples of a run that may start."""
+    """The number of samples of each kind of a run that passes the checks."""
     return prepare(recipe, overrides)[-1].count_kinds()
 
 
-def test_a_loss_with_weight_0_trains_no_head(recipe, tmp_path):
+def test_a_loss_with_weight_0_does_not_train_the_head(recipe, tmp_path):
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--image_loss_weight", "0"])
     assert code == 2 and "image_head would train" in line and "image_loss_weight is 0" in line
 
 
-def test_a_part_whose_rate_is_0_needs_no_samples(recipe, only):
+def test_a_group_with_learning_rate_0_needs_no_samples(recipe, only):
     assert run_forked(_prepared, recipe, {"data_path": [only("draw")], "mm_projector_lr": 0.0})["read"] == 0
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "interleaved"])
-def test_the_embedded_data_have_samples_for_every_part(recipe, scene_folder, stage):
+def test_the_embedded_data_have_samples_for_every_group(recipe, scene_folder, stage):
     assert run_forked(_prepared, recipe, {"data_path": [str(scene_folder / "train" / f"{stage}.json")]})["draw"] > 0

@@ -1,5 +1,7 @@
-"""Runs that are stopped, killed, short of disk or out of numbers: nothing saved is lost, and they end where they would
-have ended."""
+"""Runs that are stopped or killed, run out of disk space or diverge: no checkpoint is lost, and they can be resumed.
+
+A resumed run ends with the same weights as an uninterrupted one.
+"""
 
 import io
 import json
@@ -14,10 +16,9 @@ import torch
 from safetensors.torch import load_file
 from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, start_forked, write_recipe
 
-from evotok_plugin.common import interruption
+from evotok_plugin.common.processes import Processes
 from llava_ext.model_folder import load_model
 from llava_ext.training import checkpoints as checkpoints_module
-from llava_ext.training.callbacks import StopSafely
 from llava_ext.training.checkpoints import (
     MARKER,
     RunShape,
@@ -44,6 +45,7 @@ def recipe(base, tiny_evotok_folder, scene_folder, tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("recipes"), base, tiny_evotok_folder, scene_folder)
 
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 METHODS = {
     "plain": {"deepspeed": "none"},
     "zero2": {"deepspeed": "zero2"},
@@ -56,7 +58,7 @@ METHODS = {
 }
 FAST = ("plain", "zero2", "zero3", "lora zero2")
 BY_METHOD = [method if method in FAST else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
-# Half of the prompts are dropped, and the run is cut in its second epoch: data must go on as they would have.
+# Half of the prompts are dropped, and the run is cut in its second epoch: the order of the data must continue.
 LONG = {
     "max_steps": 10,
     "save_steps": 4,
@@ -68,7 +70,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe, tmp_path_factory):
-    """The folder of a run that nothing has happened to, by its settings."""
+    """The folder of an uninterrupted run, by its settings."""
     made = {}
 
     def of(settings, world_size=1):
@@ -87,7 +89,7 @@ def trained_weights(output):
 
 
 def assert_same_end(one, other):
-    """Same losses, step by step, and the same weights."""
+    """Check that two runs have the same losses, step by step, and the same weights."""
     assert losses(one) == pytest.approx(losses(other), abs=1e-6)
     expected, got = trained_weights(one), trained_weights(other)
     assert set(expected) == set(got)
@@ -96,7 +98,7 @@ def assert_same_end(one, other):
 
 
 def cut_after(whole, output, step):
-    """Copy a run as it was after a step: later checkpoints and its end are gone."""
+    """Copy a run in its state after a step, without later checkpoints and the finished model."""
     shutil.copytree(whole, output)
     for folder in checkpoints(output):
         if int(folder.name.split("-")[1]) > step:
@@ -121,7 +123,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, recipe, uninterrupte
     assert_same_end(whole, tmp_path / "resumed")
 
 
-def test_a_packed_run_goes_on_to_the_same_end(recipe, uninterrupted, tmp_path):
+def test_a_resumed_packed_run_equals_the_uninterrupted_one(recipe, uninterrupted, tmp_path):
     settings = {**LONG, **METHODS["zero2"], "packing": True, "per_device_train_batch_size": 1}
     whole = uninterrupted(settings)
     cut_after(whole, tmp_path / "resumed", step=8)
@@ -141,8 +143,8 @@ def test_a_resumed_run_of_two_processes_with_data_workers_equals_the_uninterrupt
     assert_same_end(whole, tmp_path / "resumed")
 
 
-def test_a_run_that_has_all_its_steps_only_puts_the_model_in_its_place(recipe, tmp_path):
-    """As after a kill between the last checkpoint and the end; Trainer would train one step more."""
+def test_a_run_with_all_its_steps_only_publishes_the_model(recipe, tmp_path):
+    """As after a kill between the last checkpoint and the end; Trainer would train another step."""
     run_forked(run, recipe, tmp_path / "run", {"max_steps": -1, "num_train_epochs": 0.25})
     steps = max(losses(tmp_path / "run"))
     before = trained_weights(tmp_path / "run")
@@ -155,7 +157,7 @@ def test_a_run_that_has_all_its_steps_only_puts_the_model_in_its_place(recipe, t
 
 
 @pytest.mark.slow
-def test_more_steps_may_be_asked_for_later(recipe, tmp_path):
+def test_a_finished_run_can_be_extended(recipe, tmp_path):
     constant = {"lr_scheduler_type": "constant"}
     run_forked(run, recipe, tmp_path / "short", {**constant, "max_steps": 2})
     (tmp_path / "short" / "finished.json").unlink()
@@ -168,14 +170,14 @@ def test_more_steps_may_be_asked_for_later(recipe, tmp_path):
 
 
 def has_steps(output, count):
-    """A condition: the run has logged so many steps."""
+    """A condition: the run has logged `count` steps."""
     return lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= count
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_stopped_run_saves_its_step_and_goes_on_from_it(recipe, tmp_path, number, code):
+def test_a_stopped_run_saves_its_step_and_resumes_from_it(recipe, tmp_path, number, code):
     settings = {"max_steps": 40, "save_steps": 1000}
     reached = has_steps(tmp_path / "run", 3)
     assert exit_codes_when(reached, number, run, recipe, tmp_path / "run", settings) == [code]
@@ -196,27 +198,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(recipe, tmp_path):
     assert is_complete(saved)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_one_sent_twice_does_not(monkeypatch):
-    now, stop = [0.0], StopSafely()
-    monkeypatch.setattr(interruption, "_clock", lambda: now[0])
-    stop.on_train_begin(None, None, None)
-    try:
-        signal.raise_signal(signal.SIGINT)
-        now[0] = 2.9
-        signal.raise_signal(signal.SIGINT)  # a launcher passes on what the terminal has sent already
-        now[0] = 3.1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        stop.on_train_end(None, None, None)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 # kill -9 -----------------------------------------------------------------------------------------------------
 
 
 def kill_while_saving(recipe, output, settings, pattern, world_size=1):
-    """Kill -9 all processes as soon as a file of checkpoint-8 appears; were they still at work on it?"""
+    """Kill all processes as soon as a file of checkpoint-8 appears; returns whether the checkpoint is incomplete."""
 
     def appeared():
         return any((output / "checkpoint-8").glob(pattern))
@@ -226,7 +212,7 @@ def kill_while_saving(recipe, output, settings, pattern, world_size=1):
     return not is_complete(output / "checkpoint-8")
 
 
-def test_a_run_killed_while_it_saves_goes_on(recipe, uninterrupted, tmp_path):
+def test_a_run_killed_while_it_saves_can_be_resumed(recipe, uninterrupted, tmp_path):
     settings, killed = {**LONG, **METHODS["zero2"]}, tmp_path / "killed"
     assert kill_while_saving(recipe, killed, settings, "model.safetensors"), "killed too late"
     assert find_resumable(killed, RunShape(1, 2)).name == "checkpoint-4"
@@ -237,7 +223,7 @@ def test_a_run_killed_while_it_saves_goes_on(recipe, uninterrupted, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "zero2", "zero3", "lora zero3"])
 @pytest.mark.parametrize("pattern", ["*.safetensors", "*", "rng_state*", "trainer_state.json"])
-def test_wherever_a_run_is_killed_while_it_saves_it_goes_on(method, pattern, recipe, uninterrupted, tmp_path):
+def test_a_run_killed_at_any_point_of_saving_can_be_resumed(method, pattern, recipe, uninterrupted, tmp_path):
     settings, world_size = {**LONG, **METHODS[method]}, 1 if method == "plain" else 2
     kill_while_saving(recipe, tmp_path / "killed", settings, pattern, world_size)
     run_forked(run, recipe, tmp_path / "killed", settings, world_size=world_size)
@@ -245,8 +231,8 @@ def test_wherever_a_run_is_killed_while_it_saves_it_goes_on(method, pattern, rec
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_at_any_moment_ends_where_it_would_have(recipe, tmp_path):
-    """Kills at random times: while libraries load, images are encoded, steps are made, files are written."""
+def test_a_run_killed_repeatedly_equals_the_uninterrupted_one(recipe, tmp_path):
+    """Kills at random times: while libraries load, images are encoded, steps are computed, files are written."""
     import random
     import time
 
@@ -267,15 +253,15 @@ def write_checkpoint(folder, files=("model.safetensors",)):
         (folder / name).write_text(name)
 
 
-def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
+def test_the_oldest_checkpoint_is_deleted_only_when_the_newest_is_complete(tmp_path, monkeypatch):
     for step in (1, 2):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
-        finish_checkpoint(tmp_path / f"checkpoint-{step}", RunShape(1), is_first=True, keep=1)
+        finish_checkpoint(tmp_path / f"checkpoint-{step}", RunShape(1), ALONE, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     write_checkpoint(tmp_path / "checkpoint-3")
     monkeypatch.setattr(checkpoints_module, "mark_complete", _killed)
     with pytest.raises(KeyboardInterrupt):
-        finish_checkpoint(tmp_path / "checkpoint-3", RunShape(1), is_first=True, keep=1)
+        finish_checkpoint(tmp_path / "checkpoint-3", RunShape(1), ALONE, keep=1)
     assert find_resumable(tmp_path, RunShape(1)).name == "checkpoint-2"
 
 
@@ -283,10 +269,10 @@ def _killed(*arguments):
     raise KeyboardInterrupt
 
 
-def test_what_is_half_written_is_cleared_away_and_what_was_damaged_is_kept(tmp_path):
+def test_partial_checkpoints_are_deleted_and_damaged_ones_are_kept(tmp_path):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
-        finish_checkpoint(tmp_path / f"checkpoint-{step}", RunShape(1), True, None)
+        finish_checkpoint(tmp_path / f"checkpoint-{step}", RunShape(1), ALONE, None)
     (tmp_path / "checkpoint-2" / "model.safetensors").write_text("cut")
     (tmp_path / "checkpoint-3" / MARKER).unlink()
     assert find_resumable(tmp_path, RunShape(1)).name == "checkpoint-1"
@@ -298,15 +284,25 @@ def test_what_is_half_written_is_cleared_away_and_what_was_damaged_is_kept(tmp_p
     ]
 
 
-def test_if_all_checkpoints_are_damaged_nothing_begins_anew_in_silence(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-2")
-    finish_checkpoint(tmp_path / "checkpoint-2", RunShape(1), True, None)
+    finish_checkpoint(tmp_path / "checkpoint-2", RunShape(1), ALONE, None)
     (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="complete once and has been changed.*--overwrite true"):
+    with pytest.raises(ValueError, match="was complete and has been changed.*--overwrite true"):
         find_resumable(tmp_path, RunShape(1))
 
 
-def test_a_model_is_put_in_its_place_without_the_trainer_s_files(tmp_path):
+def test_publishing_does_not_write_into_a_link_that_a_killed_process_has_left(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-1")
+    write_checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_text("new")
+    os.link(tmp_path / "checkpoint-1" / "model.safetensors", tmp_path / ".model.safetensors.part")
+    publish(tmp_path / "checkpoint-2", tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "new"
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").read_text() == "model.safetensors"
+
+
+def test_a_model_is_published_without_the_files_of_the_trainer(tmp_path):
     names = ("model.safetensors", "config.json", MARKER, "scheduler.pt", "latest", "rng_state.pth")
     write_checkpoint(tmp_path / "checkpoint-1", names)
     publish(tmp_path / "checkpoint-1", tmp_path)
@@ -314,7 +310,7 @@ def test_a_model_is_put_in_its_place_without_the_trainer_s_files(tmp_path):
     assert files == {".evotok.json", "model.safetensors", "config.json"}
 
 
-# Disk, data, numbers -----------------------------------------------------------------------------------------
+# Disk, data, diverging losses -----------------------------------------------------------------------------------------
 
 
 def _on_a_full_disk(recipe, output, settings, limit):
@@ -323,7 +319,7 @@ def _on_a_full_disk(recipe, output, settings, limit):
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m != "zero2")) for m in METHODS])
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(method, recipe, uninterrupted, tmp_path):
+def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(method, recipe, uninterrupted, tmp_path):
     settings, output = {**LONG, **METHODS[method]}, tmp_path / "run"
     cut_after(uninterrupted(settings), output, step=4)
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -335,7 +331,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(method, recip
     assert_same_end(uninterrupted(settings), output)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(recipe, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(recipe, tmp_path):
     flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", "1", "--lr_scheduler_type", "constant"]
     code, line = run_forked(stage_exit, recipe, tmp_path / "run", flags)
     assert code == 2 and "the loss is NaN or infinite" in line and "--learning_rate" in line
@@ -351,18 +347,18 @@ def test_a_code_cache_that_vanishes_while_training_is_named(recipe, tmp_path, wo
 
 
 def test_a_shard_of_records_that_vanishes_while_training_is_named(recipe, tmp_path):
-    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     shards = tmp_path / "shards"
     shards.mkdir()
     for number in range(2):
         with tarfile.open(shards / f"{number}.tar", "w") as archive:
             for sample in range(8):
-                content = json.dumps({"conversations": said}).encode()
+                content = json.dumps({"conversations": turns}).encode()
                 member = tarfile.TarInfo(f"{sample}.json")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     flags = ["--data_path", str(shards / "*.tar"), "--dataloader_num_workers", "1"]
-    flags += ["--tune_projectors", "false", "--tune_image_head", "false"]  # there are no images to train them
+    flags += ["--tune_projectors", "false", "--tune_image_head", "false"]  # the data has no images to train them
     code, line = run_forked(_with_vanishing_files, recipe, tmp_path / "run", flags, shards, "1.tar")
     assert code == 2 and "1.tar" in line and line.startswith("error: ")
 
@@ -382,7 +378,7 @@ def _with_vanishing_files(recipe, output, flags, folder, pattern):
     return stage_exit(recipe, output, flags)
 
 
-def test_a_code_cache_that_is_gone_is_made_again_on_resume(recipe, uninterrupted, tmp_path):
+def test_a_missing_code_cache_is_rebuilt_on_resume(recipe, uninterrupted, tmp_path):
     settings = {**LONG, **METHODS["zero2"]}
     cut_after(uninterrupted(settings), tmp_path / "run", step=8)
     run_forked(run, recipe, tmp_path / "run", {**settings, "code_cache": str(tmp_path / "new")})

@@ -1,6 +1,6 @@
-"""The real training command on tiny random models: DeepSpeed engine, resume, two processes, bad input.
+"""The real training command on tiny random models: DeepSpeed engine, resuming, two processes, bad input.
 
-Every run is a forked child, so process groups and environment stay apart and libraries are imported once.
+Every run is a forked process, so process groups and environments are separate and libraries are imported once.
 """
 
 import json
@@ -33,7 +33,7 @@ def finished(recipe, tmp_path_factory):
     return output
 
 
-def test_a_run_leaves_a_model_and_its_story(finished):
+def test_a_run_writes_a_model_its_metrics_and_its_recipe(finished):
     model, processor = load_model(finished)
     assert len(model.generate_images("a ring", processor)) == 1
     lines = metrics(finished)
@@ -51,8 +51,8 @@ def test_a_finished_run_is_not_repeated(finished, recipe):
     assert (finished / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, recipe, tmp_path):
-    """The newest checkpoint is damaged as by a kill while saving: the run goes on from the one before."""
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, recipe, tmp_path):
+    """The newest checkpoint is incomplete, as after a kill while saving: the run resumes from the previous one."""
     output = tmp_path / "broken"
     shutil.copytree(finished, output)
     for name in ("model.safetensors", "finished.json"):
@@ -66,17 +66,17 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, reci
     assert losses(output) == losses(finished)
 
 
-def test_another_number_of_processes_is_refused_with_the_way_out(finished):
+def test_another_number_of_processes_is_rejected_with_a_remedy(finished):
     with pytest.raises(ValueError, match="written by 1 processes .* NPROC=1"):
         find_resumable(finished, RunShape(2, 2))
 
 
-def test_a_checkpoint_of_another_engine_is_refused(finished):
+def test_a_checkpoint_of_another_engine_is_rejected(finished):
     with pytest.raises(ValueError, match="zero_stage 2 and cannot be resumed with 3"):
         find_resumable(finished, RunShape(1, 3))
 
 
-def test_stage_one_leaves_the_language_model_alone(recipe, tiny_backbone_folder, tmp_path):
+def test_stage_one_does_not_change_the_language_model(recipe, tiny_backbone_folder, tmp_path):
     only_images = [yaml.safe_load(recipe.read_text())["data_path"][0]]
     frozen = {"tune_language_model": "false", "max_steps": 2, "data_path": only_images}
     run_forked(run, recipe, tmp_path / "pretrain", frozen)
@@ -89,15 +89,15 @@ def test_stage_one_leaves_the_language_model_alone(recipe, tiny_backbone_folder,
 
 
 def test_two_processes_with_different_kinds_of_batches(recipe, tmp_path):
-    """One rank may read while the other has only text: gradients must still be reduced alike."""
+    """One rank may read an image while the other has only text: all gradients must still be reduced."""
     run_forked(run, recipe, tmp_path / "two", world_size=2)
     assert json.loads((tmp_path / "two" / "checkpoint-4" / MARKER).read_text())["world_size"] == 2
     load_model(tmp_path / "two")
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_bf16_leaves_the_tokenizer_as_it_was(recipe, tiny_evotok_folder, tmp_path, engine):
-    """The engine casts what it trains; rounded codebooks would give other codes."""
+def test_bf16_does_not_change_the_tokenizer(recipe, tiny_evotok_folder, tmp_path, engine):
+    """The engine casts the weights that it trains; rounded codebooks would give other codes."""
     run_forked(run, recipe, tmp_path / "bf16", {"bf16": "true", "max_steps": 2, "deepspeed": engine})
     model, _ = load_model(tmp_path / "bf16")
     for name, tensor in load_file(tiny_evotok_folder / "model.safetensors").items():
@@ -119,14 +119,14 @@ def test_bf16_leaves_the_tokenizer_as_it_was(recipe, tiny_evotok_folder, tmp_pat
         (["--image_folder", "nowhere"], "not found in nowhere"),
     ],
 )
-def test_bad_input_is_one_clear_line(recipe, tmp_path, flags, message):
+def test_bad_input_is_reported_in_one_line(recipe, tmp_path, flags, message):
     if flags[0] == "--recipe":
         recipe, flags = flags[1], []
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", flags)
     assert code == 2 and line.startswith("error: ") and message in line
 
 
-def test_an_unknown_recipe_key_suggests_the_near_one(recipe, tmp_path):
+def test_an_unknown_recipe_key_suggests_the_nearest(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text()) | {"learning_rat": 1}
     path = tmp_path / "typo.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -146,7 +146,7 @@ def test_broken_images_are_counted_named_and_limited(recipe, scene_folder, tmp_p
     assert "000003.png" in (tmp_path / "tolerant" / "bad_samples.jsonl").read_text()
 
 
-def test_tasks_weigh_as_they_are_told_to(recipe, tmp_path):
+def test_losses_are_weighted_by_the_settings(recipe, tmp_path):
     settings = {"packing": True, "per_device_train_batch_size": 1, "logging_steps": 1}
     run_forked(run, recipe, tmp_path / "run", {**settings, "text_loss_weight": 0.5, "image_loss_weight": 2.0})
     lines = [line for line in metrics(tmp_path / "run") if "text_loss" in line and "image_loss" in line]
@@ -155,8 +155,8 @@ def test_tasks_weigh_as_they_are_told_to(recipe, tmp_path):
         assert line["loss"] == pytest.approx(0.5 * line["text_loss"] + 2 * line["image_loss"], rel=1e-3)
 
 
-def test_what_trains_how_fast_and_what_is_saved_is_said_before_the_first_step(recipe, tmp_path):
-    text = run_forked(_log_of, recipe, tmp_path / "told", {"max_steps": 1, "mm_projector_lr": 2e-5})
+def test_trained_groups_learning_rates_and_outputs_are_logged(recipe, tmp_path):
+    text = run_forked(_log_of, recipe, tmp_path / "run", {"max_steps": 1, "mm_projector_lr": 2e-5})
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "frozen" in lines["vision_tower"] and "learning rate 0.001" in lines["language_model"]
     assert "learning rate 2e-05, " in lines["read_projector"]

@@ -1,4 +1,4 @@
-"""Weights that are split over ranks (ZeRO-3) are there where the model's own forward uses them."""
+"""Weights that ZeRO-3 partitions among ranks are available where the forward pass of the model uses them."""
 
 import os
 from functools import partial
@@ -11,7 +11,7 @@ from stage_runs import run_forked
 from llava_ext.assembly import assemble
 from llava_ext.data.collators import Collator, PackedCollator
 
-BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # of each rank: another kind, another number of chunks
+BATCHES = (["text", "draw two", "text"], ["read two", "text"])  # per rank: different kinds and numbers of chunks
 
 
 def build(folders):
@@ -31,8 +31,8 @@ def make_batch(model, processor, rank, packed):
     return PackedCollator(processor)([samples]) if packed else Collator(processor)(samples)
 
 
-def train_split(folders, packed):
-    """Two steps of SGD by DeepSpeed; the losses, and the weights whole."""
+def train_partitioned(folders, packed):
+    """Two steps of SGD by DeepSpeed; returns the losses and the complete weights."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
@@ -64,9 +64,9 @@ def train_split(folders, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_two_ranks_with_split_weights_equal_one_process(packed, tiny_backbone_folder, tiny_evotok_folder):
+def test_two_ranks_with_partitioned_weights_equal_one_process(packed, tiny_backbone_folder, tiny_evotok_folder):
     folders = (tiny_backbone_folder, tiny_evotok_folder)
-    losses, weights = run_forked(train_split, folders, packed, world_size=2)
+    losses, weights = run_forked(train_partitioned, folders, packed, world_size=2)
     model, processor = build(folders)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     expected = []

@@ -26,6 +26,7 @@ from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.images import READER_VERSION
 from evotok_plugin.data.sources import FileSource
+from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
@@ -61,7 +62,7 @@ class Noise:
             time.sleep(0.005)
         self.opened.append(index)
         if index in self.broken:
-            raise ValueError(f"picture {index} is broken")
+            raise UserError(f"picture {index} is broken")
         pixels = np.random.default_rng(index).integers(0, 256, (50 + index, 60, 3), dtype=np.uint8)
         return Image.fromarray(pixels)
 

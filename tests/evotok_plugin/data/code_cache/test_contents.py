@@ -76,9 +76,7 @@ def assert_codes(cache: CodeCache, model, seeds) -> None:
 def counted(monkeypatch):
     """How many images have been encoded for a cache."""
     seen, encode = [], encoding.codes_of
-    monkeypatch.setattr(
-        encoding, "codes_of", lambda batch, model: seen.append(len(batch.whole)) or encode(batch, model)
-    )
+    monkeypatch.setattr(encoding, "codes_of", lambda pixels, model: seen.append(len(pixels)) or encode(pixels, model))
     return lambda: sum(seen)
 
 

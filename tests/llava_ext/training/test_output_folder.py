@@ -1,12 +1,13 @@
-"""The output folder of a stage: files of others stay, a run is replaced only by one that works."""
+"""The output folder of a stage: foreign files are kept, and a run is replaced only by one that works."""
 
 import json
 
 import pytest
 import yaml
 from safetensors.torch import load_file
-from stage_runs import losses, run, run_forked, stage_exit, write_recipe
+from stage_runs import losses, prepared_config, run, run_forked, stage_exit, write_recipe
 
+from evotok_plugin.errors import UserError
 from llava_ext.training.checkpoints import (
     MARKER,
     REPORTS,
@@ -15,10 +16,8 @@ from llava_ext.training.checkpoints import (
     finished_facts,
     owned_folder,
 )
-from llava_ext.training.config import StageConfig
-from llava_ext.training.output import plan_output
-from llava_ext.training.reports import StageReport, place_reports, prepare_report
-from llava_ext.training.settings import stage_values
+from llava_ext.training.output_folder import plan_output
+from llava_ext.training.sample_reports import StageReport, place_reports, prepare_report
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ OVERWRITE = ["--deepspeed", "none", "--max_steps", "1", "--overwrite", "true"]
 
 @pytest.fixture
 def finished(recipe, tmp_path):
-    """A finished run with files of the user in it and in one of its checkpoints."""
+    """A finished run, with files of the user in its folder and in one of its checkpoints."""
     run_forked(run, recipe, tmp_path / "run", PLAIN)
     for name in ("thesis.tex", "checkpoint-1/notes.txt", "checkpoint-note.txt"):
         (tmp_path / "run" / name).write_text("mine")
@@ -44,9 +43,9 @@ def state(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_overwriting_keeps_what_the_run_has_not_written(recipe, finished):
+def test_overwriting_keeps_files_that_the_run_has_not_written(recipe, finished):
     (finished / "checkpoint-500").mkdir()
-    (finished / "checkpoint-500" / "trainer_state.json").write_text("of another trainer")
+    (finished / "checkpoint-500" / "trainer_state.json").write_text("of another program")
     run_forked(run, recipe, finished, {**PLAIN, "max_steps": 1, "overwrite": True, "save_total_limit": 1})
     for name in ("thesis.tex", "checkpoint-1/notes.txt", "checkpoint-note.txt", "checkpoint-500/trainer_state.json"):
         assert (finished / name).is_file(), name
@@ -66,8 +65,8 @@ def test_overwriting_keeps_what_the_run_has_not_written(recipe, finished):
         (["--learning_rate", "nan", "--lr_scheduler_type", "constant", "--max_steps", "2"], "the loss is"),
     ],
 )
-def test_a_run_that_does_not_come_to_a_step_replaces_nothing(recipe, finished, flags, message):
-    for name in REPORTS:  # of the run: its record names them
+def test_a_run_that_does_not_reach_its_first_step_replaces_nothing(recipe, finished, flags, message):
+    for name in REPORTS:  # files of the run: its record names them
         (finished / name).write_text("of the run")
     before = state(finished)
     if "nan" in flags:
@@ -86,13 +85,13 @@ def _with_a_first_step_that_fails(recipe, output, flags):
 
     def fail(self):
         assert (output / ".replaced").is_dir() and not (output / "model.safetensors").exists()
-        raise FloatingPointError("no step")
+        raise UserError("no step")
 
     EvoTokTrainer.check_step = fail
     return stage_exit(recipe, output, flags)
 
 
-def test_reports_of_a_run_stay_until_those_of_the_next_one_are_placed(tmp_path):
+def test_reports_are_kept_until_those_of_the_next_run_are_placed(tmp_path):
     bad, too_long = REPORTS
     assert prepare_report(tmp_path / "new", bad) == tmp_path / "new" / bad and not (tmp_path / "new").exists()
     owned_folder(tmp_path).claim("recipe.yaml", bad, too_long)
@@ -106,19 +105,19 @@ def test_reports_of_a_run_stay_until_those_of_the_next_one_are_placed(tmp_path):
     assert not list(tmp_path.glob("*.new.jsonl")) and owned_folder(tmp_path).owns(bad)
 
 
-def test_a_report_of_a_failed_validation_is_replaced_where_there_is_no_run(tmp_path):
+def test_a_report_of_a_failed_validation_is_replaced_in_a_folder_without_a_run(tmp_path):
     for sample in ("first", "second"):
         StageReport(prepare_report(tmp_path, REPORTS[0]), 1.0, {sample: "broken"}).check(1)
     assert "second" in (tmp_path / REPORTS[0]).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".evotok.json", REPORTS[0]]
 
 
-def test_a_first_start_that_fails_leaves_no_folder(recipe, tmp_path):
+def test_a_failed_first_start_does_not_create_the_folder(recipe, tmp_path):
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--vision_tower", str(tmp_path)])
     assert code == 2 and "is not a model folder" in line and not (tmp_path / "out").exists()
 
 
-def test_a_model_of_another_origin_is_not_overwritten(recipe, tmp_path):
+def test_a_model_of_another_program_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("of another model")
     for flags in (OVERWRITE, OVERWRITE[:-2]):
@@ -127,13 +126,13 @@ def test_a_model_of_another_origin_is_not_overwritten(recipe, tmp_path):
     assert (tmp_path / "run" / "config.json").read_text() == "of another model"
 
 
-def test_a_checkpoint_of_another_trainer_in_the_way_is_refused_first(recipe, tmp_path):
+def test_a_checkpoint_of_another_program_is_not_overwritten(recipe, tmp_path):
     foreign = tmp_path / "run" / "checkpoint-1" / "trainer_state.json"
     foreign.parent.mkdir(parents=True)
-    foreign.write_text("of another trainer")
+    foreign.write_text("of another program")
     code, line = run_forked(stage_exit, recipe, tmp_path / "run", OVERWRITE[:-2])
     assert code == 2 and "checkpoint-1/trainer_state.json was not written by this program" in line
-    assert foreign.read_text() == "of another trainer" and not (tmp_path / "run" / "recipe.yaml").exists()
+    assert foreign.read_text() == "of another program" and not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_the_folder_that_a_run_reads_is_not_replaced(recipe, finished):
@@ -143,7 +142,7 @@ def test_the_folder_that_a_run_reads_is_not_replaced(recipe, finished):
     assert state(finished) == before
 
 
-def test_a_run_from_before_there_were_records_is_known_by_what_it_left(finished):
+def test_a_run_of_a_version_without_records_is_recognized_by_its_files(finished):
     (finished / ".evotok.json").unlink()
     owned = owned_folder(finished)
     assert owned.owns("model.safetensors") and owned.owns("checkpoint-2/trainer_state.json")
@@ -167,7 +166,7 @@ def unfinished(folder):
         ({"prompt_dropout": 0.3}, "prompt_dropout"),
     ],
 )
-def test_another_setting_is_refused_with_both_values(recipe, finished, changed, message):
+def test_a_changed_setting_is_rejected_with_both_values(recipe, finished, changed, message):
     for folder in (finished, unfinished(finished)):
         before = state(folder)
         with pytest.raises(RuntimeError, match=f"trained with other settings: .*{message}.*--overwrite true"):
@@ -175,8 +174,8 @@ def test_another_setting_is_refused_with_both_values(recipe, finished, changed, 
         assert state(folder) == before
 
 
-def test_a_run_without_its_recipe_says_that_settings_are_not_compared(recipe, finished, caplog):
-    config = StageConfig(**stage_values(str(recipe), {**PLAIN, "output_dir": str(finished)}))
+def test_a_run_without_its_recipe_warns_that_settings_are_not_compared(recipe, finished, caplog):
+    config = prepared_config(recipe, {**PLAIN, "output_dir": str(finished)})
     (finished / "recipe.yaml").write_text("learning_rate: [")
     with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
         plan_output(config, {}, RunShape(1))
@@ -185,33 +184,33 @@ def test_a_run_without_its_recipe_says_that_settings_are_not_compared(recipe, fi
     assert "recipe.yaml is missing, so the settings cannot be compared" in caplog.text
 
 
-def test_changed_records_at_the_same_path_are_noticed_and_moved_ones_are_not(recipe, tmp_path):
+def test_changed_records_are_rejected_and_moved_records_are_accepted(recipe, tmp_path):
     data = tmp_path / "data.json"
-    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    records = [{"id": str(i), "conversations": said} for i in range(9)]
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    records = [{"id": str(i), "conversations": turns} for i in range(9)]
     data.write_text(json.dumps(records))
     settings = {**PLAIN, "data_path": [str(data)], "tune_projectors": False, "tune_image_head": False}
     run_forked(run, recipe, tmp_path / "run", settings)
     moved = data.rename(tmp_path / "moved.json")
     run_forked(run, recipe, tmp_path / "run", {**settings, "data_path": [str(moved)], "max_steps": 3})
     assert finished_facts(tmp_path / "run")["steps"] == 3
-    records[4]["conversations"] = [said[0], {"from": "gpt", "value": "oh"}]
+    records[4]["conversations"] = [turns[0], {"from": "gpt", "value": "oh"}]
     data.write_text(json.dumps(records))
     unfinished(tmp_path / "run")
     with pytest.raises(RuntimeError, match="data: 9 records, digest .* before, 9 records, digest .* now"):
         run_forked(run, recipe, tmp_path / "run", {**settings, "max_steps": 4})
 
 
-def test_other_images_of_the_same_names_are_noticed(recipe, scene_folder, tmp_path):
+def test_other_images_with_the_same_names_are_rejected(recipe, scene_folder, tmp_path):
     folders = [tmp_path / name for name in ("first", "others")]
     images = sorted((scene_folder / "train" / "images").iterdir())
     for folder, shift in zip(folders, (0, 1), strict=True):
         folder.mkdir()
         for number in range(8):
             (folder / f"{number}.png").write_bytes(images[number + shift].read_bytes())
-    said = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
     draw = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<image>"}]
-    rows = [{"id": str(i), "image": f"{i}.png", "conversations": (said, draw)[i % 2]} for i in range(8)]
+    rows = [{"id": str(i), "image": f"{i}.png", "conversations": (turns, draw)[i % 2]} for i in range(8)]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows))
     settings = {**PLAIN, "data_path": [str(data)], "code_cache": str(tmp_path / "codes")}
@@ -224,7 +223,7 @@ def test_other_images_of_the_same_names_are_noticed(recipe, scene_folder, tmp_pa
     assert finished_facts(tmp_path / "run")["steps"] == 3
 
 
-def test_more_steps_continue_a_finished_run_and_the_recipe_says_since_when(recipe, finished):
+def test_more_steps_continue_a_finished_run_and_the_recipe_records_the_change(recipe, finished):
     run_forked(run, recipe, finished, {**PLAIN, "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.5})
     assert finished_facts(finished)["steps"] == 4 and sorted(losses(finished)) == [1, 2, 3, 4]
     text = (finished / "recipe.yaml").read_text()

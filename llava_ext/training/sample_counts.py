@@ -1,4 +1,4 @@
-"""Which samples each part of the model learns from, and the check that there are some."""
+"""Numbers of samples that train each parameter group, and the check that no group is left without any."""
 
 from typing import Protocol
 
@@ -14,11 +14,12 @@ from llava_ext.training.parameter_groups import (
     NEW_TOKENS,
     READ_PROJECTOR,
     WRITE_PROJECTOR,
-    chosen_parts,
     learning_rates,
+    trained_groups,
 )
 
 _DRAWS = 'images in "gpt" turns, or captions with --caption_task draw or both'
+# By group: data that trains it, and a flag that makes the data unnecessary.
 _REMEDIES = {
     READ_PROJECTOR: (
         'images in "human" turns, or captions with --caption_task read or both',
@@ -31,19 +32,21 @@ _REMEDIES = {
 
 
 class Samples(Protocol):
-    """Samples by number: a `RecordTable` or a `ConversationDataset`.
+    """Samples by index: a `RecordTable` or a `ConversationDataset`."""
 
-    Attributes:
-        kinds: number in `KINDS` of each sample (len,).
-        reads: whether each sample (len,) reads an image.
-    """
+    @property
+    def kinds(self) -> np.ndarray:
+        """Index in `KINDS` of each sample, (len,)."""
+        ...
 
-    kinds: np.ndarray
-    reads: np.ndarray
+    @property
+    def reads(self) -> np.ndarray:
+        """Whether each sample reads an image, (len,)."""
+        ...
 
 
-def samples_of_parts(samples: Samples) -> dict[str, int]:
-    """Number of samples that each part takes part in."""
+def samples_of_groups(samples: Samples) -> dict[str, int]:
+    """Number of samples that each parameter group takes part in."""
     drawing = int((samples.kinds == KINDS.index("draw")).sum())
     return {
         LANGUAGE_MODEL: len(samples.kinds),
@@ -59,29 +62,29 @@ def counts_in_words(samples: Samples) -> str:
     return ", ".join(f"{(samples.kinds == KINDS.index(kind)).sum()} {kind}" for kind in ("read", "draw", "text"))
 
 
-def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
-    """Refuse a run in which a part is set to train but no sample gives it a gradient.
+def check_groups_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
+    """Check that every parameter group that is set to train gets a gradient from some sample.
 
-    A part with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
+    A group with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
 
     Raises:
-        UserError: there is such a part.
+        UserError: a group gets none.
     """
     draws = samples.kinds == KINDS.index("draw")
     learned = np.full(len(draws), config.text_loss_weight > 0)
     if config.image_loss_weight > 0:
-        learned |= draws  # what is drawn is learned, whatever was read before
+        learned |= draws  # a drawing is learned, whatever the sample reads before it
     with_gradient = {
         LANGUAGE_MODEL: learned,
         READ_PROJECTOR: learned & samples.reads,
         WRITE_PROJECTOR: learned & draws,
         IMAGE_HEAD: draws & (config.image_loss_weight > 0),
     }
-    chosen, rates = chosen_parts(config), learning_rates(config)
+    trained, rates = trained_groups(config), learning_rates(config)
     starved = [
-        part
-        for part, usable in with_gradient.items()
-        if chosen[part] and rates[part] and (part == LANGUAGE_MODEL or hasattr(model, part)) and not usable.any()
+        group
+        for group, usable in with_gradient.items()
+        if trained[group] and rates[group] and (group == LANGUAGE_MODEL or hasattr(model, group)) and not usable.any()
     ]
     if not starved:
         return
@@ -93,13 +96,13 @@ def check_parts_have_samples(model: nn.Module, config: StageConfig, samples: Sam
 
 
 def _remedies(starved: list[str]) -> str:
-    """One sentence for the parts that learn from the same data."""
+    """One sentence for the groups that learn from the same data."""
     by_data: dict[str, list[str]] = {}
-    for part in starved:
-        by_data.setdefault(_REMEDIES[part][0], []).append(part)
+    for group in starved:
+        by_data.setdefault(_REMEDIES[group][0], []).append(group)
     sentences = []
-    for data, parts in by_data.items():
-        flags = " ".join(_REMEDIES[part][1] for part in parts)
-        add = f"For {' and '.join(parts)}, add" if len(by_data) > 1 else "Add"
+    for data, groups in by_data.items():
+        flags = " ".join(_REMEDIES[group][1] for group in groups)
+        add = f"For {' and '.join(groups)}, add" if len(by_data) > 1 else "Add"
         sentences.append(f"{add} data with {data}, or pass {flags}.")
     return " ".join(sentences)

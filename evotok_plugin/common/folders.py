@@ -1,0 +1,94 @@
+"""Folders that are complete or absent: they are filled under a temporary name and renamed at the end."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from evotok_plugin.common.files import apply_umask, write_json, writing
+from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker
+from evotok_plugin.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder next to `folder`, renamed to it when the block ends; on an error it is removed.
+
+    Raises:
+        UserError: `folder` is a file or not empty, or its parent cannot be written to.
+    """
+    folder = Path(folder)
+    check_new_folder(folder)
+    temporary = _temporary_folder(folder)
+    try:
+        yield temporary
+        marker = read_marker(temporary) or {}
+        if marker.pop("temporary", False) and marker.get("entries"):
+            write_json(temporary / MARKER, marker)  # keep the record of a run that wrote into the folder
+        else:
+            (temporary / MARKER).unlink(missing_ok=True)
+        apply_umask(*temporary.rglob("*.safetensors"))
+        if folder.is_dir() and _holds_only_marker(folder):
+            (folder / MARKER).unlink()
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # created above
+        raise
+
+
+def write_whole_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
+    """Create a folder atomically: `write` fills a temporary folder, which is then renamed; an error leaves nothing.
+
+    Raises:
+        UserError: the folder is not empty, a file has that name, or the file system refuses.
+    """
+    with writing(folder), whole_folder(folder) as temporary, writing(folder, temporary=temporary):
+        write(temporary)
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder next to where `folder` would be, removed when the block ends."""
+    temporary = _temporary_folder(Path(folder))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # created above
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Check that a folder can be created: it does not exist, or contains nothing but our marker.
+
+    Raises:
+        UserError: a file has that name, or the folder contains something else.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        is_new = not folder.is_symlink()
+    else:
+        is_new = folder.is_dir() and (not any(folder.iterdir()) or _holds_only_marker(folder))
+    if not is_new:
+        raise UserError(f"{str(folder)!r} exists and is not empty; choose a new folder")
+
+
+def _holds_only_marker(folder: Path) -> bool:
+    """Whether a run has claimed a folder but has not written into it."""
+    return [path.name for path in folder.iterdir()] == [MARKER] and read_marker(folder) is not None
+
+
+def _temporary_folder(folder: Path) -> Path:
+    """Create the folder; the leftover of a killed process is replaced, a folder without our marker is never touched."""
+    number = 1
+    while True:
+        temporary = folder.with_name(f".{folder.name}.part" + (f"-{number}" if number > 1 else ""))
+        with writing(folder, temporary=temporary):
+            if (read_marker(temporary) or {}).get("temporary"):
+                shutil.rmtree(temporary)
+            try:
+                temporary.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                continue
+        write_json(temporary / MARKER, {"program": PROGRAM, "temporary": True, "entries": []})
+        return temporary

@@ -1,0 +1,7 @@
+"""The tokenizer of tokenizer.json, unchanged."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class ResidualTokenizer(PreTrainedTokenizerFast):
+    """Keeps the text forms of residual tokens whole."""

@@ -1,0 +1,44 @@
+"""The attributes and methods of the model class that the generation mixins use."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from evotok_plugin import DepthTransformerHead, EvoTokModel
+from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.flat_head import FlatHead
+from llava_ext.vocabulary import ResidualVocabulary
+
+
+class ModelInterface(GenerationMixin):
+    """Base class of the generation mixins: it declares what the model class defines, and adds nothing at run time."""
+
+    config: EvoTokLlavaConfig
+    generation_config: GenerationConfig
+    language_model: PreTrainedModel
+    lm_head: nn.Module
+    vision_tower: EvoTokModel
+    image_head: DepthTransformerHead | FlatHead
+    vocabulary: ResidualVocabulary
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device: ...
+
+        @property
+        def image_token_ids(self) -> list[int]: ...
+
+        def get_input_embeddings(self) -> nn.Module: ...
+
+        def embed_written(self, codes: Tensor, positions: Tensor) -> Tensor: ...
+
+        def embed_prompt(
+            self,
+            input_ids: Tensor,
+            attention_mask: Tensor | None = None,
+            pixel_values: Tensor | None = None,
+            image_codes: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]: ...

@@ -1,0 +1,258 @@
+"""Event handlers of the web page: answer messages, stop an answer, rebuild an image level by level."""
+
+import html
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from evotok_plugin.errors import UserError
+from evotok_plugin.teacher import Teacher
+from llava_ext.generation import (
+    AnswerOptions,
+    DrawingOptions,
+    Event,
+    ImageDrawn,
+    ImagePreview,
+    ImageStarted,
+    TextDelta,
+)
+from llava_ext.model_folder import OpenModel
+from llava_ext.serving.image_files import Provenance
+from llava_ext.serving.level_view import level_by_level
+from llava_ext.serving.session import ChatSession
+from llava_ext.serving.uploads import UploadLimits, open_upload
+
+logger = logging.getLogger(__name__)
+
+ANY_ANSWER, IMAGE_ANSWER = "text or images, as the model sees fit", "an image"  # choices of "Answer with"
+_PREVIEWS = 8  # previews per image
+_LARGEST_SHOWN = 512  # pixels per side
+
+
+@dataclass(frozen=True)
+class DemoLimits:
+    """Limits of what visitors can send to the page.
+
+    Attributes:
+        upload: limits of one image.
+        max_images: images per message.
+        max_chars: characters per message, and of a negative prompt.
+        max_new_tokens: largest number of tokens that can be requested.
+        max_waiting: requests that can wait for the model; further requests are rejected.
+    """
+
+    upload: UploadLimits = field(default_factory=UploadLimits)
+    max_images: int = 4
+    max_chars: int = 4000
+    max_new_tokens: int = 1024
+    max_waiting: int = 16
+
+
+@dataclass
+class PageChat:
+    """A visitor's conversation.
+
+    Attributes:
+        shown: the conversation as messages for `gr.Chatbot`, with images by the paths of their files.
+    """
+
+    session: ChatSession = field(default_factory=ChatSession)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PageHandlers:
+    """The handlers, over one model for all visitors.
+
+    Attributes:
+        stopped: gradio sessions whose current answer should stop.
+    """
+
+    opened: OpenModel
+    limits: DemoLimits
+    teacher: Teacher | None
+    stopped: set[str | None] = field(default_factory=set)
+
+    def begin(self, request: gr.Request) -> dict[str, Any]:
+        """Discard a stop that was meant for an earlier answer, and lock the text box until the new answer is there."""
+        self.stopped.discard(request.session_hash)
+        return gr.update(interactive=False)
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop the current answer of this session; the part generated so far stays."""
+        self.stopped.add(request.session_hash)
+
+    def ask(
+        self, request: gr.Request, message: dict[str, Any] | None, chat: PageChat, *settings: Any
+    ) -> Iterator[tuple[Any, list[dict[str, Any]], PageChat]]:
+        """Answer a message; yields updates of the text box, of the conversation on the page, and `chat`.
+
+        On an error before the first update, the text box keeps its message and the conversation is unchanged.
+        """
+        with errors_on_page():
+            options, seed = self._parse_settings(settings)
+            text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
+            self._check_length("the message", text)
+            if len(files) > self.limits.max_images:
+                raise UserError(f"a message may have {self.limits.max_images} images, got {len(files)}")
+            pictures = self._open_uploads(files)
+            seed += chat.session.num_turns
+            events = chat.session.ask(self.opened.model, self.opened.processor, text, pictures, options, seed)
+            asked = {"role": "user", "content": [*map(_image_part, pictures), *_text_parts(text)]}
+            drawing = options.drawing.settings()
+
+            def provenance(index: int) -> Provenance:
+                return Provenance(text, seed + index, self.opened.name, drawing, self.opened.fingerprint)
+
+            answer = _ShownAnswer(provenance)
+            shown = [*chat.shown, asked, {"role": "assistant", "content": answer.content}]
+            box: Any = {"text": "", "files": []}
+            with closing(events):
+                for event in events:
+                    answer.add(event)
+                    yield box, shown, chat
+                    box = gr.skip()
+                    if request.session_hash in self.stopped:
+                        self.stopped.discard(request.session_hash)
+                        break
+            answer.end()
+            chat.shown = shown
+            yield gr.skip(), shown, chat
+
+    def _parse_settings(self, settings: Sequence[Any]) -> tuple[AnswerOptions, int]:
+        """Convert the values of the page's settings, in their order on the page, to options and a seed.
+
+        Raises:
+            UserError: a value is missing or out of its range.
+        """
+        answer, tokens, guidance, schedule, negative, seed, *sampling = settings
+        model = self.opened.model
+        own = DrawingOptions().for_model(model).sampling
+        given = dict(zip(vars(own), sampling, strict=True))
+        needed = [value for name, value in given.items() if not isinstance(getattr(own, name), tuple)]
+        if any(value is None for value in (answer, tokens, guidance, schedule, negative, seed, *needed)):
+            raise UserError("a setting is empty; every one needs a value")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
+        self._check_length("the negative prompt", negative)
+        drawing = DrawingOptions(guidance, schedule, negative, **given).for_model(model)
+        num_positions = model.config.vision_config.num_positions
+        options = AnswerOptions(
+            max_new_tokens=int(tokens),
+            image_first=answer == IMAGE_ANSWER,
+            drawing=drawing,
+            preview_every=-(-num_positions // _PREVIEWS),
+        )
+        return options, int(seed)
+
+    def _check_length(self, what: str, text: str) -> None:
+        if len(text) > self.limits.max_chars:
+            raise UserError(f"{what} has {len(text)} characters, more than the {self.limits.max_chars} allowed")
+
+    def evolve(self, upload: dict[str, Any] | None) -> tuple[Image.Image, list[tuple[Image.Image, str]], Image.Image]:
+        """Rebuild an uploaded image level by level; returns the image, the images of the levels, and the curves."""
+        with errors_on_page():
+            if not upload:
+                raise UserError("no image; upload one first")
+            (picture,) = self._open_uploads([upload["path"]], upload.get("orig_name"))
+            model, processor = self.opened.model, self.opened.processor
+            levels = level_by_level(model.vision_tower, processor.image_processor, picture, self.teacher)
+            return _reduced(picture), levels.pictures, levels.curves
+
+    def _open_uploads(self, files: Sequence[str], name: str | None = None) -> list[Image.Image]:
+        """Read uploaded images without their metadata and delete the files; the page shows copies.
+
+        Raises:
+            UserError: a file was not uploaded, has too many bytes or pixels, or is not an image.
+        """
+        uploads = Path(get_upload_folder()).resolve()
+        if not all(Path(file).resolve().is_relative_to(uploads) for file in files):
+            raise UserError("no image; upload one first")
+        try:
+            return [open_upload(file, self.limits.upload, name) for file in files]
+        finally:
+            for file in files:
+                Path(file).unlink(missing_ok=True)
+
+
+@dataclass
+class _ShownAnswer:
+    """An answer in progress as the page shows it.
+
+    Attributes:
+        provenance: creates the provenance of the image with this index.
+        content: the `content` of a message for `gr.Chatbot`.
+        drawing: whether the last part stands for an unfinished image.
+    """
+
+    provenance: Callable[[int], Provenance]
+    content: list[dict[str, Any]] = field(default_factory=list)
+    drawing: bool = False
+
+    def add(self, event: Event) -> None:
+        """Add an event to the content."""
+        if isinstance(event, TextDelta):
+            if not self.content or "text" not in self.content[-1]:
+                self.content += _text_parts(event.text)
+            else:
+                self.content[-1] = {"type": "text", "text": self.content[-1]["text"] + event.text}
+        elif isinstance(event, ImageStarted):
+            self.drawing = True
+            self.content.append({"type": "text", "text": "drawing ..."})
+        elif isinstance(event, ImagePreview):
+            self.content[-1] = _image_part(event.image)
+        elif isinstance(event, ImageDrawn):
+            self.drawing = False
+            image = event.image.copy()
+            image.info.update(self.provenance(event.index).as_png_text())
+            self.content[-1] = _image_part(image)
+
+    def end(self) -> None:
+        """Remove an unfinished image, which is not part of the conversation."""
+        if self.drawing:
+            self.content.pop()
+        if not self.content:
+            self.content += _text_parts("(no answer)")
+
+
+@contextmanager
+def errors_on_page() -> Iterator[None]:
+    """Show a UserError to the visitor; log any other exception and show "internal error" instead of its message."""
+    try:
+        yield
+    except UserError as error:
+        # The page renders messages as HTML.
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    except Exception as error:
+        logger.exception("the page could not answer a request")
+        raise gr.Error("internal error", print_exception=False) from error
+
+
+def _text_parts(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] if text else []
+
+
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    """Save an image as a file of the page; its only metadata is our PNG text."""
+    # gradio names files by their content. In a separate folder, the deletion of an upload with the same content does
+    # not remove the file that the page shows.
+    folder = os.path.join(get_upload_folder(), "shown")
+    return {"path": save_pil_to_cache(_reduced(image), folder, format="png")}
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """Scale down an image that is larger than the page shows."""
+    if max(image.size) <= _LARGEST_SHOWN:
+        return image
+    reduced = image.copy()
+    reduced.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+    return reduced

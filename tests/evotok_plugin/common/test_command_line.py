@@ -1,0 +1,94 @@
+"""The end of every command line: exit codes, one line for what a user can fix, a traceback for everything else."""
+
+import argparse
+
+import pytest
+
+from evotok_plugin.common import command_line
+from evotok_plugin.errors import UserError
+
+
+def parser_for(work, **defaults):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=1)
+    parser.set_defaults(run=work, **defaults)
+    return parser
+
+
+def raising(error):
+    def work(arguments):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_the_work_s_result_is_the_exit_code(result, code):
+    assert command_line.run(parser_for(lambda arguments: result), []) == code
+
+
+def test_the_work_gets_its_flags_and_nothing_of_the_command_line_s_own():
+    seen = {}
+    command_line.run(parser_for(lambda arguments: seen.update(vars(arguments))), ["--steps", "3", "--debug"])
+    assert seen == {"steps": 3}
+
+
+def test_what_a_user_can_fix_is_one_line(capsys):
+    assert command_line.run(parser_for(raising(UserError("steps: expected 1, got 2"))), []) == 2
+    assert capsys.readouterr().err == "error: steps: expected 1, got 2\n"
+
+
+def test_debug_adds_the_traceback(capsys):
+    assert command_line.run(parser_for(raising(UserError("wrong"))), ["--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == "error: wrong"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), OSError("a bug")])
+def test_every_other_error_keeps_its_traceback(error):
+    with pytest.raises(type(error), match="a bug"):
+        command_line.run(parser_for(raising(error)), [])
+
+
+def test_ctrl_c_ends_with_130_and_a_line(capsys):
+    assert command_line.run(parser_for(raising(KeyboardInterrupt())), [], stopped="stopped; resume") == 130
+    assert capsys.readouterr().err == "stopped; resume\n"
+
+
+def test_unknown_flags_are_refused_unless_the_command_takes_them(capsys):
+    seen = []
+    assert command_line.run(parser_for(seen.append), ["--stepz", "3"]) == 2
+    assert "--stepz; did you mean --steps?" in capsys.readouterr().err and not seen
+    assert command_line.run(parser_for(seen.append, takes_rest=True), ["--other", "3"]) == 0
+    assert seen[0].rest == ["--other", "3"]
+
+
+def test_only_the_command_that_is_named_is_imported(capsys):
+    added = []
+
+    def add(subparsers, name):
+        added.append(name)
+        subparsers.add_parser(name).set_defaults(run=lambda arguments: 7)
+
+    commands = {"one": "the first", "two": "the second"}
+    assert command_line.run_command("program", "Two commands.", commands, add, ["two"]) == 7
+    assert added == ["two"]
+    with pytest.raises(SystemExit):
+        command_line.run_command("program", "Two commands.", commands, add, ["--help"])
+    assert added == ["two"] and "the first" in (shown := capsys.readouterr().out) and "the second" in shown
+
+
+@pytest.mark.parametrize("module", ["evotok_plugin", "llava_ext", "eval_tasks"])
+def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, capsys):
+    from importlib import import_module
+
+    cli = import_module(f"{module}.cli")
+    names = {"evotok_plugin": "evaluate", "llava_ext": "merge", "eval_tasks": "report"}
+    given = {"evotok_plugin": ["absent.png"], "llava_ext": ["a", "b", "-o", "c"], "eval_tasks": ["absent"]}
+    command = import_module(f"{module}.commands.{names[module]}")
+    monkeypatch.setattr(command, "run", raising(KeyboardInterrupt()))
+    assert cli.main([names[module], *given[module]]) == 130
+    assert capsys.readouterr().err.startswith("stopped")
+    monkeypatch.setattr(command, "run", raising(UserError("fix it")))
+    assert cli.main([names[module], *given[module]]) == 2
+    assert capsys.readouterr().err == "error: fix it\n"

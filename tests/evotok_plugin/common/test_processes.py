@@ -1,0 +1,22 @@
+"""Devices of the processes of a run."""
+
+import pytest
+import torch
+
+from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.errors import UserError
+
+
+def test_devices_are_resolved_or_rejected(monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    for name in ("nowhere", "meta"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+            resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda cannot be used here: CUDA is not available"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="there are 2 GPUs"):
+        resolve_device("cuda:2")
