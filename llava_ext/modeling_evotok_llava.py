@@ -178,12 +178,12 @@ class EvoTokLlavaForConditionalGeneration(
         model.config.residual_token_offset`.
 
         Raises:
-            UserError: the image tokens would lose their rows.
+            ValueError: the image tokens would lose their rows.
         """
         config, before = self.config, self.config.text_config.vocab_size
         needed = 1 + max(config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if new_num_tokens is not None and new_num_tokens < needed:
-            raise UserError(f"the image tokens need {needed} rows, got new_num_tokens={new_num_tokens}")
+            raise ValueError(f"the image tokens need {needed} rows, got new_num_tokens={new_num_tokens}")
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = config.text_config.vocab_size
         self.language_model.config.vocab_size = rows
@@ -295,9 +295,8 @@ class EvoTokLlavaForConditionalGeneration(
             kwargs: further keywords of the backbone (`output_hidden_states`, `output_attentions`, ...).
 
         Raises:
-            UserError: placeholders and images do not match, the residual tokens of an image are incomplete, or a
-                keyword is unknown to the backbone.
-            ValueError: arguments that exclude or need each other.
+            UserError: placeholders and images do not match, or the residual tokens of an image are incomplete.
+            ValueError: a keyword that the backbone does not accept, or arguments that exclude or need each other.
         """
         extra = self._backbone_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -386,7 +385,7 @@ class EvoTokLlavaForConditionalGeneration(
         """Keywords that are not None, all of which the backbone must accept.
 
         Raises:
-            UserError: the backbone does not accept one of them.
+            ValueError: the backbone does not accept one of them.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
         parameters = set(inspect.signature(type(self.language_model).forward).parameters) - {"self", "kwargs"}
@@ -395,7 +394,7 @@ class EvoTokLlavaForConditionalGeneration(
             if name not in known:
                 near = get_close_matches(name, [*known, *inspect.signature(self.forward).parameters], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"forward got an unknown keyword {name!r}{hint}")
+                raise ValueError(f"forward got an unknown keyword {name!r}{hint}")
         return given
 
     def _text_loss(self, hidden: Tensor, folded: FoldedSequence) -> Tensor:

@@ -16,6 +16,13 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.prompts.batching import BatchOptions
 from llava_ext.prompts.call_arguments import assign_images, check_count, text_and_images
 from llava_ext.prompts.decoding import DecodingMixin
+from llava_ext.prompts.image_tokens import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKENS,
+    check_residual_range,
+    image_token_ids,
+)
 from llava_ext.prompts.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 from llava_ext.sequence_layout import ConversationLayout, EncodedConversation, TooLong
@@ -32,8 +39,6 @@ __all__ = [
     "TooLong",
 ]
 
-IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
-IMAGE_TOKENS = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
 _OTHER_INPUTS = {"videos", "audio"}  # inputs of other processors; transformers passes them as None
 
 
@@ -71,13 +76,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         if chat_template is not None:
             self.chat_template = chat_template
-        vocabulary = self.tokenizer.get_vocab()
-        missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
-        if missing:
-            raise UserError(
-                f"the tokenizer lacks {', '.join(missing)}; build the processor with EvoTokLlavaProcessor.from_parts"
-            )
-        self.image_token_id, self.image_start_id, self.image_end_id = (vocabulary[token] for token in IMAGE_TOKENS)
+        self.image_token_id, self.image_start_id, self.image_end_id = image_token_ids(self.tokenizer)
         self.check_tokenizer()
 
     @classmethod
@@ -111,16 +110,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         state = (id(self.tokenizer), len(self.tokenizer), self.vocabulary)
         if state == self._checked:
             return
-        first, end = self.residual_token_offset, self.residual_token_offset + self.vocabulary.size
-        inside = [(number, token) for token, number in self.tokenizer.get_vocab().items() if first <= number < end]
-        if inside:
-            number, token = min(inside)
-            raise UserError(
-                f"the tokenizer has {len(inside)} tokens in the range {first}..{end - 1} of the image codes, the first "
-                f"is {token!r} with id {number}; after adding tokens, call "
-                "model.resize_token_embeddings(len(processor.tokenizer)) and set processor.residual_token_offset = "
-                "model.config.residual_token_offset"
-            )
+        check_residual_range(self.tokenizer, self.vocabulary)
         ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in IMAGE_TOKENS)
         if ids != (self.image_token_id, self.image_start_id, self.image_end_id):
             raise UserError(
@@ -226,8 +216,8 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         rendered = template.render(contents, add_generation_prompt, continue_final_message)
         spans = [
             span
-            for message, place in zip(messages, rendered.content_spans, strict=True)
-            for span in message.user_spans(*place)
+            for message, content in zip(messages, rendered.content_spans, strict=True)
+            for span in message.user_spans(*content)
         ]
         return RenderedPrompt(rendered.text, sorted(spans), rendered.assistant_spans)
 

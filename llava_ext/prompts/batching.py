@@ -86,7 +86,7 @@ class BatchOptions:
         for name, value in _flat(keywords):
             if name not in known:
                 raise ValueError(
-                    f"the processor does not take {name!r}; it takes {', '.join(sorted(known))}. Images are always "
+                    f"the processor does not accept {name!r}; it accepts {', '.join(sorted(known))}. Images are always "
                     "prepared at the model's own size"
                 )
             value = getattr(value, "value", value)  # transformers' enumerations

@@ -54,7 +54,7 @@ class DecodingMixin:
             ValueError: another keyword.
         """
         if unknown := [name for name in kwargs if name != "clean_up_tokenization_spaces"]:
-            raise ValueError(f"decode does not take {', '.join(unknown)}")
+            raise ValueError(f"decode does not accept {', '.join(unknown)}")
         self.check_tokenizer()
         if _is_batch(token_ids):
             return [self.decode(row, skip_special_tokens, images_from, **kwargs) for row in token_ids]

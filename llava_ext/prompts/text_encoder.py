@@ -63,10 +63,11 @@ class TextEncoder:
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        control = self.control_tokens
         found = [
             (start, end, token)
             for token, (start, end) in zip(ids, offsets, strict=True)
-            if token in self.control_tokens and self._is_written_out(token, text, (start, end))
+            if token in control and self._is_written_out(token, text, (start, end))
         ]
         by_template = [(start, end, token) for start, end, token in found if not _overlap(text, start, end, user_spans)]
         if len(by_template) == len(found):

@@ -2,7 +2,7 @@
 
 import pytest
 
-# What the documentation of these families says of their formats, as small templates.
+# Small templates for the formats that the documentation of these families describes.
 TEMPLATES = {
     "qwen2": (
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llava_ext.data.dataset import Sample
 
-# What user and assistant say in turn; every image is an own random one.
+# Turns of user and assistant; every image is random.
 CONVERSATIONS = {
     "read": [("<image>\nWhat is it?", "a ring"), ("Which color?", "red")],
     "draw": [("a photo of a ring", "<image>")],
@@ -22,7 +22,7 @@ CONVERSATIONS = {
 
 
 def make_sample(model, processor, kind: str, seed: int = 0) -> Sample:
-    """A conversation as the data set encodes it, with random codes."""
+    """Encode a conversation as the data set does, with random codes."""
     generator, vision = torch.Generator().manual_seed(seed), model.config.vision_config
     messages, drawn, read = [], [], []
     for question, answer in CONVERSATIONS[kind]:
@@ -40,7 +40,7 @@ def make_sample(model, processor, kind: str, seed: int = 0) -> Sample:
 
 @dataclass
 class Sums:
-    """Cross-entropies added up, and over how many tokens and positions; image terms are means over levels."""
+    """Sums of cross-entropies, and numbers of tokens and positions; image terms are means over levels."""
 
     text: Tensor
     image: Tensor
@@ -49,7 +49,7 @@ class Sums:
 
 
 def naive_sums(model, sample: Sample) -> Sums:
-    """One sample's losses from its flat ids: embed each step, run the backbone on it alone, classify everything."""
+    """Losses of one sample from its flat ids: embed each step, run the backbone on the sample, classify every step."""
     steps, targets = (naive_flat_steps if model.config.image_head == "flat" else naive_steps)(model, sample)
     hidden = model.language_model(inputs_embeds=torch.stack(steps)[None]).last_hidden_state[0]
     text, image, tower, levels = [], [], model.vision_tower, model.config.vision_config.pixel_depth
@@ -72,27 +72,27 @@ def naive_sums(model, sample: Sample) -> Sums:
 
 @dataclass
 class FlatTarget:
-    """A residual token that is learned by itself."""
+    """A learned residual token."""
 
     level: int
     code: int
 
 
 def naive_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
-    """The LLM's input of each step, one a position, and what is learned there: None, a token, or codes (L,)."""
+    """LLM input of each step, one per position, and the target there: None, a token, or codes (L,)."""
     vocabulary, levels = model.vocabulary, model.config.vision_config.pixel_depth
     read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
-    ids, labels, at, place = sample.input_ids, sample.labels, 0, 0
+    ids, labels, at, position = sample.input_ids, sample.labels, 0, 0
     steps, targets = [], []
     while at < len(ids):
         token, learned = int(ids[at]), int(labels[at]) != -100
         if vocabulary.is_residual(ids[at]):
             codes = vocabulary.codes(ids[at : at + levels])
-            steps.append(model.embed_written(codes[None], torch.tensor([place]))[0])
+            steps.append(model.embed_written(codes[None], torch.tensor([position]))[0])
             targets.append(codes if learned else None)
-            place, at = place + 1, at + levels
+            position, at = position + 1, at + levels
             continue
-        place, at = 0, at + 1
+        position, at = 0, at + 1
         is_placeholder = token == model.config.image_token_id
         steps.append(read.pop(0) if is_placeholder else model.get_input_embeddings()(torch.tensor(token)))
         targets.append(token if learned else None)
@@ -101,7 +101,7 @@ def naive_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
 
 
 def naive_flat_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
-    """The same of a flat model: None, a token, or a `FlatTarget`."""
+    """LLM input of each step with the flat head, one per token, and the target: None, a token, or a `FlatTarget`."""
     vocabulary, head, codebooks = model.vocabulary, model.image_head, model.vision_tower.quantizer.codebooks
     read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
     steps, targets = [], []
@@ -121,14 +121,14 @@ def naive_flat_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
 
 
 def pooled(sums: list[Sums]) -> tuple[Tensor, Tensor]:
-    """Text and image loss of several samples together: every token weighs the same."""
+    """Text and image loss of several samples together, with equal weight for every token."""
     text = sum(s.text for s in sums) / max(1, sum(s.num_text for s in sums))
     image = sum(s.image for s in sums) / max(1, sum(s.num_image for s in sums))
     return text, image
 
 
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
-    """Of all trained weights, by name; zero where the loss does not depend on one."""
+    """Gradients of all trained weights by name; zero if the loss does not depend on a weight."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     found = torch.autograd.grad(loss, [weight for _, weight in named], allow_unused=True)
     return {

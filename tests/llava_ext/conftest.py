@@ -1,11 +1,11 @@
-"""Tiny random models with every image head."""
+"""Tiny random models with each image head, and backbones without image tokens."""
 
 import pytest
 import torch
 
 
 def make_mllm(backbone, evotok, head: str):
-    """A random model and its processor; `head` is "depth", "flat, tied" or "flat, free"."""
+    """Build a random model and its processor; `head` is "depth", "flat, tied" or "flat, free"."""
     from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
@@ -16,7 +16,7 @@ def make_mllm(backbone, evotok, head: str):
 
 @pytest.fixture(scope="session", params=["flat, tied", "flat, free"])
 def flat_mllm(request, tiny_backbone_folder, tiny_evotok_folder):
-    """A model with the flat head, of either kind; tests must not change its weights."""
+    """A model with each type of the flat head in turn; tests must not change its weights."""
     return make_mllm(tiny_backbone_folder, tiny_evotok_folder, request.param)
 
 
@@ -28,7 +28,7 @@ def any_mllm(request, tiny_backbone_folder, tiny_evotok_folder):
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_mllm, tmp_path_factory):
-    """A random model with its processor, saved."""
+    """Folder of a saved random model with its processor."""
     folder = tmp_path_factory.mktemp("model")
     for part in tiny_mllm:
         part.save_pretrained(folder)
@@ -37,7 +37,7 @@ def model_folder(tiny_mllm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def foreign_tokenizer_folder(tiny_tokenizer_folder, tmp_path_factory):
-    """A tokenizer as real LLMs have them: it knows no image tokens, and pads with the end of a turn."""
+    """Folder of a tokenizer like those of real LLMs: without image tokens, and padding with the end-of-turn token."""
     import json
 
     from tokenizers import Tokenizer
@@ -68,6 +68,6 @@ def foreign_tokenizer_folder(tiny_tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def foreign_backbone_folder(foreign_tokenizer_folder, make_backbone, tmp_path_factory):
-    """A causal LM without image tokens, whose embeddings are tied and whose pad token ends turns."""
+    """Folder of a causal LM without image tokens, with tied embeddings, that pads with the end-of-turn token."""
     folder = tmp_path_factory.mktemp("foreign_backbone")
     return make_backbone(foreign_tokenizer_folder, folder, "llama", tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""The flat head: rows of residual tokens, their losses, and drawing one token a step."""
+"""The flat head: rows of residual tokens, their losses, and drawing one token per step."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from mixed_samples import make_sample
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.losses import cross_entropy
 from llava_ext import EvoTokLlavaConfig
 from llava_ext.data.collators import Collator
@@ -21,7 +22,7 @@ GREEDY = {"temperature": 0, "guidance_scale": 1.0}
 
 @pytest.fixture
 def codebooks():
-    """More levels than are drawn, each smaller than the one before, as residuals are."""
+    """Codebooks for more levels than are drawn, each smaller than the previous one, as residuals are."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(LEVELS + 2, CODES, DIM, generator=generator) * 0.3 ** torch.arange(LEVELS + 2)[:, None, None]
 
@@ -39,7 +40,7 @@ def head(request, codebooks):
 
 
 def test_inputs_and_logits_are_those_of_plain_tables(head, codebooks):
-    """What makes an export possible: a lookup before the LLM, a product with rows behind it, and nothing else."""
+    """An exported model needs only an embedding lookup before the LLM and a product with rows after it."""
     codes, hidden = torch.randint(CODES, (7, LEVELS)), torch.randn(7, WIDTH)
     inputs, outputs = head.input_rows(codebooks), head.output_rows(codebooks)
     for level in range(LEVELS):
@@ -47,13 +48,13 @@ def test_inputs_and_logits_are_those_of_plain_tables(head, codebooks):
         torch.testing.assert_close(head.logits(hidden, level, codebooks), hidden @ outputs[level].T)
 
 
-def test_rows_start_on_the_wanted_scale_at_every_level(head, codebooks):
+def test_rows_start_with_the_requested_scale_at_every_level(head, codebooks):
     for rows, size in ((head.input_rows(codebooks), 0.5), (head.output_rows(codebooks), 0.25)):
         sizes = rows.square().mean(dim=(1, 2)).sqrt()
         torch.testing.assert_close(sizes, torch.full((LEVELS,), size))
 
 
-def test_codes_that_are_alike_start_alike(head, codebooks):
+def test_similar_codes_start_with_similar_rows(head, codebooks):
     near = codebooks.clone()
     near[0, 1] = near[0, 0] * 1.01
     initialize_rows(head, near, 1.0, 1.0)
@@ -62,8 +63,8 @@ def test_codes_that_are_alike_start_alike(head, codebooks):
         assert apart[1] < 0.2 * apart[2:].min()
 
 
-def test_a_tied_head_can_find_two_codes_likely_and_not_those_between_them():
-    """Products with bare vectors say how near a code is to one point; here the hidden state asks for both ends."""
+def test_a_tied_head_can_make_two_distant_codes_likely_and_those_between_them_unlikely():
+    """Products with raw codebook vectors only measure the distance to one point; the target here is both ends."""
     torch.manual_seed(0)
     codebooks = torch.linspace(-1, 1, 9)[None, :, None]
     head = TiedFlatHead(1, 9, 1, 32)
@@ -76,7 +77,7 @@ def test_a_tied_head_can_find_two_codes_likely_and_not_those_between_them():
     assert head.logits(hidden, 0, codebooks).softmax(-1)[0, [0, 8]].min() > 0.4
 
 
-def test_tied_rows_do_not_grow_with_the_codebooks_which_are_not_among_them(flat_mllm):
+def test_a_tied_head_does_not_grow_with_the_codebooks_and_does_not_store_them(flat_mllm):
     model, _ = flat_mllm
     vision = model.config.vision_config
     count = sum(parameter.numel() for parameter in model.image_head.parameters())
@@ -89,7 +90,7 @@ def test_tied_rows_do_not_grow_with_the_codebooks_which_are_not_among_them(flat_
 # Losses ------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_logits_masked_to_the_level_whose_turn_it_is(head, codebooks):
+def test_the_loss_equals_that_of_logits_masked_to_the_current_level(head, codebooks):
     hidden = torch.randn(11, WIDTH, requires_grad=True)
     codes, levels = torch.randint(CODES, (11,)), torch.randint(LEVELS, (11,))
     everything = hidden @ head.output_rows(codebooks).flatten(0, 1).T  # (11, L x K)
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_logits_masked_to_the_level_whose_turn_it_is(head, c
     torch.testing.assert_close(*gradients)
 
 
-def test_logits_of_all_tokens_are_never_there_together(head, codebooks, monkeypatch):
+def test_logits_of_all_tokens_never_exist_at_once(head, codebooks, monkeypatch):
     from functools import partial
 
     from llava_ext import flat_head
@@ -122,14 +123,14 @@ def test_logits_of_all_tokens_are_never_there_together(head, codebooks, monkeypa
     assert max(seen) == 5 and sum(seen) == 60
 
 
-def test_without_tokens_the_loss_is_zero_and_every_weight_behind_the_model_takes_part(head, codebooks):
+def test_without_tokens_the_loss_is_zero_and_every_classifier_gets_a_gradient(head, codebooks):
     nothing = torch.zeros(0, dtype=torch.long)
     loss = head.loss(torch.randn(0, WIDTH), nothing, nothing, codebooks)
     loss.backward()
     assert loss == 0 and all(layer.weight.grad.abs().sum() == 0 for layer in head.classifiers)
 
 
-def test_an_image_counts_as_its_positions(flat_mllm):
+def test_learned_positions_of_images_are_counted(flat_mllm):
     model, processor = flat_mllm
     with torch.no_grad():
         output = model(**Collator(processor)([make_sample(model, processor, "draw two")]))
@@ -141,7 +142,7 @@ def test_an_image_counts_as_its_positions(flat_mllm):
 DRAWING = [{"role": "user", "content": "a ring"}, {"role": "assistant", "content": "<image>"}]
 
 
-def test_steps_are_the_tokens_of_the_flat_sequence(flat_mllm):
+def test_every_token_of_the_flat_sequence_is_one_step(flat_mllm):
     model, processor = flat_mllm
     for kind in ("read", "draw", "both", "draw, then read", "text"):
         sample = make_sample(model, processor, kind)
@@ -156,7 +157,7 @@ def test_steps_are_the_tokens_of_the_flat_sequence(flat_mllm):
         layout.cut_to(len(ids) - 2)
 
 
-def test_a_drawing_that_is_shown_again_takes_as_many_steps_as_one_that_is_read(flat_mllm):
+def test_a_drawing_that_is_read_again_takes_as_many_steps_as_any_image_that_is_read(flat_mllm):
     _, processor = flat_mllm
     shown = processor.lay_out(DRAWING, drawn=[False]).num_steps
     assert shown == len(processor.encode_conversation(DRAWING, [None]).input_ids)
@@ -168,7 +169,7 @@ def test_a_drawing_that_is_shown_again_takes_as_many_steps_as_one_that_is_read(f
 
 @torch.no_grad()
 def greedy(model, processor, prompt):
-    """An image's codes (N, L), each step from the whole sequence before it."""
+    """Codes (N, L) of an image; each step runs the complete sequence before it."""
     vision, books = model.config.vision_config, model.vision_tower.quantizer.codebooks
     ids = processor.drawing_prompts([prompt])["input_ids"]
     embeddings, codes = model.get_input_embeddings()(ids)[0], []
@@ -196,14 +197,14 @@ def test_drawing_equals_a_loop_without_cache(flat_mllm):
     assert torch.equal(drawn_codes(model, processor, prompts, **options), expected)
 
 
-def test_guidance_one_is_the_conditional_model(flat_mllm):
+def test_guidance_of_1_equals_the_conditional_model(flat_mllm):
     model, processor = flat_mllm
     plain, nearly = (drawn_codes(model, processor, ["a ring"], guidance_scale=g) for g in (1.0, 1.0 + 1e-6))
     assert torch.equal(plain, nearly)
     assert not torch.equal(plain, drawn_codes(model, processor, ["a ring"], guidance_scale=5.0))
 
 
-def test_a_level_s_options_are_used_at_its_turn(flat_mllm):
+def test_sampling_options_of_a_level_apply_to_that_level(flat_mllm):
     from evotok_plugin.sampling import SamplingOptions
 
     model, processor = flat_mllm
@@ -216,7 +217,7 @@ def test_a_level_s_options_are_used_at_its_turn(flat_mllm):
     assert a[0] == b[0] and not torch.equal(a[1:], b[1:])
 
 
-def test_images_answers_and_progress_come_as_with_the_other_head(flat_mllm):
+def test_images_answers_and_progress_work_as_with_the_depth_head(flat_mllm):
     model, processor = flat_mllm
     seen = []
     images = model.generate_images(
@@ -250,7 +251,7 @@ def test_save_and_load_round_trip(flat_mllm, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"image_head": "flatt"}, {"residual_embeddings": "loose"}])
-def test_an_unknown_head_is_refused(wrong):
+def test_an_unknown_head_is_rejected(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name}: expected .* or .*, got '{value}'"):
+    with pytest.raises(UserError, match=f"{name}: expected .* or .*, got '{value}'"):
         EvoTokLlavaConfig(**wrong)

@@ -1,6 +1,9 @@
+"""Folding of residual tokens, packed rows, and merging of features."""
+
 import pytest
 import torch
 
+from evotok_plugin.errors import UserError
 from llava_ext.folding import count_learned, fold_residual_tokens, merge_features
 from llava_ext.vocabulary import ResidualVocabulary
 
@@ -45,12 +48,12 @@ def test_text_alone_passes_through_untouched():
 
 
 @pytest.mark.parametrize("broken", [IMAGE[:-1], IMAGE[1:] + IMAGE[:1]])
-def test_an_image_cut_in_half_is_an_error(broken):
-    with pytest.raises(ValueError, match="cut in half"):
+def test_an_incomplete_image_is_rejected(broken):
+    with pytest.raises(UserError, match="cut in half"):
         fold_residual_tokens(VOCABULARY, torch.tensor([[7, *broken]]), None, None)
 
 
-def test_packed_samples_keep_their_segments_positions_and_places():
+def test_packed_samples_keep_their_segments_and_positions():
     ids = torch.tensor([[7, 8, *IMAGE, 9, 5, 6, *IMAGE, 9], [5, *IMAGE, 9, *[0] * 10]])
     segments = torch.tensor([[1] * 9 + [2] * 9, [1] * 8 + [2] + [0] * 9])
     ids[1, 8] = 4
@@ -59,14 +62,14 @@ def test_packed_samples_keep_their_segments_positions_and_places():
     assert folded.segment_ids.tolist() == [[1] * 5 + [2] * 5, [1, 1, 1, 1, 2] + [0] * 5]
     assert folded.position_ids.tolist() == [[*range(5), *range(5)], [*range(4), 0, *range(5)]]
     assert folded.written_positions(2).tolist() == [0, 1] * 3
-    first = [[0, 5], [0, 4]]
-    for row, places in enumerate(first):
-        assert (folded.labels[row][places] == -100).all(), "nothing stands before a sample's first token"
+    first_steps = [[0, 5], [0, 4]]
+    for row, steps in enumerate(first_steps):
+        assert (folded.labels[row][steps] == -100).all(), "a sample's first token has no predecessor"
     assert folded.labels[0, 1:5].tolist() == [8, IMAGE[0], IMAGE[3], 9]
     assert (folded.labels[1, 5:] == -100).all()
 
 
-def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
+def test_concatenated_rows_lose_only_their_padding():
     ids = torch.tensor([[7, *IMAGE, 5, 6], [8, 9, 4, 0, 0, 0, 0, 0, 0]])
     segments = torch.tensor([[1] * 7 + [2] * 2, [1, 1, 2] + [0] * 6])
     row = fold_residual_tokens(VOCABULARY, ids, None, ids, segments).as_one_row()
@@ -79,35 +82,35 @@ def test_rows_laid_end_to_end_lose_padding_and_nothing_else():
 @pytest.mark.parametrize(
     "rows", [[[7, *IMAGE[:3], 9]], [[7, *IMAGE[:3], 9, *IMAGE, *IMAGE[:3]]], [[7, *IMAGE, *IMAGE]]]
 )
-def test_images_of_another_size_are_refused(rows):
+def test_images_of_another_size_are_rejected(rows):
     folded = fold_residual_tokens(VOCABULARY, torch.tensor(rows), None, None)
-    with pytest.raises(ValueError, match="expected 2 in each image"):
+    with pytest.raises(UserError, match="expected 2 in each image"):
         folded.written_positions(2)
 
 
-def test_a_left_padded_samples_first_label_is_not_learned():
+def test_the_first_label_of_a_left_padded_sample_is_not_learned():
     ids, mask = batch([[7, 8, *IMAGE, 9], [5, 6]], "left")
     folded = fold_residual_tokens(VOCABULARY, ids, mask, ids.masked_fill(mask == 0, -100))
     assert (folded.labels != -100).sum(dim=1).tolist() == [4, 1]
 
 
-def test_merge_counts_places_and_features():
+def test_merging_compares_the_numbers_of_placeholders_and_features():
     embeddings, where = torch.zeros(1, 3, 2), torch.tensor([[True, False, True]])
     merged = merge_features(embeddings, where, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "image")
     assert merged.tolist() == [[[1, 2], [0, 0], [3, 4]]]
-    with pytest.raises(ValueError, match="2 image placeholders .* 1 image positions"):
+    with pytest.raises(UserError, match="2 image placeholders .* 1 image positions"):
         merge_features(embeddings, where, torch.zeros(1, 2), "image")
 
 
-def test_without_folding_each_residual_token_is_a_step_and_all_is_checked_alike():
+def test_without_folding_each_residual_token_is_one_step_with_the_same_checks():
     ids, mask = batch([[7, *IMAGE, 9], [5, 6]], "right")
     folded = fold_residual_tokens(VOCABULARY, ids, mask, ids, fold=False)
     assert torch.equal(folded.input_ids, ids) and torch.equal(folded.attention_mask, mask)
     assert torch.equal(folded.written, VOCABULARY.is_residual(ids))
     assert folded.codes.tolist() == [[1, 2, 3], [4, 5, 6]] and folded.written_positions(6).tolist() == [*range(6)]
-    with pytest.raises(ValueError, match="expected 9 in each image"):
+    with pytest.raises(UserError, match="expected 9 in each image"):
         folded.written_positions(9)
-    with pytest.raises(ValueError, match="in another order"):
+    with pytest.raises(UserError, match="in another order"):
         fold_residual_tokens(VOCABULARY, ids[:1, :5], None, None, fold=False)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.scene import render, sample_scene
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
 from llava_ext.data.collators import Collator
@@ -21,7 +22,7 @@ def encode(model, processor, image):
 
 
 def conversation(processor, kind, codes):
-    """One sample of a kind, as the data set makes it."""
+    """Encode one sample of a kind as the data set does."""
     texts = {
         "read": [("<image>\nWhat is it?", "a ring"), ("Which color?", "red")],
         "draw": [("a photo of a ring", "<image>")],
@@ -95,7 +96,7 @@ def test_cached_levels_equal_teacher_forcing(tiny_mllm):
             torch.testing.assert_close(head.step(level, conditioning, cache), forced[level], atol=1e-5, rtol=1e-5)
 
 
-def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(
+def test_every_trained_part_gets_gradients_from_any_batch_and_the_tokenizer_gets_none(
     tiny_backbone_folder, tiny_evotok_folder, samples
 ):
     from llava_ext.assembly import assemble
@@ -104,12 +105,12 @@ def test_only_learned_tokens_give_gradients_and_the_tokenizer_gets_none(
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
     model.train()
     assert not model.vision_tower.training
-    model(**Collator(processor)([samples[3]])).loss.backward()  # text alone: still every trained part takes part
+    model(**Collator(processor)([samples[3]])).loss.backward()  # text alone, but every trained part takes part
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("vision_tower."), name
 
 
-def test_pixels_and_cached_codes_read_the_same(tiny_mllm, samples, rng):
+def test_pixels_and_cached_codes_give_the_same_loss(tiny_mllm, samples, rng):
     model, processor = tiny_mllm
     image = picture(rng)
     sample = conversation(processor, "read", encode(model, processor, image))
@@ -125,11 +126,11 @@ def test_images_and_placeholders_must_match(tiny_mllm, samples):
     model, processor = tiny_mllm
     batch = Collator(processor)([samples[0]])
     batch["image_codes"] = batch["image_codes"].repeat(2, 1, 1)
-    with pytest.raises(ValueError, match="9 image placeholders .* 18 image positions"):
+    with pytest.raises(UserError, match="9 image placeholders .* 18 image positions"):
         model(**batch)
 
 
-def test_images_of_another_size_are_refused_though_the_tokenizer_takes_them(tiny_mllm, samples):
+def test_images_of_another_size_are_rejected_although_the_tokenizer_accepts_them(tiny_mllm, samples):
     model, processor = tiny_mllm
     vision = model.config.vision_config
     larger = torch.zeros(1, 3, 2 * vision.image_size, 2 * vision.image_size)
@@ -140,7 +141,7 @@ def test_images_of_another_size_are_refused_though_the_tokenizer_takes_them(tiny
         ({"pixel_values": larger}, f"expected images of {vision.image_size} x {vision.image_size} pixels"),
         ({"image_codes": codes}, rf"expected image_codes \(I, {vision.num_positions}, L\)"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             model(**batch | {"image_codes": None} | images)
 
 
@@ -162,7 +163,7 @@ def test_save_and_load_round_trip(tiny_mllm, samples, tmp_path):
     assert again.vocabulary == processor.vocabulary == loaded.vocabulary
 
 
-def test_generate_batch_equals_single_and_leaves_the_prompt_out(tiny_mllm, rng):
+def test_generate_gives_the_same_answers_in_a_batch_and_alone(tiny_mllm, rng):
     model, processor = tiny_mllm
     questions = ["What is it?", "How many rings are there in this image?"]
     images = [picture(rng), picture(rng)]
@@ -192,8 +193,8 @@ def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_ev
     assert len(model.generate_images("a ring", processor, seed=1)) == 1
 
 
-def test_config_refuses_ids_inside_the_residual_range():
-    with pytest.raises(ValueError, match="outside the residual range"):
+def test_config_rejects_ids_inside_the_residual_range():
+    with pytest.raises(UserError, match="outside the residual range"):
         EvoTokLlavaConfig(residual_token_offset=0, image_token_id=5, image_start_token_id=6, image_end_token_id=7)
 
 

@@ -1,4 +1,4 @@
-"""The image tokens' rows on a backbone that was not born with them: first values, training, every way to save them."""
+"""Rows of the image tokens on a backbone without them: initial values, training, and every way to save them."""
 
 import json
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from stage_runs import run, run_forked, write_recipe
 
+from evotok_plugin.errors import UserError
 from llava_ext.assembly import assemble
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import Sample
@@ -38,7 +39,7 @@ def recipe(backbone, tiny_evotok_folder, scene_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(backbone, tiny_evotok_folder):
-    """The model that a run on the backbone starts from, and its processor."""
+    """Initial model of a run on the backbone, and its processor."""
     return assemble(backbone, tiny_evotok_folder, 32, 2, 2)
 
 
@@ -54,7 +55,7 @@ def weights(folder):
 
 
 def check_rows(found, start):
-    """The three rows are learned, each on its own, and the others are bit-identical."""
+    """Check that the three rows are learned independently, and that all other rows are bit-identical."""
     model, processor = start
     new = processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
     tables = [EMBEDDINGS] if model.config.tie_word_embeddings else [EMBEDDINGS, OUTPUTS]
@@ -71,7 +72,7 @@ def check_rows(found, start):
     assert set(found) == set(model.state_dict()) - ({OUTPUTS} if len(tables) == 1 else set())
 
 
-def test_the_backbone_knows_no_image_tokens_and_pads_with_the_end_of_a_turn(start, foreign_backbone_folder):
+def test_the_backbone_has_no_image_tokens_and_pads_with_its_end_of_turn_token(start, foreign_backbone_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(foreign_backbone_folder)
@@ -79,10 +80,10 @@ def test_the_backbone_knows_no_image_tokens_and_pads_with_the_end_of_a_turn(star
     assert start[0].get_input_embeddings().num_embeddings == len(tokenizer) + 3
 
 
-# First values ------------------------------------------------------------------------------------------------
+# Initial values ----------------------------------------------------------------------------------------------
 
 
-def test_new_rows_differ_and_lie_near_the_mean_of_the_others():
+def test_new_rows_differ_and_are_near_the_mean_of_the_others():
     torch.manual_seed(0)
     table = torch.randn(20_000, 8) * torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]) + 5
     before, new = table.clone(), [3, 9_000, 19_999]
@@ -98,7 +99,7 @@ def test_new_rows_differ_and_lie_near_the_mean_of_the_others():
     assert torch.equal(again, table)
 
 
-def test_no_new_token_is_likely_before_it_is_learned(start):
+def test_new_tokens_are_unlikely_before_training(start):
     model, processor = start
     with torch.no_grad():
         chances = model(**processor("What is it?")).logits[0, -1].softmax(dim=-1)
@@ -106,7 +107,7 @@ def test_no_new_token_is_likely_before_it_is_learned(start):
     assert chances[new].max() < 5 / len(chances) and len(torch.unique(chances[new])) == 3
 
 
-# Apart from the tables ---------------------------------------------------------------------------------------
+# Separate rows -----------------------------------------------------------------------------------------------
 
 
 def draw_sample(model, processor) -> Sample:
@@ -122,7 +123,7 @@ def draw_sample(model, processor) -> Sample:
     return Sample(encoded.input_ids, encoded.labels, [codes])
 
 
-def test_rows_apart_give_the_losses_logits_and_gradients_of_rows_in_the_tables(backbone, tiny_evotok_folder):
+def test_separate_rows_give_the_losses_logits_and_gradients_of_rows_in_the_tables(backbone, tiny_evotok_folder):
     torch.manual_seed(0)
     model, processor = assemble(backbone, tiny_evotok_folder, 32, 2, 2)
     batch, new = Collator(processor)([draw_sample(model, processor)]), [model.config.image_token_id]
@@ -177,7 +178,7 @@ def test_stage_1_learns_the_rows_of_the_image_tokens_and_no_others(stage_1, star
 
 def test_stage_1_learns_to_begin_a_drawing(stage_1, start):
     def chance(model, processor):
-        """Of the image where the samples draw one, on average."""
+        """Mean probability of starting an image where the training samples start one."""
         chances = []
         for prompt in ("a red circle", "a photo of a blue square", "two green triangles"):
             logits = model(**processor(prompt)).logits[0, -1]
@@ -193,7 +194,7 @@ def test_stage_1_learns_to_begin_a_drawing(stage_1, start):
 
 
 @pytest.mark.parametrize("engine", ["none", "zero2"])
-def test_a_resumed_stage_1_ends_where_the_uninterrupted_one_does(recipe, tmp_path, engine):
+def test_a_resumed_stage_1_equals_the_uninterrupted_one(recipe, tmp_path, engine):
     import shutil
 
     overrides = {**STAGE_1, "deepspeed": engine}
@@ -204,7 +205,7 @@ def test_a_resumed_stage_1_ends_where_the_uninterrupted_one_does(recipe, tmp_pat
         assert torch.equal(weights(tmp_path / "again")[name], tensor), name
 
 
-def test_rows_that_are_finer_than_their_table_are_resumed_as_they_were(start, tmp_path):
+def test_rows_are_resumed_in_their_training_precision(start, tmp_path):
     from llava_ext.new_tokens import load_rows, save_rows
 
     model = assemble_like(start)
@@ -215,7 +216,7 @@ def test_rows_that_are_finer_than_their_table_are_resumed_as_they_were(start, tm
     other = assemble_like(start)
     load_rows(other, tmp_path)
     assert torch.equal(other.new_token_rows.inputs, expected)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_rows(other, tmp_path / "absent")
 
 
@@ -239,12 +240,12 @@ def test_zero3_on_two_processes_gives_the_rows_of_zero2(recipe, start, tmp_path,
     check_rows(found, start)
 
 
-def test_stage_2_goes_on_from_the_learned_rows(stage_1, recipe, tmp_path):
+def test_stage_2_continues_from_the_learned_rows(stage_1, recipe, tmp_path):
     overrides = {"model_name_or_path": str(stage_1), "max_steps": 1, "learning_rate": 1e-6}
     run_forked(run, recipe, tmp_path / "full", overrides)
     before, after = weights(stage_1)[EMBEDDINGS], weights(tmp_path / "full")[EMBEDDINGS]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    assert (after != before).any(dim=1).sum() > 3  # with the language model all rows that are used train
+    assert (after != before).any(dim=1).sum() > 3  # full training updates all rows that are used
 
 
 # LoRA --------------------------------------------------------------------------------------------------------
@@ -261,13 +262,13 @@ def test_lora_learns_the_rows_of_the_image_tokens_and_no_others(lora, start):
     check_rows(weights(lora), start)
 
 
-def test_merge_gives_the_rows_that_lora_gave(lora, backbone, tiny_evotok_folder, tmp_path):
+def test_merge_reproduces_the_rows_of_the_lora_run(lora, backbone, tiny_evotok_folder, tmp_path):
     merge(backbone, lora / "adapter", tmp_path / "merged", tiny_evotok_folder)
     for name, tensor in weights(lora).items():
         assert torch.equal(tensor, weights(tmp_path / "merged")[name]), name
 
 
-def test_peft_alone_reads_the_rows(lora, backbone, tiny_evotok_folder):
+def test_peft_alone_loads_the_rows(lora, backbone, tiny_evotok_folder):
     from peft import PeftModel
 
     model, _ = assemble(backbone, tiny_evotok_folder, 32, 2, 2)
@@ -277,7 +278,7 @@ def test_peft_alone_reads_the_rows(lora, backbone, tiny_evotok_folder):
     torch.testing.assert_close(merged.lm_head.weight.data, expected.get(OUTPUTS, expected[EMBEDDINGS]))
 
 
-def test_a_resumed_lora_run_ends_where_the_uninterrupted_one_does(lora, recipe, tmp_path):
+def test_a_resumed_lora_run_equals_the_uninterrupted_one(lora, recipe, tmp_path):
     import shutil
 
     shutil.copytree(lora / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
@@ -295,7 +296,7 @@ def test_qlora_learns_the_rows_and_merge_puts_them_into_the_base(recipe, backbon
 # The flat head -----------------------------------------------------------------------------------------------
 
 
-def test_a_causal_lm_of_a_flat_model_holds_the_learned_rows(recipe, tmp_path):
+def test_the_causal_lm_export_of_a_flat_model_contains_the_learned_rows(recipe, tmp_path):
     run_forked(run, recipe, tmp_path / "flat", {**STAGE_1, "image_head": "flat", "max_steps": 2})
     export_causal_lm(tmp_path / "flat", tmp_path / "causal")
     model, processor = load_model(tmp_path / "flat")
@@ -305,10 +306,10 @@ def test_a_causal_lm_of_a_flat_model_holds_the_learned_rows(recipe, tmp_path):
     assert torch.equal(exported["lm_head.weight"][new], model.lm_head.weight.data[new])
 
 
-# Padding that is the end of a turn ---------------------------------------------------------------------------
+# Padding with the end-of-turn token --------------------------------------------------------------------------
 
 
-def test_the_end_of_a_turn_is_learned_and_seen_where_it_is_also_the_padding(start):
+def test_the_end_of_turn_token_is_learned_and_attended_even_if_it_is_also_the_padding(start):
     model, processor = start
     end = processor.tokenizer.eos_token_id
     assert processor.pad_id == end

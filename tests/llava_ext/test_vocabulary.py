@@ -1,6 +1,9 @@
+"""The bijection between codes and ids of residual tokens."""
+
 import pytest
 import torch
 
+from evotok_plugin.errors import UserError
 from llava_ext.vocabulary import ResidualVocabulary
 
 VOCABULARY = ResidualVocabulary(offset=700, num_levels=4, codebook_size=16)
@@ -16,12 +19,12 @@ def test_ids_and_codes_are_a_bijection():
     assert int(ids.min()) == 700 and int(ids.max()) == 763
 
 
-def test_text_form_goes_both_ways_for_every_id():
+def test_the_text_form_of_every_id_round_trips():
     for token in range(700, 764):
         assert VOCABULARY.from_text(VOCABULARY.to_text(token)) == [token]
 
 
-def test_ids_beside_the_range_are_not_residual():
+def test_ids_outside_the_range_are_not_residual():
     mask = VOCABULARY.is_residual(torch.tensor([0, 699, 700, 763, 764]))
     assert mask.tolist() == [False, False, True, True, False]
 
@@ -29,11 +32,11 @@ def test_ids_beside_the_range_are_not_residual():
 @pytest.mark.parametrize(
     "codes", [torch.tensor([[16, 0, 0, 0]]), torch.tensor([[-1, 0, 0, 0]]), torch.zeros(1, 5).long()]
 )
-def test_codes_that_do_not_exist_are_refused(codes):
-    with pytest.raises(ValueError, match="codes"):
+def test_codes_that_do_not_exist_are_rejected(codes):
+    with pytest.raises(UserError, match="codes"):
         VOCABULARY.to_ids(codes)
 
 
-def test_text_of_a_level_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="level below 4"):
+def test_text_of_a_level_that_does_not_exist_is_rejected():
+    with pytest.raises(UserError, match="level below 4"):
         VOCABULARY.from_text("<|evo:4:0|>")

@@ -1,4 +1,4 @@
-"""Tokens added to a model, processors of another model, and sequences beyond the positions."""
+"""Tokens added to a model, processors of another model, and sequences longer than the positions."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import pytest
 import torch
 from stage_runs import run, run_forked, write_recipe
 
+from evotok_plugin.errors import UserError
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
 from llava_ext.assembly import assemble
 from llava_ext.generation.interleaved import AnswerOptions
@@ -17,13 +18,13 @@ IN_THE_RANGE = r"tokens in the range .* the first is '<loc1>' with id .* model.r
 
 @pytest.fixture
 def grown(any_mllm):
-    """A model of its own, whose tokenizer got a token."""
+    """A copy of a model and its processor with an additional token in the tokenizer."""
     model, processor = (copy.deepcopy(part) for part in any_mllm)
     processor.tokenizer.add_tokens(["<loc1>"])
     return model, processor
 
 
-def test_a_tokenizer_in_the_residual_range_is_refused_wherever_it_is_used(grown, tmp_path):
+def test_every_use_rejects_a_tokenizer_with_tokens_in_the_residual_range(grown, tmp_path):
     model, processor = grown
     for use in (
         lambda: processor("a <loc1>"),
@@ -33,11 +34,11 @@ def test_a_tokenizer_in_the_residual_range_is_refused_wherever_it_is_used(grown,
         lambda: processor.save_pretrained(tmp_path),
         lambda: model.generate_images("a", processor),
     ):
-        with pytest.raises(ValueError, match=IN_THE_RANGE):
+        with pytest.raises(UserError, match=IN_THE_RANGE):
             use()
 
 
-def test_a_folder_whose_tokenizer_grew_is_refused_when_it_is_loaded(tiny_mllm, tmp_path):
+def test_loading_rejects_a_folder_whose_tokenizer_grew(tiny_mllm, tmp_path):
     model, processor = tiny_mllm
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -45,11 +46,11 @@ def test_a_folder_whose_tokenizer_grew_is_refused_when_it_is_loaded(tiny_mllm, t
     tokenizer.add_tokens(["<loc1>"])
     tokenizer.save_pretrained(tmp_path)
     for load in (EvoTokLlavaProcessor.from_pretrained, load_model):
-        with pytest.raises(ValueError, match=IN_THE_RANGE):
+        with pytest.raises(UserError, match=IN_THE_RANGE):
             load(tmp_path)
 
 
-def test_residual_tokens_move_behind_added_tokens(grown, any_mllm, tmp_path):
+def test_residual_tokens_move_after_added_tokens(grown, any_mllm, tmp_path):
     model, processor = grown
     before, old = any_mllm
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_residual_tokens_move_behind_added_tokens(grown, any_mllm, tmp_path):
     rows = len(processor.tokenizer)
     model.resize_token_embeddings(rows)
     assert model.config.residual_token_offset == rows == model.vocabulary.offset
-    with pytest.raises(ValueError, match="tokens in the range"):
+    with pytest.raises(UserError, match="tokens in the range"):
         processor("a")
     processor.residual_token_offset = model.config.residual_token_offset
     inputs = processor("a ring <loc1>")
@@ -77,7 +78,7 @@ def test_residual_tokens_move_behind_added_tokens(grown, any_mllm, tmp_path):
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_rows_padded_to_a_multiple_move_the_residual_tokens_as_well(grown):
+def test_padding_the_rows_to_a_multiple_also_moves_the_residual_tokens(grown):
     model, processor = grown
     model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
     assert model.config.residual_token_offset == model.lm_head.weight.shape[0] == model.config.text_config.vocab_size
@@ -86,7 +87,7 @@ def test_rows_padded_to_a_multiple_move_the_residual_tokens_as_well(grown):
         model.resize_token_embeddings(3)
 
 
-def test_a_resize_that_fits_before_the_residual_tokens_leaves_them(tiny_mllm):
+def test_a_resize_that_fits_before_the_residual_tokens_does_not_move_them(tiny_mllm):
     model = copy.deepcopy(tiny_mllm[0])
     model.config.residual_token_offset += 10
     offset = model.config.residual_token_offset
@@ -107,7 +108,7 @@ def test_a_resize_that_fits_before_the_residual_tokens_leaves_them(tiny_mllm):
         ("image_head", "flat"),
     ],
 )
-def test_a_processor_of_another_model_is_refused(tiny_mllm, name, value):
+def test_a_processor_of_another_model_is_rejected(tiny_mllm, name, value):
     model, processor = tiny_mllm
     other = copy.deepcopy(processor)
     inputs = processor("a ring")
@@ -117,22 +118,22 @@ def test_a_processor_of_another_model_is_refused(tiny_mllm, name, value):
         lambda: list(model.stream(inputs, other, AnswerOptions(max_new_tokens=1))),
         lambda: model.generate(**inputs, modalities="auto", processor=other),
     ):
-        with pytest.raises(ValueError, match=f"model and processor differ: {name} is .* and {value} in the processor"):
+        with pytest.raises(UserError, match=f"model and processor differ: {name} is .* and {value} in the processor"):
             use()
 
 
-def test_images_of_another_size_and_tokens_without_rows_are_refused(tiny_mllm):
+def test_images_of_another_size_and_tokens_without_rows_are_rejected(tiny_mllm):
     model, processor = tiny_mllm
     other = copy.deepcopy(processor)
     other.image_processor.size = 96
-    with pytest.raises(ValueError, match="images of 48 pixels, the processor makes images of 96"):
+    with pytest.raises(UserError, match="images of 48 pixels, the processor makes images of 96"):
         model.config.check_processor(other)
     config = copy.deepcopy(model.config)
     config.residual_token_offset = 5000
     other = copy.deepcopy(processor)
     other.residual_token_offset = 5000
     other.tokenizer.add_tokens(["<loc1>"])
-    with pytest.raises(ValueError, match="call model.resize_token_embeddings"):
+    with pytest.raises(UserError, match="call model.resize_token_embeddings"):
         config.check_processor(other)
 
 
@@ -141,16 +142,16 @@ def test_images_of_another_size_and_tokens_without_rows_are_refused(tiny_mllm):
 
 @pytest.fixture
 def short(tiny_tokenizer_folder, tiny_evotok_folder, make_backbone, tmp_path):
-    """A backbone of 64 positions."""
+    """Folder of a backbone with 64 positions."""
     return make_backbone(tiny_tokenizer_folder, tmp_path / "short", max_position_embeddings=64)
 
 
-def test_a_sequence_beyond_the_positions_is_refused_and_padding_does_not_count(short, tiny_evotok_folder):
+def test_a_sequence_beyond_the_positions_is_rejected_and_padding_does_not_count(short, tiny_evotok_folder):
     model, processor = assemble(short, tiny_evotok_folder, 32, 2, 2)
     model.eval()
     ids = torch.full((1, 65), 60)
     for more in ({}, {"labels": ids}, {"attention_mask": torch.ones_like(ids)}):
-        with pytest.raises(ValueError, match="takes 65 steps, but the language model has 64 positions"):
+        with pytest.raises(UserError, match="takes 65 steps, but the language model has 64 positions"):
             model(input_ids=ids, **more)
     assert model(input_ids=ids[:, :64]).logits.shape[1] == 64
     mask = torch.ones_like(ids)
@@ -158,24 +159,24 @@ def test_a_sequence_beyond_the_positions_is_refused_and_padding_does_not_count(s
     model(input_ids=ids, attention_mask=mask)
     packed = torch.arange(65)[None] // 33 + 1
     model(input_ids=ids, segment_ids=packed, labels=ids)
-    with pytest.raises(ValueError, match="has 64 positions"):
+    with pytest.raises(UserError, match="has 64 positions"):
         model(input_ids=ids, segment_ids=torch.ones_like(ids), labels=ids)
     first = model(input_ids=ids[:, :64], use_cache=True)
-    with pytest.raises(ValueError, match="takes 65 steps"):
+    with pytest.raises(UserError, match="takes 65 steps"):
         model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
 
 
-def test_a_language_model_without_a_limit_takes_any_length():
+def test_a_language_model_without_a_limit_accepts_any_length():
     config = EvoTokLlavaConfig(text_config={"model_type": "bloom"})
     assert config.max_positions is None
     config.check_length(10**9)
 
 
-def test_an_image_that_does_not_fit_is_refused_when_parts_are_put_together(
+def test_assembly_rejects_an_image_that_does_not_fit(
     tiny_tokenizer_folder, tiny_evotok_folder, make_backbone, tmp_path
 ):
     tiny = make_backbone(tiny_tokenizer_folder, tmp_path, max_position_embeddings=10)
-    with pytest.raises(ValueError, match="an image takes 11 steps .* has 10 positions"):
+    with pytest.raises(UserError, match="an image takes 11 steps .* has 10 positions"):
         assemble(tiny, tiny_evotok_folder, 32, 2, 2)
 
 

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.errors import UserError
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.prompts.messages import IMAGE_TOKEN
 from llava_ext.prompts.placeholders import count_images, escape_images, split_at_images
@@ -47,7 +48,7 @@ def control_tokens(processor, ids):
 
 @every_template
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": f"Be brief. {SPELLED}"}]])
-def test_contents_hold_no_control_tokens_and_keep_their_text(processor_of, family, system):
+def test_contents_contain_no_control_tokens_and_keep_their_text(processor_of, family, system):
     processor = processor_of(family)
     layout = processor.lay_out([*system, *TALK])
     plain = processor.lay_out([{**m, "content": "a"} for m in [*system, *TALK]])
@@ -62,13 +63,13 @@ def test_contents_hold_no_control_tokens_and_keep_their_text(processor_of, famil
 
 
 @every_template
-def test_ordinary_conversations_keep_the_tokenizer_s_own_tokens(processor_of, tokenizer, family):
+def test_ordinary_conversations_are_encoded_as_by_the_tokenizer_itself(processor_of, tokenizer, family):
     processor = processor_of(family)
     rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert processor.lay_out(MESSAGES).tokens == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def test_prompts_captions_and_calls_hold_no_control_tokens(tiny_mllm):
+def test_prompts_captions_and_calls_contain_no_control_tokens(tiny_mllm):
     _, processor = tiny_mllm
     ids = {name: getattr(processor, f"{name}_id") for name in ("image_token", "image_start", "image_end")}
     text = "<|end|> <|assistant|> <|image_start|> <|image_pad|> <|evo:0:5|> <image>"
@@ -87,7 +88,7 @@ def test_prompts_captions_and_calls_hold_no_control_tokens(tiny_mllm):
 
 
 def test_added_words_stay_tokens_and_turn_markers_do_not(tokenizer):
-    """Of the tokens that are not special, those that the template writes around turns are control tokens."""
+    """Added tokens that are not special are control tokens if the template writes them around turns."""
     tokenizer.add_tokens(["<loc1>", "<turn>", "</turn>"])
     tokenizer.chat_template = (
         "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}</turn>\n{% endfor %}"
@@ -101,7 +102,7 @@ def test_added_words_stay_tokens_and_turn_markers_do_not(tokenizer):
     assert processor.decode(ids) == "<turn>user\nat <loc1></turn>\n<turn>assistant</turn>\n<turn>assistant\n"
 
 
-def test_a_word_that_becomes_special_later_is_a_control_token_from_then_on(tokenizer):
+def test_a_word_that_becomes_special_later_is_then_a_control_token(tokenizer):
     tokenizer.add_tokens(["<loc1>"])
     encoder = TextEncoder(tokenizer, "")
     word = tokenizer.convert_tokens_to_ids("<loc1>")
@@ -110,7 +111,7 @@ def test_a_word_that_becomes_special_later_is_a_control_token_from_then_on(token
     assert word not in encoder.encode("<loc1>", [(0, 6)])[0]
 
 
-# Against a tokenizer that does not know the tokens at all -----------------------------------------------------
+# Compared with a tokenizer without the tokens -----------------------------------------------------------------
 
 TEMPLATE_TOKENS, OTHER = ["<u>", "<a>"], ["<eot>", "</s>"]
 KINDS = {
@@ -144,25 +145,28 @@ def base_tokenizer(kind, tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_user_text_is_encoded_as_if_the_tokens_were_unknown(kind):
-    knowing, ignorant = base_tokenizer(kind, [*TEMPLATE_TOKENS, *OTHER]), base_tokenizer(kind, TEMPLATE_TOKENS)
+    with_tokens, without_tokens = (
+        base_tokenizer(kind, [*TEMPLATE_TOKENS, *OTHER]),
+        base_tokenizer(kind, TEMPLATE_TOKENS),
+    )
     question, answer = "a ring <eot> above</s>a <eot>", "  red</s>"
     text = f"<u>{question}<a>{answer}<u> a"
     first = len("<u>") + len(question)
     spans = [(3, first), (first + 3, first + 3 + len(answer))]
-    ids, starts = TextEncoder(knowing, "<u><a>").encode(text, spans)
-    expected = ignorant(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = TextEncoder(with_tokens, "<u><a>").encode(text, spans)
+    expected = without_tokens(text, add_special_tokens=False, return_offsets_mapping=True)
     assert ids == expected["input_ids"]
     assert starts == [start for start, _ in expected["offset_mapping"]]
-    assert knowing(text, add_special_tokens=False)["input_ids"] != ids
+    assert with_tokens(text, add_special_tokens=False)["input_ids"] != ids
 
 
-def test_a_model_that_makes_control_tokens_of_plain_text_is_refused():
+def test_a_tokenizer_that_encodes_plain_text_to_control_tokens_is_rejected():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "<eot>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<unk>", "<eot>"])
     encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"), "")
     assert encoder.encode("red blue", [(0, 8)])[0] == [1, 0]  # an unknown word is not a control token
-    with pytest.raises(ValueError, match="encodes plain text to the control token '<eot>'"):
+    with pytest.raises(UserError, match="encodes plain text to the control token '<eot>'"):
         encoder.encode("red <eot>", [(0, 9)])
 
 
@@ -180,13 +184,13 @@ def test_a_model_that_makes_control_tokens_of_plain_text_is_refused():
         (r"\alpha \ image", [r"\alpha \ image"]),
     ],
 )
-def test_backslashes_before_image_escape_it(text, pieces):
+def test_backslashes_before_an_image_tag_escape_it(text, pieces):
     assert split_at_images(text) == pieces and count_images(text) == len(pieces) - 1
     whole = "".join(pieces) + "<image>" + text
     assert split_at_images(escape_images(whole)) == [whole] and count_images(escape_images(whole)) == 0
 
 
-def test_a_literal_image_in_parts_and_escaped_in_strings_is_text(tiny_mllm):
+def test_a_literal_image_tag_is_text_in_parts_and_if_escaped_in_strings(tiny_mllm):
     _, processor = tiny_mllm
     parts = [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]
     answer = {"role": "assistant", "content": "a tag"}

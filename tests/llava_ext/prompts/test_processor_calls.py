@@ -1,4 +1,4 @@
-"""The processor as transformers' users call it: keywords, shapes of images, two steps from messages to ids."""
+"""Calls of the processor in the style of transformers: rendering and encoding, forms of images, keywords."""
 
 import base64
 import copy
@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, pipeline
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.errors import UserError
 from llava_ext import EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
 from llava_ext.processing_evotok_llava import IMAGE_TOKEN
 from llava_ext.prompts.messages import read_messages
@@ -79,7 +80,7 @@ def test_rendered_text_gives_the_ids_of_its_messages(processor_of, family, keywo
 
 
 @every_template
-def test_a_rendered_plain_string_is_not_put_into_the_template_again(processor_of, family):
+def test_a_rendered_plain_string_is_not_rendered_again(processor_of, family):
     processor = processor_of(family)
     chat = [user(image(RED), text("What is it?"))]
     rendered = str(processor.apply_chat_template(chat, add_generation_prompt=True))
@@ -90,7 +91,7 @@ def test_a_rendered_plain_string_is_not_put_into_the_template_again(processor_of
     once = processor.apply_chat_template(
         [{"role": "user", "content": [image(RED), text("What is it?")]}], tokenize=True, add_generation_prompt=True
     )
-    if family != "qwen3":  # whose own generation prompt differs from its finished turns
+    if family != "qwen3":  # its generation prompt differs from its finished turns
         same(processor(text=by_tokenizer, images=RED), once)
     assert processor.decode(processor(by_tokenizer, RED)["input_ids"][0]).replace(
         "<|image_start|>" + IMAGE_TOKEN * processor.num_positions + "<|image_end|>", "<image>"
@@ -98,18 +99,18 @@ def test_a_rendered_plain_string_is_not_put_into_the_template_again(processor_of
 
 
 @pytest.mark.parametrize("words", ["a <|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nhi"])
-def test_text_with_a_control_token_is_still_a_user_s_turn(processor_of, words):
+def test_text_with_a_control_token_is_still_rendered_as_a_user_turn(processor_of, words):
     processor = processor_of("qwen2")
     same(
         processor(words), processor.apply_chat_template([user(text(words))], add_generation_prompt=True, tokenize=True)
     )
 
 
-# Images as they are given -------------------------------------------------------------------------------------
+# Forms of images ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pictures", [RED, [RED], [[RED]], np.asarray(RED), np.asarray(RED)[None]], ids=lambda p: "")
-def test_one_image_may_come_alone_or_in_lists(processor, pictures):
+def test_one_image_may_be_given_alone_or_in_lists(processor, pictures):
     expected = processor(text=QUESTION, images=[RED])
     same(processor(text=QUESTION, images=pictures), expected)
     same(processor(pictures, QUESTION), expected)
@@ -118,7 +119,7 @@ def test_one_image_may_come_alone_or_in_lists(processor, pictures):
     same(processor([QUESTION], images=pictures), expected)
 
 
-def test_images_alone_give_pixels(processor):
+def test_images_without_text_give_pixels(processor):
     assert processor(images=[RED, BLUE])["pixel_values"].shape == (2, 3, 48, 48)
 
 
@@ -142,11 +143,11 @@ def test_images_stay_in_their_rows(processor):
     ],
 )
 def test_images_and_placeholders_are_counted_in_every_row(processor, texts, images, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         processor(text=texts, images=images)
 
 
-def test_parts_name_their_pictures_in_every_usual_way():
+def test_image_parts_accept_all_common_keys():
     encoded = base64.encodebytes(b"a picture").decode()
     parts = [
         {"type": "image", "url": "a.png"},
@@ -178,14 +179,14 @@ def test_parts_name_their_pictures_in_every_usual_way():
         ({"content": "a"}, "expected {'role'"),
     ],
 )
-def test_messages_that_are_not_understood_are_named_in_one_short_line(processor, message, error):
-    with pytest.raises(ValueError, match=error) as caught:
+def test_malformed_messages_are_reported_in_one_short_line(processor, message, error):
+    with pytest.raises(UserError, match=error) as caught:
         processor.apply_chat_template([message], tokenize=True)
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
-def test_a_web_address_is_refused_in_calls(processor):
-    with pytest.raises(ValueError, match="URLs are not fetched"):
+def test_calls_reject_urls(processor):
+    with pytest.raises(UserError, match="URLs are not fetched"):
         processor(text=QUESTION, images="https://example.com/a.png")
 
 
@@ -216,22 +217,22 @@ def test_padding_and_tensors(processor):
     assert torch.equal(ids, processor.apply_chat_template([user(text("x"))], tokenize=True)["input_ids"])
 
 
-def test_truncation_cuts_text_and_no_image(processor):
+def test_truncation_cuts_text_but_not_images(processor):
     short = processor("a " * 300, truncation=True, max_length=20)["input_ids"]
     assert short.shape == (1, 20) and torch.equal(short, processor("a " * 300)["input_ids"][:, :20])
     whole = processor(QUESTION, images=RED)["input_ids"]
     cut = processor(QUESTION, images=RED, truncation=True, max_length=whole.shape[1] - 1)["input_ids"]
     assert torch.equal(cut, whole[:, :-1])
     for length in (5, 2):
-        with pytest.raises(ValueError, match="would cut an image"):
+        with pytest.raises(UserError, match="would cut an image"):
             processor(QUESTION, images=RED, truncation=True, max_length=length)
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"nonsense": 1}, "does not take 'nonsense'"),
-        ({"images_kwargs": {"size": 96}}, "does not take 'size'"),
+        ({"nonsense": 1}, "does not accept 'nonsense'"),
+        ({"images_kwargs": {"size": 96}}, "does not accept 'size'"),
         ({"max_length": 5}, "max_length=5 has no effect"),
         ({"truncation": True}, "truncation=True needs max_length"),
         ({"padding": "most"}, "padding: expected one of"),
@@ -240,10 +241,10 @@ def test_truncation_cuts_text_and_no_image(processor):
         ({"return_tensors": "tf"}, "return_tensors: expected one of"),
         ({"add_special_tokens": True}, "the chat template writes special tokens"),
         ({"padding": True, "text_kwargs": {"padding": False}}, "padding is given twice"),
-        ({"videos": ["a.mp4"]}, "does not take 'videos'"),
+        ({"videos": ["a.mp4"]}, "does not accept 'videos'"),
     ],
 )
-def test_keywords_without_effect_are_refused_by_name(processor, keywords, message):
+def test_unsupported_keywords_are_rejected_by_name(processor, keywords, message):
     with pytest.raises(ValueError, match=message):
         processor(["a b c", "d"], **keywords)
     if "videos" not in keywords:
@@ -262,12 +263,12 @@ def test_keywords_without_effect_are_refused_by_name(processor, keywords, messag
         ({"tools": [{"type": "function"}]}, "does not use 'tools'"),
     ],
 )
-def test_template_keywords_that_conflict_or_are_not_used_are_refused(processor, keywords, message):
+def test_conflicting_or_unused_template_keywords_are_rejected(processor, keywords, message):
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template([user(text("a"))], **keywords)
 
 
-def test_the_template_gets_its_variables_and_may_be_another(processor):
+def test_another_template_and_its_variables_can_be_given(processor):
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|user|>{{ mood }}"
         "{{ m['content'] }}<|end|>"
@@ -279,11 +280,11 @@ def test_the_template_gets_its_variables_and_may_be_another(processor):
     assert processor.decode(
         processor.apply_chat_template([user(text("a"))], tokenize=True, **given)["input_ids"][0]
     ) == str(rendered)
-    with pytest.raises(ValueError, match=r"'mood' contains the control token '<\|end\|>'"):
+    with pytest.raises(UserError, match=r"'mood' contains the control token '<\|end\|>'"):
         processor.apply_chat_template([user(text("a"))], chat_template=template, mood="<|end|>")
 
 
-def test_a_template_set_on_the_processor_is_the_tokenizer_s(processor):
+def test_processor_and_tokenizer_share_the_chat_template(processor):
     other = copy.deepcopy(processor)
     other.chat_template = other.chat_template.replace("<|user|>", "<|user|>Q: ")
     assert other.tokenizer.chat_template == other.chat_template
@@ -291,7 +292,7 @@ def test_a_template_set_on_the_processor_is_the_tokenizer_s(processor):
     assert processor.decode(processor("a")["input_ids"][0]) == "<|user|>a<|assistant|>"
 
 
-def test_the_assistant_mask_marks_what_is_learned(processor):
+def test_the_assistant_mask_marks_the_learned_tokens(processor):
     chat = [user(text("a")), {"role": "assistant", "content": "red ring"}]
     batch = processor.apply_chat_template([chat, chat[:1]], tokenize=True, return_assistant_tokens_mask=True)
     ids, mask = batch["input_ids"], batch["assistant_masks"].bool()
@@ -299,19 +300,19 @@ def test_the_assistant_mask_marks_what_is_learned(processor):
     assert processor.decode(ids[0][mask[0]]) == "red ring<|end|>"
 
 
-def test_no_prompt_is_an_empty_prompt_and_other_things_are_refused(processor):
+def test_none_is_an_empty_prompt_and_other_types_are_rejected(processor):
     empty = processor.drawing_prompts([""])
     same(processor.drawing_prompts([None]), empty)
     same(processor.drawing_prompts("a ring"), processor.drawing_prompts(["a ring"]))
     for wrong in (3, {"prompt": "a"}, ["a"]):
-        with pytest.raises(ValueError, match=f"a prompt as a string, got {type(wrong).__name__}"):
+        with pytest.raises(UserError, match=f"a prompt as a string, got {type(wrong).__name__}"):
             processor.drawing_prompts([wrong])
 
 
 def test_several_sequences_are_decoded_one_by_one(processor):
     ids = processor(["a ring", "a b"])["input_ids"]
     assert processor.decode(ids) == processor.batch_decode(ids) == [processor.decode(row) for row in ids]
-    with pytest.raises(ValueError, match="does not take nonsense"):
+    with pytest.raises(ValueError, match="does not accept nonsense"):
         processor.decode(ids[0], nonsense=1)
 
 
