@@ -1,5 +1,6 @@
 """Start of a stage in each of its processes: environment variables, device, process group, DeepSpeed."""
 
+import json
 import os
 import socket
 
@@ -29,6 +30,7 @@ def prepare_processes(config: StageConfig) -> None:
     if isinstance(config.deepspeed, str):
         config.deepspeed = str(find_deepspeed_config(config.deepspeed))
     read_deepspeed_config(config.deepspeed)
+    _check_json_values(config)
     _set_environment(config)
     _adapt_to_device(config)
     try:
@@ -48,6 +50,17 @@ def prepare_processes(config: StageConfig) -> None:
             f"the launcher started {launched} processes but training sees {config.world_size}; "
             "start it with scripts/*.sh and NPROC, or with torchrun"
         )
+
+
+def _check_json_values(config: StageConfig) -> None:
+    """Check the values that `TrainingArguments` parses as JSON, whose errors would not name the setting."""
+    for name in config._VALID_DICT_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise UserError(f"{name}: {value} is not valid JSON: {error}") from error
 
 
 def _set_environment(config: StageConfig) -> None:

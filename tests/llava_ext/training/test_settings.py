@@ -143,6 +143,7 @@ def test_constructing_a_config_has_no_side_effects(tmp_path):
     ("given", "message"),
     [
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType.*change the setting"),
+        ({"optim_args": "x", "lr_scheduler_kwargs": "{a: 1}"}, "lr_scheduler_kwargs: {a: 1} is not valid JSON"),
         ({"deepspeed": "broken.json"}, "DeepSpeed configuration broken.json is not valid JSON"),
         ({"deepspeed": "list.json"}, "DeepSpeed configuration list.json: expected a JSON object, got list"),
     ],

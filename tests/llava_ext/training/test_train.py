@@ -163,7 +163,7 @@ def test_other_exceptions_than_user_errors_are_not_caught(monkeypatch):
     [
         (["--optim", "adafactorr"], "adafactorr"),
         (["--attn_implementation", "fast"], "fast"),
-        (["--lr_scheduler_kwargs", "{nonsense: 1}"], "lr_scheduler_kwargs {'nonsense': 1}: "),
+        (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "lr_scheduler_kwargs {'nonsense': 1}: "),
     ],
 )
 def test_values_that_a_library_rejects_are_reported_in_one_line(recipe, tmp_path, flags, message):
