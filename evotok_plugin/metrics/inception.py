@@ -102,6 +102,6 @@ def _identity(source: ImageSource, processor: EvoTokImageProcessor) -> str:
     for index in spread(len(source), _SAMPLED):
         try:
             digest.update(as_bytes(processor.crop(source.picture(index))).numpy().tobytes())
-        except UserError:
+        except ValueError:  # of our reader, or of the library behind the source
             digest.update(b"broken")
     return digest.hexdigest()[:32]
