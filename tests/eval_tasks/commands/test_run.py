@@ -1,5 +1,6 @@
 """`evotok-eval run`: one lmms-eval run per task; finished tasks are skipped, failed tasks are reported at the end."""
 
+import argparse
 import json
 import os
 import signal
@@ -113,7 +114,9 @@ def test_user_errors_are_one_line(module, flags, message, capsys):
 def test_the_command_and_environment_of_lmms_eval(module, tmp_path, monkeypatch):
     monkeypatch.delenv("EVOTOK_RECONSTRUCTION_IMAGES", raising=False)
     flags = ["--model", "model", "--output", "out", "--limit", "5", "--images", "photos", "--model_args", "seed=2"]
-    evaluation = module.open_evaluation(cli.build_parser().parse_args(["run", *flags]))
+    parser = argparse.ArgumentParser()
+    module.add(parser.add_subparsers())
+    evaluation = module.open_evaluation(parser.parse_args(["run", *flags]))
     asked = " ".join(evaluation.command("geneval"))
     assert f"pretrained={tmp_path / 'model'},images_dir={tmp_path / 'out/geneval/images'},seed=2" in asked
     assert "--tasks geneval" in asked and "--limit 5" in asked
