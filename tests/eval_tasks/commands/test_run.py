@@ -111,12 +111,16 @@ def test_user_errors_are_one_line(module, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def parse(flags):
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    return parser.parse_args(["run", *flags])
+
+
 def test_the_command_and_environment_of_lmms_eval(module, tmp_path, monkeypatch):
     monkeypatch.delenv("EVOTOK_RECONSTRUCTION_IMAGES", raising=False)
     flags = ["--model", "model", "--output", "out", "--limit", "5", "--images", "photos", "--model_args", "seed=2"]
-    parser = argparse.ArgumentParser()
-    module.add(parser.add_subparsers())
-    evaluation = module.open_evaluation(parser.parse_args(["run", *flags]))
+    evaluation = module.open_evaluation(parse(flags))
     asked = " ".join(evaluation.command("geneval"))
     assert f"pretrained={tmp_path / 'model'},images_dir={tmp_path / 'out/geneval/images'},seed=2" in asked
     assert "--tasks geneval" in asked and "--limit 5" in asked
