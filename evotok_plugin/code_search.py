@@ -1,21 +1,21 @@
-"""Exact residual search: the Euclidean nearest code, level by level, as a float64 search would choose it.
+"""Exact residual search: level by level the Euclidean nearest code, identical to a search in float64.
 
-M vectors, L levels, K codes a level, C dimensions.
+M vectors, L levels, K codes per level, C dimensions.
 
-||x - c||^2 is smallest where x.c - ||c||^2 / 2, the score, is largest. Scores are made in float32, in blocks that stay
-in the cache, from matrix products alone: each code carries its half norm as one more coordinate, each vector a 1. Of a
-block only the maximum of every group of codes is kept; nothing of the size vectors x codes is ever stored.
+||x - c||^2 is smallest where the score x.c - ||c||^2 / 2 is largest. Scores are computed in float32 by matrix products
+alone, in blocks that fit the cache: each code has its negative half norm as an additional coordinate, each vector a 1.
+Only the maximum of every group of codes is kept; nothing of size vectors x codes is ever stored.
 
-Float32 alone would confuse codes that are nearly as near as one another (one in some thousands). So the half norm is
-lessened by the largest rounding error a score of that code can have: what is computed is never below
-score - `slack` of the vector, and a code whose computed value lies below the best code's true score less that slack is
-out of the question. Nearly always one code is left; where there are more, float64 decides. For n terms of unit
-roundoff u a computed product is off by at most n u |x||c|, and |x||c| <= (|x|^2 / t + t |c|^2) / 2 for every t > 0
-splits that bound into a part of the vector and a part of the code.
+Float32 alone would confuse codes at nearly equal distances (about one in some thousands). Therefore the half norm is
+reduced by the largest rounding error that a score of this code can have. A computed score is then never below the true
+score minus a `slack` of the vector, so a code can be excluded if its computed score is below the true score of the best
+code minus that slack. Almost always a single code remains; otherwise float64 decides. For n terms and unit roundoff u,
+the error of a computed product is at most n u |x||c|, and |x||c| <= (|x|^2 / t + t |c|^2) / 2 for every t > 0 splits
+this bound into a part that depends on the vector and a part that depends on the code.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,20 +24,21 @@ from torch import Tensor
 
 _UNIT_ROUNDOFF = 2.0**-24
 _GROUP = 32  # codes that share one kept maximum
-_GROUPS_TOGETHER = 32  # groups that are looked through at a time for the best one
-# Scores made at a time: a MiB of them for each core's L2 cache; elsewhere enough to fill the device.
+_GROUPS_TOGETHER = 32  # groups that form a supergroup in the search for the best group
+# Scores computed at a time: on a CPU 1 MiB, to fit each core's L2 cache; elsewhere enough to occupy the device.
 _CPU_VECTORS, _CPU_SCORES = 512, 1 << 18
 _DEVICE_VECTORS, _DEVICE_SCORES = 4096, 1 << 24
-_SMALL_CODEBOOK = 1024  # up to here a float64 search costs no more than float32 and its bookkeeping
-_FLOAT64_SCORES = 1 << 19  # scores a block in float64
-_MANY_GROUPS = 32  # candidate groups a vector from which searching all codes in float64 is quicker
+_SMALL_CODEBOOK = 1024  # up to this size a float64 search costs no more than float32 and its bookkeeping
+_FLOAT64_SCORES = 1 << 19  # scores per block in float64
+_MANY_GROUPS = 32  # candidate groups per vector above which searching all codes in float64 is faster
 
 
 def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
-    """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l).
+    """Level by level the code nearest to the residual of the levels before: (M, C), (l, K, C) -> (M, l).
 
-    The residual is kept in float64, so the codes are those of the same search in float64 throughout; of codes equally
-    near, to float64's own rounding, it is one. Autocast and the precision set for matrix products play no part.
+    The residual is kept in float64, so the codes equal those of a search entirely in float64; among codes that are
+    equally near up to float64 rounding, any may be chosen. Autocast and the precision set for matrix products have no
+    effect.
     """
     if torch.compiler.is_compiling():
         return _opaque_residual_codes(latents, codebooks)
@@ -60,7 +61,7 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
 
 @torch.library.custom_op("evotok::residual_codes", mutates_args=())
 def _opaque_residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
-    """The search as one operator, which torch.compile leaves whole: how much work it is depends on the data."""
+    """The search as a single operator that torch.compile does not trace, because its work depends on the data."""
     return residual_codes(latents, codebooks)
 
 
@@ -70,12 +71,12 @@ def _(latents: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the Euclidean nearest code, exact: (M, C), (K, C) -> (M,)."""
+    """Indices of the exact Euclidean nearest codes: (M, C), (K, C) -> (M,)."""
     return residual_codes(vectors, codebook[None])[:, 0]
 
 
-def _kernel():
-    """The fused CUDA search, or None where Triton is absent."""
+def _kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The fused CUDA search, or None if Triton is not installed."""
     try:
         from evotok_plugin.kernels.residual_search import residual_codes as fused
     except ImportError:
@@ -85,7 +86,7 @@ def _kernel():
 
 @contextlib.contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """float32 products in float32: neither autocast nor TF32 or bf16 products, which a user may have allowed."""
+    """Compute float32 products in float32: without autocast, TF32 or bf16, which a user may have allowed."""
     allowed = torch.get_float32_matmul_precision()
     with torch.autocast(device_type, enabled=False):
         if allowed == "highest":
@@ -99,20 +100,21 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 
 def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The search as the definition has it, in blocks: float64 (M, C), (K, C) -> (M,)."""
+    """The search by its definition, in blocks: float64 (M, C), (K, C) -> (M,)."""
     codes = codebook.double()
     half_norms = codes.square().sum(dim=1) / 2
     num_codes = min(codes.shape[0], 4096)
     winners = []
     for block in vectors.split(max(_FLOAT64_SCORES // num_codes, 1)):
-        best = winner = None
+        best: Tensor | None = None
+        winner = torch.empty(0, dtype=torch.long)
         for first in range(0, codes.shape[0], num_codes):
             part = slice(first, first + num_codes)
             top, index = torch.addmm(half_norms[part], block, codes[part].T, beta=-1).max(dim=1)
             if best is None:
                 best, winner = top, index
             else:
-                better = top > best  # not >=: of equally near codes the first
+                better = top > best  # not >=: the first of equally near codes
                 best, winner = torch.where(better, top, best), torch.where(better, index + first, winner)
         winners.append(winner)
     return winners[0] if len(winners) == 1 else torch.cat(winners)
@@ -120,19 +122,19 @@ def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 @dataclass
 class _Block:
-    """What a block of codes works on: views of the search's room."""
+    """Views of the search's work memory for a block of codes."""
 
-    codes: Tensor  # laid out, with the bias as the last coordinate
+    codes: Tensor  # coordinates and bias of every code, the bias last
     coordinates: Tensor
-    bias: Tensor  # minus the lessened half norms
+    bias: Tensor  # minus the reduced half norms
     squares: Tensor
     scores: Tensor  # (codes, V)
-    grouped_scores: Tensor  # (groups, codes a group, V)
+    grouped_scores: Tensor  # (groups, codes per group, V)
     maxima: Tensor  # (groups, V)
 
 
 class _GroupedSearch:
-    """The float32 search with its room to work in, which all levels share."""
+    """The float32 search and its work memory, which all levels share."""
 
     def __init__(self, like: Tensor, size: int, dim: int) -> None:
         self.size, self.num_groups = size, -(-size // _GROUP)
@@ -143,8 +145,7 @@ class _GroupedSearch:
         self.num_vectors = max(min(num_vectors, like.shape[0]), 1)
         self.groups_at_once = min(max(num_scores // (self.num_vectors * _GROUP), 1), self.num_groups)
         self.together = min(_GROUPS_TOGETHER, self.num_groups)
-        # Codes beyond the last one fill the last group, groups beyond the last the last group of groups; their scores
-        # are never the best.
+        # Padding codes fill the last group, and padding groups the last supergroup; their scores are never the best.
         self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
         self.codes[size:, dim] = -torch.inf
         padded = -(-self.num_groups // self.together) * self.together
@@ -159,17 +160,17 @@ class _GroupedSearch:
         """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
         dim = codebook.shape[1]
         sample = codebook[:: max(self.size // 1024, 1)]
-        balance = float(vectors.square().mean() / sample.square().mean()) ** 0.5  # t above: any value is right
+        balance = float(vectors.square().mean() / sample.square().mean()) ** 0.5  # t above: any value is valid
         balance = balance if 1e-12 < balance < 1e12 else 1.0
         self.codebook = codebook
         self.vector_slack = self.error / (2 * balance)  # times |x|^2
-        self.lessened = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
+        self.reduced = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
         parts = vectors.split(self.num_vectors)
         found = [self._search_block(part, first=number == 0) for number, part in enumerate(parts)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _cut_blocks(self, num_vectors: int) -> list["_Block"]:
-        """The blocks of codes, for so many vectors; cut once for all levels, since each cut takes its microsecond."""
+    def _cut_blocks(self, num_vectors: int) -> list[_Block]:
+        """Views of all blocks of codes, for `num_vectors` vectors; cut once for all levels to save time."""
         blocks, dim = [], self.squares.shape[1]
         for first in range(0, self.num_groups, self.groups_at_once):
             last = min(first + self.groups_at_once, self.num_groups)
@@ -190,14 +191,14 @@ class _GroupedSearch:
         return blocks
 
     def _least(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distance to a code (V,), and what the computed score of a nearer one is at least (V,)."""
+        """Squared distances to a code (V,), and lower bounds (V,) for the computed score of any nearer code."""
         norms = vectors.square().sum(dim=1)
         distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
         least = (((norms - distance) / 2) - self.vector_slack * norms).float()
         return distance, torch.nextafter(least, least.new_tensor(-torch.inf))
 
     def _search_block(self, vectors: Tensor, first: bool) -> Tensor:
-        """Nearest codes of a block of float64 vectors: (V, C) -> (V,); the first of a level lays out its codes."""
+        """Nearest codes of a block of float64 vectors: (V, C) -> (V,); the first block of a level copies its codes."""
         num_vectors, dim = vectors.shape
         columns = self.codebook.new_ones(dim + 1, num_vectors)
         columns[:dim] = vectors.T
@@ -208,12 +209,12 @@ class _GroupedSearch:
         best = tops.max(dim=0).indices  # argmax takes five times as long over the first dimension
         within = maxima[best, :, torch.arange(num_vectors, device=best.device)]  # (V, groups together)
         group = best * self.together + within.argmax(dim=1)
-        group.clamp_(max=self.num_groups - 1)  # a vector that is not finite may have landed in the padding
+        group.clamp_(max=self.num_groups - 1)  # a vector that is not finite may select the padding
         scores = self._scores_in_groups(rows, group)
         code = (group * _GROUP + scores.argmax(dim=1)).clamp_(max=self.codebook.shape[0] - 1)
 
         distance, least = self._least(vectors, code)
-        # One group of groups, one group and one code: those of the code chosen. More of any: not settled yet.
+        # One supergroup, one group and one code reach the bound: those of the chosen code. With more, float64 decides.
         inside = torch.cat([within, scores], dim=1) >= least[:, None]
         rivals = (tops >= least).sum(dim=0) + inside.sum(dim=1)
         unsettled = (rivals > 3).nonzero()[:, 0]
@@ -225,20 +226,20 @@ class _GroupedSearch:
         return code
 
     def _group_maxima(self, columns: Tensor, first: bool) -> Tensor:
-        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups together, V)."""
+        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups per supergroup, V)."""
         num_vectors = columns.shape[1]
         blocks = self.blocks if num_vectors == self.num_vectors else self._cut_blocks(num_vectors)
         for block, codes in zip(blocks, self.codebook.split(self.groups_at_once * _GROUP), strict=True):
             if first:
                 block.coordinates.copy_(codes)
                 torch.mul(codes, codes, out=block.squares)
-                torch.mv(block.squares, self.lessened, out=block.bias)
+                torch.mv(block.squares, self.reduced, out=block.bias)
             torch.mm(block.codes, columns, out=block.scores)
             torch.amax(block.grouped_scores, dim=1, out=block.maxima)
         return self.maxima[:, :num_vectors].unflatten(0, (-1, self.together))
 
     def _scores_in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
-        """Scores of the codes of one group a row: (P, C + 1), (P,) -> (P, codes a group)."""
+        """Scores of the codes of one group per row: (P, C + 1), (P,) -> (P, codes per group)."""
         codes = self.codes.view(self.num_groups, -1)
         codes = torch.index_select(codes, 0, groups, out=self.gathered[: groups.shape[0]])
         return torch.bmm(rows.unsqueeze(1), codes.view(-1, _GROUP, rows.shape[1]).transpose(1, 2)).squeeze(1)
@@ -246,7 +247,7 @@ class _GroupedSearch:
     def _settle(
         self, vectors: Tensor, rows: Tensor, least: Tensor, candidates: Tensor, code: Tensor, distance: Tensor
     ) -> Tensor:
-        """Decide in float64 among all codes that may be nearest; candidates (G, V) says in which groups they are."""
+        """Decide in float64 between all codes that may be nearest; candidates (G, V) marks the groups they are in."""
         groups, owners = candidates.nonzero(as_tuple=True)
         if groups.numel() > _MANY_GROUPS * vectors.shape[0]:
             return _search_float64(vectors, self.codebook)

@@ -1,4 +1,4 @@
-"""Configuration of the EvoTok tokenizer: the presets are values of it."""
+"""Configuration of the EvoTok tokenizer, and its presets."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from evotok_plugin.errors import UserError
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    # Seconds a hundred steps on two CPU cores: the embedded default, on 48x48 scenes.
+    # For 48x48 scenes, the embedded default: a hundred steps take seconds on two CPU cores.
     "tiny": {
         "image_size": 48,
         "patch_size": 16,
@@ -29,13 +29,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "semantic_num_heads": 4,
         "semantic_head_dim": 32,
         "semantic_dim": 128,
-        # A run of hundreds of steps, not hundreds of thousands: codebooks must follow the encoder quickly.
+        # For hundreds of training steps, not hundreds of thousands: codebooks must follow the encoder quickly.
         "ema_decay": 0.95,
         "codebook_warmup_steps": 0,
         "restart_threshold": 0.2,
         "restart_by_error": True,
     },
-    # One 24 GB GPU: siglip2-base-patch16-256.
+    # For one 24 GB GPU, with the teacher siglip2-base-patch16-256.
     "base": {
         "encoder_hidden_size": 768,
         "encoder_num_layers": 11,
@@ -56,8 +56,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "encoder_num_layers": 26,
         "encoder_num_heads": 16,
         "encoder_intermediate_size": 4304,
-        # As wide as the features, as in the paper, whose 12 heads divide this width: 96 dimensions each, which fused
-        # attention takes as they are (the paper's 85 have to be padded).
+        # As wide as the features, as in the paper. Its 12 heads divide this width into 96 dimensions each, which fused
+        # attention takes without padding (unlike the paper's 85).
         "semantic_hidden_size": 1152,
         "semantic_num_heads": 12,
         "semantic_head_dim": 96,
@@ -70,10 +70,10 @@ _NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def check_types(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
-    """Check the fields that are annotated as a number or as a truth value.
+    """Check the types of the fields that are annotated as int, float or bool.
 
     Raises:
-        UserError: one holds a value of another type.
+        UserError: a field holds a value of another type.
     """
     for name, kind in fields.items():
         value = getattr(config, name)
@@ -85,25 +85,24 @@ def check_types(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
 class EvoTokConfig(PreTrainedConfig):
     """Sizes of encoder, quantizer and both decoders; the defaults are the paper's (arXiv 2603.12108).
 
-    The preset `paper_384` says image_size 378 where its teacher says 384. Patches of 14 pixels cover 27 x 14 = 378 of
-    them: SigLIP resizes a picture to 384 and leaves the last 6 rows and columns unread, so no decoder could rebuild
-    them. Here the picture is resized to 378 and every pixel of it is read, rebuilt and scored; teacher and tokenizer
+    The preset `paper_384` has image_size 378, although its teacher has 384. 27 patches of 14 pixels cover 378 pixels:
+    SigLIP resizes an image to 384 and ignores the last 6 rows and columns, which no decoder could then reconstruct.
+    This preset resizes images to 378, so that every pixel is encoded, reconstructed and scored; teacher and tokenizer
     see the same 378 pixels at the same 27x27 positions.
 
     Attributes:
-        image_size, patch_size: pixels; `grid_size` = image_size / patch_size positions a side.
-        encoder_num_layers: layers that are run. The features are the output of the teacher's last layer but one, so
-            this is one less than the teacher has.
-        num_quantizers, codebook_size, codebook_dim: levels L, codes a level K, dimensions of a code C.
-        pixel_depth, semantic_depth: how many levels are summed for the pixel and for the semantic decoder.
-        decoder_channel_multipliers: one a resolution, finest first. Each is twice as fine as the next, the finest only
-            as much finer as `patch_size` asks for: 14 pixels a position are 1 -> 2 -> 4 -> 8 -> 14, five resolutions.
+        image_size, patch_size: in pixels; `grid_size` = image_size / patch_size positions per side.
+        encoder_num_layers: number of layers that are run. The features are the output of the teacher's second-to-last
+            layer, so this is one less than the teacher has.
+        num_quantizers, codebook_size, codebook_dim: levels L, codes per level K, dimensions of a code C.
+        pixel_depth, semantic_depth: number of levels summed for the pixel and for the semantic decoder.
+        decoder_channel_multipliers: one per resolution, finest first. Each resolution is twice as fine as the next;
+            the finest ends at `patch_size`: with 14 pixels per position, 1 -> 2 -> 4 -> 8 -> 14, five resolutions.
         semantic_dim: D, width of the semantic features; the teacher's width.
-        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: how codebooks learn; see
-            `ResidualVectorQuantizer`.
+        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: see `ResidualVectorQuantizer`.
         level_dropout: share of a training batch that the decoders see at a random depth.
-        semantic_decoder_trained: False where a tokenizer was trained without a teacher, so that its semantic decoder
-            still has random weights. Images can then be encoded and rebuilt, but not read.
+        semantic_decoder_trained: False if the tokenizer was trained without a teacher, which leaves its semantic
+            decoder at random weights. Images can then be encoded and reconstructed, but not understood.
     """
 
     model_type = "evotok"
@@ -138,7 +137,7 @@ class EvoTokConfig(PreTrainedConfig):
     semantic_decoder_trained: bool = True
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         check_types(self, EvoTokConfig.__annotations__)
         if not isinstance(self.decoder_channel_multipliers, (list, tuple)):
             raise UserError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
@@ -157,21 +156,21 @@ class EvoTokConfig(PreTrainedConfig):
         resolutions, fitting = len(self.decoder_channel_multipliers), (self.patch_size - 1).bit_length() + 1
         if resolutions != fitting:
             raise UserError(
-                f"{resolutions} decoder_channel_multipliers, one a resolution, do not fit patch_size "
-                f"{self.patch_size}: each resolution is twice as fine as the one before, the last at most twice; "
-                f"give {fitting} of them, log2(patch_size) rounded up + 1"
+                f"{resolutions} decoder_channel_multipliers do not fit patch_size {self.patch_size}: there is one per "
+                f"resolution, and each resolution is twice as fine as the previous one, the last at most twice; give "
+                f"{fitting} of them, log2(patch_size) rounded up + 1"
             )
         for name in ("pixel_depth", "semantic_depth"):
             if not 1 <= getattr(self, name) <= self.num_quantizers:
                 raise UserError(
-                    f"{name} must lie in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}"
+                    f"{name} must be in 1..{self.num_quantizers} (num_quantizers), got {getattr(self, name)}"
                 )
         if self.codebook_size > 65536:
             raise UserError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
         if not 0 <= self.level_dropout <= 1:
-            raise UserError(f"level_dropout is a share of the batch, expected 0..1, got {self.level_dropout}")
+            raise UserError(f"level_dropout must be between 0 and 1, got {self.level_dropout}")
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"
@@ -181,31 +180,33 @@ class EvoTokConfig(PreTrainedConfig):
         """Reject a tokenizer whose semantic decoder was not trained.
 
         Args:
-            what: for the error: the name of the tokenizer.
+            what: name of the tokenizer, for the error message.
 
         Raises:
-            UserError: it was trained without a teacher.
+            UserError: the tokenizer was trained without a teacher.
         """
         if not self.semantic_decoder_trained:
             raise UserError(
-                f"the semantic decoder of {what} was not trained (it learned pixels without a teacher), so images "
-                "cannot be read through it; train one with --teacher FOLDER --semantic_weight 1"
+                f"the semantic decoder of {what} was not trained (only pixels were, without a teacher), so it cannot "
+                "give semantic features; train a tokenizer with --teacher FOLDER --semantic_weight 1"
             )
 
     @property
     def grid_size(self) -> int:
-        """Positions a side."""
+        """Positions per side."""
         return self.image_size // self.patch_size
 
     @property
     def num_positions(self) -> int:
-        """N, positions an image."""
+        """N, positions per image."""
         return self.grid_size**2
 
     @property
     def decoder_scales(self) -> list[float]:
-        """How many times finer each resolution of the pixel decoder is than the one before, coarsest first; their
-        product is `patch_size`. All are 2 where that is a power of two, else the last one is less."""
+        """Upsampling factors between the pixel decoder's resolutions, coarsest first; their product is `patch_size`.
+
+        All are 2 if `patch_size` is a power of two; otherwise the last one is smaller.
+        """
         doublings = len(self.decoder_channel_multipliers) - 2
         return [2.0] * doublings + [self.patch_size / 2**doublings] if doublings >= 0 else []
 
@@ -214,7 +215,7 @@ class EvoTokConfig(PreTrainedConfig):
         """The configuration `tiny`, `base`, `paper` or `paper_384`, with fields replaced.
 
         Raises:
-            UserError: no such preset, or no such field.
+            UserError: the preset or a field does not exist.
         """
         if name not in _PRESETS:
             raise UserError(f"unknown preset {name!r}; expected one of {', '.join(_PRESETS)}")

@@ -1,4 +1,4 @@
-"""Pixels to latents: SigLIP's vision tower up to its last layer but one, then a small bottleneck.
+"""Pixels to latents: SigLIP's vision tower without its last layer, then a small bottleneck.
 
 B batch, N positions, D width, C codebook_dim.
 """
@@ -12,10 +12,10 @@ from evotok_plugin.positions import resize_positions
 
 
 class EvoTokEncoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> latents (B, N, C), for H and W that are multiples of the patch size.
+    """Images (B, 3, H, W) in [-1, 1] -> latents (B, N, C); H and W must be multiples of the patch size.
 
-    Only the layers that are used exist: SigLIP's last layer, its final norm and its pooling head would never get a
-    gradient (the features are `hidden_states[-2]`).
+    The features are SigLIP's `hidden_states[-2]`, so its last layer, final norm and pooling head, which would never
+    get a gradient, are left out.
     """
 
     def __init__(self, config: EvoTokConfig) -> None:
@@ -32,7 +32,7 @@ class EvoTokEncoder(nn.Module):
         tower._attn_implementation = "sdpa"
         self.patch_size, self.grid_size = config.patch_size, config.grid_size
         self.embeddings = SiglipVisionEmbeddings(tower)
-        self.encoder = SiglipEncoder(tower)
+        self.encoder = SiglipEncoder(tower)  # type: ignore[arg-type]  # annotated with the wrong one of its configurations
         self.to_latent = nn.Sequential(
             nn.Linear(config.encoder_hidden_size, config.encoder_hidden_size),
             nn.Tanh(),
@@ -40,7 +40,7 @@ class EvoTokEncoder(nn.Module):
         )
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """The tower's features (B, N, D), before the bottleneck."""
+        """Features of the tower (B, N, D), before the bottleneck."""
         return self.encoder(inputs_embeds=self._embed(pixel_values)).last_hidden_state
 
     def _embed(self, pixel_values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Input, settings or files that a user can fix: the message says what was expected, what came and what to do.
+    """An error in input, settings or files: the message says what was expected, what was found and what to do.
 
     Command lines show the message as one line. Every other exception is a bug and keeps its traceback.
     """

@@ -1,4 +1,6 @@
-"""Images to `pixel_values` and back: the only place that knows about resizing, cropping and scaling."""
+"""Images to `pixel_values` and back: all resizing, cropping and scaling happens here."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
 
 _HONORED = ("size", "do_resize", "do_rescale", "do_normalize", "input_data_format")
-_FIXED = {  # keywords of transformers' image processors that have one value here
+_FIXED = {  # keywords of transformers' image processors for which only one value is supported
     "crop_size": None,
     "data_format": "channels_first",
     "default_to_square": None,
@@ -35,15 +37,15 @@ _CHANNELS_FIRST = {None: None, "channels_first": True, "channels_last": False}
 class EvoTokImageProcessor(BaseImageProcessor):
     """Images to `pixel_values` (B, 3, size, size) in [-1, 1].
 
-    Images are PIL images of any mode, paths, base64 data URIs, the bytes of files, arrays and tensors, as
-    `evotok_plugin.data.images.as_picture` reads them: upright, transparency on white, values scaled by their type. The
-    shorter side is resized to `size` (bicubic), then the center is cropped.
+    Accepts PIL images of any mode, paths, base64 data URIs, file contents as bytes, arrays and tensors.
+    `evotok_plugin.data.images.as_picture` applies the EXIF orientation, puts transparent images on white and scales
+    values by their dtype. The shorter side is resized to `size` (bicubic), then the center is cropped.
     """
 
     model_input_names = ["pixel_values"]
     do_resize = do_rescale = do_normalize = True
 
-    def __init__(self, size: int | dict[str, int] = 256, **kwargs) -> None:
+    def __init__(self, size: int | dict[str, int] = 256, **kwargs: Any) -> None:
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key not in _WRITTEN_ON_SAVING and key[0] != "_"}
         super().__init__(**kwargs)
         self.size = side_of(size)
@@ -53,12 +55,9 @@ class EvoTokImageProcessor(BaseImageProcessor):
             else:
                 _check_fixed(key, value)
 
-    def __call__(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
-        return self.preprocess(images, return_tensors=return_tensors, **kwargs)
-
     def preprocess(
         self,
-        images,
+        images: Any,
         return_tensors: str | TensorType | None = "pt",
         *,
         size: int | dict[str, int] | None = None,
@@ -66,20 +65,21 @@ class EvoTokImageProcessor(BaseImageProcessor):
         do_rescale: bool | None = None,
         do_normalize: bool | None = None,
         input_data_format: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare one image, a batch of them as one array or tensor (B, ...), or nested lists of images.
+        """Prepare one image, a batch of images as one array or tensor (B, ...), or nested lists of images.
 
         Args:
             return_tensors: "pt" or "np"; with None, `pixel_values` is a list of tensors (3, H, W).
-            size: instead of the processor's size: pixels, `{"shortest_edge": pixels}` or an equal height and width.
-            do_resize: without it, images keep their size; all must have the same unless `return_tensors` is None.
-            do_rescale: without it, the values of integer images stay in 0..255, which needs `do_normalize=False`.
-            do_normalize: without it, values are in [0, 1].
-            input_data_format: "channels_first" or "channels_last", of arrays and tensors; by default from their shape.
+            size: overrides the processor's size: pixels, `{"shortest_edge": pixels}` or an equal height and width.
+            do_resize: if False, images keep their size; unless `return_tensors` is None, all must have the same size.
+            do_rescale: if False, the values of integer images stay in 0..255, which requires `do_normalize=False`.
+            do_normalize: if False, values are in [0, 1].
+            input_data_format: "channels_first" or "channels_last" for arrays and tensors; by default inferred from
+                their shape.
 
         Raises:
-            UserError: not an image, an image without pixels, or a keyword that is not supported.
+            UserError: an input that is not an image, an image without pixels, or a keyword that is not supported.
         """
         for key, value in kwargs.items():
             _check_fixed(key, value)
@@ -112,7 +112,7 @@ class EvoTokImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
     def crop(self, picture: Image.Image, size: int | None = None) -> Image.Image:
-        """Resize the shorter side to `size` (the processor's by default) and crop the center; returns RGB."""
+        """Resize the shorter side to `size` (default: the processor's) and crop the center; returns RGB."""
         size = size or self.size
         picture = picture if picture.mode == "RGB" and not picture.info else as_picture(picture)
         if picture.size == (size, size):
@@ -121,18 +121,18 @@ class EvoTokImageProcessor(BaseImageProcessor):
 
     @staticmethod
     def to_pil(pixels: Tensor) -> list[Image.Image]:
-        """Pixels (B, 3, H, W) in [-1, 1] (clamped) to PIL images."""
+        """Convert pixels (B, 3, H, W), clamped to [-1, 1], to PIL images."""
         values = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def side_of(size: int | dict[str, int]) -> int:
-    """Return the side in pixels that a processor's `size` means.
+    """Return the side length in pixels that a processor's `size` stands for.
 
     Raises:
-        UserError: not a positive number of pixels, or a height and width that differ.
+        UserError: it is not a positive number of pixels, or height and width differ.
     """
-    side = size
+    side: object = size
     if isinstance(size, dict):
         values = set(size.values())
         is_square = set(size) in ({"shortest_edge"}, {"height", "width"}) and len(values) == 1
@@ -145,8 +145,8 @@ def side_of(size: int | dict[str, int]) -> int:
     return side
 
 
-def flat_images(images) -> list:
-    """Return nested lists and batches (arrays and tensors of 4 dimensions) as a flat list of images."""
+def flat_images(images: Any) -> list[Any]:
+    """Flatten nested lists and batches (arrays and tensors of 4 dimensions) to a list of images."""
     if isinstance(images, (list, tuple)):
         return [image for part in images for image in flat_images(part)]
     return list(images) if getattr(images, "ndim", None) == 4 else [images]
@@ -176,12 +176,12 @@ def _pixel_values(picture: Image.Image, do_rescale: bool, do_normalize: bool) ->
 
 
 def as_bytes(picture: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 (3, H, W)."""
+    """Convert an RGB image to uint8 (3, H, W)."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
-    """Scale uint8 (B, 3, H, W) to [-1, 1], on the device."""
+    """Move uint8 images (B, 3, H, W) to a device and scale them to [-1, 1]."""
     return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
 
 

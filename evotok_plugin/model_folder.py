@@ -1,7 +1,7 @@
-"""Loading of model folders: every weight must be present, of the right shape and finite; damage is named in one line.
+"""Strict loading of model folders: every weight must be present, have the right shape and be finite.
 
-All packages load models, configurations, tokenizers and processors through this module. Whatever the readers of
-transformers, tokenizers or safetensors raise becomes one ValueError that names the file, the cause and the remedy.
+All packages read configurations, models, tokenizers and processors through this module. Every exception of
+transformers, tokenizers or safetensors becomes one UserError that names the file, the cause and the remedy.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,17 @@ from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
 CONFIG = "config.json"
-# Every model may hold these without a loss: buffers that are computed from the configuration.
+# Unexpected weights that can be ignored: buffers that are computed from the configuration.
 _HARMLESS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 3
 _MOST_ZERO = 0.25  # share of the weight matrices
 GENERATION_CONFIG = "generation_config.json"
-# Files of processors and tokenizers; others of a folder are not looked at.
+# Files of processors and tokenizers that are checked for damage.
 _OBJECTS = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -37,11 +40,11 @@ _TEXTS = ("chat_template.jinja", "chat_template.json", "merges.txt", "tokenizer.
 
 @contextlib.contextmanager
 def reading(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever the reader of another library raises into one ValueError.
+    """Turn any exception of another library's reader into a UserError.
 
     Args:
-        what: the file or folder that is read.
-        remedy: what to do about it.
+        what: the file or folder being read, for the error message.
+        remedy: what the user can do, for the error message.
     """
     try:
         yield
@@ -55,25 +58,30 @@ def reading(what: str, remedy: str = "") -> Iterator[None]:
 # Configuration -------------------------------------------------------------------------------------------------
 
 
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether this is a folder with a config.json, which may be damaged."""
+    return (Path(folder) / CONFIG).is_file()
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        UserError: no such folder, no config.json, or no JSON object in it.
+        UserError: the folder or its config.json does not exist, or the file does not hold a JSON object.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"model folder {str(folder)!r} does not exist")
-    if not (folder / CONFIG).is_file():
+    if not is_model_folder(folder):
         raise UserError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
     return read_json(folder / CONFIG)
 
 
 def model_type_of(folder: str | Path) -> str:
-    """The `model_type` of a model folder; empty where config.json names none.
+    """Return the `model_type` of a model folder, or an empty string if its config.json does not name one.
 
     Raises:
-        UserError: no such folder, or no readable config.json in it.
+        UserError: the folder does not exist or has no readable config.json.
     """
     kind = read_config(folder).get("model_type", "")
     if not isinstance(kind, str):
@@ -81,11 +89,15 @@ def model_type_of(folder: str | Path) -> str:
     return kind
 
 
-def open_config(config_class: Any, folder: str | Path, **options: Any) -> PreTrainedConfig:
-    """The configuration in a folder or hub repository, read by `config_class` (or `AutoConfig`).
+@overload
+def open_config(config_class: type[Config], folder: str | Path, **options: Any) -> Config: ...
+@overload
+def open_config(config_class: type[AutoConfig], folder: str | Path, **options: Any) -> PreTrainedConfig: ...
+def open_config(config_class: Any, folder: str | Path, **options: Any) -> Any:
+    """Read the configuration of a folder or hub repository with `config_class`, which may be `AutoConfig`.
 
     Raises:
-        UserError: it is missing or holds values that the class rejects.
+        UserError: the configuration is missing or holds values that the class rejects.
     """
     if Path(folder).is_dir():
         read_config(folder)
@@ -97,6 +109,24 @@ def open_config(config_class: Any, folder: str | Path, **options: Any) -> PreTra
 # Weights -------------------------------------------------------------------------------------------------------
 
 
+@overload
+def load_whole(
+    model_class: type[Model],
+    folder: str | Path,
+    *,
+    unused: Collection[str] = ...,
+    not_needed: Collection[str] = ...,
+    **options: Any,
+) -> Model: ...
+@overload
+def load_whole(
+    model_class: Any,
+    folder: str | Path,
+    *,
+    unused: Collection[str] = ...,
+    not_needed: Collection[str] = ...,
+    **options: Any,
+) -> Any: ...
 def load_whole(
     model_class: Any,
     folder: str | Path,
@@ -104,16 +134,17 @@ def load_whole(
     unused: Collection[str] = (),
     not_needed: Collection[str] = (),
     **options: Any,
-) -> PreTrainedModel:
+) -> Any:
     """Load a model with `model_class.from_pretrained`; every weight must be present and fit.
 
-    Tied weights, and patterns that the model class itself declares harmless, are not reported by transformers.
+    Tied weights, and weights that the model class itself declares ignorable, are not reported by transformers.
 
     Args:
-        folder: a folder, or a repository of the hub.
-        unused: patterns of weights that the folder may hold beyond the model's own.
-        not_needed: patterns of the model's weights that the folder may lack because nothing reads them.
-        options: of `from_pretrained`.
+        model_class: a model class, or an auto class of transformers.
+        folder: a folder, or a hub repository.
+        unused: patterns of weights that the folder may hold in addition to the model's own.
+        not_needed: patterns of model weights that the folder may lack because they are never used.
+        options: passed to `from_pretrained`.
 
     Raises:
         UserError: damaged files, or weights that are missing, unexpected, of another shape or not finite.
@@ -123,7 +154,7 @@ def load_whole(
     if local:
         open_config(getattr(model_class, "config_class", None) or AutoConfig, folder)
         if (Path(folder) / GENERATION_CONFIG).is_file():
-            read_json(Path(folder) / GENERATION_CONFIG)  # transformers would leave a damaged one out
+            read_json(Path(folder) / GENERATION_CONFIG)  # transformers would ignore a damaged one
         _check_files(Path(folder), pickles=not options.get("use_safetensors"))
     with reading(what):
         model, report = model_class.from_pretrained(
@@ -142,8 +173,8 @@ def load_strictly(
     """Load a state dict into a module; every weight must be present, fit and be finite.
 
     Args:
-        what: for the error: where the weights come from.
-        remedy: for the error: what to do.
+        what: origin of the weights, for the error message.
+        remedy: what the user can do, for the error message.
 
     Raises:
         UserError: weights that are missing, unexpected, of another shape or not finite.
@@ -188,7 +219,7 @@ def _check_report(
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found or report.get("error_msgs"):
         detail = "; ".join(found) or describe_error(str(report["error_msgs"]))
-        raise UserError(f"{what} is not a whole checkpoint of this model: weights {detail}; {remedy}")
+        raise UserError(f"{what} does not match this model: weights {detail}; {remedy}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -196,10 +227,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _check_files(folder: Path, pickles: bool) -> None:
-    """Look at the weight files before transformers opens them, to name damage by its cause."""
+    """Check the weight files before transformers opens them, so that the error names the cause of the damage."""
     try:
         files = weight_files(folder)
-    except ValueError:
+    except UserError:
         pickled = [*folder.glob("pytorch_model*.bin")]
         if not pickles or not pickled:
             raise
@@ -210,7 +241,7 @@ def _check_files(folder: Path, pickles: bool) -> None:
 
 
 def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
-    """Integers under the name of a weight would be taken for its values."""
+    """Reject integers stored under the name of a weight, which transformers would convert to floating point."""
     if quantization is not None or getattr(model.config, "quantization_config", None) is not None:
         return
     if not list(folder.glob("model*.safetensors")):
@@ -223,22 +254,22 @@ def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{str(folder)!r} holds integers where weights belong ({_some(wrong)}) and names no quantization; "
-            "download or save the folder again"
+            f"{str(folder)!r} holds integers where floating-point weights are expected ({_some(wrong)}), and its "
+            f"{CONFIG} does not name a quantization; download or save the folder again"
         )
 
 
 @torch.no_grad()
 def check_values(weights: dict[str, Tensor], what: str) -> None:
-    """Reject weights that are NaN or infinite, and models of which many matrices are zero; warn of single ones.
+    """Reject NaN and infinite weights and models with many all-zero matrices; warn about a few all-zero matrices.
 
-    A few matrices of zeros may be meant (new blocks that start as the identity); many are a file that was allocated and
-    not filled, as an interrupted download leaves it.
+    A few matrices of zeros may be intended (new blocks that start as the identity). Many are the sign of a file that
+    was allocated but not filled, as after an interrupted download.
 
     Raises:
         UserError: values that are not finite, or too many matrices of zeros.
     """
-    matrices, zero = 0, []
+    matrices, zero = 0, list[str]()
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.is_meta or not value.numel() or value.dtype not in _CHECKED:
             continue
@@ -250,8 +281,8 @@ def check_values(weights: dict[str, Tensor], what: str) -> None:
             zero += [name] if least == most == 0 else []
     if len(zero) > _MOST_ZERO * matrices:
         raise UserError(
-            f"{what}: {len(zero)} of {matrices} weight matrices are zero ({_some(zero)}), so a download or copy was "
-            "interrupted; get the folder again"
+            f"{what}: {len(zero)} of {matrices} weight matrices are zero ({_some(zero)}); a download or copy was "
+            "probably interrupted, download or copy the folder again"
         )
     if zero:
         logger.warning(
@@ -263,13 +294,13 @@ def check_values(weights: dict[str, Tensor], what: str) -> None:
 
 
 def open_tokenizer_folder(folder: str | Path, what: str = "text tokenizer") -> Any:
-    """The text tokenizer of a folder or hub repository.
+    """Open the text tokenizer of a folder or hub repository.
 
     Args:
-        what: for the error: whose it is.
+        what: name of the tokenizer, for the error message.
 
     Raises:
-        UserError: its files are missing or damaged.
+        UserError: files are missing or damaged.
     """
     vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return open_processor(
@@ -285,15 +316,15 @@ def open_processor(
     remedy: str = "copy it from the folder that the model was trained or saved in",
     **options: Any,
 ) -> Any:
-    """A processor of a folder or hub repository, by its class's `from_pretrained`.
+    """Open a processor of a folder or hub repository with `processor_class.from_pretrained`.
 
     Args:
-        what: for the error: what it is.
-        files: of every group one must be in the folder.
-        remedy: for the error: what to do about a missing file.
+        what: name of the processor, for the error message.
+        files: groups of file names; of every group at least one file must be in the folder.
+        remedy: what the user can do about a missing file, for the error message.
 
     Raises:
-        UserError: files that are missing or damaged.
+        UserError: files are missing or damaged.
     """
     folder = Path(folder) if Path(folder).is_dir() else folder
     if isinstance(folder, Path):

@@ -1,13 +1,16 @@
-"""EvoTok: one residual sequence of codes a position; its first levels rebuild pixels, all levels give meaning.
+"""EvoTok: residual codes per position; the first levels reconstruct pixels, all levels give semantic features.
 
 B batch, N positions, L levels, l levels given, C codebook_dim, D semantic_dim.
 
-Images may have any height and width that are multiples of the patch size. What was learned for the configuration's
-`image_size`, the positions of encoder and semantic decoder, is then interpolated.
+Image height and width may be any multiples of the patch size: the position embeddings of encoder and semantic decoder,
+which are learned at the configuration's `image_size`, are interpolated.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from evotok_plugin.semantic_decoder import SemanticDecoder
 
 @dataclass
 class EvoTokOutput(ModelOutput):
-    """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L), and the scalar
+    """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L) and the scalar
     `commitment_loss`."""
 
     pixels: Tensor | None = None
@@ -37,25 +40,65 @@ class EvoTokOutput(ModelOutput):
 
 @dataclass
 class EvoTokEncoderOutput(ModelOutput):
-    """`latents` (B, N, C) as they enter the quantizer and `codes` (B, N, l)."""
+    """`latents` (B, N, C), the input of the quantizer, and `codes` (B, N, l)."""
 
     latents: Tensor | None = None
     codes: Tensor | None = None
 
 
-class EvoTokModel(PreTrainedModel):
-    """Encoder, residual quantizer, pixel decoder and semantic decoder."""
+class EvoTokPreTrainedModel(PreTrainedModel):
+    """Base of the tokenizer and of its vision tower: flags for transformers, weight initialization, input check."""
 
     config_class = EvoTokConfig
     config: EvoTokConfig
     base_model_prefix = "evotok"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _supports_sdpa = True
-    # Encoder layers and the decoders' blocks; never the quantizer, whose learning must run once a step.
+    # Covers encoder layers and decoder blocks, but not the quantizer, whose codebook update must run once per step.
     supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer", "SemanticBlock"]
     _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init = nn.init
+        if isinstance(module, SiglipVisionEmbeddings):
+            init.normal_(module.position_embedding.weight, std=module.embed_dim**-0.5)
+            # A buffer that is not saved with the weights, so it must be set after loading, too.
+            module.position_ids.copy_(torch.arange(module.num_positions).expand(1, -1))
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SemanticDecoder):
+            init.normal_(module.class_token, std=self.config.initializer_range)
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, ResidualVectorQuantizer):
+            init.normal_(module.codebooks)
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Rows and columns of positions of images (B, 3, H, W).
+
+        Raises:
+            ValueError: the shape is another one, empty, or has a height or width that is not a multiple of the patch
+                size.
+        """
+        channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
+            raise ValueError(
+                f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
+                f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
+            )
+        return shape[2] // patch, shape[3] // patch
+
+
+class EvoTokModel(EvoTokPreTrainedModel):
+    """Encoder, residual quantizer, pixel decoder and semantic decoder."""
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
@@ -74,32 +117,14 @@ class EvoTokModel(PreTrainedModel):
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        init = nn.init
-        if isinstance(module, SiglipVisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=module.embed_dim**-0.5)
-            # Not saved with the weights, so it must be right after loading, too.
-            module.position_ids.copy_(torch.arange(module.num_positions).expand(1, -1))
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, SemanticDecoder):
-            init.normal_(module.class_token, std=self.config.initializer_range)
-            init.normal_(module.position_embedding, std=self.config.initializer_range)
-        elif isinstance(module, ResidualVectorQuantizer):
-            init.normal_(module.codebooks)
-
     def forward(self, pixel_values: Tensor) -> EvoTokOutput:
-        """Reconstruct pixels and semantic features from one residual code sequence; (B, 3, H, W) in [-1, 1].
+        """Reconstruct pixels and semantic features from one residual code sequence.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
 
         Raises:
-            UserError: height or width is no multiple of the patch size.
+            ValueError: height or width is not a multiple of the patch size.
         """
         grid = self.grid_of(pixel_values)
         quantized = self.quantizer(self.encoder(pixel_values))
@@ -116,39 +141,28 @@ class EvoTokModel(PreTrainedModel):
     def _to_features(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.semantic_decoder(latents.to(self.dtype), grid)
 
-    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Rows and columns of positions of images (B, 3, H, W).
-
-        Raises:
-            UserError: another shape, no image, or height or width is no multiple of the patch size.
-        """
-        channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
-            raise UserError(
-                f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
-                f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
-            )
-        return shape[2] // patch, shape[3] // patch
-
     def _grid_of_codes(self, num_positions: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         if grid is None:
             side = 1
-            while side * side < num_positions:  # torch.compile cannot trace math.isqrt where sizes vary
+            while side * side < num_positions:  # torch.compile cannot trace math.isqrt when sizes vary
                 side += 1
             grid = (side, side)
         if grid[0] * grid[1] != num_positions or not num_positions:
-            raise UserError(
+            raise ValueError(
                 f"{num_positions} positions do not fill {grid[0]} rows x {grid[1]} columns; "
                 "pass grid=(rows, columns) for images that are not square"
             )
         return grid
 
     def encode(self, pixel_values: Tensor, depth: int | None = None) -> EvoTokEncoderOutput:
-        """Pixels (B, 3, H, W) in [-1, 1] to codes (B, N, l), row by row; with `depth` only the first levels are
-        searched.
+        """Encode pixels (B, 3, H, W) in [-1, 1] to codes (B, N, l), positions in row-major order.
+
+        Args:
+            depth: search only the first `depth` levels; by default all.
 
         Raises:
-            UserError: height or width is no multiple of the patch size, or no such depth.
+            UserError: `depth` is not in 1..num_quantizers.
+            ValueError: height or width is not a multiple of the patch size.
         """
         self.grid_of(pixel_values)
         latents = self.encoder(pixel_values)
@@ -156,39 +170,40 @@ class EvoTokModel(PreTrainedModel):
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim != 3 or not 1 <= codes.shape[-1] <= self.config.num_quantizers:
-            raise UserError(
+            raise ValueError(
                 f"expected codes (B, N, l) with 1 <= l <= {self.config.num_quantizers}, got {tuple(codes.shape)}"
             )
 
     def _check_range(self, codes: Tensor) -> None:
-        """Of codes that come from elsewhere; on a GPU an index out of range would end the whole process."""
+        """Check codes that come from a caller: on a GPU an index out of range would abort the process."""
         if torch.compiler.is_compiling() or not codes.numel():
             return
         least, most = torch.stack(torch.aminmax(codes)).tolist()
         if least < 0 or most >= self.config.codebook_size:
             raise UserError(
-                f"expected codes from 0 to {self.config.codebook_size - 1}, got {least} to {most}; are they another "
-                "tokenizer's, or ids of the language model?"
+                f"expected codes from 0 to {self.config.codebook_size - 1}, got {least} to {most}; do they belong to "
+                "another tokenizer's codebooks, or are they token ids of the language model?"
             )
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
-        """Sum of the levels given: (B, N, l) -> (B, N, C)."""
+        """Sum of the code vectors of the given levels: (B, N, l) -> (B, N, C)."""
         self._check_codes(codes)
         return self.quantizer.codes_to_latents(codes)
 
     def level_latents(self, codes: Tensor) -> Tensor:
-        """Each level's own code vector: (B, N, l) -> (B, N, l, C)."""
+        """Code vector of every level: (B, N, l) -> (B, N, l, C)."""
         self._check_codes(codes)
         return self.quantizer.level_latents(codes)
 
     def decode_pixels(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes (B, N, l) to pixels (B, 3, H, W), about [-1, 1]; the decoder was trained with l = pixel_depth.
+        """Decode codes (B, N, l) to pixels (B, 3, H, W), roughly in [-1, 1]; the decoder is trained at l = pixel_depth.
 
         Args:
-            grid: rows and columns of positions, as `grid_of` says; without it the image is square.
+            grid: rows and columns of positions, as from `grid_of`; by default the image is square.
 
         Raises:
-            UserError: no such levels or codes, or N positions do not fill the grid.
+            UserError: codes outside the codebooks.
+            ValueError: another number of dimensions or levels, or N positions do not fill the grid.
         """
         self._check_codes(codes)
         self._check_range(codes)
@@ -196,14 +211,14 @@ class EvoTokModel(PreTrainedModel):
         return self._to_pixels(latents, self._grid_of_codes(codes.shape[1], grid))
 
     def decode_semantics(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes (B, N, l) to semantic features (B, N, D); the decoder was trained with l = semantic_depth.
+        """Decode codes (B, N, l) to semantic features (B, N, D); the decoder is trained at l = semantic_depth.
 
         Args:
-            grid: rows and columns of positions, as `grid_of` says; without it the image is square.
+            grid: rows and columns of positions, as from `grid_of`; by default the image is square.
 
         Raises:
-            UserError: no such levels or codes, N positions do not fill the grid, or the semantic decoder was not
-                trained.
+            UserError: codes outside the codebooks, or a semantic decoder that was not trained.
+            ValueError: another number of dimensions or levels, or N positions do not fill the grid.
         """
         self.config.require_semantics()
         self._check_codes(codes)
@@ -211,13 +226,13 @@ class EvoTokModel(PreTrainedModel):
         latents = self.codes_to_latents(codes)
         return self._to_features(latents, self._grid_of_codes(codes.shape[1], grid))
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the weights get the mode that the umask asks for."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with weight files in the mode that the umask asks for."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        apply_umask_to_weights(save_directory)
+        apply_umask_to_weights(Path(save_directory))
 
     def fingerprint(self) -> str:
-        """sha256 over names, shapes and values of what turns images into codes: it identifies a tokenizer's codes."""
+        """sha256 over names, shapes and values of encoder and quantizer, which identifies the tokenizer's codes."""
         digest = hashlib.sha256()
         for prefix, part in (("encoder", self.encoder), ("quantizer", self.quantizer)):
             for name, tensor in sorted(part.state_dict().items()):

@@ -1,10 +1,10 @@
-"""Latents to pixels: the convolutional decoder of VQGAN's family (Esser et al. 2021), sizes from the configuration.
+"""Latents to pixels: a convolutional decoder as in VQGAN (Esser et al. 2021), sized by the configuration.
 
 B batch, C codebook_dim, h w positions, H W pixels.
 
-With gradient checkpointing the residual and attention blocks are what is computed again: for the paper's sizes that
-takes less than half the memory of keeping everything; whole stages would save less, since all of the finest one stands
-there at once when it is computed again.
+Gradient checkpointing recomputes single residual and attention blocks: at the paper's sizes this needs less than half
+the memory of storing all activations. Recomputing whole stages would save less, because all activations of the finest
+stage would then be in memory at once.
 """
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """Two GroupNorm - SiLU - 3x3 convolutions beside a shortcut."""
+    """Two GroupNorm - SiLU - 3x3 convolution layers with a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class AttentionBlock(GradientCheckpointingLayer):
 
 
 class UpStage(nn.Module):
-    """The residual blocks of one resolution, with attention at the lowest, then the next resolution.
+    """Residual blocks of one resolution, optionally with attention, then upsampling to the next resolution.
 
     Args:
-        scale: how many times finer that is; None where there is none. Doubling repeats every value; by less than two,
-            where some would be repeated and some not, values are interpolated bilinearly.
+        scale: upsampling factor; None for the last stage. A factor of 2 repeats every value; smaller factors, which
+            would repeat only some values, interpolate bilinearly.
     """
 
     def __init__(
@@ -84,14 +84,12 @@ class UpStage(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """(B, C, h, w) -> (B, 3, H, W), not clamped."""
+    """Latents (B, C, h, w) -> pixels (B, 3, H, W), not clamped."""
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__()
-        groups, widths = (
-            config.decoder_norm_groups,
-            [config.decoder_channels * m for m in config.decoder_channel_multipliers],
-        )
+        groups = config.decoder_norm_groups
+        widths = [config.decoder_channels * multiplier for multiplier in config.decoder_channel_multipliers]
         lowest = widths[-1]
         self.from_latent = nn.Conv2d(config.codebook_dim, config.pixel_latent_channels, 1)
         self.conv_in = nn.Conv2d(config.pixel_latent_channels, lowest, 3, padding=1)
@@ -109,8 +107,10 @@ class PixelDecoder(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight by whose gradients adversarial terms are balanced."""
-        return self.conv_out.weight
+        """Weight whose gradients balance the adversarial term, see `evotok_plugin.losses.adversarial`."""
+        weight = self.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.stages(self.middle(self.conv_in(self.from_latent(latents))))

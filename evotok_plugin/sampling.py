@@ -1,8 +1,8 @@
-"""Choosing codes from logits.
+"""Sampling of codes from logits.
 
-One uniform number decides a draw (by the inverse of the cumulative distribution), so that a table of them, made from an
-image's seed before anything is drawn, fixes the whole image: nothing depends on what is drawn beside it, and a GPU
-never waits for a random generator of the CPU.
+Each draw is decided by one uniform number (inverse transform sampling). The numbers of an image are generated from its
+seed in advance and determine the entire image: it does not depend on what else is drawn in the batch, and a GPU never
+waits for the CPU's random generator.
 
 R rows, K codes.
 """
@@ -17,18 +17,22 @@ from torch import Tensor
 
 from evotok_plugin.errors import UserError
 
-_FIRST_CANDIDATES = 1024  # of a top-p choice on a CPU, where sorting 32768 codes costs more than the step's products
+# First number of candidates for top-p on a CPU, where sorting 32768 codes takes longer than the step's matrix products.
+_FIRST_CANDIDATES = 1024
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a code is chosen from its logits. Every value is one number, or one a level.
+    """Options for choosing a code from its logits; every value is one number, or one number per level.
 
     Attributes:
-        temperature: divides the logits, 0.001 to 1000; 0 takes the most likely code.
-        top_k: that many of the most likely codes; 0 is all.
-        top_p: of them the most likely ones that together reach this share of the probability; 1 is all.
-        min_p: of them those at least this many times as likely as the likeliest one; 0 is all.
+        temperature: divisor of the logits, 0.001 to 1000; 0 takes the most likely code.
+        top_k: keep the k most likely codes; 0 keeps all.
+        top_p: of these, keep the most likely codes whose probabilities reach this sum; 1 keeps all.
+        min_p: of these, keep codes whose probability is at least this fraction of the highest one; 0 keeps all.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     temperature: float | Sequence[float] = 1.0
@@ -46,16 +50,18 @@ class SamplingOptions:
                 object.__setattr__(self, name, values)
 
     def at_level(self, level: int) -> "SamplingOptions":
-        """The options of one level, each of them one number."""
+        """Return the options of one level, each a single number."""
         return SamplingOptions(*(v[level] if isinstance(v, tuple) else v for v in vars(self).values()))
 
     def check_levels(self, num_levels: int) -> None:
-        """Raises:
-        UserError: an option with values for another number of levels.
+        """Check that options with one value per level have `num_levels` of them.
+
+        Raises:
+            UserError: an option has another number of values.
         """
         for name, value in vars(self).items():
             if isinstance(value, tuple) and len(value) != num_levels:
-                raise UserError(f"{name} has {len(value)} values, but {num_levels} levels are drawn")
+                raise UserError(f"{name} has {len(value)} values, but {num_levels} levels are drawn; give one of each")
 
 
 _LIMITS = {
@@ -67,39 +73,47 @@ _LIMITS = {
 
 
 def uniform_noise(seed: int, *shape: int) -> Tensor:
-    """Numbers in [0, 1) that follow from the seed alone, on whatever device they are used: float32, on the CPU."""
+    """Uniform numbers in [0, 1), float32 on the CPU, so that they depend only on the seed and not on the device."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(logits: Tensor, options: SamplingOptions, noise: Tensor) -> Tensor:
-    """Draw one code a row: logits (R, K), noise (R,) in [0, 1) -> (R,).
+    """Draw one code per row: logits (R, K), noise (R,) in [0, 1) -> codes (R,).
 
-    `options` are of one level.
+    Args:
+        options: of one level, see `SamplingOptions.at_level`.
     """
-    if options.temperature == 0:
+    temperature, top_p, min_p = _number(options.temperature), _number(options.top_p), _number(options.min_p)
+    if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, top_k = logits.float(), int(options.top_k)
-    if options.temperature != 1:
-        logits = logits / options.temperature
+    logits, top_k = logits.float(), int(_number(options.top_k))
+    if temperature != 1:
+        logits = logits / temperature
     index = None
     if 0 < top_k < logits.shape[-1]:
         logits, index = logits.topk(top_k, dim=-1)
     probabilities = logits.softmax(dim=-1)
-    if options.top_p < 1:
+    if top_p < 1:
         if index is None:
-            probabilities, index = _likeliest(probabilities, options.top_p)
-        # The most likely codes whose mass before them is still below top_p.
+            probabilities, index = _likeliest(probabilities, top_p)
+        # Keep the most likely codes as long as the total probability of the codes before them is below top_p.
         before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities * (before < options.top_p)
-    if options.min_p > 0:
+        probabilities = probabilities * (before < top_p)
+    if min_p > 0:
         likeliest = probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities * (probabilities >= options.min_p * likeliest)
+        probabilities = probabilities * (probabilities >= min_p * likeliest)
     chosen = _at_quantile(probabilities, noise)
     return chosen if index is None else index.gather(-1, chosen[:, None])[:, 0]
 
 
+def _number(value: float | Sequence[float]) -> float:
+    if isinstance(value, Sequence):
+        raise TypeError(f"expected the options of one level, got {value!r}; call SamplingOptions.at_level first")
+    return value
+
+
 def _likeliest(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities from the highest down, and whose they are, at least as many as reach `top_p`."""
+    """Sorted probabilities, highest first, and their indices: at least as many as are needed to reach `top_p`."""
     size = probabilities.shape[-1]
     count = min(_FIRST_CANDIDATES, size) if probabilities.device.type == "cpu" else size
     while True:
@@ -110,11 +124,14 @@ def _likeliest(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def _at_quantile(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Where the running sum of each row (R, k), which need not end at 1, passes the share `noise` (R,) of its end."""
+    """First index (R,) at which the cumulative sum of a row (R, k) exceeds the fraction `noise` (R,) of its total.
+
+    The rows need not sum to 1.
+    """
     sums = probabilities.cumsum(dim=-1)
     end = sums[:, -1:]
     wanted = noise.to(sums.device)[:, None] * end
-    # Rounding may bring the product to the end itself, behind which nothing stands.
+    # Rounding may give the total itself, which no cumulative sum exceeds.
     wanted = torch.minimum(wanted, torch.nextafter(end, torch.full_like(end, -math.inf)))
-    # No place is beyond the last, whatever the numbers are: on a GPU such an index would end the whole process.
+    # NaN and infinite sums must not give an index out of range: on a GPU it would abort the process.
     return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)

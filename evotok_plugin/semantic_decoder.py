@@ -1,4 +1,4 @@
-"""Latents to semantic features: a small ViT decoder (the design of BEiT v2's VQ-KD decoder).
+"""Latents to semantic features: a small ViT, designed like the VQ-KD decoder of BEiT v2.
 
 B batch, N positions, C codebook_dim, W decoder width, D semantic_dim.
 """
@@ -13,7 +13,7 @@ from evotok_plugin.positions import resize_positions
 
 
 class SemanticAttention(nn.Module):
-    """Self-attention whose inner width need not be the model's; queries and values have biases, keys have none."""
+    """Self-attention whose inner width may differ from the model's; queries and values have biases, keys do not."""
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -31,6 +31,8 @@ class SemanticAttention(nn.Module):
 
 
 class SemanticBlock(GradientCheckpointingLayer):
+    """Pre-norm self-attention and a GELU MLP."""
+
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -46,7 +48,7 @@ class SemanticBlock(GradientCheckpointingLayer):
 
 
 class SemanticDecoder(nn.Module):
-    """Latents (B, N, C) of a grid (rows, columns) of positions -> (B, N, D)."""
+    """Latents (B, N, C) of a grid (rows, columns) of positions -> features (B, N, D)."""
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class SemanticDecoder(nn.Module):
         self.to_features = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, 1 + N, W), the class token's first."""
+        """Position embeddings (1, 1 + N, W), that of the class token first."""
         if grid == (self.grid_size, self.grid_size):
             return self.position_embedding
         resized = resize_positions(self.position_embedding[0, 1:], self.grid_size, grid)

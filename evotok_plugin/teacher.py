@@ -1,4 +1,4 @@
-"""The frozen teacher: the vision encoder whose features the semantic decoder learns to predict."""
+"""The frozen teacher: a vision encoder whose features the semantic decoder learns to predict."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _TEACHER_TYPES = ("siglip", "siglip_vision_model")
 
 
 class Teacher(nn.Module):
-    """The frozen part of a SigLIP vision tower that makes the semantic target: all layers but the last one."""
+    """The frozen part of a SigLIP vision tower that computes the semantic target: all layers but the last."""
 
     def __init__(self, tower: SiglipVisionModel) -> None:
         super().__init__()
@@ -25,25 +25,27 @@ class Teacher(nn.Module):
 
     @property
     def grid_size(self) -> int:
-        """Positions a side; pixels beyond the last whole patch are not read."""
-        return self.config.image_size // self.config.patch_size
+        """Positions per side; pixels beyond the last complete patch are ignored."""
+        image_size, patch_size = self.config.image_size, self.config.patch_size
+        assert isinstance(image_size, int) and isinstance(patch_size, int), "SigLIP's images and patches are square"
+        return image_size // patch_size
 
     def check_fits(self, config: EvoTokConfig, image_size: int | None = None) -> None:
-        """Compare it with a tokenizer, for images of `image_size` pixels (default: the configuration's).
+        """Compare the teacher with a tokenizer, for images of `image_size` pixels (default: the configuration's).
 
         Raises:
-            UserError: it has other positions, or features of another width.
+            UserError: positions or feature width differ.
         """
         grid_size = (image_size or config.image_size) // config.patch_size
-        for what, theirs, ours in (
+        for what, found, expected in (
             ("patch_size", self.config.patch_size, config.patch_size),
-            ("positions a side", self.grid_size, grid_size),
+            ("number of positions per side", self.grid_size, grid_size),
             ("width (semantic_dim)", self.config.hidden_size, config.semantic_dim),
         ):
-            if theirs != ours:
+            if found != expected:
                 raise UserError(
-                    f"the teacher does not fit the tokenizer: its {what} is {theirs}, {ours} is needed; give the "
-                    "teacher that the tokenizer learns or has learnt from, or do without one"
+                    f"the teacher does not fit the tokenizer: expected its {what} to be {expected}, got {found}; give "
+                    "the teacher that the tokenizer is or was trained with, or none"
                 )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -51,33 +53,38 @@ class Teacher(nn.Module):
 
 
 def load_teacher(folder: str) -> Teacher:
-    """The frozen vision tower of a SigLIP or SigLIP2 folder or hub id, of the tower alone or of the whole model.
+    """Load the frozen vision tower of SigLIP or SigLIP2.
+
+    Args:
+        folder: a folder or hub id, of the vision tower alone or of the full model.
 
     Raises:
-        UserError: it is another kind of model, or cannot be loaded whole.
+        UserError: it is another kind of model, or weights are missing or damaged.
     """
+    kind = model_type_of(folder) if Path(folder).is_dir() else None
     try:
-        kind = model_type_of(folder) if Path(folder).is_dir() else open_config(AutoConfig, folder).model_type
+        if kind is None:
+            kind = open_config(AutoConfig, folder).model_type
         if kind not in _TEACHER_TYPES:
             variable = " of variable resolution (NaFlex)" if kind.startswith("siglip2") else ""
             raise UserError(f"it holds a {kind or 'nameless'} model{variable}, expected SigLIP of a fixed resolution")
-        # The text half is not loaded; the pooling head, the last layer's norm and the head's probe are never used.
+        # The text half is not loaded; pooling head, probe and final norm are never used.
         tower = load_whole(
             SiglipVisionModel,
             folder,
             unused=(r"^text_model\.", r"^logit_(scale|bias)$"),
             not_needed=(r"^(vision_model\.)?(head|post_layernorm)\.",),
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"teacher {folder!r} cannot be loaded: {error}; "
             "give a SigLIP folder, for the paper's recipe a download of google/siglip2-large-patch16-256, "
-            "or train without one: --semantic_weight 0, or the recipe photos"
+            "or train without a teacher: --semantic_weight 0, or the recipe photos"
         ) from error
     return Teacher(tower)
 
 
 def teacher_features(teacher: Teacher, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The semantic target (B, N, D): output of the tower's last layer but one."""
+    """Compute the semantic target (B, N, D): the output of the tower's second-to-last layer."""
     with torch.no_grad():
         return teacher(pixel_values)

@@ -1,4 +1,4 @@
-"""Tokenizer folders: the model and the image processor of one."""
+"""Loading of tokenizer folders: the model and its image processor."""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +7,19 @@ from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
+from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_processor
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 
 def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
-    """The tokenizer of a folder.
+    """Load the tokenizer of a folder.
 
     Args:
-        options: of `from_pretrained`.
+        options: passed to `from_pretrained`.
 
     Raises:
-        UserError: no such folder, another kind of model, or weights that are missing, damaged or do not fit.
+        UserError: the folder does not exist, holds another kind of model, or its weights are missing, damaged or do
+            not fit.
     """
     kind = model_type_of(folder)
     if kind != EvoTokConfig.model_type:
@@ -27,7 +28,7 @@ def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
 
 
 def open_image_processor(folder: str | Path) -> EvoTokImageProcessor:
-    """The image processor of a tokenizer folder.
+    """Open the image processor of a tokenizer folder.
 
     Raises:
         UserError: its file is missing or damaged.
@@ -37,8 +38,8 @@ def open_image_processor(folder: str | Path) -> EvoTokImageProcessor:
         folder,
         "the image processor",
         [("preprocessor_config.json", "processor_config.json")],
-        "copy it from the folder that the tokenizer was trained in, or write it with "
-        "EvoTokImageProcessor(size=PIXELS).save_pretrained",
+        "copy it from the folder in which the tokenizer was trained, or create it with "
+        "EvoTokImageProcessor(size=PIXELS).save_pretrained(folder)",
     )
 
 
@@ -46,16 +47,21 @@ DEFAULT_MODELS = ("outputs/evotok", "outputs/quickstart/evotok")
 
 
 def open_tokenizer(folder: str | None, device: str = "auto") -> tuple[EvoTokModel, EvoTokImageProcessor]:
-    """Load a tokenizer folder, strictly.
+    """Load the tokenizer and the image processor of a folder; weights must match exactly.
+
+    Args:
+        folder: by default the first of `DEFAULT_MODELS` that exists.
 
     Raises:
-        UserError: no such folder, not an EvoTok model, or weights that are missing, left over or of another shape.
+        UserError: the folder does not exist, does not hold an EvoTok model, or weights are missing, unexpected or of
+            another shape.
     """
-    place = resolve_device(device)
+    resolved = resolve_device(device)
     if folder is None:
-        found = [path for path in DEFAULT_MODELS if (Path(path) / "config.json").is_file()]
+        found = [path for path in DEFAULT_MODELS if is_model_folder(path)]
         if not found:
-            raise UserError(f"no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
+            raise UserError(f"found no tokenizer in {' or '.join(DEFAULT_MODELS)}; name one with --model FOLDER")
         folder = found[0]
     model, processor = load_tokenizer(folder), open_image_processor(folder)
-    return model.to(place).eval(), processor
+    model.to(resolved)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
+    return model.eval(), processor

@@ -1,8 +1,8 @@
-"""Adapters of the research MLLM to parts of ours: `rqtransformer.bin` (depth transformer), `mm_projector.bin`.
+"""Conversion of adapters of the research MLLM: `rqtransformer.bin` (depth transformer) and `mm_projector.bin`.
 
-The research code has two models, one that reads and one that draws, and saves a projector of each; which one a file
-holds follows from its input width. Classifiers of levels that are never drawn are left out. Our projectors also know
-the place in the image; the research ones do not, which is an embedding of zeros.
+The research code trains two models, one for understanding and one for generation, and saves a projector of each; the
+input width tells them apart. Classifiers of levels that are never drawn are left out. Our projectors also add position
+embeddings, which research projectors do not have; they are set to zero.
 """
 
 import re
@@ -38,7 +38,7 @@ _PROJECTOR_RENAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
 
 @dataclass(frozen=True)
 class ConvertedHead:
-    """A depth transformer: sizes and weights of `DepthTransformerHead`, and what was left out, counted by reason."""
+    """Sizes and weights for `DepthTransformerHead`, and the number of research keys left out for each reason."""
 
     sizes: DepthTransformerConfig
     state: dict[str, Tensor]
@@ -47,7 +47,7 @@ class ConvertedHead:
 
 @dataclass(frozen=True)
 class ConvertedProjector:
-    """A projector: the weights of `Projector` but its embedding of places, which the research code does not have."""
+    """Weights for `Projector` without its position embedding, which the research code does not have."""
 
     in_features: int
     out_features: int
@@ -55,12 +55,12 @@ class ConvertedProjector:
 
 
 def _prefix(weights: Mapping[str, Tensor], mark: str) -> str | None:
-    """What stands before `mark` in the names; None where no name ends with it."""
+    """The part before `mark` of the first name that ends with it; None if no name does."""
     return next((name.removesuffix(mark) for name in weights if name.endswith(mark)), None)
 
 
 def is_depth_transformer(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a depth transformer, whole or not."""
+    """Whether the weights belong to a depth transformer, complete or not."""
     return any("rqtransformer." in name or name.endswith("pos_emb_d") for name in weights)
 
 
@@ -68,14 +68,14 @@ def convert_depth_transformer(weights: Mapping[str, Tensor], num_heads: int | No
     """Map the weights of a `rqtransformer.bin`.
 
     Args:
-        num_heads: attention heads, which no shape tells; heads of 64 dimensions where it is None.
+        num_heads: number of attention heads, which cannot be inferred from shapes; by default of 64 dimensions each.
 
     Raises:
         UserError: keys that are missing, unknown or of another shape.
     """
     prefix = _prefix(weights, "pos_emb_d")
     if prefix is None:
-        raise UserError("1 missing: pos_emb_d; the depth transformer's levels cannot be counted without it")
+        raise UserError("1 missing: pos_emb_d, which gives the number of levels of the depth transformer")
     shapes = Shapes(weights)
     first_classifier = f"{prefix}classifiers.0.1.weight"
     shapes.require([f"{prefix}in_mlp_1.weight", f"{prefix}in_mlp_2.weight", first_classifier])
@@ -129,21 +129,33 @@ def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
     return ConvertedProjector(in_features, out_features, convert_weights(weights, sources, {}).state)
 
 
-# A whole model -----------------------------------------------------------------------------------------------
+# A complete model --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """Sizes of the depth transformer; None is what the file says, or without a file the default."""
+    """Sizes of the depth transformer; None takes the size from the file, or the default if there is no file."""
 
-    head_hidden_size: int | None = field(default=None, metadata={"help": "its width (as the file says)"})
-    head_num_layers: int | None = field(default=None, metadata={"help": "its blocks (as the file says)"})
-    head_num_heads: int | None = field(default=None, metadata={"help": "its heads (of 64 dimensions)"})
+    head_hidden_size: int | None = field(
+        default=None, metadata={"help": "width of the depth transformer (default: from the file)"}
+    )
+    head_num_layers: int | None = field(
+        default=None, metadata={"help": "blocks of the depth transformer (default: from the file)"}
+    )
+    head_num_heads: int | None = field(
+        default=None, metadata={"help": "attention heads of the depth transformer (default: of 64 dimensions each)"}
+    )
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """Which part of the model came from which file, which parts start at random, and what was left out by reason."""
+    """Report of a conversion.
+
+    Attributes:
+        parts: for every converted part the file that it comes from.
+        random: parts without a file, which are initialized at random.
+        bookkeeping: number of research keys left out for each reason.
+    """
 
     parts: dict[str, Path]
     random: list[str]
@@ -158,18 +170,18 @@ def convert_adapters(
     options: HeadOptions | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ConvertedModel:
-    """Put a whole model together from a causal LM, a converted tokenizer and research adapters, and write it.
+    """Assemble a model from a causal LM, a converted tokenizer and research adapters, and save it.
 
     Args:
         files: `rqtransformer.bin` and up to two `mm_projector.bin`, in any order.
-        output: new folder that `EvoTokLlavaForConditionalGeneration.from_pretrained` loads.
+        output: new folder, for `EvoTokLlavaForConditionalGeneration.from_pretrained`.
 
     Raises:
-        UserError: a file that cannot be read or fits neither model, two files for one part, or a non-empty output.
+        UserError: a file cannot be read or does not fit, two files are given for one part, or the output is not empty.
     """
     check_new_folder(output)
     if model_type_of(vision_tower) != EvoTokConfig.model_type:
-        raise UserError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; `evotok convert` makes one")
+        raise UserError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; create one with `evotok convert`")
     tokenizer = open_config(EvoTokConfig, vision_tower)
     tokenizer.require_semantics(repr(str(vision_tower)))
     width = open_config(AutoConfig, language_model).get_text_config().hidden_size
@@ -182,8 +194,8 @@ def convert_adapters(
         try:
             if not looks_like_adapters(weights):
                 raise UserError(
-                    "expected the names of a depth transformer (rqtransformer.bin) or a projector (mm_projector.bin); "
-                    "`evotok convert` takes tokenizers"
+                    "expected the weights of a depth transformer (rqtransformer.bin) or a projector "
+                    "(mm_projector.bin); convert a tokenizer with `evotok convert`"
                 )
             if is_depth_transformer(weights):
                 part, head = "image_head", convert_depth_transformer(weights, options.head_num_heads)
@@ -193,10 +205,10 @@ def convert_adapters(
             else:
                 projector = convert_projector(weights)
                 part, state = _projector_part(projector, tokenizer, width), projector.state
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{str(file)!r}: {error}") from error
         if part in parts:
-            raise UserError(f"{str(parts[part])!r} and {str(file)!r} are both the {part}; give one of them")
+            raise UserError(f"{str(parts[part])!r} and {str(file)!r} are both the {part}; give only one of them")
         parts[part], states[part] = file, state
     default = EvoTokLlavaConfig
     model, processor = assemble(
@@ -243,14 +255,16 @@ def _resolved(sizes: DepthTransformerConfig) -> HeadOptions:
 
 
 def _projector_part(projector: ConvertedProjector, tokenizer: EvoTokConfig, width: int) -> str:
-    """Which of our two projectors it is: features are read, latents are written."""
+    """Return the part that the projector belongs to: features are read, latents are written."""
     if projector.out_features != width:
-        raise UserError(f"the projector ends {projector.out_features} wide, but the language model is {width} wide")
+        raise UserError(
+            f"the projector's output is {projector.out_features} wide, but the language model is {width} wide"
+        )
     found = {"read_projector": tokenizer.semantic_dim, "write_projector": tokenizer.codebook_dim}
     parts = [part for part, in_features in found.items() if in_features == projector.in_features]
     if len(parts) != 1:
         raise UserError(
-            f"the projector takes {projector.in_features} numbers a position, expected {tokenizer.semantic_dim} "
-            f"(features that are read) or {tokenizer.codebook_dim} (latents that are drawn), and not both alike"
+            f"the projector's input is {projector.in_features} wide, expected either {tokenizer.semantic_dim} "
+            f"(semantic features to read) or {tokenizer.codebook_dim} (latents to write), which must differ"
         )
     return parts[0]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Evaluates a model on several tasks, one lmms-eval run each, and reports all results as a table and a plot.
-# Rerun the command to resume after an interruption. Exits with 1 if any task failed.
+# Evaluate a model: a separate lmms-eval run for each task (or group of tasks), then one table and a plot of all results.
+# Rerun the command to resume. The exit code is 1 if a task failed.
 #   bash scripts/evaluate.sh [--model DIR] [--tasks evotok_understanding geneval ...] [--limit N] [--output DIR]
-# Defaults: the scene tasks on the newest model. NPROC=8 starts eight processes; EVOTOK_DATA_ROOT names local data sets.
+# Without arguments: the scene tasks on the newest model. NPROC=8 starts eight processes; EVOTOK_DATA_ROOT is a folder of local data sets.
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"
 exec python -m eval_tasks.cli run "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2: the LLM learns too. Without arguments: goes on from the last `bash scripts/pretrain.sh`.
+# Stage 2: the LLM also trains. Without arguments: continue from the last `bash scripts/pretrain.sh`.
 #   bash scripts/finetune.sh [--recipe paper | my.yaml] [--model_name_or_path outputs/pretrain --data_path f.json ...]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"

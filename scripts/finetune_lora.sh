@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 with LoRA: adapters on the LLM. Without arguments: goes on from the last `bash scripts/pretrain.sh`.
+# Stage 2 with LoRA: adapters on the LLM. Without arguments: continue from the last `bash scripts/pretrain.sh`.
 #   bash scripts/finetune_lora.sh [--recipe paper_finetune_lora | my.yaml] [--model_name_or_path outputs/pretrain ...]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"

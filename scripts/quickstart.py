@@ -12,7 +12,7 @@ from typing import Any
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import write_json, write_text, writing
-from evotok_plugin.common.pictures import labelled_rows
+from evotok_plugin.common.pictures import labeled_rows
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import scene_prompts
 from evotok_plugin.scenes.scene import SKILLS
@@ -142,7 +142,7 @@ def draw_skills() -> None:
     prompts = [scene_prompts(skill, 1, rng)[0]["prompt"] for skill in SKILLS]
     images = model.generate_images(prompts, processor=processor, num_images=4, batch_size=24, seed=0)
     rows = {prompt: images[4 * i : 4 * i + 4] for i, prompt in enumerate(prompts)}
-    labelled_rows(rows, scale=3).save(WORKSPACE / "drawn.png")
+    labeled_rows(rows, scale=3).save(WORKSPACE / "drawn.png")
 
 
 def evaluate(fast: bool) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs everything on the embedded default, without downloads or a GPU: renders the scene corpus, trains teacher, tokenizer
-# and MLLM, evaluates with lmms-eval, and writes a table and pictures to outputs/quickstart.
+# Run all stages on the embedded default, without downloads and without a GPU: draw the scene corpus, train teacher,
+# tokenizer and MLLM, evaluate with lmms-eval, and write a table and images to outputs/quickstart.
 #   bash scripts/quickstart.sh [--fast]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"

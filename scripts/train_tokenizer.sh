@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a tokenizer on images: folders, tar shards, parquet or data sets of the hub.
+# Train a tokenizer on images: folders, tar shards, Parquet files or data sets on the Hugging Face Hub.
 #   bash scripts/train_tokenizer.sh --data SOURCE... --output_dir FOLDER [--recipe photos | base | paper | my.yaml] [--max_steps N ...]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"

@@ -1,4 +1,4 @@
-"""Shared across the suite: one thread (tests are small), tiny random models built once."""
+"""Fixtures of the entire suite: tiny random models, created once; a single thread, because tests are small."""
 
 import os
 
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory):
-    """A byte-level BPE trained on a little scene text, saved as a folder."""
+    """A byte-level BPE tokenizer trained on scene texts, saved to a folder."""
     from evotok_plugin.scenes.records import text_records
     from llava_ext.embedded.text_backbone import train_text_tokenizer
 
@@ -26,13 +26,13 @@ def tiny_tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_backbone_folder(tiny_tokenizer_folder, tmp_path_factory):
-    """A random Qwen2-type causal LM of two layers with the BPE beside it."""
+    """A random two-layer causal LM of type Qwen2 with its BPE tokenizer."""
     return write_backbone(tiny_tokenizer_folder, tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="session")
 def make_backbone():
-    """`make_backbone(tokenizer_folder, folder, model_type, **settings)` writes a random causal LM."""
+    """A function `make_backbone(tokenizer_folder, folder, model_type, **settings)` that saves a random causal LM."""
     return write_backbone
 
 

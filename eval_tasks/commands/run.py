@@ -19,6 +19,7 @@ from eval_tasks.commands.report import show
 from eval_tasks.reporting.results import read_results_file, require_figures
 from eval_tasks.reporting.runs import make_run, read_run
 from evotok_plugin.common.files import check_output_folder, write_json, writing
+from evotok_plugin.common.progress import progress_environment
 from evotok_plugin.errors import UserError
 
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
@@ -125,7 +126,7 @@ class Evaluation:
 
     def environment(self, task: str) -> dict[str, str]:
         """The environment of the command; `evotok_reconstruction` gets its images and limit through variables."""
-        environment = dict(os.environ)
+        environment = {**progress_environment(), **os.environ}
         if task == "evotok_reconstruction":
             environment["EVOTOK_RECONSTRUCTION_IMAGES"] = str(self.images)
             if self.limit:

@@ -1,1 +1,1 @@
-"""The commands of `evotok`, one a module: `add(commands, shared)` puts a parser in place, `run(arguments)` does it."""
+"""The commands of `evotok`, one per module: `add(commands, shared)` adds the parser, `run(arguments)` does the work."""

@@ -1,4 +1,4 @@
-"""`evotok convert`: a research checkpoint to a model folder."""
+"""`evotok convert`: convert a research checkpoint to a model folder."""
 
 import argparse
 import dataclasses
@@ -10,15 +10,15 @@ from evotok_plugin.conversion.tokenizer import TokenizerOptions, convert_checkpo
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("convert", help="a research checkpoint to a model folder")
-    parser.add_argument("checkpoint", help="pickled checkpoint; nothing in it is run")
+    parser = commands.add_parser("convert", help="convert a research checkpoint to a model folder")
+    parser.add_argument("checkpoint", help="pickled checkpoint; no code in it is run")
     parser.add_argument("output", help="new folder for the model")
     add_arguments(parser, TokenizerOptions)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert, and say what was left out."""
+    """Convert, and print a summary and the keys that were left out."""
     check_output_folder(arguments.output, "output")
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
     given = {key: value for key, value in vars(arguments).items() if key in names}

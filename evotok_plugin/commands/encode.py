@@ -1,4 +1,4 @@
-"""`evotok encode`: the codes of images, as a cache on disk."""
+"""`evotok encode`: write the codes of images into a cache on disk."""
 
 import argparse
 import logging
@@ -7,8 +7,7 @@ from evotok_plugin.commands.options import SharedOptions, at_size
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.code_cache.cache import CodeCache
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.sources import ImageSource, open_sources
 from evotok_plugin.errors import UserError
 from evotok_plugin.tokenizer_folder import open_tokenizer
@@ -18,25 +17,25 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "encode",
         parents=[shared.model, shared.counting, shared.sizing],
-        help="write the codes of images into a cache; rerun to resume, or to encode what is new or has changed",
+        help="write the codes of images into a cache; rerun to resume, or to encode new and changed images",
     )
     defaults = EncodingOptions()
     parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="codes", help="folder of the cache")
-    parser.add_argument("--shard_size", type=int, default=defaults.shard_size, help="images a file")
-    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images encoded at once")
+    parser.add_argument("--shard_size", type=int, default=defaults.shard_size, help="images per file")
+    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images per batch")
     parser.add_argument("--num_workers", type=int, default=defaults.num_workers, help="processes that decode images")
-    parser.add_argument("--retry_broken", action="store_true", help="also try unreadable images that have not changed")
+    parser.add_argument("--retry_broken", action="store_true", help="also retry unreadable images that are unchanged")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="recompute all checksums, and compare the source's images with those that were encoded",
+        help="recompute all checksums, and compare the images of the source with those that were encoded",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Encode what the cache lacks of the source; with --verify check the cache as well, or only the cache."""
+    """Encode the images that the cache lacks; with --verify also check the cache, without a source only that."""
     if not arguments.source and not arguments.verify:
         raise UserError("nothing to encode: name images, folders, .tar, .parquet or hf:NAME (or pass --verify)")
     check_output_folder(arguments.output)
@@ -78,6 +77,6 @@ def _report(cache: CodeCache, source: ImageSource | None, arguments: argparse.Na
         print("all checksums are right")
         if source is not None and (changed := cache.verify_contents(source, show_progress=True)):
             raise UserError(
-                f"{len(changed)} images are not the ones that were encoded, though their sizes and times are the same: "
+                f"{len(changed)} images are not the ones that were encoded, but have the same sizes and times: "
                 f"{', '.join(map(shorten, changed[:3]))}; touch their files and encode again"
             )

@@ -1,11 +1,12 @@
-"""`evotok evaluate`: how well a tokenizer rebuilds images, what its features mean, and how it uses its codes."""
+"""`evotok evaluate`: reconstruction quality, semantic features and code usage of a tokenizer."""
 
 import argparse
 import re
 from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions, at_size
-from evotok_plugin.common.files import check_output_file, check_output_folder
+from evotok_plugin.common.files import check_output_file, check_output_folder, write_text, writing
+from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.errors import UserError
@@ -23,24 +24,26 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument(
-        "-o", "--output", type=Path, help="folder for metrics.json, metrics.md and grid.png; NAME.json: that file alone"
+        "-o", "--output", type=Path, help="folder for metrics.json, metrics.md and grid.png; NAME.json: only that file"
     )
     parser.add_argument(
         "--metrics",
         nargs="+",
         metavar="METRIC",
-        help=f"all, or some of {', '.join(METRICS)} (default: what needs no download)",
+        help=f"all, or some of {', '.join(METRICS)} (default: those without a download)",
     )
-    parser.add_argument("--teacher", metavar="FOLDER", help="SigLIP teacher, to compare semantic features with")
+    parser.add_argument("--teacher", metavar="FOLDER", help="SigLIP teacher to compare semantic features with")
     parser.add_argument("--inception_weights", metavar="FILE", help="for rfid (default: torch's hub folder)")
-    parser.add_argument("--stats_cache", type=Path, metavar="FOLDER", help="for rfid: statistics of the originals")
+    parser.add_argument(
+        "--stats_cache", type=Path, metavar="FOLDER", help="for rfid: cache of statistics of the originals"
+    )
     parser.add_argument("--batch_size", type=int, default=EvaluationOptions.batch_size)
     parser.add_argument("--num_workers", type=int, default=EvaluationOptions.num_workers, help="processes that decode")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, over all processes that torchrun has started; print the table and write it."""
+    """Evaluate in all processes that torchrun has started, then print and write the tables."""
     _check_output(arguments.output)
     processes = Processes.join(arguments.device)
     try:
@@ -79,7 +82,7 @@ def _folder(output: Path) -> Path:
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuse at once what could not be written in the end."""
+    """Check before any work that the output can be written."""
     if output is None:
         return
     if _is_json(output):
@@ -91,13 +94,13 @@ def _check_output(output: Path | None) -> None:
 
 
 def _write(evaluation: Evaluation, output: Path) -> None:
-    _folder(output).mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        _folder(output).mkdir(parents=True, exist_ok=True)
     if _is_json(output):
-        output.write_text(evaluation.as_json())
-        print(output)
-        return
-    (output / "metrics.json").write_text(evaluation.as_json())
-    (output / "metrics.md").write_text(evaluation.as_markdown())
-    if evaluation.pictures:
-        evaluation.grid().save(output / "grid.png")
+        write_text(output, evaluation.as_json())
+    else:
+        write_text(output / "metrics.json", evaluation.as_json())
+        write_text(output / "metrics.md", evaluation.as_markdown())
+        if evaluation.pictures:
+            save_picture(evaluation.grid(), output / "grid.png")
     print(output)

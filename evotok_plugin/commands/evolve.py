@@ -1,10 +1,11 @@
-"""`evotok evolve`: what each level adds, in pictures and in numbers."""
+"""`evotok evolve`: the contribution of each level, in pictures and figures."""
 
 import argparse
 from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions, at_size
-from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.files import check_output_folder, write_whole, writing
+from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves
@@ -21,15 +22,15 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="evolution", help="folder for pictures, plots and the CSV")
-    parser.add_argument("--teacher", help="SigLIP folder: features are also compared with its own")
-    parser.add_argument("--max_images", type=int, default=256, help="of more, so many are taken, evenly spread (256)")
-    parser.add_argument("--strips", type=int, default=4, help="images to show, the first ones (4)")
+    parser.add_argument("--teacher", help="SigLIP folder: also compare features with the teacher's")
+    parser.add_argument("--max_images", type=int, default=256, help="maximum number of images, evenly spread (256)")
+    parser.add_argument("--strips", type=int, default=4, help="number of images in the strips, from the first (4)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the strips of reconstructions, the curves over depth as a plot and as CSV, and the code usage."""
+    """Write strips of reconstructions, curves over depth as a plot and as CSV, and the code usage."""
     check_output_folder(arguments.output)
     check_plotting()
     model, processor = open_tokenizer(arguments.model, arguments.device)
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     _print_table(evolution)
     if evolution.cosine_own is None:
-        print("no curve of features: the semantic decoder was not trained (the tokenizer learned without a teacher)")
+        print("no curve of features: the semantic decoder was not trained, because the tokenizer had no teacher")
     for name, reason in bad.reasons.items():
         print(f"left out: {name}: {reason}")
     _write(evolution, out)
@@ -74,10 +75,12 @@ def _print_table(evolution: Evolution) -> None:
 
 
 def _write(evolution: Evolution, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    draw_strips(evolution).save(out / "evolution.png")
-    plot_curves(evolution).savefig(out / "curves.png")
-    plot_code_usage(evolution).savefig(out / "code_usage.png")
-    evolution.write_csv(out / "evolution.csv")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    save_picture(draw_strips(evolution), out / "evolution.png")
+    curves, usage = plot_curves(evolution), plot_code_usage(evolution)
+    write_whole(out / "curves.png", lambda part: curves.savefig(part, format="png"))
+    write_whole(out / "code_usage.png", lambda part: usage.savefig(part, format="png"))
+    write_whole(out / "evolution.csv", evolution.write_csv)
     for name in ("evolution.png", "curves.png", "code_usage.png", "evolution.csv"):
         print(out / name)

@@ -18,23 +18,24 @@ class SharedOptions:
 
 
 def shared_options() -> SharedOptions:
+    """New parent parsers for one command."""
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help="tokenizer folder (default: the newest of this working folder's outputs)")
+    model.add_argument("--model", help="tokenizer folder (default: the newest output in the working folder)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     counting = argparse.ArgumentParser(add_help=False)
-    counting.add_argument("--max_bad_fraction", type=float, default=0.001, help="share of broken images tolerated")
+    counting.add_argument("--max_bad_fraction", type=float, default=0.001, help="tolerated fraction of broken images")
     sizing = argparse.ArgumentParser(add_help=False)
     sizing.add_argument(
-        "--size", type=int, help="pixels a side, a multiple of the patch size (default: what the model was trained on)"
+        "--size", type=int, help="pixels per side, a multiple of the patch size (default: the size of training)"
     )
     return SharedOptions(model, counting, sizing)
 
 
 def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:
-    """The processor for images of `size` x `size` pixels; None leaves it as it is.
+    """The processor for images of `size` x `size` pixels; None returns `processor` itself.
 
     Raises:
-        UserError: the size is no multiple of the patch size.
+        UserError: the size is not a multiple of the patch size.
     """
     if size is None:
         return processor

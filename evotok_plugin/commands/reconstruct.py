@@ -1,4 +1,4 @@
-"""`evotok reconstruct`: originals over reconstructions, and the PSNR of each."""
+"""`evotok reconstruct`: a picture of originals over reconstructions, and the PSNR of each image."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ import torch
 from PIL.Image import Image
 
 from evotok_plugin.commands.options import SharedOptions, at_size
-from evotok_plugin.common.files import check_output_file
-from evotok_plugin.common.pictures import image_grid, picture_suffixes
+from evotok_plugin.common.files import check_output_file, writing
+from evotok_plugin.common.pictures import image_grid, picture_suffixes, save_picture
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import open_sources
@@ -22,16 +22,17 @@ _BATCH_SIZE = 32
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
-        "reconstruct", parents=[shared.model, shared.sizing], help="originals over reconstructions"
+        "reconstruct", parents=[shared.model, shared.sizing], help="a picture of originals over reconstructions"
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="reconstruction.png")
-    parser.add_argument("--depth", type=int, help="levels to sum (default: pixel_depth)")
+    parser.add_argument("--depth", type=int, help="number of levels to sum (default: pixel_depth)")
     parser.set_defaults(run=run)
 
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
+    """Write the picture, and print the PSNR of each image."""
     check_output_file(arguments.output, picture_suffixes())
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
@@ -45,7 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
         for reason in batch.broken.values():
             raise UserError(reason)
         pixel_values = batch.pixel_values
-        pixels = model.decode_pixels(model.encode(pixel_values.to(model.device), depth=depth).codes).cpu()
+        codes = model.encode(pixel_values.to(model.device), depth=depth).codes
+        assert codes is not None
+        pixels = model.decode_pixels(codes).cpu()
         for index, score in zip(batch.indices, psnr(pixels, pixel_values).tolist(), strict=True):
             print(f"{source.key(index)}: PSNR {score:.2f} dB")
         originals += processor.to_pil(pixel_values)
@@ -55,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     for start in range(0, len(originals), columns):
         rows += originals[start : start + columns] + rebuilt[start : start + columns]
     out = Path(arguments.output)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, columns, scale=max(1, 96 // originals[0].width)).save(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(image_grid(rows, columns, scale=max(1, 96 // originals[0].width)), out)
     print(out)

@@ -1,6 +1,7 @@
-"""`evotok train`: train a tokenizer by a recipe."""
+"""`evotok train`: train a tokenizer from a recipe."""
 
 import argparse
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -15,16 +16,18 @@ logger = logging.getLogger(__name__)
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser("train", help="train a tokenizer")
-    parser.add_argument("--recipe", help="YAML file, or the name of a tokenizer recipe of the project")
+    parser.add_argument("--recipe", help="YAML file, or the name of one of the tokenizer recipes")
     add_arguments(parser, TokenizerTrainingConfig)
     parser.set_defaults(run=run)
 
 
 def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run: recipe, then flags; of a recipe's settings that a flag leaves without effect, none.
+    """The settings of a run: those of the recipe, overridden by flags.
+
+    A setting of the recipe that has no effect with the given flags is dropped.
 
     Raises:
-        UserError: no such recipe, or an unknown or wrong setting.
+        UserError: the recipe does not exist, or a setting is unknown or has a wrong type.
     """
     values = recipe_values(recipe, TokenizerTrainingConfig, given)
     for flag, is_off, names in (
@@ -34,23 +37,29 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
     ):
         for name in names:
             if flag in given and is_off and name in values and name not in given:
-                logger.info("--%s %s replaces the recipe's %s %s", flag, values[flag], name, values.pop(name))
+                dropped = values.pop(name)
+                logger.info("--%s %s replaces the recipe's %s %s", flag, values[flag], name, dropped)
     return values
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Start or resume a run in all processes that torchrun has started.
+
+    Raises:
+        UserError: a setting is missing, unknown or wrong, or the run fails on its data or its output.
+    """
     from evotok_plugin.training.trainer import TokenizerTrainer
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "recipe", "flags")}
-    first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("evotok_plugin").setLevel(logging.INFO if first else logging.ERROR)
-    try:
-        config = TokenizerTrainingConfig(**training_values(arguments.recipe, given))
-    except TypeError as error:
-        missing = str(error).split("argument")[-1].strip(" s:")
-        raise UserError(f"not set: {missing}; pass it as a flag or put it into the recipe") from None
-    trainer = TokenizerTrainer(config)
+    fields = [field for field in dataclasses.fields(TokenizerTrainingConfig) if field.init]
+    given = {field.name: getattr(arguments, field.name) for field in fields if hasattr(arguments, field.name)}
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("evotok_plugin").setLevel(logging.INFO if is_first else logging.ERROR)
+    values = training_values(arguments.recipe, given)
+    required = [f.name for f in fields if dataclasses.MISSING is f.default and dataclasses.MISSING is f.default_factory]
+    if missing := [repr(name) for name in required if name not in values]:
+        raise UserError(f"not set: {' and '.join(missing)}; pass it as a flag or put it into the recipe")
+    trainer = TokenizerTrainer.open(TokenizerTrainingConfig(**values))
     folder = trainer.run()
-    if first:
+    if is_first:
         print(f"tokenizer: {folder}")
     trainer.processes.leave()

@@ -1,1 +1,1 @@
-"""Tools that every part of the project uses: files, processes, signals, recipes, progress, pictures."""
+"""Tools for every part of the project: files, folders, processes, signals, recipes, progress, pictures."""

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 from evotok_plugin.errors import UserError
@@ -75,6 +76,7 @@ def parser_of(
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
         if name == named:
+            _quiet_libraries()  # before the command imports them
             add(subparsers, name)
         else:
             subparsers.add_parser(name, help=text)
@@ -146,9 +148,24 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 def _quiet_libraries() -> None:
     """Leave the terminal to the command: warnings of libraries that a user cannot act on are not shown."""
-    import transformers
-
+    transformers = _import_transformers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries
+
+
+def _import_transformers() -> Any:
+    """Import transformers such that it does not import torchvision, for image processors that no command uses.
+
+    The metrics that need torchvision still import it themselves.
+    """
+    if "torchvision" not in sys.modules:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # how Python marks a module that is not installed
+        try:
+            from transformers.utils import is_torchvision_available
+
+            is_torchvision_available()  # keeps its answer for the rest of the process
+        finally:
+            del sys.modules["torchvision"]
+    return import_module("transformers")

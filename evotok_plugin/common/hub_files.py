@@ -1,6 +1,7 @@
-"""Weights that measuring networks need and no package brings: found in torch's hub folder, or fetched, and checked."""
+"""Weights of metric networks that no package contains: found in torch's hub folder or downloaded, and verified."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -10,15 +11,15 @@ import torch
 
 from evotok_plugin.errors import UserError
 
-_PATIENCE = 10  # seconds for a server to answer
+_TIMEOUT = 10  # seconds for a server to answer
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of `checkpoints/` in torch's hub folder: the names it goes by, where it comes from, its sha256.
+    """A file in `checkpoints/` of torch's hub folder: its possible names, its URL and its sha256.
 
-    A number that is to be compared with published ones must come from these very weights, so every use is checked; a
-    checked file is also the only kind that may be unpickled by the packages that read it.
+    Figures are comparable with published ones only if they come from exactly these weights, so the digest is verified
+    at every use. It also makes it safe to let the packages that read the file unpickle it.
     """
 
     names: tuple[str, ...]
@@ -26,13 +27,13 @@ class HubFile:
     digest: str
 
     def fetch(self, advice: str) -> Path:
-        """The file, downloaded if it is not there yet.
+        """The path of the file, downloaded if it does not exist.
 
         Args:
-            advice: what to do where there is no network; the end of the error.
+            advice: what to do without a network; the end of the error message.
 
         Raises:
-            UserError: it is not there and cannot be fetched, or it is another file.
+            UserError: the file does not exist and cannot be downloaded, or its content differs.
         """
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         for name in self.names:
@@ -40,18 +41,19 @@ class HubFile:
                 return self.check(folder / name)
         path = folder / self.names[0]
         try:
-            urlopen(self.url, timeout=_PATIENCE).close()  # the download itself would wait for minutes
+            urlopen(self.url, timeout=_TIMEOUT).close()  # the download itself would wait for minutes
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.digest)
+            has_terminal = sys.stderr.isatty()  # in a log file its bar would print hundreds of states
+            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.digest, progress=has_terminal)
         except (OSError, HTTPException, RuntimeError) as error:
             raise UserError(f"{path} does not exist and {self.url} cannot be fetched ({error}); {advice}") from error
         return path
 
     def check(self, path: Path) -> Path:
-        """The path, if it holds these weights.
+        """Return the path if the file has these weights.
 
         Raises:
-            UserError: there is no such file, or it holds something else.
+            UserError: the file cannot be read, or its content differs.
         """
         try:
             with path.open("rb") as file:
@@ -60,7 +62,7 @@ class HubFile:
             raise UserError(f"weights {str(path)!r} cannot be read: {error}") from error
         if digest != self.digest:
             raise UserError(
-                f"{path} is not the file that published figures are made with: its sha256 begins with {digest[:8]}, "
-                f"expected {self.digest[:8]}; the right one comes from {self.url}"
+                f"{path} is not the file that published figures are computed with: its sha256 begins with "
+                f"{digest[:8]}, expected {self.digest[:8]}; delete it, or replace it by {self.url}"
             )
         return path

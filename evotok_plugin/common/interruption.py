@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end work in order: they are noted, and whoever works looks when it suits."""
+"""Clean stops: Ctrl-C and SIGTERM are recorded and checked at a safe point."""
 
 import multiprocessing
 import os
@@ -7,16 +7,17 @@ import threading
 import time
 from typing import Any
 
-_ONE_REQUEST_S = 3.0  # a launcher and a batch system may each pass on the same request
+_ONE_REQUEST_S = 3.0  # a launcher and a batch system may both forward the same request
 _clock = time.monotonic
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM between `begin` and `end`, or within a `with`; a second one, later than a moment, does
-    what it did before.
+    """Records SIGINT and SIGTERM between `begin` and `end`, or within a `with` block.
+
+    A second signal, more than three seconds after the first, has its previous effect.
 
     Attributes:
-        caught: the signal's number; 0 before.
+        caught: the number of the signal that arrived, or 0.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def begin(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
 
@@ -48,10 +49,10 @@ class StopSignals:
 
 
 def exit_with_parent(worker: int = 0) -> None:
-    """What a data-loading process does first (`worker_init_fn`).
+    """Let a data-loading process end with its parent instead of on signals (`worker_init_fn` of a DataLoader).
 
-    A terminal's Ctrl-C and a cluster's SIGTERM go to every process: the one that works ends those that read for it.
-    When it is killed they end by themselves; PyTorch's own watch over it begins too late for a kill while they start.
+    A terminal's Ctrl-C and a cluster's SIGTERM go to every process: the parent handles them and ends its workers. If
+    the parent is killed, its workers exit; PyTorch's own check starts too late for a kill while they are starting.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -59,5 +60,7 @@ def exit_with_parent(worker: int = 0) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "exit_with_parent is for child processes"
+    parent.join()
     os._exit(1)

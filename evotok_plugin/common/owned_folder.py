@@ -1,4 +1,4 @@
-"""The record of what a run has created in a folder, which alone may be moved or deleted."""
+"""The record of the files that a run has created in a folder; only these may be overwritten, moved or deleted."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def read_marker(folder: Path) -> dict | None:
-    """The marker of a folder, or None if it has none of this program."""
+    """The marker that this program wrote into a folder, or None."""
     try:
         marker = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
@@ -26,14 +26,14 @@ def read_marker(folder: Path) -> dict | None:
 
 
 class OwnedFolder:
-    """A folder that a run writes into, with a record (`.evotok.json`) of the files that it has created there.
+    """The output folder of a run, with a record (`.evotok.json`) of the files that the run has created there.
 
     An entry is the relative path of a file, or a glob pattern below a folder that the run has created
     (`tensorboard/**/events.*`). Only recorded files are ever overwritten, moved or deleted; all others in the folder
     belong to the user.
 
     Args:
-        legacy: finds the entries of a run that was made before there were records.
+        legacy: finds the entries of a run from before records existed.
     """
 
     def __init__(self, path: str | Path, legacy: Callable[[Path], Iterable[str]] | None = None) -> None:
@@ -52,7 +52,7 @@ class OwnedFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts about the run beyond its settings; `note` changes them."""
+        """Facts about the run that are not settings; `note` changes them."""
         return self._marker["facts"]
 
     def note(self, **facts: Any) -> None:
@@ -68,7 +68,7 @@ class OwnedFolder:
         """Check that entries could be created.
 
         Raises:
-            UserError: there is such a file, and the run has not created it.
+            UserError: a file exists that the run has not created.
         """
         owned = set(self.files())
         for name in names:
@@ -95,11 +95,11 @@ class OwnedFolder:
             self._write()
 
     def forget(self, *names: str) -> None:
-        """Take entries out of the record, once their files are deleted."""
+        """Remove entries from the record, once their files are deleted."""
         self.exchange(names, ())
 
     def exchange(self, old: Iterable[str], new: Iterable[str]) -> None:
-        """Record entries in place of others: the files that have been written in place of the patterns for them."""
+        """Replace entries by others: patterns by the files that were then written."""
         old = set(old)
         self._marker["entries"] = list(dict.fromkeys([*(e for e in self.entries if e not in old), *new]))
         self._write()
@@ -109,7 +109,7 @@ class OwnedFolder:
         return files_of(self.path, self.entries if entries is None else entries)
 
     def delete(self, *entries: str) -> None:
-        """Delete the files of entries and the folders that this leaves empty."""
+        """Delete the files of entries, and folders that become empty."""
         delete_files(self.path, self.files(entries))
         self.forget(*entries)
 
@@ -126,17 +126,20 @@ class OwnedFolder:
         return self.path / ".replaced"
 
     def move_aside(self, keep: Iterable[str] = ()) -> Path | None:
-        """Move all recorded files but those of `keep` into a folder below this one; it, or None if there are none.
+        """Move all recorded files except those of `keep` into a subfolder.
 
         `finish_replacing` deletes them later, `restore` moves them back.
+
+        Returns:
+            The subfolder, or None without files to move.
         """
         kept = set(keep)
         moved = self.files(entry for entry in self.entries if entry not in kept)
         if not moved:
             return None
         if self._aside.exists() and set(self._aside.iterdir()) - {temporary_path(self._aside / MARKER)}:
-            raise UserError(f"{self._aside} is there already; move it away")
-        self._aside.mkdir(exist_ok=True)  # a kill before its marker was written leaves it empty
+            raise UserError(f"{self._aside} exists already; move it away")
+        self._aside.mkdir(exist_ok=True)  # it exists, empty, after a kill before its marker was written
         names = [str(path.relative_to(self.path)) for path in moved]
         record = {"program": PROGRAM, "moved": names, "kept": sorted(kept), "before": self._marker, "obsolete": False}
         write_json(self._aside / MARKER, record)
@@ -146,9 +149,13 @@ class OwnedFolder:
         return self._aside
 
     def restore(self) -> bool:
-        """Move back what a run had moved aside that did not come to its first step; whether there was anything.
+        """Move back the files that were moved aside by a run that did not complete its first step.
 
-        What that run has created is deleted. Files of a run whose first step succeeded are deleted instead.
+        The files that this run has created are deleted. If its first step succeeded, the files moved aside are deleted
+        instead.
+
+        Returns:
+            Whether files were moved back.
         """
         record = read_marker(self._aside)
         if record is None or "moved" not in record:
@@ -157,7 +164,7 @@ class OwnedFolder:
             self.finish_replacing()
             return False
         aside = [name for name in record["moved"] if files_of(self._aside, [name])]
-        # A kill while files were moved leaves some of them in place; all other files of the record are newer.
+        # A kill during the move leaves some files in place; all other recorded files are newer.
         in_place = {self.path / name for name in record["moved"]} - {self.path / name for name in aside}
         new = set(self.files(entry for entry in self.entries if entry not in record["kept"])) - in_place
         delete_files(self.path, new)
@@ -169,7 +176,7 @@ class OwnedFolder:
         return True
 
     def finish_replacing(self) -> None:
-        """Delete what was moved aside."""
+        """Delete the files that were moved aside."""
         record = read_marker(self._aside)
         if record is None or "moved" not in record:
             return
@@ -180,18 +187,18 @@ class OwnedFolder:
 
 
 def files_of(folder: Path, entries: Iterable[str]) -> list[Path]:
-    """The files below a folder that relative paths or glob patterns name."""
+    """The existing files of a folder that match relative paths or glob patterns."""
     found: set[Path] = set()
     for entry in entries:
-        # A name may hold brackets, so only what is written as a pattern is read as one.
+        # File names may contain brackets, so only an entry with `*` is a pattern.
         paths = folder.glob(entry) if "*" in entry else [folder / entry]
         found.update(path for path in paths if path.is_symlink() or path.is_file())
     return sorted(found)
 
 
 def delete_files(root: Path, files: Iterable[Path]) -> None:
-    """Delete files below `root`, then the folders between that are empty now; nothing else."""
-    folders = set()
+    """Delete files below `root`, then the folders in between that are empty."""
+    folders: set[Path] = set()
     for path in files:
         path.unlink(missing_ok=True)
         folders.update(parent for parent in path.parents if root in parent.parents)
@@ -200,8 +207,8 @@ def delete_files(root: Path, files: Iterable[Path]) -> None:
 
 
 def _move(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Move files by their relative paths; both folders are on one file system."""
-    folders = set()
+    """Move files, given by their relative paths; both folders are on the same file system."""
+    folders: set[Path] = set()
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / name, target / name)
@@ -216,14 +223,15 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_replaceable(folder: str | Path, inputs: Mapping[str, Iterable[str]] | None = None) -> None:
-    """Check that a folder is one whose content a run may replace.
+    """Check that a run may replace the content of a folder.
 
     Args:
-        inputs: paths that the run reads, by the names of their settings; patterns are looked at up to their first `*`.
+        inputs: paths that the run reads, by the names of their settings; of a pattern, the part before the first
+            wildcard is checked.
 
     Raises:
-        UserError: a symlink, the working folder, the home folder, the root or the checkout (or a folder above one of
-            them), or a folder that holds an input of the run.
+        UserError: the folder is a symlink; it is or contains the working folder, the home folder, the root or the
+            checkout; or it contains an input of the run.
     """
     folder = Path(folder)
     if folder.is_symlink():
@@ -240,5 +248,6 @@ def check_replaceable(folder: str | Path, inputs: Mapping[str, Iterable[str]] | 
             path = Path(re.split(r"[*?]", given)[0]).resolve()
             if real == path or real in path.parents:
                 raise UserError(
-                    f"--overwrite: {folder} holds {setting} {given}, which the run reads; choose another --output_dir"
+                    f"--overwrite: {folder} contains {setting} {given}, which the run reads; "
+                    "choose another --output_dir"
                 )

@@ -1,15 +1,18 @@
-"""Pictures of pictures: grids and labelled rows."""
+"""Image files, and images composed of others: grids and labeled rows."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from evotok_plugin.common.files import write_whole
 
 _TEXT_HEIGHT = 16
 _TEXT, _MARK = "#222222", "#0072B2"
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 4) -> Image.Image:
-    """Images of one size, row by row on white; `scale` enlarges small ones without smoothing."""
+    """Images of one size, arranged row by row on white; `scale` enlarges small ones without smoothing."""
     width, height = images[0].width * scale, images[0].height * scale
     rows = -(-len(images) // columns)
     canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -19,14 +22,25 @@ def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap:
     return canvas
 
 
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write an image file atomically, in the format of its suffix.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    path = Path(path)
+    image_format = Image.registered_extensions()[path.suffix.lower()]
+    write_whole(path, lambda part: picture.save(part, format=image_format))
+
+
 def picture_suffixes() -> list[str]:
     """The suffixes of image files that can be written."""
     Image.init()
     return [suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE]
 
 
-def labelled_rows(rows: dict[str, Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
-    """One row of images a label, the label above its row."""
+def labeled_rows(rows: dict[str, Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
+    """One row of images per label, each below its label."""
     strips = {label: image_grid(images, len(images), scale, gap) for label, images in rows.items()}
     width = max(strip.width for strip in strips.values())
     canvas = Image.new("RGB", (width, sum(s.height + _TEXT_HEIGHT + gap for s in strips.values())), "white")
@@ -45,23 +59,26 @@ def captioned_rows(
     marked: Mapping[int, str] | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """Rows of images of one size, each image over its caption, each column under its heading; text grows with the
-    images.
+    """Rows of images of one size, each above its caption, in columns with headings; text scales with the images.
 
     Args:
-        marked: columns to point out by number, and what to write above their headings.
+        marked: the columns to highlight, by number, and the text above their headings.
     """
     width, height = rows[0][0].size
-    font = ImageFont.load_default(size=min(24, max(10, width // 6)))
-    line, below = round(1.4 * font.size), round(0.35 * font.size)  # of text, and what of it hangs under the baseline
+    text_size = min(24, max(10, width // 6))
+    font = ImageFont.load_default(size=text_size)
+    line, below = (
+        round(1.4 * text_size),
+        round(0.35 * text_size),
+    )  # of a line, and its part below the baseline
     top, step = (2 if marked else 1) * line, height + line + gap
     canvas = Image.new("RGB", (len(headings) * (width + gap) - gap, top + len(rows) * step - gap), "white")
     pen = ImageDraw.Draw(canvas)
     middles = [column * (width + gap) + width // 2 for column in range(len(headings))]
     for column, (middle, heading) in enumerate(zip(middles, headings, strict=True)):
-        colour, mark = (_MARK, marked[column]) if marked and column in marked else (_TEXT, "")
-        pen.text((middle, top - below), heading, colour, font, anchor="ms")
-        pen.text((middle, top - below - line), mark, colour, font, anchor="ms")
+        color, mark = (_MARK, marked[column]) if marked and column in marked else (_TEXT, "")
+        pen.text((middle, top - below), heading, color, font, anchor="ms")
+        pen.text((middle, top - below - line), mark, color, font, anchor="ms")
     for number, (images, texts) in enumerate(zip(rows, captions, strict=True)):
         y = top + number * step
         for middle, image, text in zip(middles, images, texts, strict=True):

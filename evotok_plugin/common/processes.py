@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them; one process alone is the same with nothing to wait for."""
+"""The processes of a run, as torchrun starts them, and what they exchange; a single process exchanges nothing."""
 
 import os
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from evotok_plugin.errors import UserError
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device that `--device` names; `auto` is CUDA where it is available, else the CPU.
+    """The device that `--device` names; `auto` is CUDA if it is available, else the CPU.
 
     Raises:
-        UserError: an unknown device, or one that this machine or this build of PyTorch does not have.
+        UserError: the device is unknown, or not available on this machine or in this build of PyTorch.
     """
     if name in ("", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +23,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "meta":
-            reason = "it holds no values"
+            reason = "its tensors have no values"
         elif device.type == "cuda" and not torch.cuda.is_available():
             reason = "CUDA is not available (no GPU, no driver, or PyTorch without CUDA)"
         elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -39,7 +39,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of them: its `rank` of `world_size`, and the device it works on."""
+    """This process among those of the run: its `rank` of `world_size`, and its device."""
 
     rank: int
     world_size: int
@@ -47,13 +47,13 @@ class Processes:
 
     @classmethod
     def join(cls, device: str = "auto") -> "Processes":
-        """Take part in the run that torchrun started, or be the only process.
+        """Join the process group of the run that torchrun started; without torchrun, this is the only process.
 
         Args:
-            device: `auto` takes the process's own GPU where there is one, else the CPU.
+            device: `auto` is the GPU of this process if CUDA is available, else the CPU.
 
         Raises:
-            UserError: the device is not available, or more processes than GPUs were started.
+            UserError: the device is not available, or there are more processes than GPUs.
         """
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         chosen = resolve_device(device)
@@ -63,13 +63,22 @@ class Processes:
         if use_cuda:
             if chosen.index >= torch.cuda.device_count():
                 raise UserError(
-                    f"process {chosen.index} of this machine has no GPU: {torch.cuda.device_count()} GPUs are there; "
-                    "start as many processes as GPUs (NPROC), or use --device cpu"
+                    f"there are {torch.cuda.device_count()} GPUs, too few for process {chosen.index} (from 0) of this "
+                    "machine; start at most one process per GPU (NPROC), or use --device cpu"
                 )
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if use_cuda else "gloo")
         return cls(rank, world_size, chosen)
+
+    @classmethod
+    def current(cls) -> "Processes":
+        """The process group that this process has already joined, or this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, torch.device("cpu"))
+        on_gpu = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
     def is_first(self) -> bool:
@@ -81,22 +90,38 @@ class Processes:
             dist.barrier()
 
     def add_up(self, values: Tensor) -> Tensor:
-        """Sum over all processes, in place; on a GPU for NCCL, whatever device the values are on."""
+        """Sum over all processes, in place. The values may be on any device; NCCL sums them on the GPU."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over all processes, in place; like `add_up`."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size > 1:
-            there = values.to(self.device)
-            dist.all_reduce(there)
-            values.copy_(there)
+            on_device = values.to(self.device)
+            dist.all_reduce(on_device, operation)
+            values.copy_(on_device)
         return values
 
+    def gather_tensors(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which must be of one shape, in rank order."""
+        if self.world_size == 1:
+            return [values]
+        there = values.to(self.device)
+        gathered = [torch.empty_like(there) for _ in range(self.world_size)]
+        dist.all_gather(gathered, there)
+        return [part.to(values.device) for part in gathered]
+
     def gather(self, value: Any) -> list[Any]:
-        """What every process gives, in the order of ranks."""
+        """The values of all processes, in the order of their ranks."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def leave(self) -> None:
-        """End taking part; a run that did not start several processes has nothing to end."""
+        """Leave the process group, if there is one."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

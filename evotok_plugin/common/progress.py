@@ -3,7 +3,8 @@
 import math
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from time import time
+from typing import Any, TypeVar, overload
 
 from tqdm import tqdm
 
@@ -17,6 +18,18 @@ def progress_interval() -> float:
     return _TERMINAL_INTERVAL if sys.stderr.isatty() else _LOG_INTERVAL
 
 
+def progress_environment() -> dict[str, str]:
+    """Environment variables that limit the bars of other programs, started as child processes, in log files.
+
+    tqdm then updates its bars every 15 s; the short bars of huggingface_hub, transformers and datasets are disabled.
+    """
+    if sys.stderr.isatty():
+        return {}
+    interval = str(_LOG_INTERVAL)
+    disabled = dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+    return {"TQDM_MININTERVAL": interval, "TQDM_MAXINTERVAL": interval, **disabled}
+
+
 class _Bar(tqdm):
     """A bar that obeys `mininterval` however it is refreshed.
 
@@ -27,27 +40,50 @@ class _Bar(tqdm):
     monitor_interval = 0  # `miniters` is 1, so the monitor thread has nothing to do
     _shown_at = -math.inf
 
-    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> bool | None:
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> None:
         if self.disable:
-            return None
-        now = self._time()
+            return
+        now = time()
         if self._shown_at == -math.inf and self.mininterval >= _LOG_INTERVAL:
             self._shown_at = now  # a log file does not need the empty bar
-        if now - self._shown_at < self.mininterval:
-            return False
-        self._shown_at = now
-        return super().refresh(nolock, lock_args)
+        if now - self._shown_at >= self.mininterval:
+            self._shown_at = now
+            super().refresh(nolock, lock_args)
 
 
+@overload
 def progress_bar(
-    iterable: Iterable[T] | None = None,
+    iterable: Iterable[T],
     *,
     total: int | None = None,
     desc: str | None = None,
     unit: str = "it",
     initial: int = 0,
     disable: bool = False,
-) -> "tqdm[T]":
+) -> "tqdm[T]": ...
+
+
+@overload
+def progress_bar(
+    iterable: None = None,
+    *,
+    total: int | None = None,
+    desc: str | None = None,
+    unit: str = "it",
+    initial: int = 0,
+    disable: bool = False,
+) -> "tqdm[Any]": ...
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    desc: str | None = None,
+    unit: str = "it",
+    initial: int = 0,
+    disable: bool = False,
+) -> "tqdm[Any]":
     """A tqdm bar on stderr.
 
     Where stderr is not a terminal it prints at most one state per 15 s, and its last state when it is closed.

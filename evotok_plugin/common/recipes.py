@@ -1,4 +1,4 @@
-"""Recipes: a typed dataclass is the schema, a YAML file is the run, command-line flags override it."""
+"""Recipes: a typed dataclass is the schema, a YAML file has the settings of a run, command-line flags override them."""
 
 import argparse
 import dataclasses
@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import yaml
 
+from evotok_plugin.common.files import write_text
 from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
 
 def recipes_folder(package: str) -> Path:
-    """The folder of the recipes that come with a package."""
+    """The folder of the recipes in a package."""
     return Path(str(files(package))) / "recipes"
 
 
@@ -26,10 +27,10 @@ def _known_names(schema: type) -> list[str]:
 
 
 def find_recipe(name_or_path: str | Path, package: str) -> Path:
-    """A path as given, or a bare name looked up among the recipes of a package.
+    """The path of a recipe, given as a YAML file or as the name of a recipe of the package.
 
     Raises:
-        UserError: there is no such file; the message lists the names that exist.
+        UserError: the recipe does not exist; the message lists the names of the package's recipes.
     """
     path, folder = Path(name_or_path), recipes_folder(package)
     names = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml"))) or "(none installed)"
@@ -44,7 +45,7 @@ def find_recipe(name_or_path: str | Path, package: str) -> Path:
 
 
 def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
-    """Refuse unknown keys, suggesting the nearest known one.
+    """Reject unknown keys, suggesting the nearest known one.
 
     Raises:
         UserError: a key of `values` is not a field of `schema`.
@@ -58,13 +59,13 @@ def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
 
 
 def reject_unknown_flags(rest: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse what `parse_known_args` has left over, suggesting the nearest known flag.
+    """Reject the arguments that `parse_known_args` did not recognize, suggesting the nearest known flag.
 
     Args:
-        known: the flags of the command with their dashes.
+        known: the flags of the command, with their dashes.
 
     Raises:
-        UserError: something is left over.
+        UserError: there are such arguments.
     """
     if not rest:
         return
@@ -81,10 +82,10 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None) -> T:
-    """Build `schema` from a YAML recipe (a file, or the name of one of the package); `overrides` take precedence.
+    """Build `schema` from a YAML recipe (a file, or the name of a recipe of the package); `overrides` take precedence.
 
     Raises:
-        UserError: no such recipe, not a YAML mapping, an unknown key, or a value of the wrong type.
+        UserError: the recipe does not exist or is not a YAML mapping, a key is unknown, or a value has a wrong type.
     """
     return schema(**recipe_values(path_or_name, schema, overrides))
 
@@ -92,13 +93,13 @@ def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dic
 def recipe_values(
     path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments that `load_recipe` gives to `schema`."""
+    """The keyword arguments that `load_recipe` passes to `schema`."""
     values: dict[str, Any] = {}
     if path_or_name is not None:
         path = find_recipe(path_or_name, schema.__module__.partition(".")[0])
         try:
             loaded = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path}: not valid YAML: {error}") from error
         except OSError as error:
             raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
@@ -123,10 +124,10 @@ def _parse_bool(value: Any) -> bool:
 
 
 def parse_mapping(value: Any) -> dict:
-    """On the command line a mapping is written as YAML: `--model '{image_size: 64}'`.
+    """A mapping; on the command line it is written as YAML: `--model '{image_size: 64}'`.
 
     Raises:
-        UserError: it is no mapping.
+        UserError: the value is not a mapping.
     """
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
@@ -138,16 +139,16 @@ def parse_mapping(value: Any) -> dict:
 
 
 def _plain_type(hint: Any) -> Any:
-    """The type inside an Optional, else the hint itself."""
+    """The type inside an Optional, otherwise the hint itself."""
     inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
     is_union = type(None) in typing.get_args(hint)
     return inner[0] if is_union and inner else hint
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """YAML reads `1e-3` as a string and flags arrive as strings: bring both to the field's type."""
+    """Convert a value to the type of its field: YAML reads `1e-3` as a string, and flags are strings."""
     kind = _plain_type(hint)
-    # On the command line `none` is None, except where a word is expected (`--report_to none`).
+    # On the command line, `none` is None, except for a field that is a string (`--report_to none`).
     says_none = isinstance(value, str) and value.lower() == "none" and str not in typing.get_args(hint)
     if value is None or (says_none and type(None) in typing.get_args(hint)):
         if type(None) not in typing.get_args(hint):
@@ -175,7 +176,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser, schema: type) -> None:
-    """One `--field` per field of `schema`, absent from the result unless given; booleans also bare (`--bf16`)."""
+    """Add one `--field` per field of `schema`, absent from the result unless given; `--bf16` alone means true."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if not field.init:
@@ -190,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type) -> None:
 
 
 def as_plain(instance: Any) -> dict[str, Any]:
-    """A dataclass instance as YAML-ready values."""
+    """The fields of a dataclass instance as values that YAML can represent."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in ((name, getattr(instance, name)) for name in _known_names(type(instance)))
@@ -198,5 +199,5 @@ def as_plain(instance: Any) -> dict[str, Any]:
 
 
 def save_resolved(instance: Any, path: str | Path) -> None:
-    """Write the resolved configuration as YAML (it loads again through `load_recipe`)."""
-    Path(path).write_text(yaml.safe_dump(as_plain(instance), sort_keys=False))
+    """Write the resolved configuration as YAML that `load_recipe` reads."""
+    write_text(path, yaml.safe_dump(as_plain(instance), sort_keys=False))

@@ -1,5 +1,6 @@
-"""Files of model folders: which hold the weights, what is in them, and what is wrong with a damaged one."""
+"""Files of model folders: which of them contain the weights, their content, and diagnosis of damaged ones."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from evotok_plugin.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
-_LONGEST = 300  # characters of an error of another library
-# The files, next to the weights, that answers and drawings depend on.
-_DECIDING = (
+_LONGEST = 300  # characters of an error message of another library
+# The files, in addition to the weights, that text and images of a model depend on.
+_RELEVANT = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -25,14 +26,16 @@ _DECIDING = (
 
 
 def describe_error(error: Exception | str) -> str:
-    """An error of another library as one line."""
+    """The message of another library's error as one line of limited length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def damage_of(file: Path) -> str | None:
-    """The end of a sentence that begins with the file's path; None where nothing is wrong with its first bytes or, in
-    a safetensors file, with its header and length."""
+    """Diagnose a damaged file: the end of a sentence that begins with its path, or None.
+
+    Only the first bytes are read; of a safetensors file, the header and the length are checked.
+    """
     try:
         with file.open("rb") as opened:
             head = opened.read(512)
@@ -61,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     if cause := damage_of(file):
         raise UserError(f"{file} {cause}")
@@ -78,14 +81,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that a model folder is loaded from: one file, or those that its index names.
 
     Raises:
-        UserError: it has none, or not all of those that it names.
+        UserError: the folder has no weights, or some of the files that its index names are missing.
     """
     folder = Path(folder)
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
         shards = sorted(folder.glob("model-*.safetensors"))
-        missing = f"{INDEX} is missing beside its {len(shards)} shards" if shards else f"no {SINGLE}"
+        missing = f"{INDEX} is missing for its {len(shards)} shards" if shards else f"no {SINGLE}"
         raise UserError(f"{str(folder)!r} holds no weights ({missing}); download or copy the folder again")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -102,38 +105,37 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def named_weights(folder: str | Path) -> Iterator[tuple[str, Any, Callable[[], Tensor]]]:
-    """Name, slice and way to read of every weight; values are read only when they are asked for.
+    """Yield name, slice and loader of every weight; values are read only when the loader is called.
 
     Raises:
-        UserError: files that are missing or damaged.
+        UserError: a file is missing or damaged.
     """
     for path in weight_files(folder):
         if cause := damage_of(path):
             raise UserError(f"{path} {cause}")
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    yield name, file.get_slice(name), lambda file=file, name=name: file.get_tensor(name)
+                for name in file.keys():  # noqa: SIM118 - it is not a mapping
+                    yield name, file.get_slice(name), functools.partial(file.get_tensor, name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read: {describe_error(error)}") from error
 
 
 def folder_fingerprint(folder: str | Path) -> str:
-    """sha256 over the content of all files that decide what a model answers and draws: weights, configuration,
-    tokenizer, templates. Another value in any weight gives another fingerprint.
+    """sha256 of all files that the text and images of a model depend on: weights, configuration, tokenizer, templates.
 
     Raises:
-        UserError: no weights, or a file that cannot be read.
+        UserError: the folder has no weights, or a file cannot be read.
     """
     folder = Path(folder)
-    files = sorted([*weight_files(folder), *(path for name in _DECIDING if (path := folder / name).is_file())])
+    files = sorted([*weight_files(folder), *(path for name in _RELEVANT if (path := folder / name).is_file())])
     try:
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             digests = list(pool.map(_digest, files))
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
-    facts = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
-    return hashlib.sha256(facts.encode()).hexdigest()
+    lines = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

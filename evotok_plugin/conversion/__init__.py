@@ -1,1 +1,1 @@
-"""Conversion of checkpoints of the research code into model folders."""
+"""Conversion of research checkpoints into model folders."""

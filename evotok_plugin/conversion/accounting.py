@@ -1,4 +1,4 @@
-"""Weights of one naming and layout to another, with an account of every name that came and went."""
+"""Conversion of weights between naming schemes and layouts, with an account of every key."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evotok_plugin.errors import UserError
 
-_SHOWN = 20  # names an error lists before it says how many more there are
+_SHOWN = 20  # maximum number of names listed in an error
 
 
 def _only(tensors: Sequence[Tensor]) -> Tensor:
@@ -18,8 +18,13 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors comes from: `names` in the research checkpoint, the `shape` of each, and how one tensor
-    is built of them."""
+    """Origin of one of our tensors.
+
+    Attributes:
+        names: keys in the research checkpoint.
+        shape: the shape that each of them must have.
+        build: builds our tensor from theirs.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -28,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights under our names in float32, and how many research keys each reason left out."""
+    """Weights under our names in float32, and the number of research keys left out for each reason."""
 
     state: dict[str, Tensor]
     bookkeeping: Counter[str]
@@ -40,14 +45,16 @@ def convert_weights(
     """Build our tensors from research weights and account for every key.
 
     Args:
-        sources: for every name of ours where it comes from.
-        bookkeeping: regular expressions of whole research names that have no part in the forward pass -> the reason.
+        sources: for each of our names its origin.
+        bookkeeping: regular expressions that match complete research keys without a role in the forward pass -> the
+            reason for leaving them out.
 
     Raises:
-        UserError: keys that are missing, unknown or of another shape, each of them listed.
+        UserError: keys that are missing, unknown or of another shape; all of them are listed.
     """
     needed = {name: source.shape for source in sources.values() for name in source.names}
-    spare, unknown = Counter(), []
+    spare: Counter[str] = Counter()
+    unknown = []
     for name in weights.keys() - needed.keys():
         reason = next((why for pattern, why in bookkeeping.items() if re.fullmatch(pattern, name)), None)
         if reason is None:
@@ -61,47 +68,48 @@ def convert_weights(
         if name in weights and tuple(weights[name].shape) != shape
     ]
     problems = [
-        f"{len(names)} {what}: {_listed(sorted(names))}"
+        f"{len(names)} {what}: {join_names(sorted(names))}"
         for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
         if names
     ]
     if problems:
-        raise UserError(f"the checkpoint's keys do not fit the research layout; {'; '.join(problems)}")
-    # A copy each: pieces of one research tensor must not share memory when they are saved.
+        raise UserError(f"the checkpoint's keys do not match the research layout; {'; '.join(problems)}")
+    # Every tensor is copied: parts of one research tensor must not share memory when they are saved.
     build = {name: source.build([weights[part] for part in source.names]) for name, source in sources.items()}
     return Converted({name: tensor.float().contiguous().clone() for name, tensor in build.items()}, spare)
 
 
-def _listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+def join_names(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Join names by commas; after the first `shown` names only the number of the remaining ones is given."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """A name after all rules (regular expression, replacement), each applied in turn."""
+    """Apply rules (regular expression, replacement) to a name, one after another."""
     for ours, theirs in rules:
         name = re.sub(ours, theirs, name)
     return name
 
 
 class Shapes:
-    """Shapes of a checkpoint, from which sizes are inferred.
+    """Shapes of a checkpoint's tensors, from which model sizes are inferred.
 
     Raises:
-        UserError: a tensor that is not there, or has another number of dimensions.
+        UserError: a tensor is missing or has another number of dimensions.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
 
     def require(self, names: Iterable[str]) -> None:
-        """Name all that are missing at once."""
+        """Check that tensors exist; the error lists all missing ones."""
         missing = [name for name in names if name not in self._weights]
         if missing:
-            raise UserError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {_listed(missing)}")
+            raise UserError(f"the checkpoint's sizes cannot be read; {len(missing)} missing: {join_names(missing)}")
 
     def of(self, name: str, num_dims: int) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor with `num_dims` dimensions."""
         self.require([name])
         shape = tuple(self._weights[name].shape)
         if len(shape) != num_dims or 0 in shape:
@@ -111,20 +119,26 @@ class Shapes:
         return shape
 
     def count(self, before: str, after: str = ".") -> int:
-        """How many indices i stand in names `before`i`after`...: the highest plus one."""
+        """Return the highest index i in names of the form `before`i`after`..., plus one."""
         pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
         found = [int(match[1]) for name in self._weights if (match := pattern.match(name))]
         return max(found, default=-1) + 1
 
 
 def conventional_heads(width: int, option: str) -> int:
-    """Heads of 64 dimensions; SigLIP's so400m (1152) has 16 of 72.
+    """Number of heads by convention: of 64 dimensions, except for SigLIP's so400m (width 1152), which has 16 of 72.
+
+    Args:
+        option: the flag that sets the number of heads, for the error message.
 
     Raises:
-        UserError: the width is no multiple of 64, so `option` must say it.
+        UserError: the width is not a multiple of 64.
     """
     if width == 1152:
         return 16
     if width % 64:
-        raise UserError(f"width {width} is no multiple of 64, so the number of heads is not known; pass {option}")
+        raise UserError(
+            f"the number of heads cannot be inferred from the width {width}, which is not a multiple of 64; set it "
+            f"with {option}"
+        )
     return width // 64

@@ -1,4 +1,4 @@
-"""Checkpoints of the research code: the only files that are unpickled, with `weights_only=True`."""
+"""Reading of research checkpoints: the only files that are unpickled, with `weights_only=True`."""
 
 import argparse
 import re
@@ -9,26 +9,26 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from evotok_plugin.conversion.accounting import _listed
+from evotok_plugin.conversion.accounting import join_names
 from evotok_plugin.errors import UserError
 
 _CONTAINERS = ("ema", "model", "state_dict")
-# Files of the research MLLM, known by a part of their names.
+# Parts of tensor names by which files of the research MLLM are recognized.
 _ADAPTER_MARKS = ("mm_projector.", "rqtransformer.", "pos_emb_d")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a pickled checkpoint: of its `ema`, `model` or `state_dict`, the first present, else its own.
+    """Read the weights of a pickled checkpoint: its `ema`, `model` or `state_dict` (the first present), or itself.
 
-    Nothing in the file is run: it is read with `weights_only=True`; beside tensors only the plain
-    `argparse.Namespace` that training scripts store is understood.
+    The file is read with `weights_only=True`, so it cannot run code; in addition to tensors only the plain
+    `argparse.Namespace` that training scripts store is allowed.
 
     Raises:
-        UserError: no such file, not a checkpoint, one that would run code, or one whose weights are no tensors.
+        UserError: the file does not exist, is not a checkpoint, would run code, or holds weights that are not tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist or is no file")
+        raise UserError(f"checkpoint {str(path)!r} does not exist or is not a file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -36,17 +36,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
             raise UserError(
-                f"{str(path)!r} is no checkpoint: it cannot be read as a pickle of tensors and nothing else"
+                f"{str(path)!r} is not a checkpoint: expected a pickle that holds only tensors; download it again"
             ) from error
         raise UserError(
-            f"{str(path)!r} is refused: it holds {code[1]}, and loading more than tensors can run code; "
-            "save the state dict alone"
+            f"{str(path)!r} is rejected: it holds {code[1]}, and unpickling anything but tensors can run code; "
+            "save only the state dict"
         ) from error
-    except Exception as error:  # bytes that are no pickle fail in more ways than can be listed
-        reason = str(error).split(". ")[0] or "nothing in it"
-        raise UserError(f"{str(path)!r} is no checkpoint: {type(error).__name__}, {reason}") from error
+    except Exception as error:  # other bytes can raise almost any exception
+        reason = str(error).split(". ")[0] or "the file is empty"
+        raise UserError(f"{str(path)!r} is not a checkpoint: {type(error).__name__}, {reason}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{str(path)!r} is no checkpoint: expected a dict, got a {type(loaded).__name__}")
+        raise UserError(f"{str(path)!r} is not a checkpoint: expected a dict, got a {type(loaded).__name__}")
     container = next((name for name in _CONTAINERS if name in loaded), None)
     weights = loaded if container is None else loaded[container]
     wrong = (
@@ -55,13 +55,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         else [f"{name!r}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
     )
     if wrong or not weights:
-        place = "it has none of ema, model, state_dict and" if container is None else f"its {container!r}"
+        expected = f"a dict of tensors in {container!r}" if container else "tensors, or ema, model or state_dict"
         raise UserError(
-            f"{str(path)!r} is no checkpoint: {place} is no dict of tensors ({_listed(wrong, 3) or 'it is empty'})"
+            f"{str(path)!r} is not a checkpoint: expected {expected}, got {join_names(wrong, 3) or 'an empty dict'}"
         )
     return dict(weights)
 
 
 def looks_like_adapters(weights: Iterable[str]) -> bool:
-    """Whether the names are those of the research MLLM's depth transformer or projector, not of a tokenizer."""
+    """Whether weights with these names belong to the research MLLM's depth transformer or projector."""
     return any(mark in name for name in weights for mark in _ADAPTER_MARKS)

@@ -1,8 +1,8 @@
-"""Research checkpoints of EvoTok to ours: every key is mapped or named as bookkeeping, anything else is an error.
+"""Conversion of research tokenizers: every key is either mapped or listed as bookkeeping, all others are errors.
 
-The research layout: a pickle with `ema`, `model` or `state_dict`; the encoder is a whole SigLIP vision tower (we run
-its layers but the last); a codebook has one more row than codes, a zero padding row; query, key and value of the
-semantic decoder are one matrix with biases beside it.
+The research layout is a pickle with `ema`, `model` or `state_dict`. Its encoder is a complete SigLIP vision tower, of
+which we run all layers but the last; each codebook ends with a padding row of zeros; query, key and value weights of
+the semantic decoder are one matrix, with separate biases.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,6 @@ from evotok_plugin.conversion.research_file import looks_like_adapters, read_che
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokModel
-
-# Reading -----------------------------------------------------------------------------------------------------
-
-
-# Accounting --------------------------------------------------------------------------------------------------
-
-
-# The tokenizer -----------------------------------------------------------------------------------------------
 
 _ATTENTION = (r"\.query\.", ".q."), (r"\.key\.", ".k."), (r"\.value\.", ".v."), (r"\.proj\.", ".proj_out.")
 _RENAMES = {
@@ -66,41 +59,44 @@ _RENAMES = {
 }
 
 
-def _option(text: str, default: int | None = None):
+def _option(text: str, default: int | None = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
-    """What the shapes of a tokenizer checkpoint do not tell; None takes the convention."""
+    """Sizes that cannot be inferred from the shapes of a tokenizer checkpoint; None applies the convention."""
 
-    encoder_num_layers: int | None = _option("SigLIP layers to run (all in the file but the last)")
-    encoder_num_heads: int | None = _option("SigLIP's heads (of 64 dimensions; 16 where SigLIP is 1152 wide)")
-    semantic_num_heads: int | None = _option(
-        "the semantic decoder's heads (12 where its inner width is 12 * (width // 12), else of 64 dimensions)"
+    encoder_num_layers: int | None = _option("SigLIP layers to run (default: all in the file but the last)")
+    encoder_num_heads: int | None = _option(
+        "attention heads of SigLIP (default: of 64 dimensions each; 16 heads for width 1152)"
     )
-    pixel_depth: int = _option("levels summed for pixels (4)", 4)
-    semantic_depth: int | None = _option("levels summed for features (all)")
-    decoder_norm_groups: int = _option("groups of the pixel decoder's GroupNorm (32)", 32)
+    semantic_num_heads: int | None = _option(
+        "attention heads of the semantic decoder (default: 12 if its inner width is 12 * (width // 12), otherwise of "
+        "64 dimensions each)"
+    )
+    pixel_depth: int = _option("levels summed for pixels (default: 4)", 4)
+    semantic_depth: int | None = _option("levels summed for features (default: all)")
+    decoder_norm_groups: int = _option("groups of the pixel decoder's GroupNorm (default: 32)", 32)
 
 
 def _tower_prefix(weights: Iterable[str]) -> str:
-    """Where SigLIP's names begin: older transformers wrote `vision_model.` before them, newer ones do not."""
+    """Prefix of SigLIP's names: older versions of transformers include `vision_model.`, newer ones do not."""
     old = "encoder_vqkd.vision_model."
     return old if any(name.startswith(old) for name in weights) else "encoder_vqkd."
 
 
 def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None = None) -> EvoTokConfig:
-    """The configuration of a research tokenizer, from the shapes of its weights and from options.
+    """Infer the configuration of a research tokenizer from the shapes of its weights and from options.
 
     Raises:
-        UserError: a size that cannot be read, or sizes that do not go together.
+        UserError: a size cannot be inferred, or sizes contradict each other.
     """
     options = options or TokenizerOptions()
     tower, shapes = _tower_prefix(weights), Shapes(weights)
-    telling = {
+    named_shapes = {
         "patches": (f"{tower}embeddings.patch_embedding.weight", 4),
-        "places": (f"{tower}embeddings.position_embedding.weight", 2),
+        "positions": (f"{tower}embeddings.position_embedding.weight", 2),
         "encoder_mlp": (f"{tower}encoder.layers.0.mlp.fc1.weight", 2),
         "to_latent": ("encode_task_layer.2.weight", 2),
         "codebook": ("quantize.codebooks.0.weight", 2),
@@ -111,21 +107,22 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
     }
     num_stages = max(1, shapes.count("decoder.conv_blocks."))
     stages = [f"decoder.conv_blocks.{stage}.res.0.conv1.weight" for stage in range(num_stages)]
-    shapes.require([name for name, _ in telling.values()] + stages)
-    shape = {what: shapes.of(name, num_dims) for what, (name, num_dims) in telling.items()}
+    shapes.require([name for name, _ in named_shapes.values()] + stages)
+    shape = {what: shapes.of(name, num_dims) for what, (name, num_dims) in named_shapes.items()}
     hidden, channels, patch, _ = shape["patches"]
-    positions = shape["places"][0]
+    positions = shape["positions"][0]
     grid = math.isqrt(positions)
     if grid * grid != positions:
         raise UserError(
-            f"{telling['places'][0]} has {positions} rows, expected a square number: one a position of a square image"
+            f"{named_shapes['positions'][0]} has {positions} rows, expected a square number: one row per position of a "
+            "square image"
         )
-    enlarged = 2 ** (num_stages - 1)
-    if patch != enlarged:
+    upsampling = 2 ** (num_stages - 1)
+    if patch != upsampling:
         raise UserError(
-            f"the checkpoint's patches are {patch} pixels wide, but the {num_stages} resolutions of its decoder "
-            f"enlarge {enlarged} times; how the research code brings one to the other stands in no tensor, so only "
-            "patches as wide as the decoder enlarges can be converted"
+            f"the checkpoint's patches are {patch} pixels wide, but its decoder, with {num_stages} resolutions, "
+            f"upsamples {upsampling} times; only checkpoints for which both are equal can be converted, because no "
+            "tensor tells how the research code bridges the difference"
         )
     widths = [shapes.of(name, 4)[0] for name in stages]  # coarsest first
     finest = math.gcd(*widths)
@@ -137,8 +134,8 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
     num_layers = options.encoder_num_layers or shapes.count(f"{tower}encoder.layers.") - 1
     if num_layers < 1:
         raise UserError(
-            "the checkpoint's encoder has one layer; the last one is never run, so at least two are expected "
-            "(--encoder_num_layers names how many to run)"
+            "the checkpoint's encoder has one layer, expected at least two, because the last one is never run "
+            "(set the number of layers to run with --encoder_num_layers)"
         )
     return EvoTokConfig(
         image_size=grid * patch,
@@ -173,12 +170,11 @@ def _semantic_heads(width: int, inner: int) -> int:
 
 
 def _join_codebooks(tensors: Sequence[Tensor]) -> Tensor:
-    """Codebooks (K + 1, C) a level to (L, K, C), without the padding rows."""
+    """Stack one codebook (K + 1, C) per level to (L, K, C), without the padding rows."""
     for level, codebook in enumerate(tensors):
         if codebook[-1].any():
             raise UserError(
-                f"the last row of quantize.codebooks.{level}.weight is not zero; "
-                "expected one padding row behind the codes"
+                f"the last row of quantize.codebooks.{level}.weight is not zero; expected a padding row after the codes"
             )
     return torch.stack([codebook[:-1] for codebook in tensors])
 
@@ -188,7 +184,7 @@ def _third(index: int, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _without_kernel(tensors: Sequence[Tensor]) -> Tensor:
-    """A 1x1 convolution (D, C, 1, 1) as the matrix (D, C)."""
+    """Convert a 1x1 convolution (D, C, 1, 1) to a matrix (D, C)."""
     return tensors[0].flatten(1)
 
 
@@ -217,20 +213,20 @@ def _tokenizer_sources(config: EvoTokConfig, tower: str) -> dict[str, Source]:
 def _tokenizer_bookkeeping(weights: Mapping[str, Tensor], config: EvoTokConfig, tower: str) -> dict[str, str]:
     at = re.escape(tower)
     later = range(config.encoder_num_layers, Shapes(weights).count(f"{tower}encoder.layers."))
-    behind = "SigLIP layers behind the features"
+    unused = "SigLIP layers after the features"
     return {
         r"quantize\.codebook_used": "code usage counts",
         r"quantize\.codebooks\.\d+\.(cluster_size_ema|embed_ema)": "learning state of the codebooks",
         r"scaling_layer\.(shift|scale)": "image scaling, done by the image processor",
-        rf"{at}embeddings\.position_ids": "counting numbers",
-        rf"{at}(post_layernorm|head)\..+": behind,
-        rf"{at}encoder\.layers\.({'|'.join(map(str, later)) or 'none'})\..+": behind,
+        rf"{at}embeddings\.position_ids": "position indices",
+        rf"{at}(post_layernorm|head)\..+": unused,
+        rf"{at}encoder\.layers\.({'|'.join(map(str, later)) or 'none'})\..+": unused,
     }
 
 
 @dataclass(frozen=True)
 class ConvertedTokenizer:
-    """A research tokenizer as configuration and weights of `EvoTokModel`, and what was left out, counted by reason."""
+    """Configuration and weights for `EvoTokModel`, and the number of research keys left out for each reason."""
 
     config: EvoTokConfig
     state: dict[str, Tensor]
@@ -241,12 +237,13 @@ def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions |
     """Map the weights of a research tokenizer.
 
     Raises:
-        UserError: keys that are missing, unknown or of another shape, an MLLM's file, or images scaled otherwise.
+        UserError: keys are missing, unknown or of another shape, the file belongs to an MLLM, or images are scaled
+            differently.
     """
     if looks_like_adapters(weights):
         raise UserError(
-            "the file holds the depth transformer or a projector of the MLLM, not a tokenizer; "
-            "`evotok-llava convert` takes it"
+            "the file holds the depth transformer or a projector of the MLLM, not a tokenizer; convert it with "
+            "`evotok-llava convert`"
         )
     config, tower = infer_config(weights, options), _tower_prefix(weights)
     converted = convert_weights(
@@ -254,25 +251,28 @@ def convert_tokenizer(weights: Mapping[str, Tensor], options: TokenizerOptions |
     )
     for name in ("scaling_layer.shift", "scaling_layer.scale"):
         if name in weights and not (weights[name] == 0.5).all():
-            raise UserError(f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere: images in [-1, 1]")
+            raise UserError(
+                f"{name} is {weights[name].flatten().tolist()}, expected 0.5 everywhere, for images in [-1, 1]"
+            )
     return ConvertedTokenizer(config, converted.state, converted.bookkeeping)
 
 
 def convert_checkpoint(
     checkpoint: str | Path, output: str | Path, options: TokenizerOptions | None = None
 ) -> ConvertedTokenizer:
-    """Write a research checkpoint as a folder that `EvoTokModel.from_pretrained` loads, with its image processor.
+    """Convert a research checkpoint to a folder for `EvoTokModel.from_pretrained`, with its image processor.
 
     Raises:
-        UserError: a checkpoint that cannot be read or does not fit, or an output folder that is not empty.
+        UserError: the checkpoint cannot be read or does not match the research layout, or the output folder is not
+            empty.
     """
     check_new_folder(output)
     converted = convert_tokenizer(read_checkpoint(checkpoint), options)
 
     def write(folder: Path) -> None:
-        with torch.device("meta"):  # the names alone: the weights are given
+        with torch.device("meta"):  # no memory for weights, which are passed on saving
             model = EvoTokModel(converted.config)
-        model.save_pretrained(folder, state_dict=dict(converted.state))  # it empties what it is given
+        model.save_pretrained(folder, state_dict=dict(converted.state))  # a copy, because the dict is emptied
         EvoTokImageProcessor(size=converted.config.image_size).save_pretrained(folder)
 
     write_whole_folder(output, write)

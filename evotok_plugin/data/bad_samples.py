@@ -1,17 +1,17 @@
-"""Samples that cannot be used: named, counted, reported, and limited in number."""
+"""Unusable samples: counted, written to a report and limited in number."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evotok_plugin.common.files import writing
+from evotok_plugin.common.files import write_text, writing
 from evotok_plugin.errors import UserError
 
 _SHOWN = 100  # characters of a user's value in a message
 
 
 def shorten(value: object, limit: int = _SHOWN) -> str:
-    """A user's value as a message quotes it: its `repr`, cut to about `limit` characters."""
+    """Quote a user's value for a message: its `repr`, cut to about `limit` characters."""
     if isinstance(value, (str, bytes)) and len(value) > limit:
         return f"{value[:limit]!r}... ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"
     text = repr(value)
@@ -20,7 +20,13 @@ def shorten(value: object, limit: int = _SHOWN) -> str:
 
 @dataclass
 class BadSamples:
-    """Counts samples that cannot be used, writes them to a report file and stops when there are too many."""
+    """Collector of unusable samples that writes a report and raises an error if there are too many.
+
+    Attributes:
+        report: file to write, one JSON object per line; None for no report.
+        limit: largest tolerated fraction of unusable samples.
+        reasons: why each sample is unusable, by name.
+    """
 
     report: Path | None
     limit: float = 0.001
@@ -30,7 +36,7 @@ class BadSamples:
         self.reasons[name] = reason
 
     def write(self, report: Path) -> None:
-        """Write one line of JSON a sample.
+        """Write one line of JSON per sample.
 
         Raises:
             UserError: the report cannot be written.
@@ -38,13 +44,13 @@ class BadSamples:
         lines = (json.dumps({"sample": name, "reason": why}) for name, why in self.reasons.items())
         with writing(report):
             report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text("\n".join(lines) + "\n")
+        write_text(report, "\n".join(lines) + "\n")
 
     def check(self, total: int) -> None:
-        """Write the report.
+        """Write the report if there are unusable samples.
 
         Raises:
-            UserError: more than `limit` (a fraction) of `total` samples are bad.
+            UserError: they are more than `limit` times `total`.
         """
         if not self.reasons:
             return
@@ -52,7 +58,7 @@ class BadSamples:
             self.write(self.report)
         if len(self.reasons) > self.limit * total:
             name, why = next(iter(self.reasons.items()))
-            where = f"; all are named in {self.report}" if self.report else ""
+            where = f"; all are listed in {self.report}" if self.report else ""
             raise UserError(
                 f"{len(self.reasons)} of {total} samples are unusable, over the limit of {self.limit:.2%} "
                 f"(--max_bad_fraction). First: {name}: {why}{where}"

@@ -1,15 +1,16 @@
-"""Crops of resized images, in memory that does not grow with the aspect ratio."""
+"""Crops of resized images, with memory that does not depend on the aspect ratio."""
 
 from PIL import Image
 
-_FULL_RESIZE = 8  # times the crop's side up to which the whole image is resized
+_FULL_RESIZE = 8  # the whole image is resized up to this multiple of the crop's side
 
 
 def resized_crop(picture: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
-    """Return the square of `size` pixels at `corner` (left, top) of the picture resized to `scaled` (width, height).
+    """Resize a picture to `scaled` (width, height) and return the square of `size` pixels at `corner` (left, top).
 
-    Bicubic. Where the resized image would be far larger than the crop, only the crop's part of the picture is resized.
-    Its pixels then differ by rounding and, when shrinking to a quarter or less, by where `reducing_gap`'s blocks begin.
+    The interpolation is bicubic. If the resized image would be far larger than the crop, only the crop's part of the
+    picture is resized. The pixels then differ by rounding and, when shrinking to a quarter or less, by the alignment of
+    the blocks of `reducing_gap`.
     """
     (width, height), (left, top) = scaled, corner
     if max(scaled) <= _FULL_RESIZE * size:

@@ -1,8 +1,8 @@
-"""Files as data: paths and patterns, suffixes, the files of a folder, and the identity of a file's content.
+"""Data files: paths and patterns, suffixes, the files of a folder, and the identity of a file's content.
 
-One table of suffixes, compared without regard to case, decides what a file is. Hidden files and the folders that
-operating systems and tools add (`._x.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`) are ignored; every other file
-that is not read is counted and reported.
+A table of suffixes, compared case-insensitively, determines the kind of a file. Hidden files and folders that operating
+systems and tools create (`._x.jpg`, `.ipynb_checkpoints`, `__MACOSX`, `@eaDir`) are ignored; every other file that is
+not read is counted and reported.
 """
 
 import glob
@@ -31,26 +31,26 @@ _KINDS = {
     "compressed": (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"),
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes}
-_ADDED_BY_SYSTEMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+_SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _LARGEST_FILE = 2**31  # bytes of one image file
 _KINDS_IN_A_REPORT = 10
 _LONGEST_PATH = 300  # characters of a path in a message
 
 
 def suffix_of(path: str | Path) -> str:
-    """The suffix in lower case; of a compressed file with the one before it (`.tar.gz`)."""
+    """The suffix in lower case; for a compressed file including the one before it (`.tar.gz`)."""
     stem, suffix = os.path.splitext(os.path.basename(str(path)))
     suffix = suffix.lower()
     return os.path.splitext(stem)[1].lower() + suffix if suffix in _KINDS["compressed"] else suffix
 
 
 def kind_of(path: str | Path) -> str:
-    """ "image", "tar", "parquet", "json" or "compressed"; empty for any other suffix."""
+    """The kind of a file: "image", "tar", "parquet", "json" or "compressed"; empty for any other suffix."""
     return _KIND_OF.get(os.path.splitext(str(path))[1].lower(), "")
 
 
 def refuse_compressed(files: Sequence[Path]) -> None:
-    """Reject compressed files, which cannot be read at any position.
+    """Reject compressed files, which do not allow random access.
 
     Raises:
         UserError: one of the files is compressed.
@@ -63,15 +63,14 @@ def refuse_compressed(files: Sequence[Path]) -> None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a path is hidden or was added by an operating system or a tool."""
+    """Whether any part of a path is hidden or was created by an operating system or a tool."""
     return any(
-        (part.startswith(".") and part not in (".", "..")) or part.lower() in _ADDED_BY_SYSTEMS
-        for part in name.split("/")
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in name.split("/")
     )
 
 
 def _quoted(path: str) -> str:
-    """A path as a message quotes it: paths of usual lengths in full, because their ends differ."""
+    """Quote a path for a message; paths of usual length are not shortened, because they differ at the end."""
     return shorten(path, _LONGEST_PATH)
 
 
@@ -83,8 +82,8 @@ class Listing:
     """The files of a folder.
 
     Attributes:
-        files: paths relative to the folder, by kind (`kind_of`), sorted; kinds that are not asked for are absent.
-        others: how many other files there are, by suffix.
+        files: sorted paths relative to the folder by kind (`kind_of`), only of the requested kinds.
+        others: number of other files by suffix.
     """
 
     files: dict[str, list[str]] = field(default_factory=dict)
@@ -95,17 +94,17 @@ class Listing:
         self.others.update(suffix_of(name) for name in self.files.pop(kind, []))
 
     def found(self) -> str:
-        """All suffixes with their numbers, for messages."""
+        """Numbers of all files by suffix, for messages."""
         return described(self.others + Counter(suffix_of(name) for names in self.files.values() for name in names))
 
 
 def list_folder(folder: Path, deep: Sequence[str] = (), flat: Sequence[str] = ()) -> Listing:
-    """The files of a folder: of the kinds `deep` in all its sub-folders, of the kinds `flat` in the folder itself.
+    """List the files of a folder: kinds `deep` in all its subfolders, kinds `flat` in the folder itself.
 
-    Links are followed; a folder that several links lead to is read once, under its own path where it has one.
+    Links are followed; a folder that is reached several times is read once, if possible under its real path.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder cannot be read.
     """
     listing = Listing()
     for name, label in _walk(str(folder)):
@@ -122,7 +121,8 @@ def list_folder(folder: Path, deep: Sequence[str] = (), flat: Sequence[str] = ()
 def _walk(root: str) -> Iterator[tuple[str, str]]:
     """Relative path of each file that is not hidden, and why it cannot be read ("" if it can)."""
     entered: set[str] = set()
-    folders, linked = deque([("", root)]), deque()
+    folders: deque[tuple[str, str]] = deque([("", root)])
+    linked: deque[tuple[str, str]] = deque()
     while folders or linked:
         below, folder = (folders or linked).popleft()
         real = os.path.realpath(folder)
@@ -148,12 +148,12 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
 def _mode(path: str) -> int | None:
     try:
         return os.stat(path).st_mode
-    except OSError:  # a link to nothing, or to itself
+    except OSError:  # a dangling or circular link
         return None
 
 
 def described(found: Counter) -> str:
-    """Numbers by suffix, or by what is not a file with a suffix: `2 .tif, 5 .txt, 1 broken link`."""
+    """Format numbers of files by suffix or description: `2 .tif, 5 .txt, 1 broken link`."""
     shown = [
         f"{count} {label or 'without suffix'}{'s' * (count > 1 and label[:1] not in ('', '.'))}"
         for label, count in sorted(found.items())
@@ -162,25 +162,25 @@ def described(found: Counter) -> str:
     return ", ".join(shown[:_KINDS_IN_A_REPORT]) + (f" and {more} more kinds" if more > 0 else "") or "no files"
 
 
-def report_skipped(name: str, found: Counter, what: str = "file") -> None:
+def report_skipped(name: str, found: Counter, noun: str = "file") -> None:
     """Log in one line how many files of a source are not read."""
     if found:
         number = found.total()
         name = name if len(name) <= _LONGEST_PATH else _quoted(name)
-        logger.warning("%s: %d %s%s skipped: %s", name, number, what, "s" * (number > 1), described(found))
+        logger.warning("%s: %d %s%s skipped: %s", name, number, noun, "s" * (number > 1), described(found))
 
 
 # Paths -------------------------------------------------------------------------------------------------------
 
 
 def local_path(spec: str) -> str:
-    """The path that a user means: `file:` URLs are decoded, `~` is the home folder unless a file has that name.
+    """Convert user input to a path: `file:` URLs are decoded, `~` is the home folder unless a file has that name.
 
     Raises:
-        UserError: the URL of something that is not on this machine.
+        UserError: the URL of a file that is not on this machine.
     """
     if spec.startswith("pipe:"):
-        raise UserError(f"{shorten(spec)}: commands are not run; only local files are read")
+        raise UserError(f"{shorten(spec)}: commands are not supported; only local files are read")
     try:
         path = local_file(spec)
     except UserError as error:
@@ -191,13 +191,13 @@ def local_path(spec: str) -> str:
 
 
 def existing(base: str, name: str) -> str | None:
-    """`base/name` as it is on disk, whichever Unicode normal form the names have there; None if it is not there.
+    """Find `base/name` on disk, whatever the Unicode normal form of the names there; None if it does not exist.
 
     macOS writes names in NFD, other systems mostly in NFC.
     """
-    whole = os.path.join(base, name)
-    if os.path.lexists(whole) or name.isascii():
-        return whole if os.path.lexists(whole) else None
+    path = os.path.join(base, name)
+    if os.path.lexists(path) or name.isascii():
+        return path if os.path.lexists(path) else None
     for part in PurePosixPath(name).parts:
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
         found = next((form for form in forms if os.path.lexists(os.path.join(base, form))), None)
@@ -208,13 +208,15 @@ def existing(base: str, name: str) -> str | None:
 
 
 def matching_files(spec: str) -> list[Path]:
-    """The files or folders that a path or pattern means, with `*`, `?`, `[..]`, `{000..127}` and `{a,b}`, sorted; none
-    if there are none. A part of the path that exists as it is written is not a pattern.
+    """Expand a path or pattern to the existing files or folders, sorted; an empty list if there are none.
+
+    Patterns contain `*`, `?`, `[..]`, `{000..127}` or `{a,b}`. Parts of the path that exist literally are not patterns.
 
     Raises:
-        UserError: some of the names that braces spell out do not exist, or one is a pipe or a device.
+        UserError: some of the names listed by braces do not exist, or one is a pipe or a device.
     """
-    found, missing, special = [""], [], Counter()
+    found, missing = [""], []
+    special: Counter[str] = Counter()
     for part in Path(local_path(spec)).parts or (".",):
         inside = []
         for base in found:
@@ -249,7 +251,7 @@ def _is_readable(path: str) -> bool:
 
 
 def _braces(pattern: str) -> list[str]:
-    """`a{000..002}.tar` -> a000.tar, a001.tar, a002.tar; `{a,b}.tar` -> a.tar, b.tar."""
+    """Expand braces: `a{000..002}.tar` -> a000.tar, a001.tar, a002.tar; `{a,b}.tar` -> a.tar, b.tar."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
@@ -261,7 +263,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its stem, or where stems repeat the path below the folder that all have in common."""
+    """A unique name for each file: its stem or, if stems repeat, its path below the common folder."""
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(stems):
         return stems
@@ -275,13 +277,13 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_file(path: str | Path, name: str | None = None) -> bytes:
-    """The content of an image file; `name` stands for it in errors.
+    """Read the content of an image file; `name` identifies it in errors.
 
     Raises:
-        UserError: it does not exist, is not a regular file, cannot be read, or has more than 2 GiB.
+        UserError: it does not exist, is not a regular file, cannot be read, or is larger than 2 GiB.
     """
     name = shorten(name or str(path))
-    try:  # without O_NONBLOCK the open of a pipe would wait for a writer
+    try:  # without O_NONBLOCK, opening a pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"image {name} does not exist") from None
@@ -302,14 +304,14 @@ def read_file(path: str | Path, name: str | None = None) -> bytes:
 
 
 def _cause(error: Exception) -> str:
-    """The reason of an error without the file's name, which `str` of an OSError repeats in full."""
+    """The reason for an error without the file name, which `str` of an OSError includes in full."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def file_state(path: str | Path) -> tuple[int, ...]:
-    """Size in bytes, time of the last write, time of the last change of any kind (ns); empty if there is no file.
+    """Size in bytes, modification time and change time (ns) of a file; empty if it does not exist.
 
-    The last one shows a file that was replaced by one of the same size with its old time of writing restored.
+    The change time reveals a file that was replaced by one of the same size and modification time.
     """
     try:
         facts = os.stat(path)
@@ -319,7 +321,7 @@ def file_state(path: str | Path) -> tuple[int, ...]:
 
 
 def stamp_of(place: str, *state: object) -> bytes:
-    """16 bytes that identify an image without reading it: 8 for the place where it lies, 8 for the state it is in."""
+    """16 bytes that identify an image without reading it: 8 for its location, 8 for its state."""
     where, how = place.encode(errors="surrogatepass"), repr(state).encode(errors="surrogatepass")
     return hashlib.blake2b(where, digest_size=8).digest() + hashlib.blake2b(how, digest_size=8).digest()
 

@@ -1,4 +1,4 @@
-"""Hugging Face data sets as sources of images: saved folders, parquet files and the hub."""
+"""Hugging Face datasets as sources of images: saved folders, parquet files and the Hub."""
 
 import os
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from evotok_plugin.errors import UserError
 
 
 class DatasetSource:
-    """A split of a Hugging Face data set with an image column; labels are its `label` column.
+    """A split of a Hugging Face dataset with an image column; labels are its `label` column.
 
-    An image is bytes, `{"bytes", "path"}` (as `datasets.Image` has it), or a string: a path, a `file:` URL, a data URI
-    or base64. The state of an embedded string is a digest of its content, the state of a path the one of its file.
+    An image is bytes, `{"bytes", "path"}` (as in `datasets.Image`), or a string: a path, a `file:` URL, a data URI or
+    base64. The stamp of an embedded string depends on its content, the stamp of a path on the state of its file.
 
     Raises:
-        UserError: the data set has no column of images.
+        UserError: the dataset has no image column.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -32,7 +32,7 @@ class DatasetSource:
             next((c for c in ("image", "jpg", "png", "webp") if c in dataset.features), None),
         )
         if column is None:
-            raise UserError(f"{name!r} has no column of images; its columns are {', '.join(dataset.features)}")
+            raise UserError(f"{name!r} has no image column; its columns are {', '.join(dataset.features)}")
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self._images = dataset.select_columns([column])
@@ -41,7 +41,7 @@ class DatasetSource:
         self._names = getattr(dataset.features.get("label"), "names", None)
         self._place = os.path.abspath(name) if os.path.exists(name) else name
         self._state = dataset._fingerprint
-        self._arrow = None if _is_whole(self._images, column) else self._images.with_format("arrow")
+        self._arrow = None if _is_embedded(self._images, column) else self._images.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -59,14 +59,17 @@ class DatasetSource:
         if isinstance(content, str):
             return _content_of(content, f"{self.name} row {index}")
         if not isinstance(content, bytes):
-            raise UserError(f"image {self.key(index)!r} of {self.name!r} is missing: a {type(content).__name__}")
+            raise UserError(
+                f"image {self.key(index)!r} of {self.name!r} is missing: expected bytes or a string, "
+                f"got {type(content).__name__}"
+            )
         return content
 
     def stamp(self, index: int) -> bytes:
         place = f"{self._place}/{index}"
         if self._arrow is None:
             return stamp_of(place, self._state)
-        value = self._arrow[int(index)].column(0)[0].as_py()  # a row of a path, or of nothing
+        value = self._arrow[int(index)].column(0)[0].as_py()  # a path, or a missing image
         text = (None if value.get("bytes") else value.get("path")) if isinstance(value, dict) else value
         if not isinstance(text, str):
             return stamp_of(place, self._state)
@@ -85,7 +88,7 @@ class DatasetSource:
 
 
 def _content_of(text: str, name: str) -> bytes:
-    """The image that a string holds or names; `name` is the row in errors."""
+    """Content of the image that a string contains or names; `name` identifies the row in errors."""
     try:
         content = embedded_content(text)
         path = local_path(text) if content is None else ""
@@ -97,12 +100,12 @@ def _content_of(text: str, name: str) -> bytes:
 def _state_of(path: str) -> tuple[int, ...]:
     try:
         return file_state(local_path(path))
-    except UserError:  # a URL, whose row has no image
+    except UserError:  # a URL, which cannot be read
         return ()
 
 
-def _is_whole(images: Any, column: str) -> bool:
-    """Whether every row holds the bytes of its image; they are not read."""
+def _is_embedded(images: Any, column: str) -> bool:
+    """Whether every row contains the bytes of its image; they are not read."""
     import pyarrow
     import pyarrow.compute
 
@@ -113,19 +116,19 @@ def _is_whole(images: Any, column: str) -> bool:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets`' `save_to_disk` wrote the folder.
+    """Whether a folder was written by `save_to_disk` of `datasets`.
 
     Raises:
-        UserError: it holds several splits.
+        UserError: it contains several splits.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        raise UserError(f"{str(folder)!r} holds several splits of a data set ({', '.join(splits)}); name one of them")
+        raise UserError(f"{str(folder)!r} contains several splits of a dataset ({', '.join(splits)}); name one of them")
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def load_saved(folder: Path) -> Any:
-    """The `datasets.Dataset` that `save_to_disk` wrote.
+    """Open a `datasets.Dataset` written by `save_to_disk`.
 
     Raises:
         UserError: it is broken.
@@ -134,12 +137,12 @@ def load_saved(folder: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever pyarrow says of a broken file
-        raise UserError(f"{str(folder)!r} cannot be loaded as a saved data set: {error}") from error
+    except Exception as error:  # pyarrow raises many types for broken files
+        raise UserError(f"{str(folder)!r} cannot be loaded as a saved dataset: {error}") from error
 
 
 def load_parquet(files: Sequence[Path], name: str) -> Any:
-    """Parquet files as one `datasets.Dataset`, memory-mapped.
+    """Open parquet files as one memory-mapped `datasets.Dataset`.
 
     Raises:
         UserError: one of them is broken.
@@ -148,15 +151,15 @@ def load_parquet(files: Sequence[Path], name: str) -> Any:
 
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except Exception as error:  # whatever pyarrow says of a broken file
+    except Exception as error:  # pyarrow raises many types for broken files
         raise UserError(f"{name!r} cannot be read as parquet: {error}") from error
 
 
 def load_hub(spec: str) -> Any:
-    """The `datasets.Dataset` that `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT` means.
+    """Load a dataset from the Hub: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT`.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it cannot be loaded.
     """
     import datasets
 
@@ -164,5 +167,5 @@ def load_hub(spec: str) -> Any:
     split, configuration = (rest[-1] if rest else "train"), (rest[0] if len(rest) > 1 else None)
     try:
         return datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # no network, no such data set, no such split
-        raise UserError(f"data set {spec!r} cannot be loaded: {error}") from error
+    except Exception as error:  # no network, unknown dataset or split
+        raise UserError(f"dataset {spec!r} cannot be loaded: {error}") from error

@@ -1,7 +1,7 @@
 """The reader of images: files, bytes, data URIs, PIL images, arrays and tensors to upright 8-bit RGB.
 
-Every image of training, encoding, evaluation, chat, the demo page, lmms-eval and its judges passes `open_picture` or
-`as_picture`, so that they all see the same pixels; `pixel_modes` has the rules of colors, transparency and ranges.
+All images in training, encoding, evaluation, chat, the demo page, lmms-eval and its judges pass through `open_picture`
+or `as_picture`, so that all use the same pixels; `pixel_modes` defines the rules for colors, transparency and ranges.
 """
 
 import base64
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from evotok_plugin.data.pixel_modes import rgb_of_array, upright_rgb
 from evotok_plugin.errors import UserError
 
-_SUFFIXES = {  # of each format that is read; of animations and files of several pages, the first image
+_SUFFIXES = {  # by supported format; only the first image of an animation or multi-page file is read
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "WEBP": (".webp",),
@@ -34,20 +35,20 @@ _SUFFIXES = {  # of each format that is read; of animations and files of several
     "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
 }
-FORMATS = tuple(_SUFFIXES)  # Pillow's other parsers (EPS starts Ghostscript) are never used, whatever a file's name
+FORMATS = tuple(_SUFFIXES)  # Pillow's other parsers are never used, whatever a file's name (EPS starts Ghostscript)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 
 READER_VERSION = 1
-"""Version of the rules from a file to its pixels (orientation, colors, transparency, ranges). Raise it with every
-change of a rule: code caches and statistics of another version are then not used."""
+"""Version of the rules that map a file to pixels (orientation, colors, transparency, ranges). Increment it whenever a
+rule changes: code caches and statistics of other versions are then rejected."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels that the file of an image may have, checked before decoding: Pillow's threshold for warnings. Assign a larger
-number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
+"""Largest number of pixels in an image file, checked before decoding; the default is Pillow's threshold for warnings.
+Assign a larger number to `evotok_plugin.data.images.MAX_PIXELS` to read larger images."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI, _FILE_URL = re.compile(r"\s*data:", re.IGNORECASE), re.compile(r"file:", re.IGNORECASE)
-# Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000, JPEG 2000 codestreams, PPM.
+# First base64 characters of PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000, JPEG 2000 codestreams, PPM.
 _STARTS = r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA|/0//U|UD[QUY][Kg]"
 _BASE64 = re.compile(rf"\s*(?:{_STARTS})[A-Za-z0-9+/\s]{{60,}}+={{0,2}}\s*")
 
@@ -62,22 +63,23 @@ def open_picture(
     """Read an image file, or the bytes of one, as an upright RGB image without metadata.
 
     Args:
-        image: a path, the content of a file, or, as a string, a `file:` URL, a data URI or base64 alone.
-        name: the image in error messages.
+        image: a path, the content of a file, or a string with a `file:` URL, a data URI or plain base64.
+        name: identifies the image in error messages.
         max_pixels: the limit of width x height; `MAX_PIXELS` by default.
-        formats: Pillow's names of the formats that are accepted.
+        formats: Pillow's names of the accepted formats.
 
     Raises:
         UserError: the file is missing, not a regular file, of another format, too large or broken.
     """
     name = _shortened(name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)))
     try:
-        content = image
-        if isinstance(image, str) and (content := embedded_content(image)) is None:
-            content = local_file(image)
+        content: str | os.PathLike | bytes = image
+        if isinstance(image, str):
+            embedded = embedded_content(image)
+            content = local_file(image) if embedded is None else embedded
         if isinstance(content, bytes):
             return _decode(io.BytesIO(content), name, max_pixels or MAX_PIXELS, formats)
-        if not stat.S_ISREG(os.stat(content).st_mode):  # opening a FIFO would wait for a writer
+        if not stat.S_ISREG(os.stat(content).st_mode):  # opening a pipe would wait for a writer
             raise UserError("it is not a regular file")
         with open(content, "rb") as file:
             return _decode(file, name, max_pixels or MAX_PIXELS, formats)
@@ -85,25 +87,25 @@ def open_picture(
         raise UserError(f"image {name!r} does not exist") from None
     except _RejectedImage:
         raise
-    except Exception as error:  # decoders raise all kinds, RuntimeError, struct.error and MemoryError among them
+    except Exception as error:  # decoders raise many types, including RuntimeError, struct.error and MemoryError
         raise UserError(f"image {name!r} cannot be read: {_cause(error)}") from error
 
 
 def as_picture(image: object, channels_first: bool | None = None) -> Image.Image:
-    """Return whatever holds one image as an upright RGB image.
+    """Convert any representation of an image to an upright RGB image.
 
     Args:
-        image: a PIL image of any mode, whatever `open_picture` reads, or an array or tensor as for `rgb_of_array`.
-        channels_first: the position of the channels of arrays and tensors; found from the shape by default.
+        image: a PIL image of any mode, an argument of `open_picture`, or an array or tensor as for `rgb_of_array`.
+        channels_first: position of the channels of arrays and tensors; by default inferred from the shape.
 
     Raises:
-        UserError: anything else, a broken image, or values outside the range of their type.
+        UserError: another type, a broken image, or values outside the range of their type.
     """
     if isinstance(image, Image.Image):
         try:
             with _strict_decoding(0):
                 return upright_rgb(image)
-        except Exception as error:  # images that were opened elsewhere are decoded only now
+        except Exception as error:  # images opened elsewhere are decoded only here
             raise UserError(f"the image cannot be read: {_cause(error)}") from error
     if isinstance(image, (str, os.PathLike, bytes, bytearray)):
         return open_picture(bytes(image) if isinstance(image, bytearray) else image)
@@ -118,19 +120,19 @@ def as_picture(image: object, channels_first: bool | None = None) -> Image.Image
 
 
 def is_embedded(text: str) -> bool:
-    """Whether a string holds an image, as a data URI or as base64 alone, instead of naming one."""
+    """Whether a string contains an image, as a data URI or plain base64, instead of naming one."""
     return bool(_DATA_URI.match(text) or (_BASE64.fullmatch(text) and not os.path.lexists(text[:4096])))
 
 
 def embedded_content(text: str, is_base64: bool = False) -> bytes | None:
-    """Decode the image that a string holds; None if the string names an image instead.
+    """Decode the content of the image in a string; None if the string names an image instead.
 
     Args:
-        text: a data URI (of any media type; the content tells the format), base64 of an image, a path or a URL.
-        is_base64: the string is base64 or a data URI, whatever its first characters are.
+        text: a data URI (of any media type; the format is detected), base64 of an image, a path or a URL.
+        is_base64: whether the string is known to be base64 or a data URI, whatever its first characters.
 
     Raises:
-        UserError: a data URI or base64 that cannot be decoded.
+        UserError: the data URI or base64 cannot be decoded.
     """
     if not is_base64 and not is_embedded(text):
         return None
@@ -155,12 +157,12 @@ def _from_base64(text: str) -> bytes:
 
 
 def local_file(text: str) -> str:
-    """Return the path that a string names: `file:` URLs are decoded, anything else is a path as it is written.
+    """Convert a string to a path: `file:` URLs are decoded, anything else is taken literally.
 
-    `#` and `?` in a `file:` URL are part of the path: image files have neither fragments nor queries.
+    `#` and `?` in a `file:` URL are part of the path, because image files have no fragments or queries.
 
     Raises:
-        UserError: the URL of something that is not on this machine.
+        UserError: the URL of a file that is not on this machine.
     """
     if not _FILE_URL.match(text):
         if _URL.match(text):
@@ -170,8 +172,9 @@ def local_file(text: str) -> str:
     if path.startswith("//"):
         host, slash, path = path[2:].partition("/")
         if host.lower() not in ("", "localhost"):
-            where = f"a file of host {_shortened(host)!r}"
-            raise UserError(f"it is {where}, and only local files are read; the URL of a local one is file:///PATH")
+            raise UserError(
+                f"it is on host {_shortened(host)!r} and only local files are read; their URLs begin with file:///"
+            )
         path = slash + path
     if not path:
         raise UserError("the file URL has no path")
@@ -182,10 +185,10 @@ def local_file(text: str) -> str:
 
 
 class _RejectedImage(UserError):
-    """An image whose message already names it."""
+    """Error whose message already names the image."""
 
 
-def _decode(file: io.BufferedIOBase, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
     remedy = "; reduce it" + (" or raise evotok_plugin.data.images.MAX_PIXELS" if max_pixels == MAX_PIXELS else "")
     try:
         with _strict_decoding(max_pixels), Image.open(file, formats=_supported(tuple(formats))) as picture:
@@ -201,13 +204,13 @@ def _decode(file: io.BufferedIOBase, name: str, max_pixels: int, formats: Sequen
 
 @cache
 def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Leave out formats that Pillow does not know (AVIF before release 11.3): `Image.open` fails on their names."""
+    """Remove formats unknown to Pillow (AVIF before release 11.3), because `Image.open` fails on their names."""
     Image.init()
     return tuple(kind for kind in formats if kind in Image.OPEN)
 
 
 def _shortened(name: str) -> str:
-    """Keep data URIs out of messages."""
+    """Shorten long names, such as data URIs, for messages."""
     return name if len(name) <= 300 else f"{name[:80]}... ({len(name)} characters)"
 
 
@@ -221,35 +224,39 @@ def _cause(error: Exception) -> str:
 
 
 class _Strictness:
-    """Pillow's switches for truncated and large files, which all threads share."""
+    """State of Pillow's global settings for truncated and large files, which all threads share."""
 
     def __init__(self) -> None:
-        self.lock, self.depth, self.before = threading.Lock(), 0, (False, None)
+        self.reset()
+
+    def reset(self) -> None:
+        self.lock, self.depth = threading.Lock(), 0
+        self.before: tuple[bool, int | None] = (False, None)
 
 
 _strictness = _Strictness()
-if hasattr(os, "register_at_fork"):  # another thread may hold the lock at that moment
-    os.register_at_fork(after_in_child=_strictness.__init__)
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock when the process forks
+    os.register_at_fork(after_in_child=_strictness.reset)
 
 
 @contextmanager
 def _strict_decoding(max_pixels: int) -> Iterator[None]:
-    """Reject truncated images, which other libraries tell Pillow to complete with grey, and decode up to `max_pixels`.
+    """Reject truncated images, which other libraries have Pillow fill with gray, and decode up to `max_pixels`.
 
-    The first thread to enter changes the switches, the last one to leave restores them; several may decode at a time.
+    The first thread to enter changes the settings and the last to leave restores them; several can decode at once.
     """
-    switch = _strictness
-    with switch.lock:
-        if not switch.depth:
-            switch.before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
-        switch.depth += 1
+    state = _strictness
+    with state.lock:
+        if not state.depth:
+            state.before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+        state.depth += 1
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         if Image.MAX_IMAGE_PIXELS is not None:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         yield
     finally:
-        with switch.lock:
-            switch.depth -= 1
-            if not switch.depth:
-                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = switch.before
+        with state.lock:
+            state.depth -= 1
+            if not state.depth:
+                ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = state.before

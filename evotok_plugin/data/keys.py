@@ -1,15 +1,16 @@
-"""Keys of samples: millions of strings in one buffer, and their digests in a sorted index."""
+"""Keys of samples: millions of strings in one buffer, and a sorted index of digests."""
 
 import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import numpy as np
 
 
-class PackedStrings(Sequence):
-    """Many strings in two arrays: small, and shared by data-loading processes without copies."""
+class PackedStrings(Sequence[str]):
+    """Many strings in two arrays: compact, and shared by data-loading processes without copies."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         ends, content = array("q"), bytearray()
@@ -21,7 +22,13 @@ class PackedStrings(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> str:
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
         if not 0 <= index < len(self._ends):
             raise IndexError(f"index {index} of {len(self._ends)} strings")
         start = self._ends[index - 1] if index else 0
@@ -29,22 +36,22 @@ class PackedStrings(Sequence):
 
 
 def key_digests(keys: Iterable[str]) -> np.ndarray:
-    """128 bits a key, (keys,)."""
+    """128-bit digests of keys, (keys,)."""
     digests = (hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() for key in keys)
     return np.fromiter(digests, dtype="S16")
 
 
 def as_hex(digest: bytes) -> str:
-    """A digest as a shard's .json holds it; numpy strips zeros from the end of bytes."""
+    """A 16-byte digest in hexadecimal, restoring the trailing zeros that numpy strips; empty for an empty digest."""
     return digest.ljust(16, b"\0").hex() if digest else ""
 
 
 class DigestIndex:
-    """The rows of digests: sorted digests and the row of each.
+    """Map from digests to rows, as two sorted arrays.
 
-    For the 13 M images of a large run a dict of strings takes more than 2 GB, and every forked data-loading process
-    comes to own a copy, because looking at a string counts a reference. These arrays take 20 bytes a digest and are
-    shared. That two of 13 M keys have one digest has a probability of 1e-25.
+    For the 13 M images of a large run, a dict of strings takes more than 2 GB, and every forked data-loading process
+    ends up with its own copy because accessing a string changes its reference count. These arrays take 20 bytes per
+    digest and are shared. The probability that two of 13 M keys have the same digest is 1e-25.
     """
 
     def __init__(self, digests: np.ndarray, rows: np.ndarray) -> None:
@@ -52,7 +59,7 @@ class DigestIndex:
         self._digests, self._rows = digests[order], rows.astype(np.uint32)[order]
 
     def rows(self, digests: np.ndarray) -> np.ndarray:
-        """Row of each (digests,), -1 where there is none; of a digest with several rows the first."""
+        """Row of each digest (digests,), -1 where there is none; the first row of a digest with several rows."""
         if not len(self._digests):
             return np.full(len(digests), -1)
         places = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
@@ -62,7 +69,7 @@ class DigestIndex:
         return len(self._digests)
 
     def pairs(self) -> np.ndarray:
-        """Digests and rows in one comparable value each (digests,)."""
+        """Each digest with its row as one comparable value, (digests,)."""
         return with_rows(self._digests, self._rows)
 
     def all_rows(self, digest: np.ndarray) -> np.ndarray:
@@ -71,16 +78,17 @@ class DigestIndex:
         return self._rows[first:end]
 
     def repeated(self) -> tuple[int, int] | None:
-        """Two rows of one digest, if there are any."""
+        """Two rows of the same digest, or None if all digests are distinct."""
         again = np.flatnonzero(self._digests[1:] == self._digests[:-1])
         return (int(self._rows[again[0]]), int(self._rows[again[0] + 1])) if len(again) else None
 
 
 def digests_as_bytes(digests: np.ndarray) -> np.ndarray:
+    """Digests as uint8 (digests, 16)."""
     return np.ascontiguousarray(digests).view(np.uint8).reshape(-1, 16)
 
 
 def with_rows(digests: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Digests and rows in one comparable value each (digests,)."""
+    """Combine each digest with its row into one comparable value, (digests,)."""
     as_bytes = np.ascontiguousarray(rows.astype(np.int64)).view(np.uint8).reshape(-1, 8)
     return np.concatenate([digests_as_bytes(digests), as_bytes], axis=1).view("S24").ravel()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BLOCK = 1_024
-"""Consecutive samples within which every source gets exactly its share."""
+"""Number of consecutive samples within which every source gets exactly its share."""
 
 
 def whole_shares(weights: Sequence[float], block: int = BLOCK) -> list[int]:

@@ -1,14 +1,14 @@
-"""Images in any color mode or array layout to 8-bit RGB.
+"""Conversion of images in any color mode or array layout to 8-bit RGB.
 
-Rules, the same for files, PIL images, arrays and tensors:
+The rules are the same for files, PIL images, arrays and tensors:
 
-* The EXIF orientation is applied; EXIF data that cannot be parsed count as upright. ICC profiles are ignored.
+* The EXIF orientation is applied; with invalid EXIF data, images count as upright. ICC profiles are ignored.
 * Transparency (alpha channels, transparent palette entries and colors) is composited on white.
-* 16-bit grey runs from 0 (black) to 65535 (white), and 12-bit TIFF to 4095; 32-bit integer images (mode `I`) must lie
-  within 0..65535 and are read as 16-bit. Those that hold only values up to 255 would turn black and are rejected.
-* Floats run from 0 (black) to 1 (white). Boolean arrays are black and white, uint8 arrays run to 255, uint16 arrays to
-  65535, and the values of all other integer arrays must lie within 0..255.
-* Everything else is a `ValueError`; values outside their range are never clamped, save floats by half a level.
+* 16-bit gray ranges from 0 (black) to 65535 (white), 12-bit TIFF to 4095. Values of 32-bit integer images (mode `I`)
+  must be within 0..65535 and are read as 16-bit. Images with values up to 255 only would turn black and are rejected.
+* Floats range from 0 (black) to 1 (white). Boolean arrays are black and white, uint8 arrays range to 255, uint16 arrays
+  to 65535, and the values of all other integer arrays must be within 0..255.
+* Everything else raises a `UserError`. Values out of range are not clamped, except for floats by half a level.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ _UPRIGHT = {
 }
 _OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
-_HALF_A_LEVEL = 0.5 / 255  # rounding of floats, as interpolation and half precision leave it
+_HALF_A_LEVEL = 0.5 / 255  # rounding errors of floats, due to interpolation and half precision
 _CHANNELS = (1, 3, 4)
 
 
@@ -37,7 +37,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Return a PIL image of any mode as a new, upright RGB image without metadata; `picture` stays as it is.
+    """Convert a PIL image of any mode to a new, upright RGB image without metadata.
 
     Raises:
         UserError: an unknown mode, values outside the mode's range, or no pixels.
@@ -52,23 +52,23 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
         rgb = rgb.transpose(method)
     elif rgb is picture:
         rgb = picture.copy()
-    rgb.info = {}  # the orientation among it, which must not be applied again
+    rgb.info = {}  # it includes the orientation, which must not be applied twice
     return rgb
 
 
 def _orientation(picture: Image.Image) -> int:
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever a broken EXIF block makes the parser raise: viewers show such images as they are
+    except Exception:  # the parser raises many types for invalid EXIF data; viewers show such images unrotated
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
 def _transparent_color(picture: Image.Image) -> int | tuple[int, ...] | None:
-    """Return the transparent color of a grey or RGB image, on the scale of its decoded pixels.
+    """Return the transparent color of a gray or RGB image, on the scale of its decoded pixels.
 
-    Pillow keeps the value as the PNG file has it, while it expands 2 and 4 bits to 8 and reduces 16-bit RGB to the high
-    bytes. The file's depth is known only before the pixels are decoded.
+    Pillow returns the value stored in the PNG file, although it expands pixels of 2 and 4 bits to 8 and reduces 16-bit
+    RGB to the high bytes. The depth of the file is known only before the pixels are decoded.
     """
     color = picture.info.get("transparency")
     if color is None or not (picture.mode in ("1", "L", "RGB", "F") or picture.mode.startswith("I")):
@@ -81,7 +81,7 @@ def _transparent_color(picture: Image.Image) -> int | tuple[int, ...] | None:
         return tuple(value >> 8 for value in color)
     if picture.mode == "1":
         return 255 if color else 0
-    return color * {"L;2": 85, "L;4": 17}.get(raw_mode, 1) if not is_rgb else color
+    return color * {"L;2": 85, "L;4": 17}.get(raw_mode or "", 1) if not is_rgb else color
 
 
 def _raw_mode(picture: Image.Image) -> str | None:
@@ -93,12 +93,12 @@ def _raw_mode(picture: Image.Image) -> str | None:
 def _rgb(picture: Image.Image, colorkey: int | tuple[int, ...] | None) -> Image.Image:
     mode = picture.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
-        return _with_white(Image.fromarray(_grey_levels(picture)), _equal(picture, colorkey))
+        return _with_white(Image.fromarray(_gray_levels(picture)), _equal(picture, colorkey))
     if mode == "La":
-        picture = picture.convert("LA")  # Pillow has no direct way from La to RGBA
+        picture = picture.convert("LA")  # Pillow cannot convert La to RGBA directly
     if picture.has_transparency_data and colorkey is None:
         if mode == "P":
-            picture = picture.copy()  # conversion would write the transparency into the palette of the original
+            picture = picture.copy()  # the conversion would modify the palette of the original
         return _on_white(picture.convert("RGBA"))
     if mode not in _OPAQUE:
         raise UserError(f"images of mode {mode!r} are not supported; convert the image to RGB")
@@ -107,13 +107,13 @@ def _rgb(picture: Image.Image, colorkey: int | tuple[int, ...] | None) -> Image.
 
 
 def _on_white(rgba: Image.Image) -> Image.Image:
-    ground = Image.new("RGB", rgba.size, "white")
-    ground.paste(rgba, mask=rgba.getchannel("A"))
-    return ground
+    background = Image.new("RGB", rgba.size, "white")
+    background.paste(rgba, mask=rgba.getchannel("A"))
+    return background
 
 
 def _equal(picture: Image.Image, color: int | tuple[int, ...] | None) -> np.ndarray | None:
-    """Return where (H, W) a grey or RGB image has this color."""
+    """Mask (H, W) of the pixels of a gray or RGB image that have a color."""
     if color is None:
         return None
     equal = np.asarray(picture.convert("L") if picture.mode == "1" else picture) == np.asarray(color)
@@ -129,8 +129,8 @@ def _with_white(picture: Image.Image, where: np.ndarray | None) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _grey_levels(picture: Image.Image) -> np.ndarray:
-    """Return 16-bit, 32-bit and float images as uint8 (H, W)."""
+def _gray_levels(picture: Image.Image) -> np.ndarray:
+    """Convert 16-bit, 32-bit and float images to uint8 (H, W)."""
     tags = getattr(picture, "tag_v2", {})
     values = np.asarray(picture)
     if picture.mode == "F":
@@ -145,14 +145,14 @@ def _grey_levels(picture: Image.Image) -> np.ndarray:
 
 
 def rgb_of_array(image: np.ndarray | Tensor, channels_first: bool | None = None) -> Image.Image:
-    """Return an array or tensor of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels as an RGB image.
+    """Convert an array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels to an RGB image.
 
     Args:
-        channels_first: the position of the channels. By default, it follows from the shape; where both ends have 1, 3
-            or 4 entries, tensors are (C, H, W) and arrays (H, W, C).
+        channels_first: position of the channels, by default inferred from the shape. If both the first and the last
+            dimension are 1, 3 or 4, tensors are taken as (C, H, W) and arrays as (H, W, C).
 
     Raises:
-        UserError: another shape or type, or values outside the type's range.
+        UserError: another shape or type, or values outside the range of the type.
     """
     values, name = _as_array(image)
     if channels_first is None:
@@ -173,7 +173,7 @@ def rgb_of_array(image: np.ndarray | Tensor, channels_first: bool | None = None)
 
 
 def _as_array(image: np.ndarray | Tensor) -> tuple[np.ndarray, str]:
-    """Return the values and a description for errors."""
+    """Values of an array or tensor, and a description for errors."""
     kind = "a tensor" if isinstance(image, Tensor) else "an array"
     name = f"{kind} of shape {tuple(image.shape)} and type {image.dtype}"
     if isinstance(image, Tensor):
@@ -193,7 +193,7 @@ def _are_channels_first(shape: tuple[int, ...], is_tensor: bool) -> bool:
 
 
 def _levels(values: np.ndarray, name: str) -> np.ndarray:
-    """Return values of any numeric type as uint8."""
+    """Convert values of any numeric type to uint8."""
     kind = values.dtype.kind
     if values.dtype == np.uint8:
         return values

@@ -1,8 +1,8 @@
-"""Where images come from: folders, lists of files, tar shards (WebDataset), parquet and Hugging Face data sets.
+"""Sources of images: folders, lists of files, tar shards (WebDataset), parquet and Hugging Face datasets.
 
-A source gives images by number, so that whatever reads it can start anywhere: training resumes at a position, several
-processes take disjoint parts, a half-written code cache is completed. A tar shard is scanned once for where its members
-lie; images are then read in place, nothing is unpacked.
+A source returns images by index, so that readers can start anywhere: training resumes at a position, several processes
+take disjoint parts, an unfinished code cache is completed. A tar shard is scanned once for the offsets of its members;
+images are then read in place without unpacking.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ _HASH_SPACE = 10_000
 
 
 class ImageSource(Protocol):
-    """Images 0..len-1. Keys are unique within a source and stay the same from run to run.
+    """Images 0..len-1. Keys are unique within a source and the same in every run.
 
-    `stamp` and `content` identify images for caches. A source of pictures that are not files may lack both; its keys
-    then identify them.
+    `stamp` and `content` identify images for caches. A source whose images are not files may lack both; its images are
+    then identified by their keys.
     """
 
     name: str
@@ -54,35 +54,43 @@ class ImageSource(Protocol):
         """The image's name."""
 
     def picture(self, index: int) -> Image.Image:
-        """The image as RGB; ValueError if it is missing or broken."""
+        """The image as RGB; raises UserError if it is missing or broken."""
 
     def stamp(self, index: int) -> bytes:
-        """16 bytes (`stamp_of`) that tell where the image lies and change when it may have changed; nothing is read."""
+        """16 bytes (`stamp_of`) that identify the image's location and state; the image is not read."""
 
     def content(self, index: int) -> bytes:
-        """The image's file; ValueError if it cannot be read."""
+        """Content of the image's file; raises UserError if it cannot be read."""
 
     def label(self, index: int) -> str | None:
-        """Its class, where the source knows classes."""
+        """Class of the image, or None if the source has no classes."""
 
     def groups(self) -> np.ndarray | None:
-        """For every image the number of the shard that holds it (len,), or None where reading anywhere costs the
-        same."""
+        """Number of the shard that contains each image (len,), or None if random access is cheap."""
+
+
+def stamps_of(source: ImageSource, indices: Sequence[int]) -> np.ndarray:
+    """Stamps of images (indices,); zeros for a source whose images are identified by their keys only."""
+    stamp = getattr(source, "stamp", None)
+    if stamp is None:
+        return np.zeros(len(indices), "S16")
+    return np.fromiter((stamp(index) for index in indices), "S16", len(indices))
 
 
 class FileSource:
-    """Image files: all below a folder (keys are paths relative to it, labels the names of the folders they lie in, as
-    in ImageNet's layout), or those that are listed.
+    """Image files: all files below a folder, or a list of files relative to it.
+
+    Keys are paths relative to the folder; labels are the names of the files' parent folders, as in ImageNet's layout.
 
     Raises:
-        UserError: no images there.
+        UserError: the folder or the list contains no images.
     """
 
     def __init__(self, root: Path, names: Iterable[str] | None = None) -> None:
         self.name, self._root = str(root), root
         self._names = PackedStrings(_images_below(root) if names is None else names)
         if not len(self._names):
-            raise UserError(f"{str(root)!r}: no image files are named")
+            raise UserError(f"{str(root)!r}: expected at least one image file, got none")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -108,18 +116,18 @@ class FileSource:
 
 
 def _images_below(root: Path) -> list[str]:
-    """The images of a folder and its sub-folders; what else is there is reported."""
+    """Images in a folder and its subfolders; other files are reported."""
     listing = list_folder(root, deep=("image",))
     if not listing.files:
         raise UserError(
-            f"{str(root)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(listing.others)}"
+            f"{str(root)!r} contains no images ({', '.join(IMAGE_SUFFIXES)}); found {described(listing.others)}"
         )
     report_skipped(str(root), listing.others)
     return listing.files["image"]
 
 
 class Subset:
-    """Some images of a source."""
+    """Selected images of a source."""
 
     def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         self.name, self._source, self._indices = source.name, source, indices
@@ -148,7 +156,7 @@ class Subset:
 
 
 class Concatenated:
-    """Several sources one after another; where there is more than one, keys begin with the source's name."""
+    """Several sources in sequence; with more than one, each key begins with the name of its source."""
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.name, self._sources = ", ".join(source.name for source in sources), list(sources)
@@ -189,16 +197,16 @@ class Concatenated:
 
 
 def open_source(spec: str | Path) -> ImageSource:
-    """The source that a word on the command line means.
+    """Open the source that a command-line argument specifies.
 
     Args:
         spec: an image file; a folder of images; a `.tar` shard, a pattern of shards (`shards/{000..127}.tar`,
             `shards/*.tar`) or a folder of them; likewise with `.parquet`; a folder written by `datasets`'
-            `save_to_disk`; `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT`, a data set of the hub (split
-            `train` if none is named).
+            `save_to_disk`; `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT`, a dataset from the Hugging Face
+            Hub (the default split is `train`).
 
     Raises:
-        UserError: nothing there, or nothing that can be understood.
+        UserError: the source does not exist, or its kind is not supported.
     """
     spec = str(spec)
     if spec.startswith("hf:"):
@@ -223,16 +231,17 @@ def open_source(spec: str | Path) -> ImageSource:
 
 
 def open_sources(specs: Sequence[str | Path]) -> ImageSource:
-    """All of them, one after another; image files that are named one by one keep their names as keys.
+    """Open several sources in sequence; image files listed individually keep their paths as keys.
 
     Raises:
-        UserError: as `open_source` says.
+        UserError: see `open_source`.
     """
     names = [str(spec) for spec in specs]
     if all(kind_of(name) == "image" for name in names):
         paths = [existing("", local_path(name)) for name in names]
-        if all(path is not None and os.path.isfile(path) for path in paths):
-            return FileSource(Path(), paths)
+        files = [path for path in paths if path is not None and os.path.isfile(path)]
+        if len(files) == len(paths):
+            return FileSource(Path(), files)
     sources = [open_source(name) for name in names]
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
@@ -245,8 +254,8 @@ def _open_folder(folder: Path) -> ImageSource:
     kinds = sorted(listing.files)
     if len(kinds) > 1:
         raise UserError(
-            f"folder {str(folder)!r} holds several kinds of data ({listing.found()}); keep one kind in a folder, or "
-            f"name the files by a pattern such as '{folder}/*.{'tar' if 'tar' in kinds else 'parquet'}'"
+            f"folder {str(folder)!r} contains several kinds of data ({listing.found()}); use one kind per folder, or "
+            f"a pattern such as '{folder}/*.{'tar' if 'tar' in kinds else 'parquet'}'"
         )
     if kinds == ["tar"]:
         report_skipped(str(folder), listing.others)
@@ -260,7 +269,7 @@ def _open_folder(folder: Path) -> ImageSource:
 
 
 def skip_side_files(listing: Listing) -> None:
-    """Leave out the notes that img2dataset writes beside its shards: `00000.parquet` and `00000_stats.json`."""
+    """Skip the metadata that img2dataset writes next to its shards: `00000.parquet` and `00000_stats.json`."""
     stems = {os.path.splitext(name)[0] for name in listing.files.get("tar", [])}
     for kind in ("parquet", "json"):
         names = listing.files.get(kind, [])
@@ -271,13 +280,18 @@ def skip_side_files(listing: Listing) -> None:
 # Parts -------------------------------------------------------------------------------------------------------
 
 
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the numbers 0..count-1, evenly spread and including the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
+
+
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether an image belongs to the held-out part: decided by its key alone."""
+    """Whether an image belongs to the held-out part; depends only on its key."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % _HASH_SPACE < fraction * _HASH_SPACE
 
 
 def split_held_out(source: ImageSource, fraction: float) -> tuple[ImageSource, Subset]:
-    """The part to train on and the held-out part."""
+    """Split a source into the part to train on and the held-out part."""
     held = np.fromiter((fraction > 0 and is_held_out(source.key(i), fraction) for i in range(len(source))), bool)
     return Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))

@@ -1,4 +1,4 @@
-"""The training stream: sources mixed, shuffled and cropped, addressed by position."""
+"""Training stream: sources mixed, shuffled and cropped, addressed by position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, as_bytes
 
-_WINDOW = 16_384  # images of shards that are shuffled together: reading stays within a few shards at a time
-_KEPT_BYTES = 1 << 30  # pictures that are kept decoded where they are always cropped alike
+_WINDOW = 16_384  # images from shards that are shuffled together, so that reading stays within a few shards at a time
+_KEPT_BYTES = 1 << 30  # limit of memory for decoded images, which are kept if they are always cropped the same way
 _TRIES = 100
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """ADM-style: shorter side scaled to 1.0..`max_scale` times the size, random crop, horizontal flip."""
+    """Augmentation as in ADM: shorter side scaled to 1.0..`max_scale` times the size, random crop, horizontal flip."""
 
     max_scale: float = 1.25
     flip: bool = True
@@ -38,19 +38,19 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class StreamItem:
-    """Pixels (3, size, size), uint8, and the (name, reason) of every broken image met on the way to them."""
+    """Pixels (3, size, size) in uint8, and name and reason of each broken image that was tried before."""
 
     pixels: Tensor
     broken: list[tuple[str, str]]
 
 
 def collate(items: Sequence[StreamItem]) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Pixels (B, 3, size, size) and all that was broken."""
+    """Stack pixels to (B, 3, size, size) and concatenate the lists of broken images."""
     return torch.stack([item.pixels for item in items]), [one for item in items for one in item.broken]
 
 
 class _Shuffled:
-    """A source in an order of its own in every epoch."""
+    """A source in a different order in every epoch."""
 
     def __init__(self, source: ImageSource, seed: Sequence[int]) -> None:
         self.source, self._seed = source, list(seed)
@@ -63,7 +63,7 @@ class _Shuffled:
         return int(self._order[place])
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation; of shards first the shards are shuffled, then the images within windows of that order."""
+        """Draw a permutation; a source of shards has its shards shuffled, then the images within windows of shards."""
         groups = self.source.groups()
         if groups is None:
             return rng.permutation(len(self.source))
@@ -76,17 +76,17 @@ class _Shuffled:
 class TrainingStream(Dataset):
     """An endless shuffled stream of images from one or several sources.
 
-    Item p is a function of (seed, p) alone - which source, which image, which crop - so a run that is resumed at
-    position p sees exactly what it would have seen, whatever the number of processes. Of every 1024 positions in a row
-    the sources get their shares, to the nearest whole number. A broken image is named in the item; its place is filled
-    from beyond the end of the run.
+    Item p (source, image and crop) depends only on the seed and p, so a run resumed at position p continues with the
+    same items, whatever the number of processes. Within every 1024 consecutive positions, each source gets its share,
+    rounded to a whole number. A broken image is recorded in the item and replaced with an image from beyond the end of
+    the run.
 
     Args:
-        weights: one a source, its share of the stream; without them shares follow the sources' sizes.
         length: number of positions of the run.
+        weights: relative share of each source in the stream; by default proportional to the sources' sizes.
 
     Raises:
-        UserError: no images, weights that do not fit the sources, or a share too small to be met.
+        UserError: a source has no images, the weights do not match the sources, or a share is too small.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TrainingStream(Dataset):
         weights: Sequence[float] | None = None,
     ) -> None:
         if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
-            raise UserError(f"expected {len(sources)} weights above 0, one a source, got {list(weights)}")
+            raise UserError(f"expected {len(sources)} weights above 0, one per source, got {list(weights)}")
         for source in sources:
             if not len(source):
                 raise UserError(f"{source.name!r} has no images to train on")
@@ -132,7 +132,7 @@ class TrainingStream(Dataset):
         raise UserError(f"{_TRIES} images in a row are broken. First: {broken[0][1]}")
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Which source a position belongs to, and which of its images stands there."""
+        """The source and the image at a position."""
         if len(self._shuffled) == 1:
             return 0, self._shuffled[0].index(position)
         block, place = divmod(position, BLOCK)

@@ -1,5 +1,6 @@
-"""Tar shards as sources of images, read in place: a shard is scanned once for where its members lie."""
+"""Tar shards as sources of images: scanned once for the offsets of their members, then read in place."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from evotok_plugin.common.files import cache_folder, write_text
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import (
     described,
@@ -30,11 +32,12 @@ from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 64  # file descriptors that a process keeps open
+_SCANNED_ALONE = 8  # shards up to which starting other processes is not worthwhile
 
 
 class FilesInPlace:
-    """Files of which parts are read where they lie. Data-loading processes may share one, by fork or by pickle."""
+    """Files that are read at any offset. Data-loading processes can share an instance, by fork or by pickle."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = [str(path) for path in paths]
@@ -42,10 +45,10 @@ class FilesInPlace:
         self._owner = os.getpid()
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a file, which is named by its number.
+        """Read `size` bytes of a file, given by its number.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: the file cannot be read.
         """
         try:
             return os.pread(self._descriptor(file), size, offset)
@@ -53,8 +56,8 @@ class FilesInPlace:
             raise UserError(f"{self._paths[file]!r} cannot be read: {error}") from error
 
     def _descriptor(self, file: int) -> int:
-        """The open file; of many the ones used last stay open."""
-        if self._owner != os.getpid():  # a data-loading process: the parent's files stay the parent's
+        """Descriptor of a file; the most recently used files stay open."""
+        if self._owner != os.getpid():  # a forked process does not use the descriptors of its parent
             self._open, self._owner = OrderedDict(), os.getpid()
         if file not in self._open:
             if len(self._open) >= _OPEN_SHARDS:
@@ -68,14 +71,15 @@ class FilesInPlace:
 
 
 class TarSource(FilesInPlace):
-    """The images of tar shards, of WebDataset or of plain image files.
+    """The images of tar shards, in WebDataset's format or plain image files.
 
-    Files of one sample share their name up to the first dot. Its image is the file whose whole suffix is an image's
-    (`x.jpg`, whatever `x.seg.png` is there); without such a file, or with several, all its images count, under their
-    longer names (`x.0001.jpg`, `x.0002.jpg`). The label is what `.cls` holds.
+    Files of one sample share their name up to the first dot. The sample's image is the file whose full suffix is an
+    image suffix (`x.jpg`, even if there is `x.seg.png`). Without such a file, or with several, all images of the sample
+    count, under their longer names (`x.0001.jpg`, `x.0002.jpg`). The label is the content of the `.cls` file.
 
     Raises:
-        UserError: a shard is missing, broken or compressed, holds two images of one name, or holds no images.
+        UserError: a shard is missing, broken or compressed, or contains two images of the same name, or there are no
+            images.
     """
 
     def __init__(self, shards: Sequence[Path], name: str) -> None:
@@ -84,7 +88,7 @@ class TarSource(FilesInPlace):
         parts = scan_shards(shards, shard_index)
         self._shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["keys"]) for part in parts])
         self._offsets, self._sizes = (
-            np.fromiter((value for part in parts for value in part[what]), np.int64) for what in ("offsets", "sizes")
+            np.fromiter((value for part in parts for value in part[name]), np.int64) for name in ("offsets", "sizes")
         )
         self._keys = PackedStrings(key for part in parts for key in part["keys"])
         labels = [label for part in parts for label in part["labels"]]
@@ -93,7 +97,7 @@ class TarSource(FilesInPlace):
         self._states = [(os.path.abspath(shard), file_state(shard)) for shard in shards]
         skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
         if not len(self._keys):
-            raise UserError(f"{name!r} holds no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
+            raise UserError(f"{name!r} contains no images ({', '.join(IMAGE_SUFFIXES)}); found {described(skipped)}")
         report_skipped(name, skipped, "member")
 
     def __len__(self) -> int:
@@ -119,78 +123,67 @@ class TarSource(FilesInPlace):
         return self._shard
 
 
-class _InPlace:
-    """As many workers as there is work for: none."""
-
-    map = staticmethod(map)
-
-    def __enter__(self) -> "_InPlace":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
+def scan_shards(shards: Sequence[Path], scan: Callable[[str], T]) -> list[T]:
+    """Apply `shard_index` or `shard_members` to tar shards, in several processes if there are many."""
+    paths = [str(shard) for shard in shards]
+    if len(paths) <= _SCANNED_ALONE:
+        return [scan(path) for path in paths]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths))) as pool:
+        return list(pool.map(scan, paths))
 
 
-def scan_shards(shards: Sequence[Path], index: Callable[[str], T]) -> list[T]:
-    """`shard_index` or `shard_members` of tar shards; of many, in several processes."""
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(shards))) if len(shards) > 8 else _InPlace() as pool:
-        return list(pool.map(index, map(str, shards)))
+def shard_index(shard: str) -> dict[str, Any]:
+    """Index the images of a tar shard; the result is cached in the user's cache folder until the shard changes.
 
-
-def _index_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evotok" / "shards"
-
-
-def shard_index(shard: str) -> dict[str, list]:
-    """`keys`, `labels`, `offsets` and `sizes` of the images in a tar shard, and how many of its other files are
-    `skipped` by suffix; kept in the user's cache folder until the shard changes.
+    Returns:
+        `keys`, `labels`, `offsets` and `sizes` of the images, and `skipped`, the number of other files by suffix.
 
     Raises:
-        UserError: the shard is missing, broken or compressed, or holds two images of one name.
+        UserError: the shard is missing, broken or compressed, or contains two images of the same name.
     """
-    return _kept("2", shard, _scan_shard)
+    return _cached("2", shard, _scan_shard)
 
 
 def shard_members(shard: str) -> dict[str, list]:
-    """`names`, `offsets` and `sizes` of all files in a tar shard, in their order, kept as `shard_index` keeps its
-    result. An offset of -1 stands for what has no content of its own (links to other places, devices)."""
-    return _kept("members 2", shard, _scan_members)
+    """Index all files of a tar shard in order, cached as for `shard_index`.
+
+    Returns:
+        `names`, `offsets` and `sizes`; the offset is -1 for entries without content (links to other places, devices).
+    """
+    return _cached("members 2", shard, _scan_members)
 
 
-def _kept(what: str, shard: str, scan: Callable[[str], dict[str, list]]) -> dict[str, list]:
+def _cached(kind: str, shard: str, scan: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     state = file_state(shard)
     if not state:
         raise UserError(f"shard {shard!r} does not exist")
-    identity = f"{what} {os.path.realpath(shard)} {state}"
-    kept = _index_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    identity = f"{kind} {os.path.realpath(shard)} {state}"
+    file = cache_folder("shards") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     try:
-        return json.loads(kept.read_text())
-    except (OSError, ValueError):
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # missing, or damaged
         index = scan(shard)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(index))
-        os.replace(temporary, kept)
-    except OSError:
-        pass  # no place to keep it: it will be made again
+    # If the index cannot be stored, or another process is storing the same one, the next run scans the shard again.
+    with contextlib.suppress(OSError, UserError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(index))
     return index
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """The sample that a file of a shard belongs to, and the file's suffix: `a/x.0.jpg` is `0.jpg` of sample `a/x`."""
+    """Split a member's name into its sample and suffix: `a/x.0.jpg` is `0.jpg` of sample `a/x`."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, suffix
 
 
 def _members(shard: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of all files in a shard but the hidden ones."""
-    places: dict[str, tuple[int, int]] = {}  # of the files that hard links may mean
+    """Name, offset and size of all files in a shard, except hidden ones."""
+    places: dict[str, tuple[int, int]] = {}  # of possible targets of hard links
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                archive.members = []  # else every header stays in memory
+                archive.members = []  # type: ignore[attr-defined]  # not in the stubs; otherwise all headers stay in memory
                 if member.isdir() or is_hidden(member.name):
                     continue
                 if member.isfile():
@@ -198,7 +191,7 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
                 target = member.linkname if member.islnk() else member.name
                 yield (member.name, *places.get(target, (-1, 0)))
     except (tarfile.TarError, OSError, EOFError) as error:
-        hint = "; compressed shards cannot be read in place, unpack them to .tar" if _is_compressed(shard) else ""
+        hint = "; compressed shards are not supported, decompress them to .tar" if _is_compressed(shard) else ""
         raise UserError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
 
 
@@ -213,7 +206,9 @@ def _scan_shard(shard: str) -> dict[str, Any]:
         elif kind_of(name) == "image":
             images = samples.setdefault(key, {})
             if name in images:
-                raise UserError(f"shard {shard!r} holds two files named {shorten(name)}; give every image its own name")
+                raise UserError(
+                    f"shard {shard!r} contains two files named {shorten(name)}; give every image a unique name"
+                )
             images[name] = (offset, size)
         elif suffix == "cls":
             classes[key] = (offset, size)
@@ -234,7 +229,7 @@ def _scan_shard(shard: str) -> dict[str, Any]:
 
 
 def _images_of_sample(sample: str, images: Iterable[str]) -> dict[str, str]:
-    """Members by key: the one image of a sample, or all that share its name up to the first dot."""
+    """Members by key: the single image of a sample, or all images that share its name up to the first dot."""
     plain = [name for name in images if "." not in split_member_name(name)[1]]
     if len(plain) == 1:
         return {sample: plain[0]}
@@ -244,7 +239,7 @@ def _images_of_sample(sample: str, images: Iterable[str]) -> dict[str, str]:
 
 def _scan_members(shard: str) -> dict[str, list]:
     found = list(_members(shard))
-    return {what: [one[place] for one in found] for place, what in enumerate(("names", "offsets", "sizes"))}
+    return {name: [member[place] for member in found] for place, name in enumerate(("names", "offsets", "sizes"))}
 
 
 def _is_compressed(path: str) -> bool:

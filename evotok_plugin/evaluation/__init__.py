@@ -1,1 +1,1 @@
-"""Evaluation of a tokenizer: reconstruction, features, probes, and the same level by level."""
+"""Evaluation of a tokenizer: reconstruction, semantic features and code usage, also level by level."""

@@ -1,21 +1,22 @@
-"""How good a tokenizer is, in figures one can publish: from images to a table, over one process or several."""
+"""Evaluation of a tokenizer on a source of images, by one process or several."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from evotok_plugin.common.files import cache_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.batches import decoded
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.meters import (
     ImageMean,
@@ -26,12 +27,13 @@ from evotok_plugin.evaluation.meters import (
     TokenizedBatch,
     Usage,
 )
-from evotok_plugin.evaluation.report import _COLUMNS, Evaluation
+from evotok_plugin.evaluation.report import GRID_COLUMNS, Evaluation
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.metrics import probes
 from evotok_plugin.metrics.image import psnr, ssim
-from evotok_plugin.metrics.inception import StatisticsCache, default_cache_folder, load_inception, spread
+from evotok_plugin.metrics.inception import load_inception
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher
 
@@ -39,24 +41,25 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 METRICS = ("psnr", "ssim", "usage", "cosine", "probes", "rfid", "lpips")
-_DOWNLOADED = ("rfid", "lpips")  # need weights that are downloads, so they must be asked for
+_DOWNLOADED = ("rfid", "lpips")  # measured only on request because their weights have to be downloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What to measure, and how.
+    """Metrics and settings of an evaluation.
 
     Attributes:
-        metrics: of `METRICS`, or `("all",)`; without it what needs no download: psnr, ssim, usage, with a teacher
-            cosine, with labels probes.
+        metrics: some of `METRICS`, or `("all",)`; by default all that need no download: psnr, ssim, usage, cosine (with
+            a teacher) and probes (with labels).
         teacher: on the model's device.
-        inception_weights: file of the Inception network; else torch's hub folder.
-        stats_cache: folder for statistics of real images; else one in the user's cache.
-        max_bad_fraction: share of broken images that is tolerated; `report` is the file that names them.
-        num_pictures: originals and reconstructions that are kept for the grid.
+        inception_weights: weights file of the Inception network, by default in torch's hub folder.
+        stats_cache: folder for statistics of real images, by default in the user's cache folder.
+        max_bad_fraction: fraction of broken images that is tolerated.
+        report: file to list broken images in.
+        num_pictures: number of originals and reconstructions that are kept for the grid.
 
     Raises:
-        UserError: batches of no images, or fewer than no worker.
+        UserError: a number is out of range.
     """
 
     metrics: Sequence[str] | None = None
@@ -67,7 +70,7 @@ class EvaluationOptions:
     num_workers: int = min(4, os.cpu_count() or 1)
     max_bad_fraction: float = 0.001
     report: Path | None = None
-    num_pictures: int = 2 * _COLUMNS
+    num_pictures: int = 2 * GRID_COLUMNS
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("num_workers", 0)):
@@ -83,60 +86,63 @@ def evaluate(
     options: EvaluationOptions | None = None,
     processes: Processes | None = None,
 ) -> Evaluation | None:
-    """Send the images of a source through a tokenizer and measure what comes out.
+    """Reconstruct the images of a source and measure the chosen metrics.
 
-    Images are compared as the processor crops them. Several processes take every other image and add up what they
-    have measured.
+    Images are compared as the processor crops them. Several processes share the images and combine their results.
 
     Args:
-        model: in eval mode, on the device that does the work; the same in every process.
+        model: in eval mode, on the device to use; identical in every process.
 
     Returns:
-        The figures, in the first process; None in the others.
+        The results in the first process; None in the others.
 
     Raises:
-        UserError: a metric that lacks what it needs, or too many broken images.
+        UserError: a requirement of a metric is missing, or too many images are broken.
     """
     if model.training:
-        raise UserError("the model is in training mode, in which it would learn from these images; call model.eval()")
+        raise ValueError("the model is in training mode and would learn from these images; call model.eval()")
     options = options or EvaluationOptions()
     processes = processes or Processes(0, 1, model.device)
     metrics = _without_untrained(chosen_metrics(options, source), options, model)
     networks = _first_then_others(processes, lambda: _networks(metrics, options, model.device))
     meters = _meters(metrics, networks, model, processor, source, options, processes)
-    pictures = _Pictures(spread(len(source), options.num_pictures))
+    pictures = _Pictures(evenly_spread(len(source), options.num_pictures))
+    accumulators: list[_Accumulator] = [*meters, pictures]
     bad = _own_bad_samples(options, processes)
-    # Convolutions on GPUs would otherwise be rounded to TF32.
+    # By default, convolutions on GPUs are rounded to TF32.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for batch in _tokenized(model, processor, source, options, processes, bad):
-            for meter in (*meters, pictures):
-                meter.update(batch)
+            for accumulator in accumulators:
+                accumulator.update(batch)
     bad = _all_bad_samples(bad, processes)
     bad.check(len(source))
     if len(bad.reasons) == len(source):
         raise UserError(f"none of the {len(source)} images of {source.name!r} can be read")
     if bad.reasons and processes.is_first:
-        logger.warning("left out, of %d images: %s", len(source), _first_few(bad.reasons))
-    for meter in (*meters, pictures):
-        meter.add_up(processes)
+        logger.warning("skipped %d of %d images: %s", len(bad.reasons), len(source), _first_few(bad.reasons))
+    for accumulator in accumulators:
+        accumulator.add_up(processes)
     if not processes.is_first:
         return None
     return Evaluation(_values(model, processor, source, meters, bad), pictures.pairs())
 
 
 def chosen_metrics(options: EvaluationOptions, source: ImageSource) -> list[str]:
-    """The metrics to measure, in the order of `METRICS`: those that are asked for, of `all` or of the default those
-    that teacher, labels and number of images allow.
+    """Choose the metrics to measure, in the order of `METRICS`.
+
+    Metrics requested by name are all measured; of `all`, or of the default, those that the teacher, the labels and the
+    number of images allow.
 
     Raises:
-        UserError: an unknown metric, or one that is asked for and lacks something.
+        UserError: a metric is unknown, or was requested by name and lacks a requirement.
     """
-    asked = list(options.metrics or ())
-    if unknown := [metric for metric in asked if metric not in (*METRICS, "all")]:
+    requested = list(options.metrics or ())
+    if unknown := [metric for metric in requested if metric not in (*METRICS, "all")]:
         raise UserError(f"unknown metric {unknown[0]!r}; expected all, or some of {', '.join(METRICS)}")
-    wanted = METRICS if "all" in asked else asked or [metric for metric in METRICS if metric not in _DOWNLOADED]
+    default = [metric for metric in METRICS if metric not in _DOWNLOADED]
+    wanted = METRICS if "all" in requested else requested or default
     lacking = _lacking(wanted, options, source)
-    for metric in asked:
+    for metric in requested:
         if metric in lacking:
             raise UserError(f"{metric} cannot be measured: {lacking[metric]}")
     chosen = [metric for metric in METRICS if metric in wanted and metric not in lacking]
@@ -146,10 +152,10 @@ def chosen_metrics(options: EvaluationOptions, source: ImageSource) -> list[str]
 
 
 def _without_untrained(metrics: list[str], options: EvaluationOptions, model: EvoTokModel) -> list[str]:
-    """The metrics without those of semantic features, where nothing has trained them.
+    """Remove the metrics of semantic features if the semantic decoder was not trained.
 
     Raises:
-        UserError: such a metric is asked for by name, or by giving a teacher.
+        UserError: such a metric was requested by name, or a teacher was given.
     """
     if model.config.semantic_decoder_trained:
         return metrics
@@ -162,18 +168,18 @@ def _without_untrained(metrics: list[str], options: EvaluationOptions, model: Ev
 
 
 def _lacking(wanted: Sequence[str], options: EvaluationOptions, source: ImageSource) -> dict[str, str]:
-    """Metrics that cannot be measured, and why."""
+    """Metrics that cannot be measured, with the reason."""
     lacking = {}
     if options.teacher is None:
-        lacking["cosine"] = "it compares with a teacher; give --teacher FOLDER"
+        lacking["cosine"] = "it compares features with a teacher's; pass --teacher FOLDER"
     if len(source) < 2:
         lacking["rfid"] = f"it needs at least 2 images, {source.name!r} has {len(source)}"
     if "probes" in wanted:
         labels = [source.label(index) for index in probes.probed_images(len(source))]
         if not probes.in_classes(labels).any():
             lacking["probes"] = (
-                f"{source.name!r} has no 2 classes of at least 2 images each; labels are the names of the folders that "
-                "images lie in, .cls files in shards, or a column `label`"
+                f"{source.name!r} needs at least 2 classes of at least 2 images each; labels are the names of the "
+                "images' folders, .cls files in shards, or a column `label`"
             )
     return lacking
 
@@ -182,15 +188,18 @@ def _lacking(wanted: Sequence[str], options: EvaluationOptions, source: ImageSou
 
 
 def _first_then_others(processes: Processes, make: Callable[[], T]) -> T:
-    """What every process makes, the first one before the others: what it downloads the others find."""
-    made = make() if processes.is_first else None
+    """Call `make` in the first process and then in the others, which find the files that the first has downloaded."""
+    if processes.is_first:
+        made = make()
     processes.barrier()
-    return made if processes.is_first else make()
+    if not processes.is_first:
+        made = make()
+    return made
 
 
 def _networks(metrics: Sequence[str], options: EvaluationOptions, device: torch.device) -> dict[str, nn.Module]:
-    """The measuring networks, by metric."""
-    networks = {}
+    """Networks that metrics use, by metric."""
+    networks: dict[str, nn.Module] = {}
     if "rfid" in metrics:
         networks["rfid"] = load_inception(options.inception_weights).to(device)
     if "lpips" in metrics:
@@ -208,15 +217,19 @@ def _meters(
     processes: Processes,
 ) -> list[Meter]:
     def rfid() -> ReconstructionFid:
-        folder = options.stats_cache or default_cache_folder()
+        folder = options.stats_cache or cache_folder("inception")
         cache = StatisticsCache(folder, source, processor) if processes.is_first else None
         return ReconstructionFid(networks["rfid"], cache, processes)
+
+    def cosine() -> TeacherCosine:
+        assert options.teacher is not None, "`chosen_metrics` has checked this"
+        return TeacherCosine(model, options.teacher, processor.size)
 
     makers: dict[str, Callable[[], Meter]] = {
         "psnr": lambda: ImageMean("psnr", psnr),
         "ssim": lambda: ImageMean("ssim", ssim),
         "usage": lambda: Usage(model),
-        "cosine": lambda: TeacherCosine(model, options.teacher, processor.size),
+        "cosine": cosine,
         "probes": lambda: Probes(source),
         "rfid": rfid,
         "lpips": lambda: ImageMean("lpips", lambda pixels, target: networks["lpips"](pixels, target).flatten()),
@@ -224,8 +237,16 @@ def _meters(
     return [makers[metric]() for metric in metrics]
 
 
+class _Accumulator(Protocol):
+    """Results that are collected batch by batch and then over all processes."""
+
+    def update(self, batch: TokenizedBatch) -> None: ...
+
+    def add_up(self, processes: Processes) -> None: ...
+
+
 class _Pictures:
-    """Some of the images with their reconstructions, for the grid."""
+    """Selected images with their reconstructions, for the grid."""
 
     def __init__(self, wanted: Sequence[int]) -> None:
         self._wanted = frozenset(wanted)
@@ -241,7 +262,11 @@ class _Pictures:
 
     def pairs(self) -> list[tuple[Image.Image, Image.Image]]:
         ordered = (pair for _, pair in sorted(self._pairs.items()))
-        return [tuple(Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pair) for pair in ordered]
+        return [(_as_pil(original), _as_pil(rebuilt)) for original, rebuilt in ordered]
+
+
+def _as_pil(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _values(
@@ -251,7 +276,7 @@ def _values(
     meters: Sequence[Meter],
     bad: BadSamples,
 ) -> dict[str, Any]:
-    values = {
+    values: dict[str, Any] = {
         "model": model.name_or_path,
         "source": source.name,
         "images": len(source) - len(bad.reasons),
@@ -277,10 +302,10 @@ def _tokenized(
     processes: Processes,
     bad: BadSamples,
 ) -> Iterator[TokenizedBatch]:
-    """This process's images, each decoded once, in the background; what is broken goes to `bad`.
+    """This process's images, each decoded once, in the background; broken ones are added to `bad`.
 
     Raises:
-        UserError: more images are broken than can be made up for.
+        UserError: too many images are broken, even if all others can be read.
     """
     own = range(processes.rank, len(source), processes.world_size)
     num_batches = -(-len(own) // options.batch_size)
@@ -298,7 +323,7 @@ def _tokenized(
 
 
 def _own_bad_samples(options: EvaluationOptions, processes: Processes) -> BadSamples:
-    """The first process's report has the name that was asked for, others stand beside it."""
+    """The collector of one process; other processes than the first write their reports next to the requested file."""
     report = options.report
     if report is not None and not processes.is_first:
         report = report.with_name(f"{report.stem}.{processes.rank}{report.suffix}")

@@ -1,4 +1,4 @@
-"""Strips, curves and code usage of a level-by-level evaluation, as pictures."""
+"""Figures of a level-by-level evaluation: strips of reconstructions, curves and code usage."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 
 _LEFT, _RIGHT, _GRAY = "#0072B2", "#D55E00", "#555555"  # blue and vermilion, distinguishable with any color vision
-_STRIP_WIDTH = 2000  # pixels that a row of the strip may take
+_STRIP_WIDTH = 2000  # largest width of a row in pixels
 
 
 def draw_strips(evolution: Evolution) -> Image.Image:
-    """A row an image: the original, then what 1, 2, .. levels rebuild, each with its PSNR."""
+    """Draw one row per image: the original, then reconstructions from 1, 2, .. levels with their PSNR."""
     rows, captions = [], []
     for strip in evolution.strips:
         pictures = EvoTokImageProcessor.to_pil(torch.cat([strip.original[None], strip.rebuilt]))
@@ -31,16 +31,16 @@ def draw_strips(evolution: Evolution) -> Image.Image:
 
 
 def _sized(picture: Image.Image, columns: int) -> Image.Image:
-    """Small pictures enlarged by a whole number, without smoothing; large ones reduced to what the row has room for."""
-    room = _STRIP_WIDTH // columns
-    if picture.width > room:
-        return picture.resize((room, room), Image.Resampling.LANCZOS)
+    """Enlarge small pictures by an integer factor without smoothing; reduce large ones to the width available."""
+    available = _STRIP_WIDTH // columns
+    if picture.width > available:
+        return picture.resize((available, available), Image.Resampling.LANCZOS)
     side = picture.width * max(1, 96 // picture.width)
     return picture.resize((side, side), Image.Resampling.NEAREST)
 
 
 def check_plotting() -> None:
-    """Whether plots can be drawn.
+    """Check that plots can be drawn.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -52,23 +52,23 @@ def check_plotting() -> None:
 
 
 def _figure(height: float) -> "Figure":
-    """A figure without a window system: saved, it is drawn by Agg."""
+    """Create a figure that needs no window system; it is rendered by Agg when saved."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.2, height), dpi=160, layout="constrained")
 
 
 def plot_curves(evolution: Evolution) -> "Figure":
-    """PSNR on the left axis and the features' cosine on the right one, over depth, with the quartiles over images as
-    bands.
+    """Plot PSNR (left axis) and the cosine of features (right axis) over depth, with bands between the quartiles.
 
-    The cosine is to the teacher's features where there is a teacher, else to the model's own at `semantic_depth`, and
-    is named so; the plot has none where the semantic decoder was not trained. Each axis has its half of the plot: where
-    curves of two units cross means nothing.
+    The cosine is with the teacher's features if there is a teacher, otherwise with the model's own features at
+    `semantic_depth`; the label says which. It is omitted if the semantic decoder was not trained. Each axis uses one
+    half of the plot, because a crossing of curves with different units has no meaning.
     """
     config, figure = evolution.config, _figure(4.8)
     left = figure.add_subplot()
     lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o")]
+    cosine: Curve | None
     if evolution.cosine_teacher is not None:
         cosine, target = evolution.cosine_teacher, "the teacher"
     else:
@@ -88,13 +88,13 @@ def plot_curves(evolution: Evolution) -> "Figure":
     if evolution.num_images > 1:
         from matplotlib.patches import Patch
 
-        lines.append(Patch(color=_GRAY, alpha=0.25, linewidth=0, label="the middle half of the images"))
+        lines.append(Patch(color=_GRAY, alpha=0.25, linewidth=0, label="middle 50% of the images"))
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
     return figure
 
 
 def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: int, **style: Any) -> Any:
-    """A curve in the lower (0) or the upper half (1) of the plot."""
+    """Plot a curve in the lower (0) or upper (1) half of the axes."""
     from matplotlib.ticker import MaxNLocator
 
     edges = [curve.mean]
@@ -112,12 +112,12 @@ def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: in
 
 
 def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
-    """Vertical lines where the decoders are meant to read, named above the frame."""
+    """Draw vertical lines at the depths of the decoders, with labels above the frame."""
     close = abs(config.pixel_depth - config.semantic_depth) < 0.3 * config.num_quantizers
     for name, depth, height in (("pixel", config.pixel_depth, 1.01), ("semantic", config.semantic_depth, 1.01)):
         axes.axvline(depth, color=_GRAY, linestyle=":", linewidth=1.5, zorder=0)
         if name == "semantic" and close:
-            height += 0.05  # a line above the other name
+            height += 0.05  # one line above the other label
         axes.annotate(
             f"{name} depth {depth}",
             (depth, height),
@@ -138,14 +138,17 @@ def _finish_depth_axis(axes: "Axes", num_levels: int) -> None:
 
 
 def plot_code_usage(evolution: Evolution) -> "Figure":
-    """Share of the codes that occur, and their perplexity, level by level; beside them what as many codes drawn evenly
-    from the whole codebook would give, for few images cannot use all codes."""
+    """Plot the fraction of the codes that occur, and their perplexity, by level.
+
+    Dotted lines show the values for as many codes drawn uniformly from the codebook, because few images cannot use all
+    codes.
+    """
     config, figure = evolution.config, _figure(4.8)
     shares, perplexities = figure.subplots(2, 1, sharex=True)
-    even = _drawn_evenly(evolution.num_codes, config.codebook_size)
+    uniform = _uniform_usage(evolution.num_codes, config.codebook_size)
     for axes, values, reference, name, color in (
-        (shares, 100 * np.array(evolution.code_usage), 100 * even.usage()[0], "codes used (%)", _LEFT),
-        (perplexities, np.array(evolution.perplexity), even.perplexity()[0], "perplexity (codes)", _RIGHT),
+        (shares, 100 * np.array(evolution.code_usage), 100 * uniform.usage()[0], "codes used (%)", _LEFT),
+        (perplexities, np.array(evolution.perplexity), uniform.perplexity()[0], "perplexity (codes)", _RIGHT),
     ):
         axes.bar(evolution.depths, values, color=color, width=0.7)
         axes.axhline(reference, color=_GRAY, linestyle=":", linewidth=1.5)
@@ -154,13 +157,13 @@ def plot_code_usage(evolution: Evolution) -> "Figure":
         axes.spines["right"].set_visible(False)
         _finish_depth_axis(axes, config.num_quantizers)
     perplexities.set_xlabel("level")
-    note = f"dotted: as many codes drawn evenly from a level's {config.codebook_size:,}"
+    note = f"dotted: as many codes drawn uniformly from the {config.codebook_size:,} of a level"
     shares.set_title(note, fontsize=9, color=_GRAY)
     figure.suptitle(f"Code usage by level: {evolution.images}, {evolution.num_codes:,} positions")
     return figure
 
 
-def _drawn_evenly(num_codes: int, codebook_size: int) -> CodeUsage:
+def _uniform_usage(num_codes: int, codebook_size: int) -> CodeUsage:
     usage = CodeUsage(1, codebook_size)
     usage.update(torch.randint(codebook_size, (num_codes, 1), generator=torch.Generator().manual_seed(0)))
     return usage

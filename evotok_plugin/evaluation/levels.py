@@ -1,4 +1,4 @@
-"""The evolution made visible: what images and features become as level after level is summed.
+"""Scores of images and features by depth: reconstructions from 1, 2, .. L levels.
 
 B batch, N positions, L levels, H W pixels, M images.
 """
@@ -17,7 +17,7 @@ from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.batches import decoded
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
@@ -28,7 +28,7 @@ from evotok_plugin.teacher import Teacher, teacher_features
 
 @dataclass(frozen=True)
 class Curve:
-    """A score at depth 1..L over images: mean, lower and upper quartile, each (L,)."""
+    """Mean, lower and upper quartile over images of a score at depths 1..L, each (L,)."""
 
     mean: np.ndarray
     lower: np.ndarray
@@ -36,7 +36,7 @@ class Curve:
 
     @classmethod
     def over(cls, scores: Tensor) -> "Curve":
-        """Of scores (M, L)."""
+        """Summarize scores (M, L)."""
         values = scores.double().numpy()
         lower, upper = np.quantile(values, (0.25, 0.75), axis=0)
         return cls(values.mean(axis=0), lower, upper)
@@ -44,8 +44,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Strip:
-    """One image: pixels of the `original` (3, H, W) and of what 1..L levels rebuild (L, 3, H, W), in [-1, 1], and the
-    PSNR of each in dB (L,)."""
+    """One image at every depth.
+
+    Attributes:
+        original: pixels (3, H, W) in [-1, 1].
+        rebuilt: reconstructions from 1..L levels (L, 3, H, W).
+        psnr: PSNR of each reconstruction in dB (L,).
+    """
 
     name: str
     original: Tensor
@@ -58,13 +63,13 @@ class Evolution:
     """Scores of a set of images at every depth.
 
     Attributes:
-        psnr: of the pixel decoder's images, in dB.
-        cosine_own: of the semantic features to the model's own features at `semantic_depth`, mean over positions; one
-            there by definition. None where the semantic decoder was not trained.
-        cosine_teacher: of the semantic features to the teacher's; None without a teacher.
-        code_usage, perplexity: of each level's codes, (L,).
-        num_codes: how many codes of a level have been counted: images times positions.
-        strips: the first of the images.
+        psnr: PSNR of the reconstructions in dB.
+        cosine_own: cosine of the semantic features with the model's own features at `semantic_depth`, mean over
+            positions; 1 at that depth by definition. None if the semantic decoder was not trained.
+        cosine_teacher: cosine of the semantic features with the teacher's; None without a teacher.
+        code_usage, perplexity: fraction of the codes that occur, and their perplexity, by level (L,).
+        num_codes: number of codes counted per level: images times positions.
+        strips: the first images.
     """
 
     config: EvoTokConfig
@@ -80,16 +85,17 @@ class Evolution:
 
     @property
     def depths(self) -> range:
+        """Numbers of levels that are summed: 1..L."""
         return range(1, self.config.num_quantizers + 1)
 
     @property
     def images(self) -> str:
-        """How many of what size, in words."""
+        """Description of the images' number and size."""
         noun = "image" if self.num_images == 1 else "images"
         return f"{self.num_images} {noun} of {self.image_size}x{self.image_size} pixels"
 
     def columns(self) -> dict[str, Sequence[float]]:
-        """The numbers as a table, one row a depth: column name -> (L,)."""
+        """Table with one row per depth: column (L,) by name."""
         table: dict[str, Sequence[float]] = {"depth": self.depths}
         for name in ("psnr", "cosine_teacher", "cosine_own"):
             if (curve := getattr(self, name)) is not None:
@@ -97,7 +103,7 @@ class Evolution:
         return table | {"code_usage": self.code_usage, "perplexity": self.perplexity}
 
     def write_csv(self, path: Path) -> None:
-        """Write `columns`."""
+        """Write `columns` as CSV."""
         table = self.columns()
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -121,24 +127,23 @@ def measure_evolution(
     num_strips: int = 4,
     batch_size: int = 32,
 ) -> Evolution:
-    """Decode images from 1, 2, .. L levels.
+    """Decode images from 1, 2, .. L levels and score the results.
 
-    Both decoders are asked at every depth, whatever depth they were trained at. A batch at a time is in memory, and of
-    every image a few numbers stay.
+    Both decoders are applied at every depth, whatever depth they were trained at. Memory holds one batch at a time
+    and a few numbers per image.
 
     Args:
-        model: in eval mode, on the device that does the work.
-        teacher: the frozen tower whose features the semantic decoder was trained to give.
-        bad: takes the names of images that cannot be read, and stops where they are too many; none are tolerated
-            without it.
-        max_images: of a larger source so many are taken, evenly spread.
+        model: in eval mode, on the device to use.
+        teacher: the frozen vision tower whose features the semantic decoder was trained to predict.
+        bad: collects broken images and limits their number; by default none are tolerated.
+        max_images: of a larger source, this many evenly spread images are used.
 
     Raises:
-        UserError: a model in training mode, a teacher that does not fit or that the model was not trained with, no
-            readable image, or too many broken ones.
+        UserError: the teacher does not match the model, the model was not trained with a teacher, no image can be read,
+            or too many are broken.
     """
     if model.training:
-        raise UserError("the model is in training mode, in which it would learn from these images; call model.eval()")
+        raise ValueError("the model is in training mode and would learn from these images; call model.eval()")
     for name, value in (("max_images", max_images), ("num_strips", num_strips), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -147,17 +152,20 @@ def measure_evolution(
         teacher.check_fits(model.config, processor.size)
     bad = bad or BadSamples(None, limit=0.0)
     usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
-    scores, strips = _Scores(), []
+    scores = _Scores()
+    strips: list[Strip] = []
     for names, pixel_values in _batches(source, processor, max_images, batch_size, bad):
         pixel_values = pixel_values.to(model.device)
         codes = model.encode(pixel_values).codes
+        assert codes is not None
+        num_positions = codes.shape[1]
         usage.update(codes)
         rebuilt = _decode_all(model, codes, pixel_values, teacher, scores, num_kept=num_strips - len(strips))
         for place, pixels in enumerate(rebuilt):
             strips.append(Strip(names[place], pixel_values[place].cpu(), pixels, scores.psnr[-1][place].tolist()))
     return Evolution(
         config=model.config,
-        num_images=usage.num_codes() // codes.shape[1],
+        num_images=usage.num_codes() // num_positions,
         image_size=processor.size,
         psnr=Curve.over(torch.cat(scores.psnr)),
         cosine_own=Curve.over(torch.cat(scores.cosine_own)) if scores.cosine_own else None,
@@ -171,7 +179,7 @@ def measure_evolution(
 
 @dataclass
 class _Scores:
-    """Of every batch (B, L), on the CPU."""
+    """Scores of each batch (B, L), on the CPU."""
 
     psnr: list[Tensor] = field(default_factory=list)
     cosine_own: list[Tensor] = field(default_factory=list)
@@ -186,31 +194,37 @@ def _decode_all(
     scores: _Scores,
     num_kept: int,
 ) -> Tensor:
-    """Score codes (B, N, L) at every depth; gives the pixels of the first images (num_kept or less, L, 3, H, W)."""
+    """Score codes (B, N, L) at every depth.
+
+    Returns:
+        Reconstructions (num_kept or fewer, L, 3, H, W) of the first images.
+    """
     targets = []
     if model.config.semantic_decoder_trained:
         targets.append((scores.cosine_own, model.decode_semantics(codes[..., : model.config.semantic_depth])))
     if teacher is not None:
         targets.append((scores.cosine_teacher, teacher_features(teacher, pixel_values)))
-    kept, quality, closeness = [], [], [[] for _ in targets]
+    kept, quality = [], []
+    cosines: list[list[Tensor]] = [[] for _ in targets]
     for depth in range(1, codes.shape[-1] + 1):
         pixels = model.decode_pixels(codes[..., :depth])
         quality.append(psnr(pixels, pixel_values))
         kept.append(pixels[:num_kept].float().cpu())
-        features = model.decode_semantics(codes[..., :depth]) if targets else None
-        for values, (_, target) in zip(closeness, targets, strict=True):
-            values.append(F.cosine_similarity(features.float(), target.float(), dim=-1).mean(dim=1))
+        if targets:
+            features = model.decode_semantics(codes[..., :depth]).float()
+        for values, (_, target) in zip(cosines, targets, strict=True):
+            values.append(F.cosine_similarity(features, target.float(), dim=-1).mean(dim=1))
     scores.psnr.append(torch.stack(quality, dim=1).cpu())
-    for values, (place, _) in zip(closeness, targets, strict=True):
-        place.append(torch.stack(values, dim=1).cpu())
+    for values, (collected, _) in zip(cosines, targets, strict=True):
+        collected.append(torch.stack(values, dim=1).cpu())
     return torch.stack(kept, dim=1)
 
 
 def _batches(
     source: ImageSource, processor: EvoTokImageProcessor, max_images: int, batch_size: int, bad: BadSamples
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Names and `pixel_values` (B, 3, H, W) of the images that can be read."""
-    chosen = np.linspace(0, len(source) - 1, min(len(source), max_images)).round().astype(int)
+    """Names and `pixel_values` (B, 3, H, W) of the readable images; broken ones are added to `bad`."""
+    chosen = evenly_spread(len(source), max_images)
     num_batches = -(-len(chosen) // batch_size)
     batches = decoded(source, chosen, processor, batch_size)
     found = False

@@ -1,4 +1,4 @@
-"""What `evaluation` measures, one meter a metric: fed with batches, added up over processes, asked once.
+"""Meters of an evaluation: each accumulates a metric over batches and combines it over processes.
 
 B images of a batch, N positions, L levels, D semantic_dim.
 """
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import to_pixel_values
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
-from evotok_plugin.metrics.inception import INCEPTION_DIM, StatisticsCache
+from evotok_plugin.metrics.inception import INCEPTION_DIM
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy, probed_images
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features
@@ -26,11 +27,11 @@ from evotok_plugin.teacher import Teacher, teacher_features
 
 @dataclass(frozen=True)
 class TokenizedBatch:
-    """Images on their way through a tokenizer; each station is reached when a meter asks for it, and once.
+    """A batch of images with lazily computed codes, reconstructions and features, each computed at most once.
 
     Attributes:
-        indices: which images of the source these are.
-        originals: (B, 3, H, W), uint8, on the model's device.
+        indices: indices of the images in their source.
+        originals: (B, 3, H, W) in uint8, on the model's device.
     """
 
     model: EvoTokModel
@@ -39,50 +40,52 @@ class TokenizedBatch:
 
     @cached_property
     def pixel_values(self) -> Tensor:
-        """(B, 3, H, W) in [-1, 1]."""
+        """Originals (B, 3, H, W) in [-1, 1]."""
         return to_pixel_values(self.originals, self.originals.device)
 
     @cached_property
     def codes(self) -> Tensor:
-        """(B, N, L)"""
-        return self.model.encode(self.pixel_values).codes
+        """Codes (B, N, L)."""
+        codes = self.model.encode(self.pixel_values).codes
+        assert codes is not None
+        return codes
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The reconstructions at pixel_depth: (B, 3, H, W), float32, clamped to [-1, 1]."""
+        """Reconstructions (B, 3, H, W) at `pixel_depth`, float32, clamped to [-1, 1]."""
         codes = self.codes[..., : self.model.config.pixel_depth]
         return self.model.decode_pixels(codes, self.model.grid_of(self.pixel_values)).float().clamp(-1, 1)
 
     @cached_property
     def rebuilt(self) -> Tensor:
-        """The reconstructions as they would be saved: (B, 3, H, W), uint8."""
+        """Reconstructions (B, 3, H, W) in uint8, as saved to a file."""
         return ((self.pixels + 1) * 127.5).round().to(torch.uint8)
 
     @cached_property
     def features(self) -> Tensor:
-        """Semantic features at semantic_depth: (B, N, D), float32."""
+        """Semantic features (B, N, D) at `semantic_depth`, float32."""
         return self.features_at(self.model.config.semantic_depth)
 
     def features_at(self, depth: int) -> Tensor:
-        """Semantic features of the first `depth` levels: (B, N, D), float32."""
+        """Semantic features (B, N, D) of the first `depth` levels, float32."""
         return self.model.decode_semantics(self.codes[..., :depth], self.model.grid_of(self.pixel_values)).float()
 
 
 class Meter(Protocol):
-    """One metric, or several that go together."""
+    """Accumulator of one metric, or of several related ones."""
 
     def update(self, batch: TokenizedBatch) -> None:
-        """Take in a batch."""
+        """Add a batch."""
 
     def add_up(self, processes: Processes) -> None:
-        """Take in what the other processes have; every process calls it, once."""
+        """Combine with the other processes; called once, in every process."""
 
     def results(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Metrics by name, serializable as JSON."""
 
 
 class ImageMean:
-    """Mean over images of a measure of two images: `measure(pixels, pixel_values)` gives (B,)."""
+    """Mean over images of a function of two images: `measure(pixels, pixel_values)` returns (B,)."""
 
     def __init__(self, name: str, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._name, self._measure = name, measure
@@ -101,7 +104,7 @@ class ImageMean:
 
 
 class Usage:
-    """Share of the codes that occur, and perplexity, level by level."""
+    """Fraction of the codes that occur, and perplexity, by level."""
 
     def __init__(self, model: EvoTokModel) -> None:
         self._usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
@@ -110,17 +113,17 @@ class Usage:
         self._usage.update(batch.codes)
 
     def add_up(self, processes: Processes) -> None:
-        self._usage.all_reduce()
+        self._usage.add_up(processes)
 
     def results(self) -> dict[str, list[float]]:
         return {"code_usage": self._usage.usage(), "perplexity": self._usage.perplexity()}
 
 
 class TeacherCosine:
-    """Cosine between the semantic features of 1, 2, .. L levels and the teacher's, mean over positions and images.
+    """Cosine of the semantic features of 1, 2, .. L levels with the teacher's, mean over positions and images.
 
     Raises:
-        UserError: the teacher reads other images, or gives other features.
+        UserError: the teacher expects other images or returns other features.
     """
 
     def __init__(self, model: EvoTokModel, teacher: Teacher, image_size: int) -> None:
@@ -137,7 +140,7 @@ class TeacherCosine:
 
     @staticmethod
     def _cosines(batch: TokenizedBatch, depth: int, target: Tensor) -> Tensor:
-        """(B,)"""
+        """Mean cosine of each image (B,)."""
         features = batch.features if depth == batch.model.config.semantic_depth else batch.features_at(depth)
         return F.cosine_similarity(features, target, dim=-1).mean(dim=1)
 
@@ -150,9 +153,9 @@ class TeacherCosine:
 
 
 class Probes:
-    """Accuracy of k nearest neighbours and of a linear classifier on semantic features, mean-pooled over positions.
+    """Accuracy of k-nearest neighbors and of a linear classifier on mean-pooled semantic features.
 
-    At most 50,000 images are probed, spread evenly, and only classes of at least two images; see `metrics.probes`.
+    At most 50,000 evenly spread images are used, and only classes of at least two images; see `metrics.probes`.
     """
 
     def __init__(self, source: ImageSource) -> None:
@@ -172,14 +175,14 @@ class Probes:
         self._features = [features for _, arrays in parts for features in arrays]
 
     def results(self) -> dict[str, Any]:
-        """Nothing, where broken images have left too few."""
+        """Accuracies, or no results if broken images have left too few classes."""
         order = np.argsort(self._indices)
-        labels = [self._source.label(self._indices[place]) for place in order]
-        usable = in_classes(labels)
+        found = [self._source.label(self._indices[place]) for place in order]
+        usable = in_classes(found)
         if not usable.any():
             return {}
         features = np.concatenate(self._features)[order][usable]
-        labels = [label for label, is_usable in zip(labels, usable, strict=True) if is_usable]
+        labels = [label for label, is_usable in zip(found, usable, strict=True) if is_usable and label is not None]
         return {
             "knn_accuracy": knn_accuracy(features, labels),
             "linear_probe_accuracy": linear_probe_accuracy(features, labels),
@@ -189,11 +192,12 @@ class Probes:
 
 
 class ReconstructionFid:
-    """Fréchet distance between Inception features of the originals and of the reconstructions, both as uint8 images
-    of the tokenizer's size. With 50,000 images it is the published rFID; with fewer it comes out higher.
+    """Fréchet distance between Inception features of originals and reconstructions, both as uint8 images.
+
+    The images have the tokenizer's size. With 50,000 images the result is the published rFID; with fewer it is higher.
 
     Args:
-        cache: of the originals' statistics; the first process has it.
+        cache: cached statistics of the originals, in the first process; None in the others.
     """
 
     def __init__(self, network: nn.Module, cache: StatisticsCache | None, processes: Processes) -> None:

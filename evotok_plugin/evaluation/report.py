@@ -1,4 +1,4 @@
-"""The result of an evaluation: numbers for a file, and tables for people."""
+"""Result of an evaluation: as JSON, as Markdown tables and as a grid of images."""
 
 import json
 from collections.abc import Sequence
@@ -9,23 +9,31 @@ from PIL import Image
 
 from evotok_plugin.common.pictures import image_grid
 
-_COLUMNS = 12
+GRID_COLUMNS = 12  # images per row of a grid
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`values`, ready for JSON, and pairs of pictures: (original, reconstruction)."""
+    """Result of an evaluation.
+
+    Attributes:
+        values: metrics and settings, serializable as JSON.
+        pictures: pairs of an original and its reconstruction.
+    """
 
     values: dict[str, Any]
     pictures: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
 
     def as_json(self) -> str:
+        """`values` as JSON."""
         return json.dumps(self.values, indent=2) + "\n"
 
     def as_markdown(self) -> str:
-        """Two tables: figures, and figures of each level."""
+        """Format one table of metrics, and one of metrics by level."""
         values = self.values
-        rows = [("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")]
+        rows: list[tuple[str, ...]] = [
+            ("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")
+        ]
         if values["bad_images"]:
             rows.append(("broken images, left out", str(values["bad_images"])))
         rows += [(name, form.format(values[key])) for key, name, form in _ROWS if key in values]
@@ -35,14 +43,16 @@ class Evaluation:
         columns = [(name, form, values[key]) for key, name, form in _LEVEL_COLUMNS if key in values]
         if columns:
             levels = range(len(columns[0][2]))
-            rows = [(str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels]
-            tables.append(_table(("level", *(name for name, _, _ in columns)), rows))
+            by_level = [
+                (str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels
+            ]
+            tables.append(_table(("level", *(name for name, _, _ in columns)), by_level))
         return "\n".join(tables)
 
     def grid(self) -> Image.Image:
-        """Originals, each row of them over the row of their reconstructions."""
-        columns = min(_COLUMNS, len(self.pictures))
-        rows = []
+        """Draw rows of originals, each above the row of their reconstructions."""
+        columns = min(GRID_COLUMNS, len(self.pictures))
+        rows: list[Image.Image] = []
         for start in range(0, len(self.pictures), columns):
             row = self.pictures[start : start + columns]
             blank = [Image.new("RGB", row[0][0].size, "white")] * (columns - len(row))

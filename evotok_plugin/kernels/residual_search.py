@@ -1,8 +1,11 @@
-"""The residual search as one fused Triton kernel a level: search, gather and residual update; scores stay on the chip.
+"""The residual search as one fused Triton kernel per level: search, gather and residual update; scores stay on chip.
 
-M vectors, L levels, K codes a level, C dimensions. Needs Triton; `evotok_plugin.code_search` says how the result comes
-to be exact, and takes this module where it can be imported and the latents are on a GPU.
+M vectors, L levels, K codes per level, C dimensions. Requires Triton. `evotok_plugin.code_search` explains why the
+result is exact, and uses this module for latents on a GPU if it can be imported.
 """
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates the annotations of a kernel's parameters, so only constexpr ones have any.
 
 import contextlib
 
@@ -18,7 +21,7 @@ _BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
 def _rank_tile(
     vectors, codebook, tile, wanted, distance, code, K, C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Compare float64 vectors with the codes of one tile each, where wanted; takes and gives the nearest so far."""
+    """Compare the wanted float64 vectors with the codes of one tile each, updating their nearest distance and code."""
     columns = tl.arange(0, PADDED_C)[None, :]
     for place in range(BLOCK_K):
         index = tile * BLOCK_K + place
@@ -38,7 +41,7 @@ def _scores(
     vectors, codebook, bias, tile, K,
     C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computed scores of all vectors of the block with a tile of codes (BLOCK_M, BLOCK_K)."""
+    """Computed scores of all vectors of the block for a tile of codes (BLOCK_M, BLOCK_K)."""
     index = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, PADDED_C)
     mask = (columns < C)[:, None] & (index < K)[None, :]
@@ -58,7 +61,7 @@ def _search_level(
     mask = (rows < M)[:, None] & (columns < C)
     vectors = tl.load(places, mask=mask, other=0.0).to(tl.float32)
 
-    # Of every tile of codes the maximum; of the tiles the best two, and how good the third is.
+    # The maximum of every tile of codes: the best two tiles, and the maximum of the third.
     first = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     second = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     third = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -86,7 +89,7 @@ def _search_level(
     if tl.max(near.to(tl.int32), axis=0) > 0:
         distance, code = _rank_tile(exact, codebook, second_tile, near, distance, code, K, C, PADDED_C, BLOCK_K)
     near = everyone & (third.to(tl.float64) >= least)
-    if tl.max(near.to(tl.int32), axis=0) > 0:  # rare: go through the codes once more
+    if tl.max(near.to(tl.int32), axis=0) > 0:  # rare: another pass over all codes
         for tile in range(num_tiles):
             top = tl.max(_scores(vectors, codebook, bias, tile, K, C, PADDED_C, BLOCK_K, PRECISION), axis=1)
             wanted = near & (top.to(tl.float64) >= least) & (tile != first_tile) & (tile != second_tile)
@@ -94,18 +97,18 @@ def _search_level(
                 tiles = tl.zeros((BLOCK_M,), tl.int32) + tile
                 distance, code = _rank_tile(exact, codebook, tiles, wanted, distance, code, K, C, PADDED_C, BLOCK_K)
 
-    code = tl.where(code < K, code, 0)  # vectors that are not finite have no nearest code
+    code = tl.where(code < K, code, 0)  # a vector that is not finite has no nearest code
     tl.store(codes_pointer + rows * codes_stride, code.to(tl.int64), mask=rows < M)
     chosen = tl.load(codebook + code[:, None] * C + columns, mask=mask, other=0.0).to(tl.float64)
     tl.store(places, exact - chosen, mask=mask)
 
 
 def relative_error(dim: int, precision: str) -> float:
-    """Largest error of a computed score relative to |x||c|, by tl.dot's `input_precision`."""
+    """Largest error of a computed score relative to |x||c|, for an `input_precision` of tl.dot."""
     if precision == "ieee":
         return (dim + 4) * 2.0**-24
-    # tf32x3: each factor is two numbers of 11 bits, cut off; the product of the two lesser parts is left out; 3 C
-    # products are added up with sums cut off at 24 bits.
+    # tf32x3: each factor is split into two numbers truncated to 11 bits; the product of the two smaller parts is left
+    # out; 3 C products are summed with truncation to 24 bits.
     return 4 * 2.0**-20 + (3 * dim + 8) * 2.0**-23
 
 
@@ -116,7 +119,7 @@ def _precision(latents: Tensor) -> str:
 
 
 def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
-    """Level by level the nearest code to what the levels before have left: (M, C), (l, K, C) -> (M, l)."""
+    """Level by level the code nearest to the residual of the levels before: (M, C), (l, K, C) -> (M, l)."""
     (num_vectors, dim), (levels, size, _) = latents.shape, codebooks.shape
     precision = _precision(latents)
     error = relative_error(dim, precision)

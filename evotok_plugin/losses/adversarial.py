@@ -1,13 +1,14 @@
 """PatchGAN (Isola et al. 2017) with the hinge loss, as VQGAN uses it."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evotok_plugin.common.processes import Processes
+
 
 class PatchDiscriminator(nn.Module):
-    """(B, 3, H, W) -> a logit a patch, (B, 1, H', W')."""
+    """Images (B, 3, H, W) -> one logit per patch (B, 1, H', W')."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """What the decoder minimizes."""
+    """The adversarial loss that the decoder minimizes."""
     return -fake_logits.mean()
 
 
@@ -40,14 +41,13 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Ratio of both losses' gradients at the decoder's last layer (Esser et al. 2021, eq. 7), within 0..1e4.
+    """Ratio of the two losses' gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7), in 0..1e4.
 
-    The gradients are those of the joint batch of all processes, so that the weight is the same in each.
+    The gradients are summed over all processes, so that every process gets the same weight.
     """
     gradients = torch.stack(
         [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradients)
-    wanted, given = (gradient.norm() for gradient in gradients)
-    return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()
+    Processes.current().add_up(gradients)
+    reconstruction_norm, adversarial_norm = (gradient.norm() for gradient in gradients)
+    return (reconstruction_norm / (adversarial_norm + 1e-4)).clamp(0, 1e4).detach()

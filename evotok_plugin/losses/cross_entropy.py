@@ -1,35 +1,34 @@
-"""Cross-entropy behind a large classifier, without the logits of all rows at once.
+"""Cross-entropy after a large classifier, without holding the logits of all rows at once.
 
-R rows, D width, V classes, N classes whose weights are given apart.
+R rows, D width, V classes, N replaced classes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from evotok_plugin.errors import UserError
-
-MAX_LOGITS = 2**26  # of a chunk: 256 MiB in float32
+MAX_LOGITS = 2**26  # per chunk: 256 MiB in float32
 
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Weights of a few classes that take the place of the classifier's own.
+    """Weights of a few classes that replace the classifier's own.
 
     Attributes:
-        classes: which classes, (N,).
-        rows: their weights, (N, D); the logit of such a class is the product of its row with the hidden state.
+        classes: indices of the classes (N,).
+        rows: their weights (N, D); the logit of such a class is the product of its row with the hidden state.
     """
 
     classes: Tensor
     rows: Tensor
 
     def put_into(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The logits (R, V) of hidden states (R, D), with those of the replaced classes; `logits` is overwritten."""
+        """Overwrite the logits (R, V) of the replaced classes with those for hidden states (R, D); returns `logits`."""
         return logits.index_copy_(-1, self.classes, (hidden @ self.rows.to(hidden.dtype).T).to(logits.dtype))
 
 
@@ -43,32 +42,32 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `classifier(hidden)`: a float32 scalar, 0 without rows.
 
-    Rows are classified in chunks of about `max_logits` logits, and a chunk's gradient is taken before the next chunk
-    comes: neither logits nor their gradient are ever there as a whole, and no product is made twice (the idea of
-    Liger Kernel's fused linear cross-entropy, arXiv 2410.10989). The result can be differentiated once.
+    Rows are classified in chunks of about `max_logits` logits, and the gradient of a chunk is computed before the next
+    chunk: neither all logits nor their gradient are ever in memory, and no product is computed twice (as in Liger
+    Kernel's fused linear cross-entropy, arXiv 2410.10989). The result can be differentiated once.
 
     Args:
-        classifier: rows (R, D) to logits (R, V), each row for itself. A linear layer as a rule; it may be frozen, tied
-            to embeddings, or carry adapters.
+        classifier: maps rows (R, D) to logits (R, V), each row independently. Usually a linear layer; it may be frozen,
+            tied to embeddings, or have adapters.
         hidden: (R, D).
-        targets: the right class of every row, (R,).
+        targets: the true class of every row, (R,).
         num_classes: V.
-        replaced: classes with weights of their own, which may be trained while the classifier is frozen.
+        replaced: classes with separate weights, which may be trained while the classifier is frozen.
 
     Raises:
-        UserError: rows and targets do not match.
+        ValueError: rows and targets do not match.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise UserError(
-            f"expected hidden (R, D) and one target a row, got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        raise ValueError(
+            f"expected hidden (R, D) and one target per row, got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
     rows = max(1, max_logits // num_classes)
     if any(module._forward_pre_hooks for module in classifier.modules() if module is not classifier):
-        # ZeRO-3 gathers the weights of inner layers call by call, and every rank must make as many calls.
+        # ZeRO-3 gathers the weights of inner layers at each call, and every rank must make the same number of calls.
         rows = max(1, hidden.shape[0])
 
     def loss(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-        trained = [weight for weight in classifier.parameters() if weight.requires_grad]
+        trained: list[Tensor] = [weight for weight in classifier.parameters() if weight.requires_grad]
         leaves, classify = list(trained), forward
         if replaced is not None:
             own = ReplacedRows(replaced.classes, replaced.rows.detach().requires_grad_(replaced.rows.requires_grad))
@@ -83,10 +82,12 @@ def chunked_cross_entropy(
     return _call_with(classifier, loss, hidden)
 
 
-def _call_with(module: nn.Module, function: Callable, hidden: Tensor) -> Tensor:
+def _call_with(
+    module: nn.Module, function: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], hidden: Tensor
+) -> Tensor:
     """Call the module once with `function(forward, hidden)` in place of its `forward(hidden)`.
 
-    Whatever acts around a call then acts around all of the function: ZeRO-3 and FSDP gather a module's weights so.
+    The module's hooks then enclose the entire function, as ZeRO-3 and FSDP need in order to gather its weights.
     """
     forward, replaced = module.forward, "forward" in vars(module)
     module.forward = lambda hidden: function(forward, hidden)
@@ -106,7 +107,7 @@ def _sum_over_chunks(
     hidden: Tensor,
     learn: Callable[[Tensor, Tensor, Tensor], None] | None,
 ) -> Tensor:
-    """The sum itself; `learn` is shown each chunk's hidden states, logits and the gradient at the logits."""
+    """Compute the sum; `learn` receives each chunk's hidden states, logits and gradient with respect to the logits."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, max(1, hidden.shape[0]), rows):
         part = slice(start, start + rows)
@@ -123,14 +124,20 @@ def _sum_over_chunks(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Takes all gradients while it goes forward; backward only scales them.
+    """Computes all gradients in the forward pass; the backward pass only scales them.
 
-    `leaves` are the tensors that `classify` uses; `weights` are the same ones as the caller's graph knows them.
+    `leaves` are the tensors that `classify` uses; `weights` are the same tensors in the caller's graph.
     """
 
     @staticmethod
     def forward(
-        ctx, classify, leaves: list[Tensor], rows: int, targets: Tensor, hidden: Tensor, *weights: Tensor
+        ctx: Any,
+        classify: Callable[[Tensor], Tensor],
+        leaves: list[Tensor],
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         of_hidden: list[Tensor] = []
         of_weights: list[Tensor] = []
@@ -150,6 +157,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: Tensor):
-        scale = float(scale)  # as a tensor it would be rounded to the gradients' dtype first
-        return None, None, None, None, *(gradient.mul_(scale) for gradient in ctx.saved_tensors)
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        factor = float(scale)  # a tensor would be rounded to the gradients' dtype first
+        return None, None, None, None, *(gradient.mul_(factor) for gradient in ctx.saved_tensors)

@@ -1,53 +1,49 @@
-"""How a tokenizer uses its codebooks, from streaming counts."""
+"""Code usage and perplexity of a tokenizer, from streaming counts."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from evotok_plugin.errors import UserError
+from evotok_plugin.common.processes import Processes
 
 
 class CodeUsage:
-    """Counts codes level by level: 8 bytes a code of a codebook, however many images are seen.
+    """Streaming counts of the codes of each level, in 8 bytes per codebook entry however many images are seen.
 
-    It stands beside a model, not in it: no count is part of a `state_dict` or changes what a tokenizer is.
+    The counts are separate from the model: they are not part of its `state_dict`.
     """
 
     def __init__(self, num_levels: int, codebook_size: int) -> None:
         self.counts = torch.zeros(num_levels, codebook_size, dtype=torch.long)
 
     def update(self, codes: Tensor) -> None:
-        """Add codes (..., l) of the first l levels; counts stay on the device of the first codes.
+        """Add codes (..., l) of the first l levels; the counts move to the device of the codes.
 
         Raises:
-            UserError: more levels than are counted, or (looked at on the CPU, where it costs no waiting) a code that
-                no codebook has.
+            ValueError: more levels than are counted, or a code outside the codebook (checked on the CPU only, where
+                the check does not have to wait for a GPU).
         """
         (num_levels, size), codes = self.counts.shape, codes.detach().flatten(0, -2).long()
         if codes.shape[1] > num_levels:
-            raise UserError(f"codes have {codes.shape[1]} levels, {num_levels} are counted")
+            raise ValueError(f"codes have {codes.shape[1]} levels, but only {num_levels} are counted")
         if not codes.is_cuda and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise UserError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
+            raise ValueError(f"codes must be in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
         self.counts = self.counts.to(codes.device)
         places = (codes + torch.arange(codes.shape[1], device=codes.device) * size).flatten()
         self.counts.view(-1).index_add_(0, places, torch.ones_like(places))
 
-    def all_reduce(self) -> None:
-        """Add up what the processes have counted; a single process has nothing to add."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = self.counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(counts)
-            self.counts = counts.to(self.counts.device)
+    def add_up(self, processes: Processes) -> None:
+        """Sum the counts over all processes, in place."""
+        processes.add_up(self.counts)
 
     def num_codes(self) -> int:
-        """How many codes of a level have been counted."""
+        """Number of codes counted on the first level."""
         return int(self.counts[0].sum())
 
     def usage(self) -> list[float]:
-        """Share of each level's codes that occurred."""
+        """Share of each level's codebook entries that occurred."""
         return (self.counts > 0).double().mean(dim=1).tolist()
 
     def perplexity(self) -> list[float]:
-        """exp(entropy) of each level's code distribution: how many codes are used as if evenly."""
+        """exp(entropy) of each level's code distribution: the effective number of codes in use."""
         share = self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.exp(-(share * share.clamp(min=1e-30).log()).sum(dim=1)).tolist()

@@ -9,7 +9,7 @@ _WINDOW = 11  # pixels
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio an image in dB: (B, 3, H, W) twice -> (B,); inputs are clamped to [-1, 1]."""
+    """Peak signal-to-noise ratio of each image in dB, (B,); both inputs (B, 3, H, W) are clamped to [-1, 1]."""
     error = (images.float().clamp(-1, 1) - target.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(_RANGE**2 / error.clamp(min=1e-10))
 
@@ -20,16 +20,16 @@ def _gaussian(size: int, sigma: float = 1.5) -> Tensor:
 
 
 def _gaussian_window(height: int, width: int) -> Tensor:
-    """Window of 11 x 11 pixels, or, along shorter sides, of the largest odd number of pixels that fits."""
+    """Window of 11 x 11 pixels; along shorter sides the largest odd number of pixels that fits."""
     rows, columns = (_gaussian(min(_WINDOW, side - 1 + side % 2)) for side in (height, width))
     return torch.outer(rows, columns) / (rows.sum() * columns.sum())
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity of each image: (B, C, H, W) twice -> (B,).
+    """Structural similarity of each image, (B,); both inputs are (B, C, H, W).
 
-    Wang et al. 2004: Gaussian window of 11 x 11 pixels, valid region. Along sides of fewer than 11 pixels the window is
-    shorter, with the same standard deviation.
+    Wang et al. 2004, with a Gaussian window of 11 x 11 pixels and without padding. Along sides of fewer than 11 pixels
+    the window is shorter, with the same standard deviation.
     """
     a, b = images.float().clamp(-1, 1), target.float().clamp(-1, 1)
     channels = a.shape[1]

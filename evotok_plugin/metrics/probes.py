@@ -1,4 +1,4 @@
-"""How much a picture's class shows in its features: k nearest neighbours, and a linear classifier.
+"""Probes of how well features separate image classes: k nearest neighbors, and a linear classifier.
 
 n images, D dimensions.
 """
@@ -19,14 +19,14 @@ MAX_ITERATIONS = 200
 
 
 def probed_images(num_images: int) -> range:
-    """The images that are probed: all, or of more than 50,000 every second, every third, ..."""
+    """Indices of the images to probe: all, or every k-th image if there are more than 50,000."""
     return range(0, num_images, max(1, -(-num_images // MAX_IMAGES)))
 
 
 def in_classes(labels: Sequence[str | None]) -> np.ndarray:
-    """Which images can be probed (n,), bool: those that share their label with another one.
+    """Mask (n,) of the images that can be probed: those that share their label with another image.
 
-    None of them can where there are not at least two such classes.
+    All False if there are not at least two such classes.
     """
     counts = Counter(label for label in labels if label is not None)
     classes = {label for label, count in counts.items() if count >= 2}
@@ -34,41 +34,45 @@ def in_classes(labels: Sequence[str | None]) -> np.ndarray:
 
 
 def knn_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
-    """Share of images whose class their nearest neighbours name.
+    """Share of images whose class is predicted correctly by their nearest neighbors.
 
-    Leave-one-out: each image is put to the vote of the 20 others (all, if there are fewer) of smallest cosine distance
-    d, each with the weight exp((1 - d) / 0.07), as in Caron et al. 2021.
+    Leave-one-out: each image gets the votes of its 20 nearest other images (all, if there are fewer) by cosine distance
+    d, weighted by exp((1 - d) / 0.07), as in Caron et al. 2021.
 
     Args:
         features: (n, D).
+        labels: the class of every image.
 
     Raises:
-        UserError: scikit-learn is not installed, or fewer than two images.
+        UserError: scikit-learn is not installed.
+        ValueError: fewer than two images, or another number of labels.
     """
     _check(features, labels)
     from sklearn.neighbors import NearestNeighbors
 
     classes = np.unique(labels, return_inverse=True)[1]
     search = NearestNeighbors(n_neighbors=min(NUM_NEIGHBORS, len(classes) - 1), metric="cosine", algorithm="brute")
-    distances, neighbors = search.fit(features).kneighbors()  # (n, k) both; no image is its own neighbour
-    weights, named = np.exp((1 - distances) / TEMPERATURE), classes[neighbors]
-    votes = (weights[:, None, :] * (named[:, None, :] == named[:, :, None])).sum(axis=2)  # for each neighbour's class
-    predicted = named[np.arange(len(classes)), votes.argmax(axis=1)]
+    distances, neighbors = search.fit(features).kneighbors()  # (n, k) both; an image is never its own neighbor
+    weights, voted = np.exp((1 - distances) / TEMPERATURE), classes[neighbors]
+    votes = (weights[:, None, :] * (voted[:, None, :] == voted[:, :, None])).sum(axis=2)  # for each neighbor's class
+    predicted = voted[np.arange(len(classes)), votes.argmax(axis=1)]
     return float((predicted == classes).mean())
 
 
 def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
-    """Share of images that a linear classifier, trained on the other half of the images, puts into their class.
+    """Share of images whose class is predicted correctly by a linear classifier trained on the other half.
 
-    The images are cut into two halves with as many of each class (scikit-learn's `StratifiedKFold`, seed 0); a logistic
-    regression (L2, C = 1, at most 200 steps of L-BFGS) on standardized features is trained on one half and tested on
-    the other, and vice versa.
+    The images are split into two stratified halves (scikit-learn's `StratifiedKFold`, seed 0); a logistic regression
+    (L2, C = 1, at most 200 steps of L-BFGS) on standardized features is trained on one half and tested on the other,
+    and vice versa.
 
     Args:
         features: (n, D).
+        labels: the class of every image.
 
     Raises:
-        UserError: scikit-learn is not installed, or fewer than two images.
+        UserError: scikit-learn is not installed.
+        ValueError: fewer than two images, or another number of labels.
     """
     _check(features, labels)
     from sklearn.exceptions import ConvergenceWarning
@@ -87,14 +91,19 @@ def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
 
 
 def check_installed() -> None:
-    """Raises:
-    UserError: scikit-learn, which does the work, is not installed.
+    """Check that scikit-learn is installed.
+
+    Raises:
+        UserError: it is not.
     """
     if find_spec("sklearn") is None:
-        raise UserError("probes need scikit-learn: `pip install scikit-learn`, or leave probes out of --metrics")
+        raise UserError("probes need scikit-learn: `pip install scikit-learn`, or evaluate without probes in --metrics")
 
 
 def _check(features: np.ndarray, labels: Sequence[str]) -> None:
     check_installed()
     if len(features) != len(labels) or len(labels) < 2:
-        raise UserError(f"expected one label a feature vector, at least two, got {len(features)} and {len(labels)}")
+        raise ValueError(
+            f"expected one label per feature vector and at least two of them, got {len(features)} feature vectors and "
+            f"{len(labels)} labels"
+        )

@@ -1,4 +1,4 @@
-"""EvoTok as a vision tower of LLaVA and LLaVA-NeXT: the tower class and its registration."""
+"""EvoTok as a vision tower of the LLaVA and LLaVA-NeXT code bases: the tower class and its registration."""
 
 import importlib
 import sys
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import load_whole, model_type_of, open_config
+from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_config
 from evotok_plugin.plugins.vision_tower import (
-    _MODEL_TYPES,
+    MODEL_TYPES,
     EvoTokVisionConfig,
     EvoTokVisionImageProcessor,
     EvoTokVisionModel,
@@ -20,54 +20,53 @@ from evotok_plugin.plugins.vision_tower import (
 
 
 def is_evotok_folder(name: str | Path | None) -> bool:
-    """Whether this is a folder with a tokenizer or a vision tower in it."""
-    if not name or not (Path(name) / "config.json").is_file():
+    """Whether this is the folder of a tokenizer or of a vision tower."""
+    if not name or not is_model_folder(name):
         return False
     try:
-        return model_type_of(name) in _MODEL_TYPES
-    except ValueError:  # not ours to read: another tower's folder may hold anything
+        return model_type_of(name) in MODEL_TYPES
+    except UserError:  # the folder of another tower may hold anything; LLaVA reports what is wrong with it
         return False
-
-
-def _open(folder: str, device_map: Any = None) -> EvoTokVisionModel:
-    """The tower of a folder; every weight must be present and fit."""
-    return load_whole(EvoTokVisionModel, folder, device_map=device_map)
 
 
 class _TowerInCheckpoint(EvoTokVisionModel):
-    """A tower whose weights come with the LLaVA checkpoint around it, as far as that holds them.
+    """A tower inside a LLaVA checkpoint, which may hold only some of the tower's weights.
 
-    transformers has what a checkpoint lacks initialized; here that takes the values of the tokenizer's folder.
+    transformers initializes the weights that a checkpoint lacks; this class takes them from the tokenizer folder.
     """
 
     def __init__(self, config: EvoTokVisionConfig, folder: str) -> None:
         super().__init__(config)
-        self.folder, self._values = folder, {}
+        self.folder = folder
+        self._values: dict[str, Tensor] = {}
 
     def _init_weights(self, module: nn.Module) -> None:
-        self._values = self._values or _open(self.folder).state_dict()
+        self._values = self._values or load_whole(EvoTokVisionModel, self.folder).state_dict()
         prefix = next(name for name, child in self.named_modules() if child is module)
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             key = f"{prefix}.{name}".lstrip(".")
             if key in self._values and not getattr(tensor, "_is_hf_initialized", False):
                 with torch.no_grad():
                     tensor.copy_(self._values[key])
-                tensor._is_hf_initialized = True
-        super()._init_weights(module)  # what no folder holds: the places that SigLIP looks its positions up by
-        if module is self:  # the last one
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+        super()._init_weights(module)  # sets the buffer `position_ids`, which is not saved
+        if module is self:  # the last call
             self._values = {}
 
 
 class EvoTokVisionTower(nn.Module):
-    """An EvoTok folder as LLaVA's code asks for a vision tower; see `register_llava`.
+    """An EvoTok folder with the interface that LLaVA expects of a vision tower; see `register_llava`.
 
     Attributes:
-        is_loaded: whether the weights are there. Inside the `from_pretrained` of a LLaVA they are not, even without
-            `delay_load`: transformers would put random numbers in their place. LLaVA's own code calls `load_model`
-            after it. Only a tower that is trained has its place in that model and gets what its checkpoint holds.
+        is_loaded: whether the weights are loaded. Inside the `from_pretrained` of a LLaVA model a frozen tower is not
+            loaded, even without `delay_load`, because transformers would initialize it at random; LLaVA calls
+            `load_model` afterwards. A tower that is trained is part of that model and gets the weights of its
+            checkpoint.
         image_processor: an `EvoTokVisionImageProcessor`.
-        config: `EvoTokVisionConfig`.
+        config: an `EvoTokVisionConfig`.
     """
+
+    vision_tower: EvoTokVisionModel
 
     def __init__(self, vision_tower: str | Path, args: Any = None, delay_load: bool = False) -> None:
         super().__init__()
@@ -85,20 +84,22 @@ class EvoTokVisionTower(nn.Module):
             self.load_model()
 
     def load_model(self, device_map: Any = None) -> None:
-        """Load the frozen weights, once.
+        """Load the weights and freeze them; does nothing if they are already loaded.
 
         Raises:
-            UserError: they are missing or do not fit.
+            UserError: weights are missing or do not fit.
         """
         if not self.is_loaded:
-            self.vision_tower = _open(self.vision_tower_name, device_map).requires_grad_(False)
-            self.is_loaded = True
+            tower = load_whole(EvoTokVisionModel, self.vision_tower_name, device_map=device_map)
+            self.vision_tower, self.is_loaded = tower.requires_grad_(False), True
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Features (B, N, D) of images (B, 3, H, W), or (1, N, D) of each image (3, H, W) of a list; in their dtype.
+        """Features (B, N, D) of images (B, 3, H, W), or a list of (1, N, D) for a list of images (3, H, W).
+
+        Features have the dtype of the images.
 
         Raises:
-            UserError: the weights are not loaded.
+            ValueError: the weights are not loaded.
         """
         if isinstance(images, list):
             return [self(image[None]) for image in images]
@@ -108,17 +109,17 @@ class EvoTokVisionTower(nn.Module):
     @property
     def _loaded(self) -> EvoTokVisionModel:
         if not self.is_loaded:
-            raise UserError(f"the weights of {self.vision_tower_name!r} are not loaded yet; call load_model() first")
+            raise ValueError(f"the weights of {self.vision_tower_name!r} are not loaded yet; call load_model() first")
         return self.vision_tower
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; codebooks are in float32 always."""
+        """Data type of the weights; codebooks are always in float32."""
         return self._loaded.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self._loaded.device
 
     @property
@@ -128,59 +129,60 @@ class EvoTokVisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D."""
-        return self.config.hidden_size
+        """Width of the features, D."""
+        return self.config.semantic_dim
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Pixels per side."""
         return self.config.image_size
 
     @property
     def num_patches_per_side(self) -> int:
-        """Positions a side."""
+        """Positions per side."""
         return self.config.grid_size
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """Positions per image, N."""
         return self.config.num_positions
 
 
-class _EvoTokFirst:
-    """LLaVA's `build_vision_tower`, except that EvoTok folders become EvoTok towers."""
+class _TowerBuilder:
+    """LLaVA's `build_vision_tower`, extended to build EvoTok towers from EvoTok folders."""
 
     def __init__(self, original: Callable[..., nn.Module]) -> None:
         self.original = original
 
-    def __call__(self, vision_tower_cfg: Any, **kwargs) -> nn.Module:
+    def __call__(self, vision_tower_cfg: Any, **kwargs: Any) -> nn.Module:
         name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
-        if is_evotok_folder(name):
+        if name and is_evotok_folder(name):
             return EvoTokVisionTower(name, args=vision_tower_cfg, **kwargs)
         return self.original(vision_tower_cfg, **kwargs)
 
 
 def register_llava() -> None:
-    """Make LLaVA (or LLaVA-NeXT), as it is, take EvoTok folders as `--vision_tower`; other names it treats as before.
+    """Make an unmodified LLaVA or LLaVA-NeXT accept EvoTok folders as `--vision_tower`.
 
-    It does not matter whether `llava` was imported before, nor how often this is called.
+    Other vision towers are built as before. May be called repeatedly, before or after `llava` is imported.
 
     Raises:
         ImportError: `llava` is not installed, or cannot be imported.
     """
     try:
-        builder = importlib.import_module("llava.model.multimodal_encoder.builder")
+        builder: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "llava"
         what = "is not installed" if absent else f"cannot be imported ({error})"
         raise ImportError(
-            f"llava {what}; install the LLaVA or LLaVA-NeXT code base beside a transformers that it and EvoTok run "
-            "with (5.17 or newer), or call this from within its checkout"
+            f"llava {what}; install the LLaVA or LLaVA-NeXT code base with a transformers that both it and EvoTok "
+            "support (5.17 or newer), or call this from within its checkout"
         ) from error
-    if not isinstance(builder.build_vision_tower, _EvoTokFirst):
-        builder.build_vision_tower = _EvoTokFirst(builder.build_vision_tower)
+    if not isinstance(builder.build_vision_tower, _TowerBuilder):
+        builder.build_vision_tower = _TowerBuilder(builder.build_vision_tower)
     ours = builder.build_vision_tower
-    # Modules that were imported before hold the original by name; those to come find ours.
+    # Modules imported earlier hold the original function by name; modules imported later find ours.
+    module: Any
     for name, module in list(sys.modules.items()):
         if name.startswith("llava.") and getattr(module, "build_vision_tower", None) is ours.original:
             module.build_vision_tower = ours

@@ -1,19 +1,21 @@
-"""EvoTok as the vision tower of a LLaVA: in transformers' own classes, and in the LLaVA and LLaVA-NeXT code bases.
+"""EvoTok as a vision model of transformers: configuration, vision tower and image processor.
 
-transformers knows no entry points for models: what has been imported is there, so `import evotok_plugin` comes first.
-After that `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` and
-`LlavaOnevisionForConditionalGeneration` take an `EvoTokVisionConfig` as `vision_config`. They must be told that there
-is one layer to read and no class token to drop: `vision_feature_layer=-1, vision_feature_select_strategy="full"`.
-Pictures that are read in tiles are cut by the image processors of LLaVA-NeXT and OneVision, given the tokenizer's
-`image_size` and 0.5 as mean and standard deviation. ViP-LLaVA does not fit: it drops the first position in any case.
+transformers has no entry points for models, so `import evotok_plugin` must come first. Then
+`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` and `LlavaOnevisionForConditionalGeneration` accept
+an `EvoTokVisionConfig` as `vision_config`. The tower has a single layer and no class token, so they need
+`vision_feature_layer=-1, vision_feature_select_strategy="full"`. The image processors of LLaVA-NeXT and OneVision,
+which cut images into tiles, need the tokenizer's `image_size` and 0.5 as mean and standard deviation. ViP-LLaVA is not
+supported: it always drops the first position.
 
 B images, N positions, D semantic_dim.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import TensorType
@@ -23,57 +25,58 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.model_folder import is_model_folder, read_config
+from evotok_plugin.modeling_evotok import EvoTokPreTrainedModel
 from evotok_plugin.quantizer import ResidualVectorQuantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 
 
 class EvoTokVisionConfig(EvoTokConfig):
-    """A tokenizer's configuration under the names by which LLaVA asks for a vision tower's: `hidden_size` is D."""
+    """Configuration of a tokenizer under the names that LLaVA expects of a vision tower: `hidden_size` is D."""
 
     model_type = "evotok_vision"
     base_config_key = "vision_config"
     attribute_map = {"hidden_size": "semantic_dim"}
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `from_pretrained` reads of a tokenizer's folder, a saved tower's, or one of a model around them.
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the folder of a tokenizer, of a saved tower, or of a model that contains one.
 
         Raises:
-            UserError: there is no EvoTok in it.
+            UserError: config.json is damaged, or describes another vision tower.
         """
+        folder = Path(pretrained_model_name_or_path)
+        if is_model_folder(folder):
+            read_config(folder)
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         values = values.get(cls.base_config_key, values)
-        if values.get("model_type") not in _MODEL_TYPES:
+        if values.get("model_type") not in MODEL_TYPES:
             raise UserError(
                 f"{str(pretrained_model_name_or_path)!r} holds a {values.get('model_type', 'nameless')} vision tower, "
-                f"expected {' or '.join(_MODEL_TYPES)}; give the folder of a tokenizer"
+                f"expected {' or '.join(MODEL_TYPES)}; give the folder of a tokenizer"
             )
         own = {key: value for key, value in values.items() if key != "architectures"}
         return own | {"model_type": cls.model_type}, kwargs
 
 
-_MODEL_TYPES = (EvoTokConfig.model_type, EvoTokVisionConfig.model_type)
+MODEL_TYPES = (EvoTokConfig.model_type, EvoTokVisionConfig.model_type)
 
 
-class EvoTokVisionModel(PreTrainedModel):
+class EvoTokVisionModel(EvoTokPreTrainedModel):
     """A tokenizer without its pixel decoder: images in, semantic features out.
 
-    The names of the weights are the tokenizer's, so `from_pretrained` takes a tokenizer's folder as it is. Codebooks
-    stay in float32 and never learn here, whatever is trained around them. Where the tower is not frozen the encoder
-    gets the gradient that is passed straight through the quantizer.
+    Weight names are those of the tokenizer, so `from_pretrained` accepts a tokenizer folder. Codebooks stay in float32
+    and are never updated here, even if the rest of the tower is trained; the encoder then gets the straight-through
+    gradient of the quantizer.
     """
 
     config_class = EvoTokVisionConfig
     config: EvoTokVisionConfig
     base_model_prefix = "vision_tower"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
     _keys_to_ignore_on_load_unexpected = [r"^pixel_decoder\."]
-    _no_split_modules = ["SiglipEncoderLayer", "SemanticBlock"]
-    # It attends by SDPA, whatever the language model beside it is told to use.
+    # The tower always uses SDPA, regardless of the attention implementation chosen for the model around it.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: EvoTokVisionConfig) -> None:
@@ -81,40 +84,39 @@ class EvoTokVisionModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = EvoTokEncoder(config)
         quantizer = ResidualVectorQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
-        self.quantizer = quantizer.float().eval()  # also where models are made in half precision
+        self.quantizer = quantizer.float().eval()  # also if the model is created in half precision
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
 
-    _init_weights = EvoTokModel._init_weights
-    grid_of = EvoTokModel.grid_of
-
     def train(self, mode: bool = True) -> "EvoTokVisionModel":
-        """The quantizer stays in evaluation mode: its codebooks never move here."""
+        """Set the mode of all parts but the quantizer, which stays in evaluation mode so that codebooks do not move."""
         super().train(mode)
         self.quantizer.eval()
         return self
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None, **kwargs
+        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Semantic features `last_hidden_state` (B, N, D) of images (B, 3, H, W) in [-1, 1].
 
         Args:
-            output_hidden_states: True, or the layers that are wanted: `hidden_states` then holds one layer, the
+            output_hidden_states: True, or the requested layers; `hidden_states` then holds the only layer, the
                 semantic features.
-            kwargs: what LLaVA passes on to every tower and this one has no use for.
+            kwargs: ignored; LLaVA passes the same arguments to every tower.
 
         Raises:
-            UserError: height or width is no multiple of the patch size, or there is no such layer.
+            UserError: a requested layer does not exist.
+            ValueError: height or width is not a multiple of the patch size.
         """
         grid, depth = self.grid_of(pixel_values), self.config.semantic_depth
         hidden_wanted = output_hidden_states is not None and output_hidden_states is not False  # 0 is a layer
         layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
         if missing := [layer for layer in layers if not isinstance(layer, bool) and layer not in (None, -1, 0)]:
             raise UserError(
-                f"vision_feature_layer {missing[0]}: EvoTok has one layer to read, its semantic features, and no class "
-                'token; set vision_feature_layer=-1 and vision_feature_select_strategy="full" in the configuration'
+                f"vision_feature_layer {missing[0]} does not exist: EvoTok has a single layer, its semantic features, "
+                'and no class token; set vision_feature_layer=-1 and vision_feature_select_strategy="full" in the '
+                "configuration"
             )
         quantized = self.quantizer(self.encoder(pixel_values), depth)
         features = self.semantic_decoder(quantized.latents_at(depth).to(self.dtype), grid)
@@ -124,34 +126,28 @@ class EvoTokVisionModel(PreTrainedModel):
 
 
 class EvoTokVisionImageProcessor(BaseImageProcessor):
-    """EvoTok's image processor as LLaVA's code asks for one: sizes are dictionaries, mean and deviation are known.
+    """EvoTok's image processor with the attributes that LLaVA reads: sizes as dictionaries, mean, standard deviation.
 
-    `from_pretrained` reads a tokenizer's folder, too. Images may come in nested lists, as chat templates give them, and
-    the frames of a video as one array (F, H, W, 3), as LLaVA-NeXT hands them over.
+    `from_pretrained` also accepts a tokenizer folder. Images may be nested lists, as chat templates produce them, or
+    the frames of a video as one array (F, H, W, 3), as LLaVA-NeXT passes them.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, size: int | dict[str, int] = 256, **kwargs) -> None:
+    def __init__(self, size: int | dict[str, int] = 256, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         edge = size["shortest_edge"] if isinstance(size, dict) else size
         self.size, self.crop_size = {"shortest_edge": edge}, {"height": edge, "width": edge}
         self.image_mean, self.image_std = [0.5] * 3, [0.5] * 3
 
-    def __call__(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
-        return self.preprocess(images, return_tensors=return_tensors, **kwargs)
-
-    def preprocess(self, images, return_tensors: str | TensorType | None = "pt", **kwargs) -> BatchFeature:
-        """Prepare images, nested lists of them or frames as `EvoTokImageProcessor.preprocess` does.
+    def preprocess(self, images: Any, return_tensors: str | TensorType | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Prepare images, nested lists of images or video frames as `EvoTokImageProcessor.preprocess` does.
 
         Raises:
-            UserError: not an image, none at all, or a keyword that is not supported.
+            UserError: an input that is not an image, no image at all, or a keyword that is not supported.
         """
         processor = EvoTokImageProcessor(size=self.size["shortest_edge"])
         return processor.preprocess(images, return_tensors=return_tensors, **kwargs)
-
-
-# The LLaVA and LLaVA-NeXT code bases ---------------------------------------------------------------------------
 
 
 AutoConfig.register(EvoTokVisionConfig.model_type, EvoTokVisionConfig, exist_ok=True)

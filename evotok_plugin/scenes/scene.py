@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evotok_plugin.errors import UserError
-
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {
     "red": (220, 40, 40),
@@ -102,10 +100,10 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
     """Sample a scene that a prompt of a GenEval skill can describe.
 
     Raises:
-        UserError: `skill` is not one of `SKILLS`.
+        ValueError: `skill` is not one of `SKILLS`.
     """
     if skill not in SKILLS:
-        raise UserError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
+        raise ValueError(f"unknown skill {skill!r}; expected one of {', '.join(SKILLS)}")
     colors = list(COLORS)
     if skill in ("single_object", "colors"):
         kinds = [(str(rng.choice(SHAPES)), str(rng.choice(colors)))]
@@ -141,7 +139,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, backgro
         inset = 0.25 * (right - left)
         draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=background)
     else:
-        raise UserError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
 
 
 def render(scene: Scene, image_size: int = 48) -> Image.Image:

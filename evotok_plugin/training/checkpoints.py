@@ -1,8 +1,9 @@
-"""Checkpoints of a tokenizer run: safetensors files that are complete or absent; the newest few are kept. Only files
-that the run has created are read, replaced or deleted."""
+"""Checkpoints of a tokenizer run: safetensors files, replaced atomically, of which the newest few are kept.
+
+Only files that the run has created are read, replaced or deleted.
+"""
 
 import logging
-import os
 import re
 from pathlib import Path
 
@@ -10,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
-from evotok_plugin.common.files import apply_umask
+from evotok_plugin.common.files import write_whole
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
 
 logger = logging.getLogger(__name__)
-
 
 MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json")
 RUN_FILES = (
@@ -30,16 +30,16 @@ def owned_folder(folder: Path) -> OwnedFolder:
 
 
 def _entries_without_record(folder: Path) -> list[str]:
-    """Entries of a run that was made before there were records, known by its settings and its checkpoints."""
-    whole = [path for path in _numbered(folder) if _is_checkpoint(path)]
-    if not whole or not {"data", "output_dir"} <= set(read_recipe(folder) or {}):
+    """Entries of a run from before records existed, recognized by its settings and its checkpoints."""
+    complete = [path for path in _numbered(folder) if _is_checkpoint(path)]
+    if not complete or not {"data", "output_dir"} <= set(read_recipe(folder) or {}):
         return []
-    found = [*files_of(folder, [*RUN_FILES, "validation_*.png"]), *whole]
+    found = [*files_of(folder, [*RUN_FILES, "validation_*.png"]), *complete]
     return [str(path.relative_to(folder)) for path in found]
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a file holds a checkpoint as this program writes it."""
+    """Whether a file is a checkpoint in the format of this program."""
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
@@ -60,12 +60,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """The step of a checkpoint, taken from its name."""
     return int(checkpoint.stem.split("-")[1])
 
 
 def files_in_the_way(folder: Path, max_steps: int) -> list[str]:
-    """Names of existing files that are those of a checkpoint or validation picture of a run of so many steps."""
+    """Names of existing files that checkpoints or validation pictures of a run of `max_steps` would overwrite."""
     found = [*folder.glob("checkpoint-*.safetensors"), *folder.glob("validation_*.png")]
     numbered = ((path, re.fullmatch(r"(?:checkpoint-(\d{9,})|validation_(\d{7,}))", path.stem)) for path in found)
     return [path.name for path, match in numbered if match and int(match[1] or match[2]) <= max_steps]
@@ -87,39 +87,28 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
     """Write the checkpoint of a step, then remove all but the newest `keep`.
 
     Raises:
-        UserError: it cannot be written (a full disk); those before it stay.
+        UserError: it cannot be written, for example because the disk is full; earlier checkpoints are kept.
     """
-    path = folder / f"checkpoint-{step:09d}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    try:
-        owned = owned_folder(folder)
-        owned.claim(path.name)
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, temporary)
-        apply_umask(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"the checkpoint of step {step} cannot be written to {folder}: {error}; {newest_kept(folder)}. "
-            "Make room and run the same command again"
-        ) from error
+    path, owned = folder / f"checkpoint-{step:09d}.safetensors", owned_folder(folder)
+    values = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    advice = f"{newest_kept(folder)}; make room and run the same command again"
+    owned.claim(path.name)
+    write_whole(path, lambda part: save_file(values, part), sync=True, advice=advice)
     owned.delete(*(old.name for old in checkpoints(folder)[:-keep]))
     return path
 
 
 def newest_kept(folder: Path) -> str:
-    """What an error says of the checkpoints that there are."""
+    """The part of an error message that names the newest checkpoint."""
     found = checkpoints(folder)
-    return f"{found[-1]} is kept" if found else "there is no checkpoint yet"
+    return f"{found[-1]} is kept" if found else "no checkpoint has been written yet"
 
 
 def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """The newest checkpoint that can be read and its tensors, or None if there is none at all.
+    """The newest readable checkpoint and its tensors, or None if the run has not written any.
 
     Raises:
-        UserError: there are some, and none of them can be read.
+        UserError: there are checkpoints, but none of them can be read.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -135,12 +124,12 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names with the prefix put before them."""
+    """The tensors with `prefix.` added to their names."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `under` put there, under its own names."""
+    """The tensors whose names begin with `prefix.`, without it: the inverse of `under`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
 
 
@@ -151,7 +140,7 @@ def optimizer_tensors(optimizer: optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave; learning rates stay the optimizer's own."""
+    """Restore the state that `optimizer_tensors` returned; learning rates are not changed."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".")

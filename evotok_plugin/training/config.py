@@ -13,53 +13,53 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class TokenizerTrainingConfig:
-    """What a recipe of `evotok train` may hold; the defaults are the paper's (arXiv 2603.12108)."""
+    """The settings of `evotok train`; the defaults are those of the paper (arXiv 2603.12108)."""
 
     data: list[str] = field(metadata=_help("folders of images, tar shards, parquet, or hf:NAME"))
-    output_dir: str = field(metadata=_help("where checkpoints, metrics, pictures and the model go"))
-    data_weights: list[float] | None = field(default=None, metadata=_help("share of each source (default: its size)"))
+    output_dir: str = field(metadata=_help("folder for checkpoints, metrics, pictures and the model"))
+    data_weights: list[float] | None = field(default=None, metadata=_help("weight of each source (default: its size)"))
     val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a part held out)"))
     preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
     model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
-    teacher: str | None = field(default=None, metadata=_help("SigLIP folder or hub id: semantic target and start"))
-    init_encoder: bool = field(default=True, metadata=_help("start the encoder from the teacher"))
+    teacher: str | None = field(default=None, metadata=_help("SigLIP folder or hub id: target and initial encoder"))
+    init_encoder: bool = field(default=True, metadata=_help("initialize the encoder from the teacher"))
     max_steps: int = 500_000
-    batch_size: int = field(default=256, metadata=_help("images a step over all processes"))
+    batch_size: int = field(default=256, metadata=_help("images per step, over all processes"))
     learning_rate: float = 1e-4
     warmup_steps: int = 0
-    cosine_decay: bool = field(default=False, metadata=_help("cosine to zero, else constant"))
+    cosine_decay: bool = field(default=False, metadata=_help("cosine decay to zero, otherwise constant"))
     grad_clip: float = 1.0
-    bf16: bool = field(default=False, metadata=_help("autocast; the code search stays in fp32"))
-    gradient_checkpointing: bool = field(default=False, metadata=_help("less memory for a third more computing"))
+    bf16: bool = field(default=False, metadata=_help("bfloat16 autocast; the code search stays in fp32"))
+    gradient_checkpointing: bool = field(default=False, metadata=_help("less memory for a third more computation"))
     compile: bool = field(default=False, metadata=_help("torch.compile the networks"))
-    weights_ema: float = field(default=0.0, metadata=_help("decay of the averaged weights that are saved; 0: none"))
+    weights_ema: float = field(default=0.0, metadata=_help("decay of the weight average that is saved; 0: no average"))
     pixel_loss: str = field(default="l2", metadata=_help("l2 or l1"))
     pixel_weight: float = 1.0
     lpips_weight: float = 1.0
     commitment_weight: float = 1.0
     semantic_weight: float = field(default=1.0, metadata=_help("cosine + folded cosine to the teacher"))
     gan_weight: float = 0.5
-    gan_start: int = field(default=20_000, metadata=_help("step from which the discriminator takes part"))
+    gan_start: int = field(default=20_000, metadata=_help("first step of the discriminator"))
     gan_adaptive: bool = field(default=False, metadata=_help("scale the adversarial term by gradient norms"))
-    kmeans_images: int = field(default=0, metadata=_help("images whose latents start the codebooks; 0: at random"))
+    kmeans_images: int = field(default=0, metadata=_help("images for k-means of the initial codebooks; 0: random"))
     augment: bool = field(default=True, metadata=_help("random scale, crop and flip"))
-    val_fraction: float = field(default=0.01, metadata=_help("share of the images held out, by a hash of their name"))
-    val_images: int = field(default=256, metadata=_help("held-out images looked at in a validation"))
+    val_fraction: float = field(default=0.01, metadata=_help("fraction of images held out, by a hash of the name"))
+    val_images: int = field(default=256, metadata=_help("held-out images used in a validation"))
     val_every: int = 2000
     save_every: int = 2000
-    keep_checkpoints: int = field(default=2, metadata=_help("how many of the newest checkpoints stay"))
+    keep_checkpoints: int = field(default=2, metadata=_help("number of checkpoints to keep"))
     log_every: int = 20
     report_to: str = field(default="tensorboard", metadata=_help("tensorboard, wandb, both or none"))
     max_loss_growth: float = field(
-        default=100.0, metadata=_help("stop when a term is this many times the usual loss, ten steps in a row")
+        default=100.0, metadata=_help("stop when a term exceeds the usual loss by this factor, ten steps in a row")
     )
     min_code_usage: float = field(
-        default=0.05, metadata=_help("warn when a level uses a smaller share of its codes between validations")
+        default=0.05, metadata=_help("warn when a level uses a smaller fraction of its codes between validations")
     )
     num_workers: int = 0
-    max_bad_fraction: float = field(default=0.001, metadata=_help("share of broken images that is tolerated"))
+    max_bad_fraction: float = field(default=0.001, metadata=_help("tolerated fraction of broken images"))
     seed: int = 0
-    overwrite: bool = field(default=False, metadata=_help("start over although output_dir holds a run"))
+    overwrite: bool = field(default=False, metadata=_help("start over even if output_dir contains a run"))
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
@@ -70,8 +70,8 @@ class TokenizerTrainingConfig:
             raise UserError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
         if self.semantic_weight > 0 and not self.teacher:
             raise UserError(
-                "semantic_weight is above 0 but there is no teacher; pass --teacher FOLDER (a SigLIP model), or train "
-                "pixels alone with --semantic_weight 0, as the recipe photos does"
+                "semantic_weight is above 0 but teacher is not set; pass --teacher FOLDER (a SigLIP model), or train "
+                "only on pixels with --semantic_weight 0, as the recipe photos does"
             )
         self._check_without_effect()
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
@@ -81,28 +81,28 @@ class TokenizerTrainingConfig:
             raise UserError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
         for name in ("val_fraction", "weights_ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def _check_without_effect(self) -> None:
         if self.teacher and self.semantic_weight <= 0:
             raise UserError(
                 f"teacher {self.teacher} has no effect with semantic_weight {self.semantic_weight:g}; raise "
-                "--semantic_weight, or leave --teacher out"
+                "--semantic_weight, or omit --teacher"
             )
         defaults = type(self)
         for name in ("gan_start", "gan_adaptive"):
             if self.gan_weight <= 0 and getattr(self, name) != getattr(defaults, name):
                 raise UserError(
                     f"{name} {getattr(self, name)} has no effect with gan_weight {self.gan_weight:g}; raise "
-                    f"--gan_weight, or leave --{name} out"
+                    f"--gan_weight, or omit --{name}"
                 )
         if self.val_data and self.val_fraction != defaults.val_fraction:
             raise UserError(
                 f"val_fraction {self.val_fraction:g} has no effect with val_data, which names the images to validate "
-                "on; leave one of --val_fraction and --val_data out"
+                "on; omit --val_fraction or --val_data"
             )
 
     @property
     def reporters(self) -> tuple[str, ...]:
-        """Where figures and pictures go beside metrics.jsonl."""
+        """The services that receive figures and pictures, in addition to metrics.jsonl."""
         return {"both": REPORTERS, "none": ()}.get(self.report_to, (self.report_to,))

@@ -1,4 +1,4 @@
-"""Monitoring of a run: figures and pictures, losses that explode, levels that collapse."""
+"""Monitoring of a run: figures and pictures, exploding losses, collapsing levels."""
 
 import json
 import logging
@@ -12,21 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evotok_plugin.common.files import writing
+from evotok_plugin.common.files import write_text, writing
 from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.codes import CodeUsage
 
 logger = logging.getLogger(__name__)
 
-_MEMORY = 0.99  # of the running means
-_SETTLING = 100  # steps before a mean is worth comparing with
+_DECAY = 0.99  # of the running means
+_WARMUP = 100  # steps before the running means are used
 _IN_A_ROW = 10
-_UNBOUNDED = ("gan", "gradient_norm")  # what may have any size; the adversarial term also any sign
+_UNBOUNDED = ("gan", "gradient_norm")  # of any size; the adversarial term also of any sign
 
 
 class LossWatch:
-    """Running means of the loss terms. A term has exploded when for some steps in a row it is far above what the whole
-    loss used to be: a small term may grow many times without harm."""
+    """Detects losses that are NaN or infinite, or explode.
+
+    A term has exploded when it is far above the running mean of the total loss for several steps in a row: the growth
+    of a small term by a large factor is harmless.
+    """
 
     def __init__(self, max_growth: float) -> None:
         self._max_growth = max_growth
@@ -35,7 +38,7 @@ class LossWatch:
         self._above: dict[str, int] = {}
 
     def check(self, terms: dict[str, float]) -> None:
-        """Take in the terms of a step.
+        """Check the terms of a step and add them to the running means.
 
         Raises:
             UserError: a term is NaN or infinite, or has exploded.
@@ -50,46 +53,47 @@ class LossWatch:
 
     def _check_growth(self, name: str, value: float, usual: float) -> None:
         mean, seen = self._means.get(name, 0.0), self._seen.get(name, 0)
-        if seen >= _SETTLING and value > self._max_growth * usual > 0:
+        if seen >= _WARMUP and value > self._max_growth * usual > 0:
             self._above[name] = self._above.get(name, 0) + 1
             if self._above[name] >= _IN_A_ROW:
                 raise UserError(
-                    f"the {name} loss is {value:.4g}, more than {self._max_growth:g} times what the whole loss used to "
-                    f"be, {usual:.4g}, for {_IN_A_ROW} steps (max_loss_growth)"
+                    f"the {name} loss is {value:.4g}, more than {self._max_growth:g} times the previous total loss, "
+                    f"{usual:.4g}, for {_IN_A_ROW} steps (max_loss_growth)"
                 )
             return
         self._above[name] = 0
-        memory = min(_MEMORY, seen / (seen + 1))
-        self._means[name], self._seen[name] = memory * mean + (1 - memory) * value, seen + 1
+        decay = min(_DECAY, seen / (seen + 1))
+        self._means[name], self._seen[name] = decay * mean + (1 - decay) * value, seen + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Mean, steps seen and steps above, by term."""
+        """Running mean, number of steps, and steps above the limit in a row, by term."""
         return {
             name: torch.tensor([self._means[name], self._seen[name], self._above.get(name, 0)], dtype=torch.float64)
             for name in self._means
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state that `state_dict` returned."""
         for name, values in state.items():
             self._means[name], seen, above = values.tolist()
             self._seen[name], self._above[name] = int(seen), int(above)
 
 
 def collapsed_levels(usage: CodeUsage, min_usage: float) -> list[str]:
-    """A line for every level (from 1) that uses fewer than `min_usage` of the codes it could have used."""
-    share, could = usage.usage(), min(1.0, usage.num_codes() / usage.counts.shape[1])
+    """One line for every level (from 1) that uses less than a fraction `min_usage` of the codes it could have used."""
+    share, usable = usage.usage(), min(1.0, usage.num_codes() / usage.counts.shape[1])
     return [
-        f"level {level}: {value:.1%} of the codes in use, {perplexity:.1f} as if evenly"
+        f"level {level}: {value:.1%} of the codes in use, perplexity {perplexity:.1f}"
         for level, (value, perplexity) in enumerate(zip(share, usage.perplexity(), strict=True), start=1)
-        if value < min_usage * could
+        if value < min_usage * usable
     ]
 
 
 class Reporter:
-    """Figures to `metrics.jsonl`, and with pictures to TensorBoard and Weights & Biases where they are wanted.
+    """Writes figures to `metrics.jsonl`, and figures and pictures to TensorBoard and Weights & Biases if requested.
 
     Raises:
-        UserError: a reporter is wanted whose package is not installed, or a file that cannot be written.
+        UserError: the package of a requested reporter is not installed, or a file cannot be written.
     """
 
     def __init__(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
@@ -116,15 +120,18 @@ class Reporter:
             )
 
     def figures(self, step: int, values: dict[str, float]) -> None:
+        """Report the figures of a step."""
         line = {"step": step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
         with writing(self._file), self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in values.items() if self._writer is not None else ():
-            self._writer.add_scalar(name, value, step)
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
         if self._run is not None:
             self._run.log(values, step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Report a picture to TensorBoard and Weights & Biases."""
         if self._writer is not None:
             self._writer.add_image(name, np.array(picture), step, dataformats="HWC")
         if self._run is not None:
@@ -133,6 +140,7 @@ class Reporter:
             self._run.log({name: wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
+        """Flush and close the reporters."""
         if self._writer is not None:
             self._writer.close()
         if self._run is not None:
@@ -140,8 +148,8 @@ class Reporter:
 
 
 def _run_id(folder: Path) -> str:
-    """The same name whenever this folder's run goes on."""
+    """The identifier of the folder's run in Weights & Biases, the same whenever the run is resumed."""
     file = folder / "wandb_id"
     if not file.is_file():
-        file.write_text(f"{time.time_ns():x}")
+        write_text(file, f"{time.time_ns():x}")
     return file.read_text()

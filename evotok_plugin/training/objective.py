@@ -14,12 +14,12 @@ from evotok_plugin.losses.adversarial import (
 from evotok_plugin.losses.perceptual import load_lpips
 from evotok_plugin.losses.semantic import cosine_loss, folded_cosine_loss
 from evotok_plugin.modeling_evotok import EvoTokModel, EvoTokOutput
-from evotok_plugin.teacher import load_teacher, teacher_features
+from evotok_plugin.teacher import Teacher, load_teacher, teacher_features
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
 
 class TokenizerObjective:
-    """The frozen networks that judge reconstructions, and the discriminator that learns to.
+    """The loss terms of the tokenizer, with their frozen networks and the discriminator.
 
     Raises:
         UserError: the teacher or LPIPS cannot be loaded, or the teacher does not fit the model.
@@ -28,38 +28,31 @@ class TokenizerObjective:
     def __init__(self, config: TokenizerTrainingConfig, model: EvoTokModel) -> None:
         self._config, self._last_layer = config, model.pixel_decoder.last_layer
         device = model.device
-        self.teacher = load_teacher(config.teacher).to(device) if config.semantic_weight > 0 else None
-        if self.teacher is not None:
+        self.teacher: Teacher | None = None
+        if config.semantic_weight > 0:
+            assert config.teacher is not None  # TokenizerTrainingConfig has checked it
+            self.teacher = load_teacher(config.teacher).to(device)
             self.teacher.check_fits(model.config)
             if config.init_encoder:
-                self._start_from_teacher(model)
+                _init_encoder(model, self.teacher)
         self.lpips = load_lpips().to(device) if config.lpips_weight > 0 else None
         self.discriminator = PatchDiscriminator().to(device) if config.gan_weight > 0 else None
 
-    def _start_from_teacher(self, model: EvoTokModel) -> None:
-        """The encoder begins as the teacher's own tower, as in the paper."""
-        encoder, tower = model.encoder, self.teacher
-        needed, there = len(encoder.encoder.layers), len(tower.encoder.layers)
-        if there < needed:
-            raise UserError(f"the teacher has {there + 1} layers, the encoder needs {needed + 1}")
-        encoder.embeddings.load_state_dict(tower.embeddings.state_dict())
-        for ours, theirs in zip(encoder.encoder.layers, tower.encoder.layers, strict=False):
-            ours.load_state_dict(theirs.state_dict())
-
     def compile(self) -> None:
-        """torch.compile what is there, in place."""
+        """Compile the networks of the objective with torch.compile, in place."""
         for network in filter(None, (self.teacher, self.lpips, self.discriminator)):
             network.compile()
 
     def is_active(self, step: int) -> bool:
-        """Whether the discriminator takes part in a step."""
+        """Whether the discriminator is used in a step."""
         return self.discriminator is not None and step >= self._config.gan_start
 
     def terms(self, pixel_values: Tensor, output: EvoTokOutput, step: int) -> dict[str, Tensor]:
         """The weighted terms of the tokenizer's loss for images (B, 3, H, W) in [-1, 1]."""
+        assert output.pixels is not None and output.features is not None and output.commitment_loss is not None
         config, pixels = self._config, output.pixels.float()
         distance = F.mse_loss if config.pixel_loss == "l2" else F.l1_loss
-        terms = {
+        terms: dict[str, Tensor] = {
             "pixel": config.pixel_weight * distance(pixels, pixel_values),
             "commitment": config.commitment_weight * output.commitment_loss,
         }
@@ -69,20 +62,35 @@ class TokenizerObjective:
             target = teacher_features(self.teacher, pixel_values)
             both = cosine_loss(output.features, target) + folded_cosine_loss(output.features, target)
             terms["semantic"] = config.semantic_weight * both
-        if self.is_active(step):
-            terms["gan"] = self._adversarial(pixels, terms)
+        if self.discriminator is not None and self.is_active(step):
+            terms["gan"] = self._adversarial(self.discriminator, pixels, terms)
         return terms
 
-    def _adversarial(self, pixels: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        self.discriminator.requires_grad_(False)  # its gradients are not wanted here
-        adversarial = generator_loss(self.discriminator(pixels))
-        self.discriminator.requires_grad_(True)
-        weight = self._config.gan_weight
-        if self._config.gan_adaptive:
-            weight = weight * adaptive_weight(terms["pixel"] + terms.get("lpips", 0), adversarial, self._last_layer)
+    def _adversarial(self, discriminator: PatchDiscriminator, pixels: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        discriminator.requires_grad_(False)  # this term trains the tokenizer only
+        adversarial = generator_loss(discriminator(pixels))
+        discriminator.requires_grad_(True)
+        if not self._config.gan_adaptive:
+            return self._config.gan_weight * adversarial
+        reconstruction = terms["pixel"] + terms.get("lpips", 0)
+        weight = self._config.gan_weight * adaptive_weight(reconstruction, adversarial, self._last_layer)
         return weight * adversarial
 
-    def discriminator_term(self, judge: nn.Module, pixel_values: Tensor, pixels: Tensor) -> Tensor:
-        """What the discriminator minimizes; `judge` is it, as the optimizer sees it."""
-        real, fake = judge(torch.cat([pixel_values, pixels.detach().float()])).chunk(2)
+    def discriminator_term(self, discriminator: nn.Module, pixel_values: Tensor, pixels: Tensor) -> Tensor:
+        """The loss of the discriminator.
+
+        Args:
+            discriminator: the discriminator, wrapped for several processes.
+        """
+        real, fake = discriminator(torch.cat([pixel_values, pixels.detach().float()])).chunk(2)
         return discriminator_loss(real, fake)
+
+
+def _init_encoder(model: EvoTokModel, teacher: Teacher) -> None:
+    """Initialize the encoder from the teacher's tower, as in the paper."""
+    needed, available = len(model.encoder.encoder.layers), len(teacher.encoder.layers)
+    if available < needed:
+        raise UserError(f"the teacher has {available + 1} layers, the encoder needs {needed + 1}")
+    model.encoder.embeddings.load_state_dict(teacher.embeddings.state_dict())
+    for ours, theirs in zip(model.encoder.encoder.layers, teacher.encoder.layers, strict=False):
+        ours.load_state_dict(theirs.state_dict())

@@ -1,4 +1,4 @@
-"""The output folder of a tokenizer run: what may be written there, what is resumed, what is replaced, and when."""
+"""The output folder of a tokenizer run: checks before the run, resumption and replacement of the previous run."""
 
 import hashlib
 import logging
@@ -35,16 +35,16 @@ from evotok_plugin.training.resume import (
 
 logger = logging.getLogger(__name__)
 
-# On resume: without influence on the weights.
+# How a changed setting is treated on resumption. IRRELEVANT: it has no influence on the weights.
 IRRELEVANT = frozenset(
     """
     output_dir overwrite val_images val_every save_every keep_checkpoints log_every report_to max_loss_growth
     min_code_usage num_workers max_bad_fraction compile gradient_checkpointing
     """.split()
 )
-APPLIED = frozenset("max_steps learning_rate grad_clip".split())  # from the checkpoint on, and reported
-BY_CONTENT = frozenset("data teacher".split())  # paths that may change as long as what lies there is the same
-# The checkpoint's optimizer, averages or order of data would contradict them.
+APPLIED = frozenset("max_steps learning_rate grad_clip".split())  # from the checkpoint on, and logged
+BY_CONTENT = frozenset("data teacher".split())  # paths that may change if their content is the same
+# They would contradict the checkpoint's optimizer, averages or order of data.
 REJECTED = frozenset(
     """
     data_weights val_data preset model init_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
@@ -53,35 +53,42 @@ REJECTED = frozenset(
     """.split()
 )
 
-_DIGESTED_IMAGES = 20_000
+_DIGESTED_IMAGES = 20_000  # of every source
 _DIGESTED_VALUES = 1024  # of every weight
 
 
 class TokenizerOutput:
-    """Plan for the output folder of a run; nothing in it changes before `begin`.
-
-    Raises:
-        UserError: the folder cannot be written to, holds files of others where the run would write, must not be
-            replaced, or holds a run with other settings.
-    """
+    """The output folder of a run: `open` checks it, `begin` prepares it for the first step."""
 
     def __init__(self, folder: Path, config: TokenizerTrainingConfig, processes: Processes) -> None:
         self._folder, self._config, self._processes = folder, config, processes
         self._is_replacing = False
         self._applied: list[Change] = []
         self._moved: list[Change] = []
+
+    @classmethod
+    def open(cls, folder: Path, config: TokenizerTrainingConfig, processes: Processes) -> "TokenizerOutput":
+        """Check that the run can use the folder, after restoring a run whose replacement did not reach a step.
+
+        Raises:
+            UserError: the folder cannot be written to, contains files of other programs that the run would overwrite,
+                must not be replaced, or contains a run with other settings.
+        """
         check_output_folder(folder, "--output_dir")
         with writing(folder):
             restored = processes.is_first and owned_folder(folder).restore()
         if restored:
-            logger.warning("%s: the run that was to be replaced is back; the last start did not reach a step", folder)
+            logger.warning("%s: the previous run is restored; the one that replaced it did not reach a step", folder)
         processes.barrier()
         owned_folder(folder).check(*RUN_FILES, *files_in_the_way(folder, config.max_steps))
+        output = cls(folder, config, processes)
         if config.overwrite:
-            inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": [config.teacher]}
-            check_replaceable(folder, {k: [p for p in v if p and not p.startswith("hf:")] for k, v in inputs.items()})
+            teacher = [config.teacher] if config.teacher else []
+            inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": teacher}
+            check_replaceable(folder, {k: [p for p in v if not p.startswith("hf:")] for k, v in inputs.items()})
         else:
-            self._compare()
+            output._compare()
+        return output
 
     def _compare(self) -> None:
         found = checkpoints(self._folder)
@@ -90,7 +97,7 @@ class TokenizerOutput:
             saved = recipe_to_compare(self._folder, self._state(found[-1]), self._processes.is_first)
         if saved is None:
             return
-        defaults = {**as_plain(TokenizerTrainingConfig(data=["-"], output_dir="-", semantic_weight=0))}
+        defaults = as_plain(TokenizerTrainingConfig(data=["-"], output_dir="-", semantic_weight=0))
         defaults["semantic_weight"] = TokenizerTrainingConfig.semantic_weight
         before, now = {**defaults, **saved}, as_plain(self._config)
         irrelevant = IRRELEVANT | (_without_effect(before) & _without_effect(now))
@@ -104,14 +111,14 @@ class TokenizerOutput:
         return f"a run at step {step_of(checkpoint)}"
 
     def begin(self, images: list[str], **facts: str | None) -> None:
-        """Make the folder ready for the first step, once everything has been checked.
+        """Prepare the folder for the first step, once everything has been checked.
 
         Args:
             images: `contents_of` the images.
-            facts: what else identifies the run's inputs, by the names of their settings.
+            facts: identities of the run's other inputs, by the names of their settings.
 
         Raises:
-            UserError: the run that is resumed had other inputs, or the folder cannot be written to.
+            UserError: the resumed run had other inputs, or the folder cannot be written to.
         """
         found = [] if self._config.overwrite else checkpoints(self._folder)
         if found:
@@ -125,10 +132,10 @@ class TokenizerOutput:
     def _prepare(self, facts: dict[str, str | None], images: list[str], step: int) -> None:
         owned = owned_folder(self._folder)
         if self._config.overwrite and owned.files():
-            said = describe_run(self._folder)
+            previous = describe_run(self._folder)
             aside = owned.move_aside()
             self._is_replacing = True
-            logger.warning("%s holds %s; moved to %s until the first step has succeeded", self._folder, said, aside)
+            logger.warning("%s: %s moved to %s until the first step has succeeded", self._folder, previous, aside)
         owned.claim(*RUN_FILES)
         owned.note(**facts, images=images)
         saved = {name: value for name, value in as_plain(self._config).items() if name != "overwrite"}
@@ -139,7 +146,7 @@ class TokenizerOutput:
         different = [
             Change(name, before[name], facts[name]) for name in facts if before.get(name, facts[name]) != facts[name]
         ]
-        if not before:  # a run that was made before inputs were recorded: only their paths are known
+        if not before:  # a run from before inputs were recorded: only their paths are known
             different += self._moved
         different = different or changed_contents(before.get("images"), images)
         reject(different, self._folder, self._state(checkpoint))
@@ -149,21 +156,21 @@ class TokenizerOutput:
             logger.info("%s (takes effect from step %d on)", change, step_of(checkpoint))
 
     def finish_replacing(self) -> None:
-        """Delete the run that is replaced; called after every step, it does something after the first."""
+        """Delete the replaced run after the first step; later calls have no effect."""
         if self._is_replacing:
             with writing(self._folder):
                 owned_folder(self._folder).finish_replacing()
             self._is_replacing = False
 
     def restore(self) -> None:
-        """Move back the run that was to be replaced, if the new one has not made a step."""
+        """Move the replaced run back if the new one has not completed a step."""
         if self._is_replacing and owned_folder(self._folder).restore():
             self._is_replacing = False
-            logger.warning("%s is as it was before", self._folder)
+            logger.warning("%s: the previous run is restored", self._folder)
 
 
 def _without_effect(values: dict) -> set[str]:
-    """Settings that others switch off; earlier versions accepted values for them."""
+    """Settings that have no effect because of others; earlier versions accepted values for them."""
     names = {"val_fraction"} if values["val_data"] else set()
     return names | ({"gan_start", "gan_adaptive"} if values["gan_weight"] == 0 else set())
 
@@ -180,8 +187,10 @@ def _full_paths(values: dict) -> dict:
 
 
 def identity_of(sources: Sequence[ImageSource]) -> str:
-    """Identity of a run's images by name: how many there are, and a digest of their names (of 20000 a source,
-    evenly spread, where there are more)."""
+    """Identity of a run's images by name: their number and a digest of their names.
+
+    Of a source with more than 20000 images, that many names are used, evenly spread.
+    """
     digest = hashlib.sha256()
     for source in sources:
         count = min(len(source), _DIGESTED_IMAGES)
@@ -201,7 +210,7 @@ def contents_of(sources: Sequence[ImageSource]) -> list[str]:
 
 
 def fingerprint_of(teacher: nn.Module | None) -> str | None:
-    """Identity of a teacher: a digest of the names, shapes and first values of its weights; None without one."""
+    """Identity of a teacher: a digest of the names, shapes and first values of its weights; None without a teacher."""
     if teacher is None:
         return None
     digest = hashlib.sha256()

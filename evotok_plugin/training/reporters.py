@@ -1,4 +1,4 @@
-"""Reporters of a run (TensorBoard, Weights & Biases, ...), checked before any work."""
+"""Checks of the reporters of a run (TensorBoard, Weights & Biases), before any work."""
 
 import os
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ _REMEDY = "or pass --report_to none"
 
 
 def check_reporters(names: Iterable[str]) -> None:
-    """Check that reporters can be used: the package is installed and, for wandb, there is a key.
+    """Check that reporters can be used: the package is installed and, for wandb, there is an API key.
 
     Raises:
-        UserError: one cannot.
+        UserError: a reporter cannot be used.
     """
     for name in names:
         if name == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):

@@ -1,12 +1,11 @@
-"""Settings of a run that is resumed: each is applied, rejected when it differs, or without influence on the result.
+"""Settings of a resumed run: a changed one is applied or rejected, or has no influence on the result.
 
-`recipe.yaml` in the output folder holds the settings that a run was started with. Changes that were applied later are
-comments at its top, so that the file never claims what did not happen.
+`recipe.yaml` in the output folder has the settings of the last start of a run. Comments at its top list the changes
+that were applied on resumption, and from which step.
 """
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from evotok_plugin.common.files import write_text
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
-_LOOKED_AT = 256
-_REPAIRED = 0.1  # share of images that may differ: broken ones that were replaced
+_NUM_COMPARED = 256  # images
+_MAX_CHANGED = 0.1  # fraction of the compared images, such as broken ones that were replaced
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _shown(value: Any) -> str:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], irrelevant: Collection[str]) -> list[Change]:
-    """Settings that differ, by name, except those without influence on the result."""
+    """The settings that differ, except those without influence on the result."""
     names = [name for name in dict.fromkeys([*before, *now]) if name not in irrelevant]
     pairs = ((name, before.get(name), now.get(name)) for name in names)
     return [Change(name, was, value) for name, was, value in pairs if _comparable(was) != _comparable(value)]
@@ -57,13 +57,13 @@ def _comparable(value: Any) -> Any:
 
 
 def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
-    """Refuse a run that would continue with other settings.
+    """Reject a resumption with changed settings.
 
     Args:
-        what: the run that the folder holds: "a run that is at step 4".
+        what: the run in the folder: "a run at step 4".
 
     Raises:
-        UserError: there are changes; the message lists all with both values.
+        UserError: there are changes; the message lists them with both values.
     """
     if listed := [str(change) for change in rejected]:
         raise UserError(
@@ -73,36 +73,36 @@ def reject(rejected: Iterable[Change], folder: str | Path, what: str) -> None:
 
 
 def sample_contents(content: Callable[[int], bytes], indices: Sequence[int]) -> list[str]:
-    """Short digests of the files of up to 256 images, evenly spread; "" for one that cannot be read.
+    """Short digests of the files of up to 256 images, evenly spread; "" for an image that cannot be read.
 
     Args:
-        content: the file of the image of an index.
+        content: returns the bytes of the image with an index.
     """
-    places = np.linspace(0, len(indices) - 1, min(len(indices), _LOOKED_AT)).round().astype(int)
-    return [_digest_of(content, int(indices[place])) for place in places]
+    positions = np.linspace(0, len(indices) - 1, min(len(indices), _NUM_COMPARED)).round().astype(int)
+    return [_digest_of(content, int(indices[position])) for position in positions]
 
 
 def _digest_of(content: Callable[[int], bytes], index: int) -> str:
     try:
         return hashlib.sha256(content(index)).hexdigest()[:8]
-    except (ValueError, TypeError):  # a row without the image
+    except (ValueError, TypeError):  # a broken image, or a row without one
         return ""
 
 
 def changed_contents(before: Sequence[str] | None, now: Sequence[str]) -> list[Change]:
-    """Whether images are others under the same names, by `sample_contents`; a few are reported and tolerated."""
+    """Detect images whose content has changed, by `sample_contents`; a few are logged and tolerated."""
     if before is None or len(before) != len(now):
-        return []  # unknown, or the number of images says so
+        return []  # not recorded; another number of images is detected elsewhere
     different = sum(was != digest for was, digest in zip(before, now, strict=True))
-    if different <= _REPAIRED * len(now):
+    if different <= _MAX_CHANGED * len(now):
         if different:
-            logger.warning("%d of %d images looked at have changed since the run began", different, len(now))
+            logger.warning("%d of %d compared images have changed since the run began", different, len(now))
         return []
-    return [Change("images", f"{len(now)} looked at", f"{different} of them with other content under the same names")]
+    return [Change("images", f"{len(now)} compared", f"{different} of them with other content under the same names")]
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:
-    """The settings that a folder's run was started with, or None without a readable `recipe.yaml`."""
+    """The settings in the `recipe.yaml` of a folder, or None if it cannot be read."""
     try:
         values = yaml.safe_load((Path(folder) / RECIPE).read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -111,11 +111,11 @@ def read_recipe(folder: str | Path) -> dict[str, Any] | None:
 
 
 def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> dict[str, Any] | None:
-    """The settings that a run to be resumed was started with; None, with a warning, where `recipe.yaml` is missing.
+    """The settings of a run to be resumed; None, with a warning, if `recipe.yaml` is missing.
 
     Args:
-        state: the run that the folder holds: "a run at step 4".
-        is_first: whether this process warns.
+        state: the run in the folder: "a run at step 4".
+        is_first: whether this process logs the warning.
 
     Raises:
         UserError: `recipe.yaml` is damaged.
@@ -140,11 +140,9 @@ def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> 
 
 
 def write_recipe(folder: str | Path, values: dict[str, Any], applied: Iterable[Change] = (), step: int = 0) -> None:
-    """Write `recipe.yaml`; on resume, with a comment for every setting that is other from `step` on."""
+    """Write `recipe.yaml`; on resumption, with a comment for every setting that changes from `step` on."""
     path = Path(folder) / RECIPE
     before = path.read_text().splitlines() if step and path.is_file() else []
     comments = [line for line in before if line.startswith("# step ")]
     comments += [" ".join(f"# step {step}: {change}".split()) for change in applied]
-    temporary = path.with_name(f".{RECIPE}.tmp")  # a kill in the middle must not leave a damaged file
-    temporary.write_text("".join(f"{line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False))
-    os.replace(temporary, path)
+    write_text(path, "".join(f"{line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False))

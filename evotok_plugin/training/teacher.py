@@ -1,4 +1,4 @@
-"""Teachers: the frozen SigLIP tower that gives the semantic target, and small ones trained on captioned images.
+"""Training of small SigLIP teachers on captioned images, for tests and examples.
 
 `python -m evotok_plugin.training.teacher --data FOLDER --tokenizer FOLDER --output_dir FOLDER`
 """
@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from evotok_plugin.common import command_line
-from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder
+from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
 from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import parse_mapping
+from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource, open_source
@@ -35,7 +36,7 @@ from evotok_plugin.model_folder import open_tokenizer_folder
 
 
 def build_siglip(vision: EvoTokConfig, vocab_size: int, max_text_length: int) -> SiglipModel:
-    """A SigLIP whose vision tower fits the tokenizer's encoder, with one layer more (the last one is not used)."""
+    """A SigLIP whose vision tower fits the tokenizer's encoder; it has one more layer, the last, which is not used."""
     width = vision.encoder_hidden_size
     config = SiglipConfig(
         vision_config=SiglipVisionConfig(
@@ -57,26 +58,31 @@ def build_siglip(vision: EvoTokConfig, vocab_size: int, max_text_length: int) ->
         ).to_dict(),
     )
     model = SiglipModel(config)
-    # The paper's start (Zhai et al. 2023): temperature 10, bias -10.
+    # Initial values of the SigLIP paper (Zhai et al. 2023): temperature 10, bias -10.
     nn.init.constant_(model.logit_scale, math.log(10.0))
     nn.init.constant_(model.logit_bias, -10.0)
     return model
 
 
 def captioned_images(data: Path) -> list[tuple[Path, str]]:
-    """Images and what they show: by `captions.jsonl` (lines of `image` and `captions`, the first of which says most),
-    else by their file names, `n01484850_great_white_shark.jpg` being a great white shark.
+    """Images and their captions.
+
+    They come from `captions.jsonl` (lines with `image` and `captions`, of which the first is used), otherwise from file
+    names: `n01484850_great_white_shark.jpg` shows a "great white shark".
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists, or `captions.jsonl` is malformed.
     """
     file = data / "captions.jsonl"
     if file.is_file():
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return [(data / row["image"], row["captions"][0]) for row in rows]
+        try:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            return [(data / row["image"], str(row["captions"][0])) for row in rows]
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{file}: expected lines with image and captions: {describe_error(error)}") from error
     source = open_source(data)
     if not isinstance(source, FileSource):
-        raise UserError(f"{data}: expected captions.jsonl or image files whose names say what they show")
+        raise UserError(f"{data}: expected captions.jsonl, or image files whose names are captions")
     names = [source.key(i) for i in range(len(source))]
     return [(data / name, re.sub(r"^n\d{8}_", "", Path(name).stem).replace("_", " ")) for name in names]
 
@@ -95,12 +101,14 @@ def train_teacher(
     """Train contrastively on captioned images and save the vision tower; returns the last loss.
 
     Args:
-        vision: the tokenizer that the teacher is for; the tiny preset if none is given.
+        vision: the configuration of the tokenizer that the teacher must fit; by default the tiny preset.
         augment: random scale, crop and flip.
 
     Raises:
-        UserError: no captions, or a loss that is not finite.
+        UserError: the captions are missing or malformed, or the loss is not finite.
     """
+    if max_steps < 1:
+        raise UserError(f"max_steps must be at least 1, got {max_steps}")
     pairs = captioned_images(data)
     tokenizer = open_tokenizer_folder(tokenizer_folder)
     length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])
@@ -109,7 +117,8 @@ def train_teacher(
     vision = vision or EvoTokConfig.preset("tiny")
     processor, crop = EvoTokImageProcessor(size=vision.image_size), Augmentation()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_siglip(vision, len(tokenizer), length).to(device).train()
+    model = build_siglip(vision, len(tokenizer), length)
+    model.to(device).train()  # type: ignore[arg-type]  # the decorator of transformers hides `self` from mypy
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     warmup = max(1, max_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -136,15 +145,17 @@ def train_teacher(
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix(loss=f"{float(output.loss.detach()):.3f}")
-    model.vision_model.save_pretrained(output_dir)
-    apply_umask_to_weights(output_dir)
+    with writing(output_dir):
+        model.vision_model.save_pretrained(output_dir)
+        apply_umask_to_weights(output_dir)
     return float(output.loss.detach())
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train a teacher; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--data", type=Path, required=True, help="images with captions.jsonl, or with names that say it"
+        "--data", type=Path, required=True, help="images with captions.jsonl, or with captions as names"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a text tokenizer")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -154,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--augment", action="store_true", help="random scale, crop and flip")
     parser.add_argument(
-        "--model", default="{}", help="fields in which the tokenizer differs from the tiny preset, YAML"
+        "--model", default="{}", help="YAML mapping of tokenizer fields that differ from the tiny preset"
     )
     return command_line.run(parser, argv, _train)
 

@@ -12,8 +12,11 @@ from evotok_plugin.errors import UserError
 class WeightsEMA:
     """Averaged float32 copies of the parameters.
 
-    Codebooks are buffers and stay what they are: they are averages already. The decay rises from 0 as
-    (1 + step) / (10 + step), so that an average of few steps does not remember the start.
+    Codebooks are buffers and are not averaged: they are moving averages already. The decay rises as
+    (1 + step) / (10 + step), so that early averages do not depend on the initial weights.
+
+    `torch.optim.swa_utils.AveragedModel` copies the weights at its first update instead of averaging them, and its
+    state has other names and includes the buffers, so it would change results and checkpoints.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,7 +25,7 @@ class WeightsEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Add the weights after `step` steps to the average."""
         decay = min(self._decay, (1 + step) / (10 + step))
         current = [value.detach().float() for _, value in self._model.named_parameters()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
@@ -32,20 +35,21 @@ class WeightsEMA:
     def applied(self) -> Iterator[None]:
         """Within, the model has the averaged weights."""
         parameters = dict(self._model.named_parameters())
-        kept = {name: value.detach().clone() for name, value in parameters.items()}
+        original = {name: value.detach().clone() for name, value in parameters.items()}
         for name, value in parameters.items():
             value.copy_(self._averages[name])
         try:
             yield
         finally:
             for name, value in parameters.items():
-                value.copy_(kept[name])
+                value.copy_(original[name])
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages under the names of the parameters."""
         return dict(self._averages)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore averages that `state_dict` returned.
 
         Raises:
             UserError: the names are those of another model.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
 _HELP = """Ask a question or say what to draw. Image paths in a line are read as images; quote paths with spaces.
-/draw PROMPT  draw an image, whatever the model would answer
+/draw PROMPT  draw an image
 /image PATH   add an image to the next question
 /save FOLDER  save the conversation: conversation.json and its images
 /reset        start a new conversation
@@ -85,7 +86,7 @@ def open_chat_image(path: str) -> Image.Image:
     """
     if re.match("https?://", path, re.IGNORECASE):
         raise UserError(f"{path} is not fetched; save the image and give its path")
-    if not _path(path).exists():
+    if not os.path.exists(_path(path)):  # Path.exists raises an error for names that are too long
         raise UserError(f"image {path!r} does not exist")
     return open_upload(_path(path), UploadLimits(), name=path, formats=FORMATS)
 
@@ -102,7 +103,7 @@ def extract_images(line: str) -> tuple[str, list[Image.Image]]:
 
     def extract(match: re.Match[str]) -> str:
         path = match["url"] or match["quoted"] or match["bare"].replace("\\ ", " ")
-        if match["bare"] and "/" not in path and not _path(path).is_file():
+        if match["bare"] and "/" not in path and not os.path.isfile(_path(path)):
             return match[0]
         images.append(open_chat_image(path))
         return ""
@@ -170,7 +171,7 @@ class Chat:
             print(_HELP)
         elif command == "/quit":
             self.ended = True
-        elif re.fullmatch("/[a-z]+", command) and not _path(command).exists():
+        elif re.fullmatch("/[a-z]+", command) and not os.path.exists(_path(command)):
             raise UserError(f"unknown command {command}; /help lists the commands")
         elif line:
             text, images = extract_images(line)

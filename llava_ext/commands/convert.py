@@ -1,4 +1,4 @@
-"""`evotok-llava convert`: research adapters to a model folder."""
+"""`evotok-llava convert`: convert research adapters to a model folder."""
 
 import argparse
 
@@ -12,18 +12,18 @@ from llava_ext.conversion import HeadOptions, convert_adapters
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("convert", help="research adapters to a model folder")
-    parser.add_argument("file", nargs="+", help="rqtransformer.bin, mm_projector.bin (of reading, of drawing)")
+    parser = commands.add_parser("convert", help="convert research adapters to a model folder")
+    parser.add_argument("file", nargs="+", help="rqtransformer.bin, mm_projector.bin (for reading, for drawing)")
     parser.add_argument("--language_model", required=True, help="the text model the adapters were trained for")
-    parser.add_argument("--vision_tower", required=True, help="tokenizer folder, made by `evotok convert`")
+    parser.add_argument("--vision_tower", required=True, help="tokenizer folder, created by `evotok convert`")
     parser.add_argument("-o", "--output", required=True, help="new folder for the model")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights of the model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     add_arguments(parser, HeadOptions)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Put a model together from a causal LM, a converted tokenizer and research adapters."""
+    """Assemble a model from a causal LM, a converted tokenizer and research adapters."""
     check_output_folder(arguments.output)
     check_new_folder(arguments.output)
     given = {k: v for k, v in vars(arguments).items() if k.startswith("head_")}
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     for part, file in converted.parts.items():
         print(f"{part}: {file}")
     for part in converted.random:
-        print(f"{part}: no file was given, it starts at random")
+        print(f"{part}: no file given, initialized at random")
     for reason, count in converted.bookkeeping.items():
         print(f"left out: {count} keys, {reason}")
     print(arguments.output)

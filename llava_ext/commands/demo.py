@@ -18,7 +18,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--max_upload_mb", type=float, default=10.0, help="largest image file that is accepted, in MB")
     parser.add_argument("--max_pixels", type=int, default=16_000_000, help="largest image that is accepted, in pixels")
     parser.add_argument(
-        "--teacher", help="SigLIP folder: the evolution tab compares features with the teacher's instead of its own"
+        "--teacher", help="SigLIP folder: the evolution tab compares features with those of this teacher"
     )
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""`evotok-llava estimate`: what a training run will need."""
+"""`evotok-llava estimate`: estimate the memory and the tokens per step of a training run."""
 
 import argparse
 import sys
@@ -10,17 +10,17 @@ from llava_ext.commands.options import SharedOptions
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "estimate",
-        help="parameters, memory and tokens a step of a training run",
-        epilog="every other flag of training may be given, too, as `scripts/finetune.sh` takes it",
+        help="estimate the parameters, memory and tokens per step of a training run",
+        epilog="All other flags of training are accepted as well, as in `scripts/finetune.sh`.",
     )
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
-    parser.add_argument("--gpus", type=int, default=1, help="how many processes, one a GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, with one process each")
     parser.set_defaults(run=run, takes_rest=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Say what a training run will need."""
-    from llava_ext.training.config import StageConfig  # seconds of imports that no other command needs
+    """Print the estimate."""
+    from llava_ext.training.config import StageConfig  # slow imports that no other command needs
     from llava_ext.training.estimate import estimate_run
     from llava_ext.training.llava_flags import translate
 

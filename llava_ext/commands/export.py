@@ -1,4 +1,4 @@
-"""`evotok-llava export`: a model folder that needs nothing else."""
+"""`evotok-llava export`: write a self-contained model folder."""
 
 import argparse
 
@@ -10,27 +10,27 @@ from llava_ext.export.portable import export_model
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("export", help="a model folder that needs nothing else")
-    parser.add_argument("folder", help="a trained model, or a checkpoint of a run")
+    parser = commands.add_parser("export", help="write a self-contained model folder")
+    parser.add_argument("folder", help="a trained model or a checkpoint of a run")
     parser.add_argument("-o", "--output", required=True, help="new folder")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the weights")
     parser.add_argument(
         "--decoder_dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the tokenizer's two decoders; what chooses codes stays float32",
+        help="dtype of the tokenizer's two decoders; the parts that choose codes stay float32",
     )
     parser.add_argument(
         "--format",
         choices=("evotok", "causal-lm"),
         default="evotok",
-        help="causal-lm: of a model with the flat head, what any LLM server loads (it reads no pictures)",
+        help="causal-lm: a folder that any LLM server can load, for models with the flat head (cannot read images)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write a model folder that can be given away."""
+    """Write a model folder that can be shared."""
     check_output_folder(arguments.output)
     check_new_folder(arguments.output)
     if arguments.format == "causal-lm":

@@ -1,4 +1,4 @@
-"""`evotok-llava merge`: an adapter into the model that it was trained on."""
+"""`evotok-llava merge`: merge an adapter into the model that it was trained on."""
 
 import argparse
 
@@ -8,16 +8,16 @@ from llava_ext.commands.options import SharedOptions
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("merge", help="a LoRA or QLoRA adapter into the model it was trained on")
+    parser = commands.add_parser("merge", help="merge a LoRA or QLoRA adapter into the model it was trained on")
     parser.add_argument("base", help="the model folder that training started from, or the causal LM")
-    parser.add_argument("adapter", help="adapter folder, or a checkpoint of the run")
-    parser.add_argument("--vision_tower", help="tokenizer folder, where the base is a causal LM")
-    parser.add_argument("-o", "--output", required=True, help="new folder for the whole model")
+    parser.add_argument("adapter", help="adapter folder or a checkpoint of the run")
+    parser.add_argument("--vision_tower", help="tokenizer folder, needed if the base is a causal LM")
+    parser.add_argument("-o", "--output", required=True, help="new folder for the merged model")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fold a LoRA or QLoRA adapter into the model that it was trained on."""
+    """Merge a LoRA or QLoRA adapter into the model that it was trained on."""
     from llava_ext.training.adapters import merge  # peft comes with the training libraries
 
     check_output_folder(arguments.output)

@@ -20,7 +20,7 @@ class SharedOptions:
 def shared_options() -> SharedOptions:
     """Build the parent parsers; every command needs its own copy."""
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help="model folder (default: the newest in the working folder's outputs)")
+    model.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     drawing = argparse.ArgumentParser(add_help=False)
     group = drawing.add_argument_group(

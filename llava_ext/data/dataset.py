@@ -60,7 +60,7 @@ class ConversationDataset(Dataset):
         mixture: the order of the records; by default they are shuffled.
 
     Raises:
-        UserError: there are no records.
+        UserError: `records` is empty.
     """
 
     def __init__(

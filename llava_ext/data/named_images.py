@@ -90,8 +90,8 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
     All spellings of the path of a file give the same key.
 
     Raises:
-        UserError: the image does not exist, there is no image folder, the path is outside of it, or base64 cannot be
-            decoded.
+        UserError: the image does not exist, the image folder is missing, the path is outside of it, or base64 cannot
+            be decoded.
     """
     try:
         content = embedded_content(name)
@@ -111,7 +111,10 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
         _check_inside(os.path.abspath(os.path.join(root, local)), root, name, image_folder)
         raise UserError(f"image {shorten(name)} not found in {image_folder}")
     root, path = _check_inside(path, root, name, image_folder)
-    facts = os.stat(path)
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise UserError(f"image {shorten(name)} in {image_folder} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(facts.st_mode):
         raise UserError(f"image {shorten(name)} in {image_folder} is a folder, a pipe or a device; expected a file")
     state = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)

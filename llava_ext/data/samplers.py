@@ -4,8 +4,8 @@
 `set_epoch`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -31,13 +31,6 @@ class EpochSampler(Sampler[int]):
         yield from self._order_of(int(self._epoch_of())).tolist()
 
 
-class SizedSampler(Protocol):
-    """A sampler with a length; it yields samples, or rows of samples."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Any]: ...
-
-
 class FilledSampler(Sampler):
     """Pads another sampler at its end to a multiple of `multiple` with a `Filler`, from which nothing is learned.
 
@@ -45,11 +38,13 @@ class FilledSampler(Sampler):
     from the beginning of the epoch, which would then be learned twice.
     """
 
-    def __init__(self, sampler: SizedSampler, multiple: int) -> None:
-        self._sampler, self._multiple = sampler, multiple
+    def __init__(self, sampler: Sampler, multiple: int) -> None:
+        assert isinstance(sampler, Sized)
+        self._sampler, self._length = sampler, len(sampler)
+        self._filled = -(-self._length // multiple) * multiple
 
     def __len__(self) -> int:
-        return -(-len(self._sampler) // self._multiple) * self._multiple
+        return self._filled
 
     def __iter__(self) -> Iterator[Any]:
         last: Any = None
@@ -57,7 +52,7 @@ class FilledSampler(Sampler):
             yield last
         # A sampler of packed rows yields lists; a row of a single filler is enough.
         filler = [Filler(last[0])] if isinstance(last, list) else Filler(last)
-        for _ in range(len(self) - len(self._sampler)):
+        for _ in range(self._filled - self._length):
             yield filler
 
 

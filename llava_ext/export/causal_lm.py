@@ -22,6 +22,7 @@ from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.errors import UserError
 from llava_ext.export import residual_tokenizer
 from llava_ext.export.cards import render_card
+from llava_ext.flat_head import FlatHead
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -88,6 +89,7 @@ def as_causal_lm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
             f"the {model.config.text_config.model_type} backbone embeds tokens through {type(embeddings).__name__}, "
             "which would also change the rows of residual tokens; expected a plain embedding table"
         )
+    assert isinstance(model.image_head, FlatHead)
     head, dtype = model.image_head.float(), embeddings.weight.dtype
     tables = [
         _table(text.weight, rows.to(dtype), vocabulary)

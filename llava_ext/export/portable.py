@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from evotok_plugin.common.folders import write_whole_folder
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.export.cards import render_card
 from llava_ext.generation.options import DrawingOptions
-from llava_ext.model_folder import load_model, save_model
+from llava_ext.model_folder import load_model, save_model, tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 
 
@@ -46,17 +47,23 @@ def export_model(
 def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     drawing = DrawingOptions().for_model(model).settings()
-    size, tower = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.vision_tower))
+    with tower_aside(model):  # its size and dtype are listed separately
+        size, dtype = _millions(model), str(model.dtype).removeprefix("torch.")
     rows = {
         "text backbone": f"{text.model_type}, {text.num_hidden_layers} layers, {text.hidden_size} wide",
         "image tokenizer": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_positions} positions, "
         f"{vision.num_quantizers} levels of {vision.codebook_size} codes",
         "image head": f"{_describe_head(config)}, {vision.pixel_depth} levels",
-        "parameters": f"{size:.1f} M in {str(model.dtype).removeprefix('torch.')}",
-        "of the tokenizer": f"{tower:.1f} M in float32",
+        "parameters": f"{size:.1f} M in {dtype}",
+        "of the tokenizer": f"{_millions(model.vision_tower):.1f} M in float32",
         "draws with": ", ".join(f"{name} {value}" for name, value in drawing.items() if name != "negative_prompt"),
     }
     return render_card("model_card.md.jinja", rows=rows)
+
+
+def _millions(module: nn.Module) -> float:
+    """The number of parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
 def _describe_head(config: EvoTokLlavaConfig) -> str:

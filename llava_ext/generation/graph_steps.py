@@ -18,7 +18,7 @@ class SingleSteps:
     """Iterator over the codes (R, l) of every step, computed one by one."""
 
     def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
-        """Start behind the prompts.
+        """Start after the prompts.
 
         Args:
             steps: the language model after the prompts.

@@ -39,7 +39,7 @@ class AnswerOptions:
             takes the model's setting (`generation_config`), or 256 if it has none. An answer also ends where the
             language model's positions end.
         max_images: images per answer.
-        image_first: start with an image, whatever the model would choose, and stop after it.
+        image_first: always start with an image, and stop after it.
         text: sampling of text tokens; None takes the model's `generation_config`, which is greedy unless it sets
             `do_sample`.
         drawing: settings of images that differ from the model's own.
@@ -259,6 +259,7 @@ class Answers:
     def _emit_text(self, row: _AnswerState, last: bool) -> Iterator[Event]:
         """Emit the new text; an incomplete character waits for its remaining bytes unless this is the `last` call."""
         text = self._processor.tokenizer.decode(row.words, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one sequence
         if not last and text.endswith(_INCOMPLETE_CHARACTER):
             return
         if len(text) > len(row.shown):

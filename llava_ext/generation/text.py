@@ -45,8 +45,11 @@ class TextGenerationMixin(ModelInterface):
             )
         for name in _LEFT_OVER:
             kwargs.pop(name, None)
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc, arg-type]
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         images = {"pixel_values": pixel_values, "image_codes": image_codes}
         for name, given in images.items():
@@ -107,8 +110,11 @@ class TextGenerationMixin(ModelInterface):
                         "every <image> needs its image and every image its <image>"
                     )
                 images[name] = torch.cat([of_row for of_row in given.split(counts) for _ in range(expand_size)])
-        ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc, arg-type]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,  # type: ignore[arg-type]
+            **model_kwargs,
         )
         return ids, model_kwargs | images
 

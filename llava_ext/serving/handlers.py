@@ -191,7 +191,7 @@ class _ShownAnswer:
     Attributes:
         provenance: creates the provenance of the image with this index.
         content: the `content` of a message for `gr.Chatbot`.
-        drawing: whether the last part stands for an unfinished image.
+        drawing: whether the last part is a placeholder of an unfinished image.
     """
 
     provenance: Callable[[int], Provenance]

@@ -108,7 +108,7 @@ def _numbered(output_dir: str | Path) -> list[Path]:
     return [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
 
 
-# What the run has created ------------------------------------------------------------------------------------
+# Files of the run --------------------------------------------------------------------------------------------
 
 
 def owned_folder(output_dir: str | Path) -> OwnedFolder:

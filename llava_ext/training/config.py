@@ -27,10 +27,10 @@ class StageConfig(TrainingArguments):
     conversions of `TrainingArguments` have not happened, and `device`, `world_size`, `process_index` and
     `hf_deepspeed_config` must not be used.
 
-    `{workspace}` in a path stands for the value of `workspace`.
+    `{workspace}` in a path is replaced by the value of `workspace`.
     """
 
-    workspace: str = field(default="outputs", metadata=_help("folder that `{workspace}` in paths stands for"))
+    workspace: str = field(default="outputs", metadata=_help("folder that replaces `{workspace}` in paths"))
     model_name_or_path: str = field(
         default="", metadata=_help("EvoTok-LLaVA folder to continue from, or a causal LM to start from")
     )

@@ -275,8 +275,8 @@ def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> 
     layers = config.text_config.num_hidden_layers
     checkpointed = layers * _bytes([hidden]) + backbone / layers  # one layer at a time is recomputed
     logits = min(MAX_LOGITS, rows * steps * config.text_config.vocab_size)
-    classifiers = [*plain.get_output_embeddings().parameters(), *plain.image_head.classifiers.parameters()]
-    learned = _bytes(parameter for parameter in classifiers if parameter.requires_grad)
+    classifiers = nn.ModuleList([plain.get_output_embeddings(), plain.image_head.get_submodule("classifiers")])
+    learned = _bytes(parameter for parameter in classifiers.parameters() if parameter.requires_grad)
     if config.image_head == "flat" and config.residual_embeddings == "tied":  # features of a codebook, their gradients
         learned += 2 * config.vision_config.codebook_size * embedding.shape[1] * embedding.element_size()
     return {

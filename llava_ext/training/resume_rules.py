@@ -1,4 +1,4 @@
-"""What may change when a stage is resumed: settings by name, and the content of the data and models it reads."""
+"""Rules for resuming a stage: which settings may change, and whether its data and models are still the same."""
 
 import hashlib
 import os

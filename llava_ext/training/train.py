@@ -175,7 +175,7 @@ def prepare_training(config: StageConfig, values: dict[str, Any]) -> tuple[EvoTo
     model.config.check_length(config.model_max_length)
     model.config.check_processor(processor)
     store_settings(model.generation_config, read_settings(config.image_generation or {}))
-    DrawingOptions().for_model(model)  # settings with a value per level must have as many values as the model levels
+    DrawingOptions().for_model(model)  # checks the number of values of settings per level
     dataset = build_dataset(config, model, processor)
     check_groups_have_samples(model, config, dataset)
     assert isinstance(dataset.records, RecordTable)

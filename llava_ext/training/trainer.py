@@ -112,6 +112,20 @@ class EvoTokTrainer(Trainer):
             )
         return optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the learning rate schedule as Trainer does.
+
+        Raises:
+            UserError: arguments that the schedule rejects.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"lr_scheduler_type {self.args.lr_scheduler_type} with lr_scheduler_kwargs "
+                f"{self.args.lr_scheduler_kwargs}: {describe_error(error)}; change one of them"
+            ) from error
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if is_decayed(name)]
 

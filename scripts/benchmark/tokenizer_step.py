@@ -83,7 +83,7 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
         objective.load_lpips = random_lpips
         config.val_fraction, config.gan_start, config.report_to = 0.0, 0, "none"
         config.batch_size = batch_size or config.batch_size
-        trainer = TokenizerTrainer(config)
+        trainer = TokenizerTrainer.open(config)
         device = trainer.device
         images = torch.rand(config.batch_size, 3, model.image_size, model.image_size, device=device) * 2 - 1
         with FlopCounterMode(display=False) as counter:
@@ -94,7 +94,7 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
         for _ in range(steps):
             synchronize(device)
             started = time.perf_counter()
-            trainer._agree(trainer.train_step(images), 0)
+            trainer.summarize(trainer.train_step(images), 0)
             if trainer.weights_ema is not None:
                 trainer.weights_ema.update(1)
             synchronize(device)

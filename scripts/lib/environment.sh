@@ -1,5 +1,5 @@
-# Sourced by the scripts: go to the checkout, find or make the Python environment, choose a launcher.
-# An active virtual environment (or conda environment) is used as it is; otherwise `.venv` in the checkout is made.
+# Sourced by the scripts: activate or create the Python environment, install the project, and define launchers.
+# An active virtual environment (or conda environment) is used; otherwise `.venv` in the checkout is created.
 
 caller_folder="$PWD"
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -8,10 +8,10 @@ use_environment() {
   if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     if [ ! -x "$repository/.venv/bin/python" ]; then
       "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "error: Python 3.11 or newer is needed, found $("${PYTHON:-python3}" --version 2>&1); set PYTHON=/path/to/python3.11" >&2
+        echo "error: Python 3.11 or newer is required, found $("${PYTHON:-python3}" --version 2>&1); set PYTHON=/path/to/python3.11" >&2
         exit 2
       }
-      echo "making the virtual environment .venv" >&2
+      echo "creating the virtual environment .venv" >&2
       "${PYTHON:-python3}" -m venv "$repository/.venv"
     fi
     # shellcheck disable=SC1091
@@ -20,13 +20,13 @@ use_environment() {
   install_project
 }
 
-# Installs once per state of pyproject.toml and constraints.txt.
+# Install the project once per version of pyproject.toml and constraints.txt.
 install_project() {
   local stamp state
   stamp="$(python -c 'import sys; print(sys.prefix)')/.evotok-installed"
   state="$(cat "$repository/pyproject.toml" "$repository/constraints.txt" | cksum) $repository"
   [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
-  echo "installing the project and its libraries (once; several minutes)" >&2
+  echo "installing the project and its dependencies (once; takes several minutes)" >&2
   python -m pip install --quiet --disable-pip-version-check \
     -c "$repository/constraints.txt" -e "$repository[all,test,dev]" >&2 || {
     echo "error: installation failed; see the messages above" >&2
@@ -35,9 +35,9 @@ install_project() {
   echo "$state" > "$stamp"
 }
 
-# launch MODULE ARGUMENTS...: one process, or torchrun when NPROC > 1 or several nodes are asked for
-# (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as torchrun takes them). It takes the script's place, so that a signal
-# sent to the script reaches the training; torchrun then waits ten minutes for the processes to save, not half a one.
+# launch MODULE ARGUMENTS...: start one process, or torchrun for several processes (NPROC) or nodes (NNODES, NODE_RANK,
+# MASTER_ADDR and MASTER_PORT, as for torchrun). It replaces the process of the script, so that a signal sent to the
+# script reaches the training; torchrun then waits ten minutes for the processes to save, instead of 30 seconds.
 launch() {
   local processes="${NPROC:-1}"
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
@@ -53,7 +53,7 @@ launch() {
   fi
 }
 
-# train_stage DEFAULT_RECIPE ARGUMENTS...: makes what the embedded default needs, then runs the stage.
+# train_stage DEFAULT_RECIPE ARGUMENTS...: prepare the inputs of the embedded default if the recipe uses it, then train.
 train_stage() {
   local recipe="$1"
   shift

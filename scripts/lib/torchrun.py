@@ -1,5 +1,7 @@
-"""torchrun that ends as its processes do: with their exit code, or 143 and 130 after SIGTERM and Ctrl-C, not with a
-traceback of its own."""
+"""Run torchrun and exit as its processes do: with their exit code, or 143 after SIGTERM and 130 after Ctrl-C.
+
+torchrun itself would end with a traceback.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Activations that are computed again instead of kept: less memory, the same gradients, the quantizer learns once."""
+"""Gradient checkpointing: less memory, the same gradients, and a single codebook update per step."""
 
 import copy
 
@@ -19,7 +19,7 @@ SIZES = {
 
 @pytest.fixture
 def pair():
-    """A model that keeps its activations and its copy that computes them again, in training mode."""
+    """A model that stores its activations and a copy that recomputes them, in training mode."""
     torch.manual_seed(0)
     model = EvoTokModel(EvoTokConfig(**SIZES)).train()
     checkpointing = copy.deepcopy(model)
@@ -36,7 +36,7 @@ def train_step(model):
 
 
 def saved_bytes(model):
-    """Memory that the graph of a training step holds when the backward pass begins, parameters left out."""
+    """Memory that the graph of a training step holds before the backward pass, without parameters."""
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     held = {}
 
@@ -44,7 +44,7 @@ def saved_bytes(model):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor  # kept, so that no two storages have one address
+        return tensor  # keeps the storage alive, so that its address is not reused
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(torch.rand(4, 3, 24, 24) * 2 - 1)
@@ -52,14 +52,14 @@ def saved_bytes(model):
     return sum(held.values())
 
 
-def test_gradients_are_those_of_kept_activations(pair):
+def test_gradients_equal_those_with_stored_activations(pair):
     losses = [train_step(model) for model in pair]
     assert torch.equal(*losses)
-    for (name, kept), again in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
-        assert kept.grad is not None and torch.equal(kept.grad, again.grad), name
+    for (name, stored), recomputed in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
+        assert stored.grad is not None and torch.equal(stored.grad, recomputed.grad), name
 
 
-def test_the_quantizer_learns_once_a_step(pair):
+def test_the_quantizer_learns_once_per_step(pair):
     for _ in range(2):
         for model in pair:
             train_step(model)
@@ -69,13 +69,13 @@ def test_the_quantizer_learns_once_a_step(pair):
     assert torch.equal(*(model.quantizer.codebooks for model in pair))
 
 
-def test_fewer_activations_are_kept(pair):
-    kept, again = map(saved_bytes, pair)
-    assert again < 0.5 * kept
+def test_fewer_activations_are_stored(pair):
+    stored, checkpointed = map(saved_bytes, pair)
+    assert checkpointed < 0.5 * stored
 
 
 @pytest.mark.parametrize("part", ["encoder", "pixel_decoder", "semantic_decoder"])
-def test_every_part_keeps_less(pair, part):
+def test_every_part_stores_less(pair, part):
     model, checkpointing = pair
     checkpointing.gradient_checkpointing_disable()
     before = saved_bytes(checkpointing)
@@ -86,14 +86,14 @@ def test_every_part_keeps_less(pair, part):
     assert saved_bytes(checkpointing) < before == saved_bytes(model)
 
 
-def test_weights_have_the_same_names_and_can_be_loaded_either_way(pair):
+def test_weight_names_do_not_change(pair):
     model, checkpointing = pair
     assert list(model.state_dict()) == list(checkpointing.state_dict())
     checkpointing.load_state_dict(model.state_dict())
 
 
 @torch.no_grad()
-def test_evaluation_is_left_as_it_is(pair):
+def test_evaluation_does_not_change(pair):
     pixel_values = torch.rand(2, 3, 24, 24) * 2 - 1
     outputs = [model.eval()(pixel_values) for model in pair]
     for name, value in outputs[0].items():

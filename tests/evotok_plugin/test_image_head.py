@@ -1,10 +1,21 @@
 """The discrete image head on any model's hidden states."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokModel, SamplingOptions, uniform_noise
+from evotok_plugin import (
+    DepthTransformerConfig,
+    DepthTransformerHead,
+    EvoTokModel,
+    SamplingOptions,
+    image_head,
+    uniform_noise,
+)
+from evotok_plugin.errors import UserError
+from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 
 CONFIG = DepthTransformerConfig(
     llm_hidden_size=10, codebook_dim=6, codebook_size=12, num_levels=3, hidden_size=16, num_layers=2, num_heads=4
@@ -16,14 +27,14 @@ def head():
     torch.manual_seed(0)
     head = DepthTransformerHead(CONFIG)
     for classifier in head.classifiers:
-        classifier[1].weight.data *= 8  # far from uniform, so that choices matter
+        classifier[1].weight.data *= 8  # a distribution far from uniform
     return head.eval()
 
 
 @pytest.fixture(scope="module")
 def codebooks():
     torch.manual_seed(1)
-    return torch.randn(5, CONFIG.codebook_size, CONFIG.codebook_dim)  # the tokenizer has more levels than are drawn
+    return torch.randn(5, CONFIG.codebook_size, CONFIG.codebook_dim)  # more levels than are drawn
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +52,10 @@ def latents_of(codebooks, codes):
 
 
 def drawn_without_cache(head, hidden, codebooks, options, noise, guidance=None, scale=1.0):
-    """Level by level through the teacher-forced pass alone, everything recomputed at each."""
+    """Draw level by level with the teacher-forced forward pass, recomputing everything for each level."""
     codes = torch.zeros(hidden.shape[0], CONFIG.num_levels, dtype=torch.long)
     for level in range(CONFIG.num_levels):
-        latents = latents_of(codebooks, codes)  # later levels are zeros that no earlier one looks at
+        latents = latents_of(codebooks, codes)  # code 0 for later levels, which earlier ones do not see
         logits = head(hidden, latents)[level]
         if guidance is not None:
             without = head(guidance, latents)[level]
@@ -61,7 +72,7 @@ def drawn_without_cache(head, hidden, codebooks, options, noise, guidance=None, 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_cached_sampling_draws_what_recomputing_every_level_draws(head, codebooks, hidden, temperature, scale):
+def test_cached_sampling_equals_recomputing_every_level(head, codebooks, hidden, temperature, scale):
     options, without = SamplingOptions(temperature=temperature), hidden.flip(0)
     rows = hidden if scale == 1 else torch.cat([hidden, without])
     drawn = head.sample(rows, codebooks, noise_of(4), options, scale)
@@ -71,7 +82,7 @@ def test_cached_sampling_draws_what_recomputing_every_level_draws(head, codebook
 
 
 @torch.no_grad()
-def test_a_row_depends_on_its_hidden_state_and_its_noise_alone(head, codebooks, hidden):
+def test_a_row_depends_only_on_its_hidden_state_and_noise(head, codebooks, hidden):
     together = head.sample(hidden, codebooks, noise_of(4))
     for row in range(4):
         alone = head.sample(hidden[row : row + 1], codebooks, noise_of(4)[row : row + 1])
@@ -81,7 +92,7 @@ def test_a_row_depends_on_its_hidden_state_and_its_noise_alone(head, codebooks, 
 
 @torch.no_grad()
 def test_draws_follow_the_distribution_of_the_joint_codes(head, codebooks, hidden):
-    """Frequencies of the first two levels against the product of the teacher-forced probabilities."""
+    """Compares frequencies of the first two levels with the product of the teacher-forced probabilities."""
     count, size = 5000, CONFIG.codebook_size
     rows = hidden[:1].expand(count, -1)
     drawn = head.sample(rows, codebooks, noise_of(count))
@@ -110,8 +121,8 @@ def test_loss_is_the_mean_over_levels_and_positions(head, codebooks, hidden):
     torch.testing.assert_close(head.loss(hidden, latents, codes), torch.stack(terms).mean())
 
 
-def test_it_learns_what_follows_from_the_hidden_state(tiny_evotok_folder):
-    """On a tokenizer's own codes, behind a model that is nothing but a table of hidden states."""
+def test_the_head_learns_codes_from_hidden_states(tiny_evotok_folder):
+    """Uses a tokenizer's codes and, instead of a model, a table of hidden states."""
     torch.manual_seed(0)
     tokenizer = EvoTokModel.from_pretrained(tiny_evotok_folder)
     sizes = tokenizer.config
@@ -141,12 +152,12 @@ def test_half_precision_draws_valid_codes(head, codebooks, hidden):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 30}, "30 wide, no multiple of 4 heads"),
+        ({"hidden_size": 30}, "width of the depth transformer must be a multiple of its 4 heads, got 30"),
         ({"num_layers": 0}, "at least 1, got num_layers 0"),
     ],
 )
-def test_impossible_sizes_are_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_sizes_are_rejected(sizes, message):
+    with pytest.raises(UserError, match=message):
         DepthTransformerConfig(**(vars(CONFIG) | sizes))
 
 
@@ -160,13 +171,13 @@ def test_impossible_sizes_are_refused(sizes, message):
         ((4, 3), (5, 13, 6), "made for another tokenizer"),
     ],
 )
-def test_what_does_not_fit_is_explained(head, hidden, noise_shape, codebooks_shape, message):
+def test_mismatched_shapes_are_explained(head, hidden, noise_shape, codebooks_shape, message):
     with pytest.raises(ValueError, match=message):
         head.sample(hidden, torch.zeros(codebooks_shape), torch.zeros(noise_shape))
 
 
 @torch.no_grad()
-def test_one_cache_serves_all_positions(head, codebooks, hidden):
+def test_a_cache_can_be_reused_for_all_positions(head, codebooks, hidden):
     cache = head.new_cache(4)
     for seed in range(3):
         noise = uniform_noise(seed, 4, CONFIG.num_levels)
@@ -177,3 +188,17 @@ def test_one_cache_serves_all_positions(head, codebooks, hidden):
 def test_latents_of_another_shape_are_explained(head, hidden):
     with pytest.raises(ValueError, match=r"expected level_latents \(B, 3, 6\).*got \(4, 4, 6\) and \(4, 10\)"):
         head(hidden, torch.zeros(4, 4, 6))
+
+
+def test_the_loss_in_chunks_equals_that_of_all_logits(monkeypatch):
+    torch.manual_seed(0)
+    head = DepthTransformerHead(DepthTransformerConfig(16, 8, 40, 4, 32, 2, 2))
+    hidden, latents = torch.randn(11, 16, requires_grad=True), torch.randn(11, 4, 8)
+    codes = torch.randint(40, (11, 4))
+    plain = torch.stack([F.cross_entropy(x, codes[:, i]) for i, x in enumerate(head(hidden, latents))]).mean()
+    monkeypatch.setattr(image_head, "chunked_cross_entropy", partial(chunked_cross_entropy, max_logits=3 * 40))
+    chunked = head.loss(hidden, latents, codes)
+    torch.testing.assert_close(chunked, plain, atol=1e-6, rtol=1e-6)
+    leaves = [hidden, *head.parameters()]
+    found, expected = torch.autograd.grad(chunked, leaves), torch.autograd.grad(plain, leaves)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

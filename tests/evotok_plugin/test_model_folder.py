@@ -1,4 +1,4 @@
-"""Model folders: every kind of damage ends as one ValueError that names the file, the cause and the remedy."""
+"""Model folders: every kind of damage gives one UserError that names the file, the cause and the remedy."""
 
 import json
 import logging
@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, EvoTokVisionModel, EvoTokVisionTower
+from evotok_plugin.cli import main
 from evotok_plugin.common.weight_files import folder_fingerprint, weight_files
+from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
     check_values,
     load_strictly,
@@ -50,7 +53,7 @@ def shard(folder):
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def test_a_whole_folder_loads_bit_for_bit(tiny_evotok_folder, tmp_path):
+def test_a_complete_folder_is_loaded_bit_for_bit(tiny_evotok_folder, tmp_path):
     folder = copy(tiny_evotok_folder, tmp_path)
     expected = load_file(folder / WEIGHTS)
     shard(folder)
@@ -72,11 +75,11 @@ def test_a_whole_folder_loads_bit_for_bit(tiny_evotok_folder, tmp_path):
         (None, "is cut off or damaged"),
     ],
 )
-def test_damaged_weights_are_named(tiny_evotok_folder, tmp_path, content, message):
+def test_damaged_weight_files_are_named(tiny_evotok_folder, tmp_path, content, message):
     folder = copy(tiny_evotok_folder, tmp_path)
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_tokenizer(str(folder), "cpu")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -95,18 +98,18 @@ def test_damaged_weights_are_named(tiny_evotok_folder, tmp_path, content, messag
         (lambda weights: [weights[name].zero_() for name in weights], "[0-9]+ of [0-9]+ weight matrices are zero"),
         (
             lambda weights: weights.update({"quantizer.codebooks": weights["quantizer.codebooks"].to(torch.int32)}),
-            "integers where weights belong",
+            "integers where floating-point weights are expected",
         ),
     ],
 )
-def test_weights_that_are_not_the_models_own_are_rejected(tiny_evotok_folder, tmp_path, change, message):
+def test_weights_that_do_not_match_the_model_are_rejected(tiny_evotok_folder, tmp_path, change, message):
     folder = copy(tiny_evotok_folder, tmp_path)
     rewrite(folder, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_tokenizer(str(folder), "cpu")
 
 
-def test_one_matrix_of_zeros_is_loaded_with_a_warning(tiny_evotok_folder, tmp_path, caplog):
+def test_a_single_matrix_of_zeros_is_loaded_with_a_warning(tiny_evotok_folder, tmp_path, caplog):
     folder = copy(tiny_evotok_folder, tmp_path)
     rewrite(folder, lambda weights: weights["encoder.to_latent.0.weight"].zero_())
     with caplog.at_level(logging.WARNING):
@@ -118,16 +121,16 @@ def test_missing_shards_are_named(tiny_evotok_folder, tmp_path):
     folder = copy(tiny_evotok_folder, tmp_path)
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors does not exist.*1 of 2 files"):
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors does not exist.*1 of 2 files"):
         open_tokenizer(str(folder), "cpu")
     (folder / f"{WEIGHTS}.index.json").unlink()
-    with pytest.raises(ValueError, match="index.json is missing beside its 1 shards"):
+    with pytest.raises(UserError, match="index.json is missing"):
         weight_files(folder)
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')
-    with pytest.raises(ValueError, match="expected a file of the folder"):
+    with pytest.raises(UserError, match="expected a file of the folder"):
         weight_files(folder)
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(ValueError, match="expected a weight_map"):
+    with pytest.raises(UserError, match="expected a weight_map"):
         weight_files(folder)
 
 
@@ -155,43 +158,65 @@ def test_missing_shards_are_named(tiny_evotok_folder, tmp_path):
 def test_damaged_configurations_are_named(tiny_evotok_folder, tmp_path, content, message):
     folder = copy(tiny_evotok_folder, tmp_path)
     (folder / "config.json").unlink() if content is None else (folder / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_tokenizer(str(folder), "cpu")
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_folder_without_its_image_processor_is_named(tiny_evotok_folder, tmp_path):
+def test_a_broken_config_gives_the_same_error_for_every_reader(tiny_evotok_folder, tmp_path, capsys):
+    folder = copy(tiny_evotok_folder, tmp_path)
+    (folder / "config.json").write_text("{")
+    errors = []
+    for read in (
+        lambda: model_type_of(folder),
+        lambda: open_tokenizer(str(folder), "cpu"),
+        lambda: load_whole(EvoTokModel, folder),
+        lambda: open_config(AutoConfig, folder),
+        lambda: EvoTokVisionModel.from_pretrained(folder),
+        lambda: EvoTokVisionTower(folder, delay_load=True),
+        lambda: load_teacher(str(folder)),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        errors.append(str(caught.value))
+    Image.new("RGB", (48, 48)).save(tmp_path / "image.png")
+    assert main(["reconstruct", str(tmp_path / "image.png"), "--model", str(folder)]) == 2
+    errors.append(capsys.readouterr().err.strip().removeprefix("error: "))
+    assert len(set(errors)) == 1 and errors[0].startswith(f"{folder / 'config.json'} is not valid JSON")
+
+
+def test_a_missing_or_damaged_image_processor_is_named(tiny_evotok_folder, tmp_path):
     folder = copy(tiny_evotok_folder, tmp_path)
     (folder / "preprocessor_config.json").write_bytes(POINTER)
-    with pytest.raises(ValueError, match="preprocessor_config.json is a Git LFS pointer"):
+    with pytest.raises(UserError, match="preprocessor_config.json is a Git LFS pointer"):
         open_tokenizer(str(folder), "cpu")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="preprocessor_config.json or processor_config.json is missing; copy it"):
+    with pytest.raises(UserError, match="preprocessor_config.json or processor_config.json is missing; copy it"):
         open_tokenizer(str(folder), "cpu")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_text_tokenizer_without_one_of_its_files_is_named(tiny_tokenizer_folder, tmp_path, name):
+def test_missing_and_damaged_files_of_a_text_tokenizer_are_named(tiny_tokenizer_folder, tmp_path, name):
     folder = copy(tiny_tokenizer_folder, tmp_path)
     (folder / name).write_text("{")
-    with pytest.raises(ValueError, match="text tokenizer|is not valid JSON"):
+    with pytest.raises(UserError, match="text tokenizer|is not valid JSON"):
         open_tokenizer_folder(folder)
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"{name}.*is missing"):
+    with pytest.raises(UserError, match=f"{name}.*is missing"):
         open_tokenizer_folder(folder)
 
 
-def test_unknown_model_types_and_odd_values_are_named(tmp_path):
+def test_unknown_model_types_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     assert model_type_of(tmp_path) == "no_such_model"
-    with pytest.raises(ValueError, match="config.json cannot be loaded: .*no_such_model"):
+    with pytest.raises(UserError, match="config.json cannot be loaded: .*no_such_model"):
         open_config(AutoConfig, tmp_path)
 
 
 # Language models -----------------------------------------------------------------------------------------------
 
 
-def test_tied_weights_and_old_rotary_buffers_are_harmless(make_backbone, tiny_tokenizer_folder, tmp_path):
+def test_tied_weights_and_old_rotary_buffers_are_accepted(make_backbone, tiny_tokenizer_folder, tmp_path):
     folder = make_backbone(tiny_tokenizer_folder, tmp_path / "tied", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / WEIGHTS)
     rewrite(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
@@ -199,10 +224,10 @@ def test_tied_weights_and_old_rotary_buffers_are_harmless(make_backbone, tiny_to
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_language_model_without_a_matrix_is_rejected(tiny_backbone_folder, tmp_path):
+def test_a_language_model_with_a_missing_matrix_is_rejected(tiny_backbone_folder, tmp_path):
     folder = copy(tiny_backbone_folder, tmp_path)
     rewrite(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(UserError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
         load_whole(AutoModelForCausalLM, folder)
 
 
@@ -217,7 +242,7 @@ def test_a_state_dict_is_loaded_strictly():
         (good | {"bias": torch.zeros(4)}, r"bias \(4,\) instead of \(3,\)"),
         (good | {"bias": torch.full((3,), float("inf"))}, "NaN or infinite"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_strictly(module, bad, "it")
     check_values({"ids": torch.zeros(3, 3, dtype=torch.long), "empty.weight": torch.zeros(0, 2)}, "it")
 
@@ -231,28 +256,28 @@ def siglip():
     return build_siglip(EvoTokConfig.preset("tiny"), vocab_size=100, max_text_length=8)
 
 
-def test_a_teacher_is_read_from_the_whole_model_and_from_the_tower_alone(siglip, tmp_path):
-    siglip.save_pretrained(tmp_path / "whole")
+def test_a_teacher_is_loaded_from_the_full_model_and_from_the_tower_alone(siglip, tmp_path):
+    siglip.save_pretrained(tmp_path / "full")
     siglip.vision_model.save_pretrained(tmp_path / "tower")
     images = torch.rand(1, 3, 48, 48)
     expected = siglip.vision_model(images, output_hidden_states=True).hidden_states[-2]
-    for name in ("whole", "tower"):
+    for name in ("full", "tower"):
         torch.testing.assert_close(load_teacher(str(tmp_path / name))(images), expected)
 
 
-def test_a_teacher_may_lack_the_parts_that_are_never_used(siglip, tmp_path):
+def test_a_teacher_may_lack_unused_parts(siglip, tmp_path):
     siglip.vision_model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda weights: [weights.pop(name) for name in list(weights) if name.startswith("head.")])
     load_teacher(str(tmp_path))
     rewrite(tmp_path, lambda weights: weights.pop("encoder.layers.0.mlp.fc1.weight"))
-    with pytest.raises(ValueError, match=r"1 missing \(encoder.layers.0.mlp.fc1.weight\)"):
+    with pytest.raises(UserError, match=r"1 missing \(encoder.layers.0.mlp.fc1.weight\)"):
         load_teacher(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit", "clip_vision_model", "siglip2"])
-def test_another_model_is_not_taken_for_a_teacher(kind, tmp_path):
+def test_other_models_are_rejected_as_teachers(kind, tmp_path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"it holds a {kind} model.*expected SigLIP"):
+    with pytest.raises(UserError, match=f"it holds a {kind} model.*expected SigLIP"):
         load_teacher(str(tmp_path))
 
 
@@ -260,7 +285,7 @@ def test_the_weights_of_another_tower_are_rejected(siglip, tmp_path):
     siglip.vision_model.save_pretrained(tmp_path)
     other = SiglipVisionModel(siglip.vision_model.config).state_dict()
     save_file({f"other.{name}": value for name, value in other.items()}, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="missing .*; .*unexpected"):
+    with pytest.raises(UserError, match="missing .*; .*unexpected"):
         load_teacher(str(tmp_path))
 
 
@@ -268,15 +293,15 @@ def test_the_weights_of_another_tower_are_rejected(siglip, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pixels_alone(tiny_evotok_folder, tmp_path_factory):
-    """A tokenizer folder whose configuration says that its semantic decoder was not trained."""
+def pixels_only(tiny_evotok_folder, tmp_path_factory):
+    """A tokenizer folder with an untrained semantic decoder according to its configuration."""
     folder = shutil.copytree(tiny_evotok_folder, tmp_path_factory.mktemp("pixels") / "evotok")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"semantic_decoder_trained": False}))
     return folder
 
 
-def test_older_folders_count_as_trained(tiny_evotok_folder, tmp_path):
+def test_semantic_decoders_of_older_folders_count_as_trained(tiny_evotok_folder, tmp_path):
     folder = copy(tiny_evotok_folder, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config.pop("semantic_decoder_trained", None)
@@ -284,17 +309,17 @@ def test_older_folders_count_as_trained(tiny_evotok_folder, tmp_path):
     assert EvoTokModel.from_pretrained(folder).config.semantic_decoder_trained
 
 
-def test_an_untrained_semantic_decoder_is_not_read(pixels_alone):
-    model = open_tokenizer(str(pixels_alone), "cpu")[0]
+def test_an_untrained_semantic_decoder_is_rejected(pixels_only):
+    model = open_tokenizer(str(pixels_only), "cpu")[0]
     codes = model.encode(torch.zeros(1, 3, 48, 48)).codes
     assert model.decode_pixels(codes[..., :4]).shape == (1, 3, 48, 48)
     for read in (
         lambda: model.decode_semantics(codes),
-        lambda: EvoTokVisionModel.from_pretrained(pixels_alone),
-        lambda: EvoTokVisionTower(pixels_alone),
-        lambda: EvoTokVisionTower(pixels_alone, delay_load=True),
+        lambda: EvoTokVisionModel.from_pretrained(pixels_only),
+        lambda: EvoTokVisionTower(pixels_only),
+        lambda: EvoTokVisionTower(pixels_only, delay_load=True),
     ):
-        with pytest.raises(ValueError, match="semantic decoder .* was not trained .*--teacher FOLDER"):
+        with pytest.raises(UserError, match="semantic decoder .* was not trained .*--teacher FOLDER"):
             read()
 
 

@@ -1,3 +1,5 @@
+"""The tokenizer on the path of an image, its configuration and its image processor."""
+
 import ast
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import evotok_plugin
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_save_and_load_are_bitwise(model, pixel_values, tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path).size == 48
 
 
-def test_fingerprint_tells_tokenizers_apart(model):
+def test_the_fingerprint_identifies_a_tokenizer(model):
     other = EvoTokModel(model.config)
     other.load_state_dict(model.state_dict())
     assert other.fingerprint() == model.fingerprint()
@@ -77,13 +80,13 @@ def test_wrong_shapes_are_explained(model):
     [
         ({"image_size": 50}, "not a multiple of patch_size"),
         ({"decoder_channel_multipliers": (1, 2)}, "log2"),
-        ({"pixel_depth": 9}, "pixel_depth must lie in 1..8"),
+        ({"pixel_depth": 9}, "pixel_depth must be in 1..8"),
         ({"codebook_size": 70000}, "at most 65536"),
         ({"encoder_num_heads": 5}, "not a multiple of 5 heads"),
     ],
 )
-def test_impossible_sizes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_sizes_are_rejected(changes, message):
+    with pytest.raises(UserError, match=message):
         EvoTokConfig.preset("tiny", **changes)
 
 
@@ -91,9 +94,9 @@ def test_presets_are_values_of_one_configuration():
     paper = EvoTokConfig.preset("paper")
     assert (paper.num_positions, paper.codebook_size, paper.num_quantizers, paper.pixel_depth) == (256, 32768, 16, 4)
     assert EvoTokConfig.preset("base").encoder_hidden_size == 768
-    with pytest.raises(ValueError, match="unknown preset 'huge'; expected one of tiny, base, paper"):
+    with pytest.raises(UserError, match="unknown preset 'huge'; expected one of tiny, base, paper"):
         EvoTokConfig.preset("huge")
-    with pytest.raises(ValueError, match="no field image_sise; it has image_size"):
+    with pytest.raises(UserError, match="no field image_sise; it has image_size"):
         EvoTokConfig.preset("tiny", image_sise=64)
 
 
@@ -113,11 +116,11 @@ def test_every_config_field_is_read():
 
 @pytest.mark.parametrize("decode", ["decode_pixels", "decode_semantics"])
 @pytest.mark.parametrize("code", [-1, 10**6])
-def test_codes_out_of_range_are_refused(tiny_evotok_folder, decode, code):
+def test_codes_out_of_range_are_rejected(tiny_evotok_folder, decode, code):
     model = EvoTokModel.from_pretrained(tiny_evotok_folder)
     codes = torch.zeros(1, model.config.num_positions, 4, dtype=torch.long)
     codes[0, 3, 1] = code
-    with pytest.raises(ValueError, match="expected codes from 0 to .*another tokenizer's"):
+    with pytest.raises(UserError, match="expected codes from 0 to .*another tokenizer's"):
         getattr(model, decode)(codes)
 
 
@@ -135,12 +138,12 @@ def test_image_processor_round_trip_and_crop(rng):
 @pytest.mark.parametrize(
     "thing", [None, 3, np.zeros((8, 8, 2)), torch.zeros(5, 5, 5), torch.zeros(1, 1, 3, 4, 4), [], [[]]]
 )
-def test_what_is_no_image_is_refused(thing):
-    with pytest.raises(ValueError, match="expected"):
+def test_inputs_that_are_not_images_are_rejected(thing):
+    with pytest.raises(UserError, match="expected"):
         EvoTokImageProcessor(size=16)(thing)
 
 
-def test_image_processor_takes_whatever_holds_images(tmp_path, rng):
+def test_image_processor_accepts_all_kinds_of_images(tmp_path, rng):
     processor = EvoTokImageProcessor(size=16)
     array = rng.integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     pictures = [Image.fromarray(one) for one in array]
@@ -164,13 +167,13 @@ def test_image_processor_takes_whatever_holds_images(tmp_path, rng):
         tensor / 255,
     ):
         assert torch.equal(processor(images).pixel_values, expected)
-    with pytest.raises(ValueError, match="gone.png' does not exist"):
+    with pytest.raises(UserError, match="gone.png' does not exist"):
         processor(tmp_path / "gone.png")
-    with pytest.raises(ValueError, match="URLs are not fetched"):
+    with pytest.raises(UserError, match="URLs are not fetched"):
         processor("https://example.com/a.png")
 
 
-def test_a_uint8_tensor_of_middle_grey_is_grey():
+def test_a_uint8_tensor_of_medium_gray_is_gray():
     values = EvoTokImageProcessor(size=48)(torch.full((3, 48, 48), 128, dtype=torch.uint8)).pixel_values
     assert float(values.mean()) == pytest.approx(128 / 127.5 - 1, abs=1e-6)
 
@@ -214,7 +217,7 @@ def test_image_processor_keywords_are_honored():
 )
 def test_image_processor_keywords_are_never_ignored(keywords, message):
     pictures = [Image.new("RGB", (30, 20)), Image.new("RGB", (20, 30))]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         EvoTokImageProcessor(size=16)(pictures, **keywords)
 
 
@@ -225,12 +228,12 @@ def test_image_processor_settings_are_saved_and_checked(tmp_path):
     changed.save_pretrained(tmp_path / "changed")
     again = EvoTokImageProcessor.from_pretrained(tmp_path / "changed")
     assert again.size == 24 and again(Image.new("RGB", (9, 9))).pixel_values.min() == 0
-    with pytest.raises(ValueError, match="'nonsense'"):
+    with pytest.raises(UserError, match="'nonsense'"):
         EvoTokImageProcessor(size=16, nonsense=1)
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (30_000, 5)])
-def test_extreme_shapes_are_cropped_first(size):
+def test_extreme_aspect_ratios_are_cropped_before_resizing(size):
     picture = Image.new("RGB", size, (10, 20, 30))
     values = EvoTokImageProcessor(size=16)(picture).pixel_values
     assert values.shape == (1, 3, 16, 16) and torch.equal(values, values[..., :1, :1].expand_as(values))

@@ -1,3 +1,5 @@
+"""Residual quantization, its search and its learning against naive computations, and several processes against one."""
+
 import os
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, ResidualVectorQuantizer, code_search
+from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.codes import CodeUsage
 
 
@@ -18,7 +22,7 @@ def make(levels=4, size=64, dim=8, **options):
 
 
 def naive_rvq(vectors, codebooks):
-    """Residual vector quantization as the definition has it, in float64."""
+    """Residual vector quantization by its definition, in float64."""
     residual, codes = np.asarray(vectors, np.float64), []
     for codebook in np.asarray(codebooks, np.float64):
         index = ((residual[:, None] - codebook[None]) ** 2).sum(-1).argmin(1)
@@ -28,7 +32,7 @@ def naive_rvq(vectors, codebooks):
 
 
 def assert_codes_are_exact(codes, vectors, codebooks):
-    """Each level's code must be as near as any to float64's own rounding, on the residual that the codes leave."""
+    """Each level's code must be a nearest one, up to float64 rounding, to the residual that the earlier codes leave."""
     residual = vectors.double()
     for level, codebook in enumerate(codebooks.double()):
         chosen = codes[:, level]
@@ -36,13 +40,13 @@ def assert_codes_are_exact(codes, vectors, codebooks):
             distances = (residual[rows, None] - codebook).square().sum(-1)
             taken = distances.gather(1, chosen[rows, None])[:, 0]
             least = distances.amin(dim=1)
-            assert (taken <= least * (1 + 1e-12) + 1e-300).all(), f"level {level}: a nearer code was passed over"
+            assert (taken <= least * (1 + 1e-12) + 1e-300).all(), f"level {level}: a nearer code was missed"
         residual = residual - codebook[chosen]
 
 
 @pytest.fixture(params=["float64", "groups", "crowd"])
 def search_path(request, monkeypatch):
-    """The ways of the torch search, whatever the size of the codebook; small blocks, so that there are several."""
+    """Select a path of the torch search regardless of codebook size, with small blocks so that there are several."""
     if request.param != "float64":
         monkeypatch.setattr(code_search, "_MANY_GROUPS", 0 if request.param == "crowd" else 10**6)
         for name, value in (("_SMALL_CODEBOOK", 0), ("_GROUP", 4), ("_GROUPS_TOGETHER", 3)):
@@ -54,7 +58,7 @@ def search_path(request, monkeypatch):
     return request.param
 
 
-def test_codes_and_sums_are_those_of_the_definition(search_path):
+def test_codes_and_sums_match_a_naive_search(search_path):
     quantizer, z = make(), torch.randn(50, 8)
     result = quantizer(z)
     codes, residual = naive_rvq(z, quantizer.codebooks)
@@ -65,7 +69,7 @@ def test_codes_and_sums_are_those_of_the_definition(search_path):
 
 
 @pytest.mark.parametrize(("num_vectors", "size", "dim"), [(1, 65, 3), (130, 1027, 16), (70, 2500, 32)])
-def test_groups_of_codes_give_the_codes_of_a_float64_search(num_vectors, size, dim, monkeypatch):
+def test_the_grouped_search_equals_a_float64_search(num_vectors, size, dim, monkeypatch):
     monkeypatch.setattr(code_search, "_SMALL_CODEBOOK", 0)
     torch.manual_seed(size)
     z, codebooks = torch.randn(num_vectors, dim), torch.randn(3, size, dim) * torch.tensor([1, 0.5, 0.1])[:, None, None]
@@ -73,15 +77,15 @@ def test_groups_of_codes_give_the_codes_of_a_float64_search(num_vectors, size, d
 
 
 def nearly_tied(size=400, dim=16):
-    """Codes that float32 cannot tell apart, a few units in the last place from a few centres, far from the origin."""
+    """Codes that float32 cannot tell apart: a few units in the last place from five centers far from the origin."""
     torch.manual_seed(3)
-    centres = torch.randn(5, dim) + 30
-    codes = centres[torch.randint(5, (size,))]
+    centers = torch.randn(5, dim) + 30
+    codes = centers[torch.randint(5, (size,))]
     codes = codes * (1 + 2.0**-22 * torch.randint(-4, 5, codes.shape))
-    return centres[torch.randint(5, (90,))] + 1e-3 * torch.randn(90, dim), codes[None]
+    return centers[torch.randint(5, (90,))] + 1e-3 * torch.randn(90, dim), codes[None]
 
 
-def test_float64_decides_where_float32_cannot(search_path):
+def test_float64_decides_when_float32_cannot(search_path):
     z, codebooks = nearly_tied()
     float32_scores = z @ codebooks[0].T - codebooks[0].square().sum(1) / 2
     with pytest.raises(AssertionError, match="nearer code"):
@@ -93,11 +97,11 @@ def test_float64_decides_where_float32_cannot(search_path):
 def test_codes_are_exact_when_vectors_and_codes_are_of_different_scales(scale, search_path):
     torch.manual_seed(4)
     z, codebooks = torch.randn(60, 8), scale * torch.randn(2, 300, 8)
-    codebooks[:, ::7] *= 1e3  # codes that nothing ever chose, far off
+    codebooks[:, ::7] *= 1e3  # distant codes that no vector chooses
     assert_codes_are_exact(code_search.residual_codes(z, codebooks), z, codebooks)
 
 
-def test_equal_codes_are_no_obstacle(search_path):
+def test_duplicate_codes_are_handled(search_path):
     torch.manual_seed(5)
     z, codes = torch.randn(40, 8), torch.randn(9, 8)
     many = codes[torch.randint(9, (300,))]
@@ -105,7 +109,7 @@ def test_equal_codes_are_no_obstacle(search_path):
     assert (code_search.nearest_codes(z, torch.zeros(300, 8)) < 300).all()
 
 
-def test_vectors_that_are_no_numbers_do_not_stop_the_search(search_path):
+def test_nan_and_infinite_vectors_do_not_affect_other_vectors(search_path):
     z, codebook = torch.randn(20, 8), torch.randn(299, 8)
     expected = code_search.nearest_codes(z, codebook)
     broken = z.clone()
@@ -117,7 +121,7 @@ def test_vectors_that_are_no_numbers_do_not_stop_the_search(search_path):
     assert code_search.nearest_codes(z[:0], codebook).shape == (0,)
 
 
-def test_settings_for_matrix_products_change_no_codes(search_path):
+def test_matmul_precision_does_not_change_codes(search_path):
     z, codebooks = nearly_tied()
     expected = code_search.residual_codes(z, codebooks)
     before = torch.get_float32_matmul_precision()
@@ -129,8 +133,8 @@ def test_settings_for_matrix_products_change_no_codes(search_path):
         torch.set_float32_matmul_precision(before)
 
 
-def test_memory_of_a_search_does_not_grow_with_vectors_times_codes():
-    """At the paper's size; the scores alone would take 256 MiB."""
+def test_search_memory_does_not_grow_with_vectors_times_codes():
+    """At the paper's sizes, where all scores would take 256 MiB."""
     z, codebooks = torch.randn(2048, 32), torch.randn(1, 32768, 32)
     with torch.profiler.profile(profile_memory=True) as profile:
         codes = code_search.residual_codes(z, codebooks)
@@ -143,7 +147,7 @@ def test_memory_of_a_search_does_not_grow_with_vectors_times_codes():
     assert_codes_are_exact(codes[:64], z[:64], codebooks)
 
 
-def test_model_in_half_precision_keeps_its_codebooks():
+def test_a_module_in_half_precision_keeps_float32_codebooks():
     quantizer, z = make(), torch.randn(2, 5, 8)
     expected = quantizer(z).codes
     rounded = make().to(torch.bfloat16)
@@ -151,7 +155,7 @@ def test_model_in_half_precision_keeps_its_codebooks():
     assert torch.equal(make().half().double().float()(z).codes, expected)
 
 
-def test_checkpoint_loaded_in_half_precision_keeps_its_codebooks(tiny_evotok_folder):
+def test_a_model_loaded_in_half_precision_keeps_float32_codebooks(tiny_evotok_folder):
     whole = EvoTokModel.from_pretrained(tiny_evotok_folder)
     half = EvoTokModel.from_pretrained(tiny_evotok_folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -160,7 +164,7 @@ def test_checkpoint_loaded_in_half_precision_keeps_its_codebooks(tiny_evotok_fol
     assert output.pixels.dtype == output.features.dtype == torch.bfloat16
 
 
-def test_compiled_search_is_one_operator_of_the_graph():
+def test_the_compiled_search_is_a_single_operator_of_the_graph():
     quantizer, z = make(), torch.randn(2, 5, 8)
     compiled = torch.compile(lambda z: quantizer(z, depth=3).codes, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z), quantizer(z, depth=3).codes)
@@ -171,7 +175,7 @@ TRITON_CHECK = """
 import sys
 import types
 import torch
-package = types.ModuleType("evotok_plugin")  # without what the package imports: that takes longer than the test
+package = types.ModuleType("evotok_plugin")  # skips the imports of the package, which take longer than the test
 package.__path__ = [sys.argv[1]]
 sys.modules["evotok_plugin"] = package
 torch.set_num_threads(1)
@@ -183,7 +187,7 @@ def check(z, codebooks):
 torch.manual_seed(0)
 check(torch.randn(33, 5), torch.randn(2, 40, 5) * torch.tensor([1, 0.5])[:, None, None])
 check(1e-3 * torch.randn(5, 32), torch.randn(1, 20, 32))
-# A handful of codes in every tile, some units in the last place apart: more than two tiles are candidates.
+# Every tile holds codes that differ by a few units in the last place, so more than two tiles are candidates.
 codebook = (torch.randn(5, 8) + 30)[torch.arange(60) % 5]
 codebook = codebook * (1 + 2.0**-22 * torch.randint(-9, 10, codebook.shape))
 z = codebook[torch.randint(60, (30,))] + 1e-3 * torch.randn(30, 8)
@@ -195,7 +199,7 @@ assert ((codes >= 0) & (codes < 60)).all()
 """
 
 
-def test_triton_kernel_gives_the_same_codes_under_the_interpreter():
+def test_the_triton_kernel_gives_the_same_codes_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-c", TRITON_CHECK, os.path.dirname(code_search.__file__)]
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
@@ -205,7 +209,7 @@ def test_triton_kernel_gives_the_same_codes_under_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [True, False])
-def test_codes_on_a_gpu_are_those_of_the_cpu(fused, monkeypatch):
+def test_codes_on_a_gpu_equal_those_on_the_cpu(fused, monkeypatch):
     if fused:
         pytest.importorskip("triton")
     else:
@@ -217,13 +221,13 @@ def test_codes_on_a_gpu_are_those_of_the_cpu(fused, monkeypatch):
         assert_codes_are_exact(codes.cpu(), z, codebooks)
 
 
-def test_fewer_levels_are_a_prefix():
+def test_codes_at_a_lower_depth_are_a_prefix():
     quantizer, z = make(), torch.randn(2, 9, 8)
     whole, prefix = quantizer(z), quantizer(z, depth=2)
     assert prefix.codes.shape == (2, 9, 2) and torch.equal(prefix.codes, whole.codes[..., :2])
-    with pytest.raises(ValueError, match="depth must lie in 1..2"):
+    with pytest.raises(ValueError, match="depth must be in 1..2"):
         prefix.latents_at(3)
-    with pytest.raises(ValueError, match="1..4"):
+    with pytest.raises(UserError, match="1..4"):
         quantizer(z, depth=5)
     with pytest.raises(ValueError, match=r"expected latents \(..., 8\)"):
         quantizer(torch.randn(2, 9, 7))
@@ -247,19 +251,19 @@ def test_commitment_loss_and_straight_through_gradient():
     torch.testing.assert_close(z.grad, torch.ones_like(z))
 
 
-def test_ema_brings_codes_to_the_means_of_their_clusters():
+def test_codes_converge_to_their_cluster_means():
     torch.manual_seed(1)
-    centres = torch.tensor([[4.0, 0], [-4, 0], [0, 4]])
+    centers = torch.tensor([[4.0, 0], [-4, 0], [0, 4]])
     quantizer = make(levels=1, size=3, dim=2, ema_decay=0.8, restart_threshold=0.0)
-    quantizer.codebooks[0] = centres * 0.5
+    quantizer.codebooks[0] = centers * 0.5
     quantizer.train()
     for _ in range(60):
-        quantizer(centres.repeat(30, 1) + 0.1 * torch.randn(90, 2))
-    torch.testing.assert_close(quantizer.codebooks[0], centres, atol=0.1, rtol=0)
+        quantizer(centers.repeat(30, 1) + 0.1 * torch.randn(90, 2))
+    torch.testing.assert_close(quantizer.codebooks[0], centers, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_codes_move_as_the_moving_averages_of_counts_and_sums_say(warmup_steps):
+def test_codes_follow_the_moving_averages_of_counts_and_sums(warmup_steps):
     decay, z = 0.9, torch.randn(6, 200, 4)
     quantizer = make(levels=1, size=8, dim=4, ema_decay=decay, restart_threshold=0.0, warmup_steps=warmup_steps)
     code, counts = quantizer.codebooks[0].double().numpy().copy(), np.ones(8)
@@ -271,7 +275,7 @@ def test_codes_move_as_the_moving_averages_of_counts_and_sums_say(warmup_steps):
         new = np.bincount(chosen, minlength=8)
         counts = decay * counts + (1 - decay) * new
         if step < warmup_steps:
-            sums = code * counts[:, None]  # the code stays, with the weight that it has by now
+            sums = code * counts[:, None]  # the code stays, with its current weight
         else:
             sums *= decay
             np.add.at(sums, chosen, (1 - decay) * vectors.double().numpy())
@@ -279,7 +283,7 @@ def test_codes_move_as_the_moving_averages_of_counts_and_sums_say(warmup_steps):
         np.testing.assert_allclose(quantizer.codebooks[0], code, atol=1e-5)
 
 
-def test_vectors_that_are_no_numbers_spoil_no_codebook():
+def test_nan_vectors_leave_codebooks_unchanged():
     quantizer = make().train()
     before = quantizer.codebooks.clone()
     z = torch.randn(30, 8)
@@ -288,7 +292,7 @@ def test_vectors_that_are_no_numbers_spoil_no_codebook():
     assert torch.equal(quantizer.codebooks, before)
 
 
-def test_level_dropout_shortens_what_decoders_see_and_nothing_else():
+def test_level_dropout_only_affects_the_input_of_decoders():
     z = torch.randn(64, 5, 8)
     whole, dropping = make().train(), make(level_dropout=0.5).train()
     torch.manual_seed(0)
@@ -300,18 +304,18 @@ def test_level_dropout_shortens_what_decoders_see_and_nothing_else():
     depths = torch.stack([(shown - total).abs().amax(dim=(1, 2)) < 1e-6 for total in sums])
     assert (depths.sum(0) == 1).all()
     kept = depths.sum(1)
-    assert (kept > 0).all() and 25 < kept[3] < 55  # half and a quarter of the rest
+    assert (kept > 0).all() and 25 < kept[3] < 55  # half of the items, and a quarter of the others
     torch.testing.assert_close(result.latents_at(1), expected.latents_at(1))
     dropping.eval()
     torch.testing.assert_close(dropping(z).latents_at(4), dropping.codes_to_latents(dropping(z).codes))
-    with pytest.raises(ValueError, match="level_dropout is a share"):
+    with pytest.raises(UserError, match="level_dropout must be between 0 and 1, got 1.5"):
         make(level_dropout=1.5)
-    with pytest.raises(ValueError, match="level_dropout is a share"):
+    with pytest.raises(UserError, match="level_dropout must be between 0 and 1, got -0.1"):
         EvoTokConfig.preset("tiny", level_dropout=-0.1)
     assert EvoTokModel(EvoTokConfig.preset("tiny", level_dropout=0.25)).quantizer.level_dropout == 0.25
 
 
-def test_warm_up_only_restarts():
+def test_warm_up_only_restarts_codes():
     quantizer = make(levels=1, size=4, dim=2, warmup_steps=2, restart_threshold=0.0)
     before = quantizer.codebooks.clone()
     quantizer.train()
@@ -329,13 +333,13 @@ def test_dead_codes_move_to_the_data_and_used_ones_stay(by_error):
     z = torch.tensor([[0.5, 0.5], [0.7, 0.3], [0.3, 0.7]])
     quantizer.train()
     quantizer(z)
-    torch.testing.assert_close(quantizer.codebooks[0, 0], z.mean(0))  # used: moved by its own vectors alone
+    torch.testing.assert_close(quantizer.codebooks[0, 0], z.mean(0))  # in use: moved only by its own vectors
     for code in quantizer.codebooks[0, 1:]:
         assert any(torch.equal(code, vector) for vector in z)
 
 
 @pytest.mark.parametrize("by_error", [False, True])
-def test_restarts_draw_evenly_or_by_error(by_error):
+def test_restarts_draw_uniformly_or_by_error(by_error):
     quantizer = make(levels=1, size=513, dim=2, ema_decay=0.0, restart_by_error=by_error)
     quantizer.codebooks[0] = 90.0
     quantizer.codebooks[0, 0] = 0.0
@@ -347,7 +351,7 @@ def test_restarts_draw_evenly_or_by_error(by_error):
     torch.testing.assert_close(shares, expected.double(), atol=0.08, rtol=0)
 
 
-def test_learning_state_is_no_part_of_the_model():
+def test_learning_state_is_not_part_of_the_model():
     quantizer = make().train()
     keys = set(quantizer.state_dict())
     quantizer(torch.randn(30, 8))
@@ -361,11 +365,11 @@ def test_learning_state_is_no_part_of_the_model():
         torch.manual_seed(5)
         learner(z)
     assert torch.equal(quantizer.codebooks, other.codebooks)
-    with pytest.raises(ValueError, match=r"\(4, 64\).*these are \(4, 32\)"):
+    with pytest.raises(UserError, match=r"counts \(4, 64\).*need \(4, 32\)"):
         make(size=32).load_learning_state(quantizer.learning_state())
 
 
-def test_k_means_start_fits_the_data_better_than_chance():
+def test_k_means_initialization_fits_the_data_better_than_random_codebooks():
     z = torch.randn(500, 8) * torch.linspace(0.1, 3, 8)
     quantizer = make(levels=2, size=32)
     before = quantizer(z).commitment_loss
@@ -383,7 +387,7 @@ LEARNERS = {
 
 
 def learn(batches):
-    """Codebooks of every kind of learner after these batches."""
+    """Codebooks and counts of every kind of learner after the batches."""
     codebooks = {}
     for name, options in LEARNERS.items():
         quantizer = make(size=300, ema_decay=0.8, **options).train()
@@ -394,18 +398,6 @@ def learn(batches):
     return codebooks
 
 
-def test_code_usage_counts_prefixes_and_refuses_what_it_cannot_count():
-    usage = CodeUsage(num_levels=3, codebook_size=4)
-    usage.update(torch.tensor([[[0, 1, 2], [0, 3, 2]]]))
-    usage.update(torch.tensor([[1], [1]], dtype=torch.uint8))
-    assert usage.counts.tolist() == [[2, 2, 0, 0], [0, 1, 0, 1], [0, 0, 2, 0]]
-    np.testing.assert_allclose(usage.perplexity(), [2, 2, 1])
-    with pytest.raises(ValueError, match="4 levels, 3 are counted"):
-        usage.update(torch.zeros(1, 2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"0..3, got 0..4"):
-        usage.update(torch.tensor([[0, 4, 0]]))
-
-
 def _learn_on_rank(rank, port, parts, queue):
     import torch.distributed as dist
 
@@ -413,15 +405,15 @@ def _learn_on_rank(rank, port, parts, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    learnt = {name: value.numpy() for name, value in learn(parts[rank]).items()}
+    learned = {name: value.numpy() for name, value in learn(parts[rank]).items()}
     usage = CodeUsage(num_levels=1, codebook_size=2)
     usage.update(torch.tensor([[rank]]))
-    usage.all_reduce()
-    queue.put((rank, learnt, usage.usage()))
+    usage.add_up(Processes.current())
+    queue.put((rank, learned, usage.usage()))
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_joint_batch_to_the_bit():
+def test_two_processes_equal_one_on_the_joint_batch_bit_for_bit():
     import multiprocessing
     import socket
 
@@ -430,7 +422,7 @@ def test_two_processes_equal_one_on_the_joint_batch_to_the_bit():
         port = probe.getsockname()[1]
     torch.manual_seed(7)
     z = torch.randn(4, 200, 8)
-    parts = [z[:, :120], z[:, 120:]]  # ranks need not have as much as one another
+    parts = [z[:, :120], z[:, 120:]]  # batches of unequal size
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     children = [context.Process(target=_learn_on_rank, args=(rank, port, parts, queue)) for rank in range(2)]
@@ -440,8 +432,8 @@ def test_two_processes_equal_one_on_the_joint_batch_to_the_bit():
     for child in children:
         child.join(30)
     alone = learn(z)
-    for _, learnt, usage in ranks:
+    for _, learned, usage in ranks:
         assert usage == [1.0]
         for name, expected in alone.items():
-            np.testing.assert_array_equal(learnt[name], expected.numpy(), err_msg=name)
-    assert len({float(value.sum()) for value in alone.values()}) == len(LEARNERS)  # they are different things
+            np.testing.assert_array_equal(learned[name], expected.numpy(), err_msg=name)
+    assert len({float(value.sum()) for value in alone.values()}) == len(LEARNERS)  # all learners differ

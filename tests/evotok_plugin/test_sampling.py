@@ -1,15 +1,16 @@
-"""Codes from logits, against a naive reference in numpy."""
+"""Sampling of codes against a naive implementation in numpy."""
 
 import numpy as np
 import pytest
 import torch
 
 from evotok_plugin import SamplingOptions, uniform_noise
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import sample
 
 
-def kept_by(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """The distribution (K,) that is drawn from, filter by filter on sorted probabilities."""
+def filtered(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
+    """Apply the filters one by one to the sorted probabilities; returns the distribution (K,) to draw from."""
     order = np.argsort(-logits, kind="stable")
     scaled = logits[order] / temperature
     probability = np.exp(scaled - scaled.max())
@@ -37,10 +38,10 @@ FILTERS = [
 @pytest.mark.parametrize("filters", FILTERS)
 def test_draws_follow_the_filtered_distribution(filters):
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 2
-    noise = (torch.arange(20000) + 0.5) / 20000  # every share of the distribution alike
+    noise = (torch.arange(20000) + 0.5) / 20000  # evenly spaced quantiles
     drawn = sample(logits.expand(20000, -1), SamplingOptions(**filters), noise)
     found = torch.bincount(drawn, minlength=30) / 20000
-    expected = kept_by(logits.double().numpy(), **filters)
+    expected = filtered(logits.double().numpy(), **filters)
     np.testing.assert_allclose(found, expected, atol=2e-4)
     assert not found[torch.from_numpy(expected == 0)].any()
 
@@ -51,22 +52,22 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_the_edges_of_the_noise_draw_codes_that_may_be_drawn(filters):
+def test_extreme_noise_draws_codes_that_pass_the_filters(filters):
     logits = torch.randn(50, 33) * 5
     for edge in (0.0, 1 - 2**-24):
         drawn = sample(logits, SamplingOptions(**filters), torch.full((50,), edge))
         for row, code in enumerate(drawn.tolist()):
-            assert 0 <= code < 33 and kept_by(logits[row].double().numpy(), **filters)[code] > 0
+            assert 0 <= code < 33 and filtered(logits[row].double().numpy(), **filters)[code] > 0
 
 
-def test_a_flat_distribution_over_more_codes_than_are_sorted_first():
+def test_top_p_of_a_flat_distribution_needs_more_codes_than_are_sorted_first():
     logits, size = torch.zeros(3, 8000), 8000
     drawn = sample(logits, SamplingOptions(top_p=0.9), torch.tensor([0.0, 0.5, 0.999]))
     assert len(set(drawn.tolist())) == 3 and max(drawn.tolist()) < size
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(filters):
+def test_a_row_does_not_depend_on_other_rows(filters):
     logits, noise = torch.randn(8, 4000) * torch.arange(8)[:, None], torch.rand(8)
     together = sample(logits, SamplingOptions(**filters), noise)
     alone = [sample(logits[i : i + 1], SamplingOptions(**filters), noise[i : i + 1]) for i in range(8)]
@@ -78,7 +79,9 @@ def test_every_level_may_have_its_own_value():
     assert options.at_level(0) == SamplingOptions(0.0, 3, 0.5)
     assert options.at_level(1) == SamplingOptions(1.0, 0, 0.5)
     options.check_levels(2)
-    with pytest.raises(ValueError, match="temperature has 2 values, but 4 levels are drawn"):
+    with pytest.raises(TypeError, match="call SamplingOptions.at_level first"):
+        sample(torch.zeros(1, 4), options, torch.zeros(1))
+    with pytest.raises(UserError, match="temperature has 2 values, but 4 levels are drawn"):
         options.check_levels(4)
 
 
@@ -98,12 +101,12 @@ def test_every_level_may_have_its_own_value():
         ({"temperature": "hot"}, "temperature"),
     ],
 )
-def test_impossible_values_are_refused(value, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_values_are_rejected(value, message):
+    with pytest.raises(UserError, match=message):
         SamplingOptions(**value)
 
 
-def test_whatever_the_logits_are_a_code_is_drawn():
+def test_logits_that_are_not_finite_give_a_valid_code():
     for value in (float("nan"), float("inf"), -float("inf"), 3e38):
         logits = torch.zeros(2, 7)
         logits[:, 3] = value
@@ -112,11 +115,11 @@ def test_whatever_the_logits_are_a_code_is_drawn():
             assert 0 <= drawn.min() and drawn.max() < 7
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_scalars_are_accepted():
     assert SamplingOptions(temperature=np.float32(0.5), top_k=np.int64(3)) == SamplingOptions(0.5, 3)
 
 
-def test_noise_follows_from_its_seed_alone():
+def test_noise_depends_only_on_its_seed():
     torch.manual_seed(1)
     first = uniform_noise(7, 3, 4)
     torch.manual_seed(2)

@@ -1,4 +1,4 @@
-"""Images of other sizes, batches of any size, weights of other types, compiled models."""
+"""Other image and batch sizes, other data types of weights, and compiled models."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.conversion.tokenizer import convert_tokenizer
 from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.errors import UserError
 from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.positions import resize_positions
 
@@ -27,7 +28,7 @@ SIX = SMALL | {"image_size": 24, "patch_size": 6}
 def small_model(sizes=SMALL):
     torch.manual_seed(0)
     model = EvoTokModel(EvoTokConfig(**sizes)).eval()
-    torch.nn.init.normal_(model.semantic_decoder.position_embedding)  # so that places matter
+    torch.nn.init.normal_(model.semantic_decoder.position_embedding)  # so that positions have an effect
     return model
 
 
@@ -38,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def models(model):
-    """By the width of their patches."""
+    """Models by patch size."""
     return {8: model, 6: small_model(SIX)}
 
 
@@ -52,7 +53,7 @@ def images(*shape):
 @torch.no_grad()
 @pytest.mark.parametrize("patch", [8, 6])
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (2, 2), (1, 1), (3, 7), (5, 1)])
-def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(models, patch, grid):
+def test_images_of_any_multiple_of_the_patch_size_are_encoded_and_reconstructed(models, patch, grid):
     model, (height, width) = models[patch], (grid[0] * patch, grid[1] * patch)
     pixel_values = images(2, 3, height, width)
     assert model.grid_of(pixel_values) == grid
@@ -71,13 +72,13 @@ def test_any_multiple_of_the_patch_is_encoded_and_rebuilt(models, patch, grid):
     "shape",
     [(1, 3, 33, 32), (1, 3, 32, 20), (1, 4, 32, 32), (3, 32, 32), (1, 3, 4, 4), (1, 3, 0, 32), (0, 3, 32, 32)],
 )
-def test_other_shapes_are_refused(model, shape):
+def test_other_shapes_are_rejected(model, shape):
     for call in (model, model.encode):
         with pytest.raises(ValueError, match=r"\(B, 3, H, W\), not empty, .* multiples of the patch size 8"):
             call(torch.zeros(shape))
 
 
-def test_codes_that_do_not_fill_a_grid_are_refused(model):
+def test_codes_that_do_not_fill_a_grid_are_rejected(model):
     codes = torch.zeros(1, 21, 5, dtype=torch.long)
     for decode in (model.decode_pixels, model.decode_semantics):
         with pytest.raises(ValueError, match=r"21 positions do not fill 5 rows x 5 columns; pass grid"):
@@ -103,8 +104,8 @@ def test_interpolated_positions_keep_rows_and_columns_apart():
 
 
 @torch.no_grad()
-def test_the_semantic_decoder_uses_the_positions_of_the_size(model):
-    """With the interpolated table written into a model of the other size, both compute the same."""
+def test_the_semantic_decoder_interpolates_positions(model):
+    """Compares with a model of the other size that holds the interpolated position embeddings."""
     codes = torch.randint(0, 20, (1, 36, 5))
     other = EvoTokModel(EvoTokConfig(**SMALL | {"image_size": 48})).eval()
     state = dict(model.state_dict())
@@ -120,7 +121,7 @@ def test_the_semantic_decoder_uses_the_positions_of_the_size(model):
 
 
 def decoded_by_hand(decoder, latents, sizes):
-    """The pixel decoder in a plain line, each enlargement to a size that is said."""
+    """The pixel decoder step by step, upsampling to the given sizes."""
     x = decoder.middle(decoder.conv_in(decoder.from_latent(latents)))
     for stage, size in zip(decoder.stages, [*sizes, None], strict=True):
         for block, attention in zip(stage.blocks, stage.attention, strict=True):
@@ -136,13 +137,13 @@ def decoded_by_hand(decoder, latents, sizes):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("patch", "sizes"), [(8, (8, 16, 32)), (6, (8, 16, 24))])
-def test_only_the_last_enlargement_stops_at_the_patch(models, patch, sizes):
+def test_only_the_last_upsampling_factor_depends_on_the_patch_size(models, patch, sizes):
     decoder, latents = models[patch].pixel_decoder, images(2, 6, 4, 4)
     assert torch.equal(decoder(latents), decoded_by_hand(decoder, latents, sizes))
 
 
 @torch.no_grad()
-def test_patches_that_are_no_power_of_two_are_saved_and_loaded(models, tmp_path):
+def test_a_patch_size_that_is_not_a_power_of_two_is_saved_and_loaded(models, tmp_path):
     models[6].save_pretrained(tmp_path)
     EvoTokImageProcessor(size=24).save_pretrained(tmp_path)
     loaded, pixel_values = AutoModel.from_pretrained(tmp_path).eval(), images(2, 3, 24, 36)
@@ -150,7 +151,7 @@ def test_patches_that_are_no_power_of_two_are_saved_and_loaded(models, tmp_path)
         assert torch.equal(value, loaded(pixel_values)[name]), name
 
 
-def test_paper_384_reads_and_rebuilds_378_pixels():
+def test_paper_384_encodes_and_decodes_378_pixels():
     config = EvoTokConfig.preset("paper_384")
     assert (config.image_size, config.grid_size) == (378, 27)
     with torch.device("meta"):
@@ -160,8 +161,8 @@ def test_paper_384_reads_and_rebuilds_378_pixels():
 
 
 @torch.no_grad()
-def test_siglip_reads_of_its_odd_pixels_what_the_encoder_reads():
-    """A tower for 4 x 6 + 5 pixels has the encoder's 16 positions and takes its 24 pixels as they are."""
+def test_siglip_ignores_the_pixels_that_the_encoder_does_not_have():
+    """A tower for 4 x 6 + 5 = 29 pixels has the encoder's 16 positions and uses the same 24 pixels."""
     model = small_model(SIX)
     sizes = {name.removeprefix("encoder_"): value for name, value in SIX.items() if name.startswith("encoder_")}
     tower = SiglipVisionModel(
@@ -177,15 +178,15 @@ def test_siglip_reads_of_its_odd_pixels_what_the_encoder_reads():
     model.encoder.embeddings.load_state_dict(tower.embeddings.state_dict())
     model.encoder.encoder.load_state_dict(tower.encoder.state_dict())
     pixel_values = images(2, 3, 29, 29)
-    seen = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
-    assert torch.equal(model.encoder.features(pixel_values[..., :24, :24]), seen)
+    features = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
+    assert torch.equal(model.encoder.features(pixel_values[..., :24, :24]), features)
 
 
 @pytest.mark.parametrize(
     ("patch", "multipliers", "scales"),
     [(1, (1,), []), (2, (1, 1), [2]), (3, (1, 1, 1), [2, 1.5]), (14, (1, 1, 2, 2, 4), [2, 2, 2, 1.75])],
 )
-def test_resolutions_end_at_the_patch(patch, multipliers, scales):
+def test_decoder_scales_multiply_to_the_patch_size(patch, multipliers, scales):
     sizes = {"image_size": 4 * patch, "patch_size": patch, "decoder_channel_multipliers": multipliers}
     assert EvoTokConfig(**SMALL | sizes).decoder_scales == scales
 
@@ -194,21 +195,21 @@ def test_resolutions_end_at_the_patch(patch, multipliers, scales):
     ("patch", "multipliers", "fitting"),
     [(14, (1, 1, 2, 2), 5), (14, (1, 1, 2, 2, 4, 4), 5), (17, (1, 1, 2, 2, 4), 6), (8, (1, 1, 2, 2, 4), 4), (1, (), 1)],
 )
-def test_multipliers_that_do_not_fit_the_patch_are_refused(patch, multipliers, fitting):
+def test_multipliers_that_do_not_fit_the_patch_size_are_rejected(patch, multipliers, fitting):
     message = f"{len(multipliers)} decoder_channel_multipliers.* patch_size {patch}: .* give {fitting} of them"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         EvoTokConfig(image_size=4 * patch, patch_size=patch, decoder_channel_multipliers=multipliers)
 
 
-def test_sizes_that_hold_no_whole_patches_are_refused():
-    with pytest.raises(ValueError, match="image_size 384 is not a multiple of patch_size 14; 378 is"):
+def test_image_sizes_that_are_not_multiples_of_the_patch_size_are_rejected():
+    with pytest.raises(UserError, match="image_size 384 is not a multiple of patch_size 14; 378 is"):
         EvoTokConfig.preset("paper_384", image_size=384)
-    with pytest.raises(ValueError, match="patch_size must be at least 1 pixel, got 0"):
+    with pytest.raises(UserError, match="patch_size must be at least 1 pixel, got 0"):
         EvoTokConfig(patch_size=0)
 
 
-def test_a_research_checkpoint_of_such_patches_is_refused(models):
-    with pytest.raises(ValueError, match="patches are 6 pixels wide, but the 4 resolutions .* enlarge 8 times; how"):
+def test_a_research_checkpoint_with_such_a_patch_size_is_rejected(models):
+    with pytest.raises(UserError, match="patches are 6 pixels wide, .* with 4 resolutions, upsamples 8 times; only"):
         convert_tokenizer(research_tokenizer(models[6]))
 
 
@@ -242,7 +243,7 @@ def test_half_precision_weights_keep_exact_codebooks(model, dtype, how, tmp_path
     assert {p.dtype for p in half.parameters()} == {dtype}
     assert torch.equal(half.quantizer.codebooks, model.quantizer.codebooks)
     encoded = half.encode(pixel_values)
-    # Whatever the latents' type, the search is the float32 one.
+    # The search is done in float32 regardless of the latents' dtype.
     assert torch.equal(encoded.codes, model.quantizer(encoded.latents.float()).codes)
     grid_codes = model.encode(pixel_values).codes
     for decode in ("decode_pixels", "decode_semantics"):
@@ -254,7 +255,7 @@ def test_half_precision_weights_keep_exact_codebooks(model, dtype, how, tmp_path
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_stop_at_the_patch(models, dtype):
+def test_half_precision_weights_decode_a_patch_size_that_is_not_a_power_of_two(models, dtype):
     half, codes = small_model(SIX).to(dtype), torch.randint(0, 20, (2, 16, 4))
     exact, rounded = models[6].decode_pixels(codes), half.decode_pixels(codes)
     assert rounded.dtype == dtype and (exact - rounded.float()).norm() < 0.05 * exact.norm()
@@ -287,11 +288,11 @@ def fresh_compiler():
 
 
 def test_encode_and_decode_compile_without_graph_breaks(fresh_compiler):
-    """Traced and lowered, without making machine code."""
+    """Traces and lowers the model without generating machine code."""
     check_compiled("aot_eager", [(2, 3, 32, 32)])
 
 
-def test_patches_that_are_no_power_of_two_compile_without_graph_breaks(fresh_compiler):
+def test_a_patch_size_that_is_not_a_power_of_two_compiles_without_graph_breaks(fresh_compiler):
     check_compiled("aot_eager", [(2, 3, 24, 24)], SIX)
 
 

@@ -1,4 +1,4 @@
-"""Our models in the layout of research checkpoints: what the converters read, written out by hand for the tests."""
+"""Our models in the layout of research checkpoints, written independently of the converters that the tests check."""
 
 import torch
 
@@ -9,7 +9,7 @@ SIGLIP_PARTS = (
 
 
 class Layout(dict):
-    """A research state dict being filled from one of our modules."""
+    """A research state dict that is filled from one of our modules."""
 
     def __init__(self, module):
         super().__init__()
@@ -21,7 +21,7 @@ class Layout(dict):
 
 
 def research_tokenizer(model, tower="encoder_vqkd.vision_model.", usage_rows=8):
-    """All keys of a research tokenizer whose forward pass is that of `model`."""
+    """All keys of a research tokenizer whose forward pass equals that of `model`."""
     config, out = model.config, Layout(model)
     layers = f"{tower}encoder.layers"
     out.copy(f"{tower}embeddings.patch_embedding", "encoder.embeddings.patch_embedding")
@@ -29,7 +29,7 @@ def research_tokenizer(model, tower="encoder_vqkd.vision_model.", usage_rows=8):
     for layer in range(config.encoder_num_layers):
         for part in SIGLIP_PARTS:
             out.copy(f"{layers}.{layer}.{part}", f"encoder.encoder.layers.{layer}.{part}")
-    for part in SIGLIP_PARTS:  # the layer that is never run
+    for part in SIGLIP_PARTS:  # the last layer, which is never run
         for leaf in ("weight", "bias"):
             shape = out[f"{layers}.0.{part}.{leaf}"].shape
             out[f"{layers}.{config.encoder_num_layers}.{part}.{leaf}"] = torch.randn(shape)
@@ -107,7 +107,7 @@ def _pixel_decoder(out, config):
 
 
 def research_depth_transformer(head, prefix="model.vision_tower.rqtransformer.", num_classifiers=16):
-    """All keys of a research depth transformer that computes what `head` does."""
+    """All keys of a research depth transformer whose forward pass equals that of `head`."""
     out = Layout(head)
     out["pos_emb_d"] = out.ours["level_embedding"][None]
     out.copy("in_mlp_1", "from_latent")

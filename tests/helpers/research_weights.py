@@ -1,7 +1,7 @@
 """Seeded values for the tensors of a research checkpoint, and images to run it on.
 
-The outputs in `tests/golden` were computed by the research code from exactly these values, so every formula here is
-fixed: a tensor follows from its name, its shape and the seed.
+A tensor is determined by its name, its shape and the seed. The research code computed the outputs in `tests/golden`
+from exactly these values, so the formulas must not change.
 """
 
 import math
@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-_ONCE_LEARNED = ("pos_emb", "position_embedding", "cls_token", "probe")  # embeddings that belong to no layer
+_EMBEDDINGS = ("pos_emb", "position_embedding", "cls_token", "probe")  # not scaled by a fan-in
 
 
 def read_layout(name: str) -> dict[str, list[int]]:
-    """Names and shapes of all tensors of a research checkpoint: lines `NAME 4x8x8` in `tests/golden/NAME.txt`."""
+    """Read names and shapes of all tensors of a research checkpoint from `tests/golden/NAME.txt`, a tensor per line."""
     lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
     pairs = (line.split(" ") for line in lines)
     return {tensor: [int(size) for size in shape.split("x")] for tensor, shape in pairs}
 
 
 def research_tensor(name: str, shape: list[int], seed: int = 0) -> np.ndarray:
-    """Values of one tensor, float32, on the scale that its kind has in a trained model."""
+    """Values of one tensor in float32, on a scale that is typical of trained models."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = generator.standard_normal(shape, dtype=np.float32)
     kind = name.split(".")[-1]
@@ -34,7 +34,7 @@ def research_tensor(name: str, shape: list[int], seed: int = 0) -> np.ndarray:
         return np.float32(1) + np.float32(0.1) * noise if kind == "weight" else np.float32(0.05) * noise
     if "bias" in kind or noise.ndim < 2:
         return np.float32(0.02) * noise
-    if any(part in name for part in _ONCE_LEARNED):
+    if any(part in name for part in _EMBEDDINGS):
         return np.float32(0.1) * noise
     return noise * np.float32(math.prod(shape[1:]) ** -0.5)
 

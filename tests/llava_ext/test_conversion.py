@@ -1,4 +1,4 @@
-"""Research adapters made from small random parts come back as those parts, in a whole model."""
+"""Conversion of research adapters made from small random parts into a complete model."""
 
 import os
 
@@ -67,18 +67,18 @@ def test_all_adapters_together_make_a_model_that_loads(convert, parts, files, tm
     hidden, latents = torch.randn(3, WIDTH), torch.randn(3, 4, parts["image_head"].from_latent.in_features)
     for ours, theirs in zip(model.image_head(hidden, latents), parts["image_head"](hidden, latents), strict=True):
         torch.testing.assert_close(ours, theirs)
-    for part, module in parts.items():  # the projectors' embeddings of places are zeros in both
+    for part, module in parts.items():  # the projectors' position embeddings are zeros in both
         converted = getattr(model, part).state_dict()
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, converted[name]), (part, name)
     assert len(model.generate_images("a ring", processor, guidance_scale=1.0)) == 1
 
 
-def test_a_part_without_a_file_starts_at_random_and_is_named(convert, files, tmp_path):
+def test_a_part_without_a_file_is_initialized_at_random_and_reported(convert, files, tmp_path):
     code, text = convert(files["image_head"], "--head_num_heads", "2")
     assert code == 0
     for part in ("read_projector", "write_projector"):
-        assert f"{part}: no file was given, it starts at random" in text
+        assert f"{part}: no file given, initialized at random" in text
     model, _ = load_model(tmp_path / "out")
     assert model.config.head_hidden_size == 24 and model.config.head_num_layers == 3
     assert model.read_projector.linear_1.weight.abs().sum() > 0
@@ -94,15 +94,15 @@ def test_the_tokenizer_stays_float32_in_a_bfloat16_model(convert, files, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{image_head}"], "width 24 is no multiple of 64, so the number of heads is not known; pass --head_num_heads"),
-        (["{image_head}", "--head_num_heads", "5"], "is 24 wide, no multiple of 5 heads"),
+        (["{image_head}"], "the width 24, which is not a multiple of 64; set it with --head_num_heads"),
+        (["{image_head}", "--head_num_heads", "5"], "must be a multiple of its 5 heads, got 24"),
         (["{image_head}", "--head_num_heads", "2", "--head_num_layers", "4"], "num_layers is 3, but --head_num_layers"),
         (["{image_head}", "{image_head}", "--head_num_heads", "2"], "are both the image_head"),
         (["{read_projector}", "{read_projector}"], "are both the read_projector"),
         (["absent.bin"], "'absent.bin' does not exist"),
     ],
 )
-def test_arguments_that_do_not_fit_are_explained(convert, files, tmp_path, arguments, expected):
+def test_invalid_arguments_are_explained(convert, files, tmp_path, arguments, expected):
     code, error = convert(*[argument.format(**files) for argument in arguments])
     assert code == 2 and error.startswith("error: ") and expected in error
     assert not (tmp_path / "out").exists()
@@ -121,7 +121,7 @@ def test_arguments_that_do_not_fit_are_explained(convert, files, tmp_path, argum
         ("write_projector", {"2.bias": 3}, "model.mm_projector.2.bias is (3,), expected (32,)"),
     ],
 )
-def test_keys_that_do_not_fit_are_listed(convert, files, part, changes, expected):
+def test_mismatched_keys_are_listed(convert, files, part, changes, expected):
     prefix = "model.vision_tower.rqtransformer." if part == "image_head" else "model.mm_projector."
     weights = torch.load(files[part], weights_only=True)
     for name, size in changes.items():
@@ -130,7 +130,7 @@ def test_keys_that_do_not_fit_are_listed(convert, files, part, changes, expected
             weights[prefix + name] = torch.zeros(size)
     torch.save(weights, files[part])
     code, error = convert(files[part], "--head_num_heads", "2")
-    if expected is None:  # a classifier behind the last level, whatever it holds
+    if expected is None:  # classifiers after the last level may hold anything
         assert code == 0
     else:
         assert code == 2 and error.startswith(f"error: '{files[part]}'") and expected in error
@@ -139,8 +139,11 @@ def test_keys_that_do_not_fit_are_listed(convert, files, part, changes, expected
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda c: research_projector(Projector(c.semantic_dim, 40, 4)), "ends 40 wide, but the language model is 32"),
-        (lambda c: research_projector(Projector(7, WIDTH, 4)), "takes 7 numbers a position, expected 128"),
+        (
+            lambda c: research_projector(Projector(c.semantic_dim, 40, 4)),
+            "output is 40 wide, but the language model is 32",
+        ),
+        (lambda c: research_projector(Projector(7, WIDTH, 4)), "input is 7 wide, expected either 128"),
         (
             lambda c: research_depth_transformer(
                 DepthTransformerHead(DepthTransformerConfig(WIDTH, c.codebook_dim, 9, 4, 64, 1, 1))
@@ -153,26 +156,30 @@ def test_keys_that_do_not_fit_are_listed(convert, files, part, changes, expected
             ),
             "num_levels is 3, but the tokenizer's pixel_depth is 4",
         ),
-        (lambda c: {"lm_head.weight": torch.zeros(2, 2)}, "`evotok convert` takes tokenizers"),
+        (lambda c: {"lm_head.weight": torch.zeros(2, 2)}, "convert a tokenizer with `evotok convert`"),
     ],
 )
-def test_files_for_another_model_are_refused(convert, tiny_evotok_folder, tmp_path, make, expected):
+def test_files_for_another_model_are_rejected(convert, tiny_evotok_folder, tmp_path, make, expected):
     config = EvoTokModel.from_pretrained(tiny_evotok_folder).config
     torch.save(make(config), tmp_path / "file.bin")
     code, error = convert(tmp_path / "file.bin")
     assert code == 2 and expected in error
 
 
-def test_a_tokenizer_is_sent_to_the_other_command(convert, tiny_evotok_folder, tiny_backbone_folder, files, tmp_path):
+def test_the_error_for_a_tokenizer_names_the_right_command(
+    convert, tiny_evotok_folder, tiny_backbone_folder, files, tmp_path
+):
     weights = research_tokenizer(EvoTokModel.from_pretrained(tiny_evotok_folder))
     torch.save({"ema": weights}, tmp_path / "evotok.pt")
     code, error = convert(tmp_path / "evotok.pt")
-    assert code == 2 and "`evotok convert` takes tokenizers" in error
+    assert code == 2 and "convert a tokenizer with `evotok convert`" in error
     code, error = convert(files["read_projector"], vision_tower=tiny_backbone_folder)
     assert code == 2 and "is not an EvoTok tokenizer" in error
 
 
 class Code:
+    """An object whose pickle runs a command when it is loaded unsafely."""
+
     def __init__(self, path):
         self.path = path
 
@@ -180,7 +187,7 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_pickle_with_code_is_refused_and_nothing_runs(convert, tmp_path):
+def test_a_pickle_with_code_is_rejected_and_not_run(convert, tmp_path):
     torch.save({"model.mm_projector.0.weight": Code(tmp_path / "ran")}, tmp_path / "mm_projector.bin")
     code, error = convert(tmp_path / "mm_projector.bin")
-    assert code == 2 and "is refused" in error and not (tmp_path / "ran").exists()
+    assert code == 2 and "is rejected" in error and not (tmp_path / "ran").exists()

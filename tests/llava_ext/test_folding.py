@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llava_ext.folding import fold_residual_tokens, merge_features
+from llava_ext.folding import count_learned, fold_residual_tokens, merge_features
 from llava_ext.vocabulary import ResidualVocabulary
 
 VOCABULARY = ResidualVocabulary(offset=100, num_levels=3, codebook_size=10)
@@ -109,3 +109,13 @@ def test_without_folding_each_residual_token_is_a_step_and_all_is_checked_alike(
         folded.written_positions(9)
     with pytest.raises(ValueError, match="in another order"):
         fold_residual_tokens(VOCABULARY, ids[:1, :5], None, None, fold=False)
+
+
+def test_learned_tokens_are_counted_without_first_tokens_and_padding():
+    vocabulary = ResidualVocabulary(offset=100, num_levels=2, codebook_size=10)
+    position = [103, 117]
+    labels = torch.tensor([[5, 6, *position, *position, 7, -100], [-100, 8, -100, 9, -100, -100, -100, -100]])
+    counts = count_learned(labels, vocabulary)
+    assert (int(counts.text_tokens), int(counts.image_positions)) == (4, 2)
+    segments = torch.tensor([[1, 1, 1, 1, 1, 1, 2, 0], [1, 1, 1, 2, 2, 2, 0, 0]])
+    assert int(count_learned(labels, vocabulary, segments).text_tokens) == 2  # 7 and 9 begin samples

@@ -32,7 +32,7 @@ def test_logits_equal_those_of_the_research_code(tmp_path):
     assert len(head.classifiers) == 4 and sum(converted.bookkeeping.values()) == 12 * 4
 
 
-def test_the_layout_of_the_other_tests_is_the_research_code_s():
+def test_the_layout_used_by_other_tests_is_that_of_the_research_code():
     with torch.device("meta"):
         made = research_depth_transformer(
             DepthTransformerHead(DepthTransformerConfig(96, 32, 512, 4, 128, 3, 8)), prefix=""

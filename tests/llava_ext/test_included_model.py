@@ -1,6 +1,8 @@
-"""The model that comes with the package: small, whole, found without being named, and able to do what it is for."""
+"""The model included in the package: its size, its role as the default, and what it can draw and answer."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def included():
     return model.eval(), processor
 
 
-def test_it_is_small_and_names_no_other_folder():
+def test_it_is_small_and_self_contained():
     weights = list(INCLUDED_MODEL.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in weights) <= 16 * 2**20
     assert not [path for path in INCLUDED_MODEL.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
@@ -27,7 +29,7 @@ def test_it_is_small_and_names_no_other_folder():
         assert "/" not in json.loads(path.read_text()).get("_name_or_path", "")
 
 
-def test_it_is_taken_where_nothing_was_trained(tmp_path, monkeypatch, capsys):
+def test_it_is_the_default_until_a_model_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert default_model_folder() == INCLUDED_MODEL
     assert main(["draw", "a photo of a red circle", "-o", "drawn"]) == 0
@@ -37,7 +39,21 @@ def test_it_is_taken_where_nothing_was_trained(tmp_path, monkeypatch, capsys):
     assert default_model_folder().name == "finetune"
 
 
-def test_it_draws_what_it_is_asked_for(included):
+def test_drawing_needs_no_torchvision():
+    """transformers itself imports torchvision wherever it is installed; the test hides it from all imports."""
+    code = """
+import sys
+sys.modules["torchvision"] = None
+from llava_ext.model_folder import INCLUDED_MODEL, open_model
+opened = open_model(INCLUDED_MODEL, "cpu")
+(image,) = opened.model.generate_images("a photo of a red circle", opened.processor)
+print(image.size, [name for name in sys.modules if name.startswith("torchvision.")], sys.modules["torchvision"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "(48, 48) [] None"
+
+
+def test_it_draws_the_prompts(included):
     model, processor = included
     wanted = [("red", "circle"), ("blue", "square"), ("green", "triangle"), ("yellow", "ring")]
     prompts = [f"a photo of a {color} {shape}" for color, shape in wanted]
@@ -49,7 +65,7 @@ def test_it_draws_what_it_is_asked_for(included):
     assert right >= 14
 
 
-def test_it_answers_about_scenes_that_it_has_not_seen(included):
+def test_it_answers_questions_about_unseen_scenes(included):
     model, processor = included
     rng = np.random.default_rng(12345)
     scenes = [sample_scene(rng, SKILLS[n % len(SKILLS)]) for n in range(60)]
@@ -61,7 +77,7 @@ def test_it_answers_about_scenes_that_it_has_not_seen(included):
     assert right >= 40
 
 
-def test_it_draws_and_speaks_of_what_it_drew(included):
+def test_it_answers_questions_about_its_own_drawings(included):
     model, processor = included
     right = 0
     for seed in range(4):

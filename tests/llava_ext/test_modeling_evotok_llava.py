@@ -195,3 +195,20 @@ def test_other_backbones(backbone, make_backbone, tiny_tokenizer_folder, tiny_ev
 def test_config_refuses_ids_inside_the_residual_range():
     with pytest.raises(ValueError, match="outside the residual range"):
         EvoTokLlavaConfig(residual_token_offset=0, image_token_id=5, image_start_token_id=6, image_end_token_id=7)
+
+
+def test_gradient_checkpointing_does_not_change_gradients_of_the_image_head(tiny_backbone_folder, tiny_evotok_folder):
+    from llava_ext.assembly import assemble
+
+    torch.manual_seed(0)
+    model, _ = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
+    model.train()
+    head, hidden = model.image_head, torch.randn(5, 32, requires_grad=True)
+    codes = torch.randint(model.vocabulary.codebook_size, (5, 4))
+    latents = model.vision_tower.level_latents(codes[None])[0]
+    leaves = [hidden, *head.parameters()]
+    expected = torch.autograd.grad(head.loss(hidden, latents, codes), leaves)
+    model.gradient_checkpointing_enable()
+    assert head.blocks[0].gradient_checkpointing
+    found = torch.autograd.grad(head.loss(hidden, latents, codes), leaves)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

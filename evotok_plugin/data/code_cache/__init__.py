@@ -1,4 +1,4 @@
-"""The code cache: the codes of images on disk, so that training does not encode them in every epoch."""
+"""Code cache: the codes of images on disk, so that training does not encode them in every epoch."""
 
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images

@@ -1,14 +1,8 @@
-"""Images encoded once: a frozen tokenizer's codes on disk, so that what trains on them never runs its encoder.
+"""Reading a code cache: the codes of images that a frozen tokenizer has encoded once, by key.
 
-`cache_files` describes the files. A run reads which shards exist and cuts the images that they lack into new ones. So
-it may be killed at any moment, resumed with another number of processes, or find that its source has grown: the codes
-of every image are in one shard. `cache_ledger` describes how an image is recognized.
-
-N positions, L levels, K codes a level.
+N positions, L levels, K codes per level.
 """
 
-import hashlib
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,29 +13,24 @@ from torch import Tensor
 
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.code_cache.ledger import Ledger, stamps_of
-from evotok_plugin.data.code_cache.shards import CacheFacts, Shard, remedy, shard_name
+from evotok_plugin.data.code_cache.ledger import Ledger
+from evotok_plugin.data.code_cache.shards import CacheFacts, Shard, remedy, sha256_of, shard_name
 from evotok_plugin.data.files import content_digest
 from evotok_plugin.data.keys import DigestIndex, key_digests
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, stamps_of
 from evotok_plugin.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-_OPEN_SHARDS = 128  # every mapped file costs a file descriptor, of which a process has about a thousand
-
-
-# Reading -----------------------------------------------------------------------------------------------------
+_OPEN_SHARDS = 128  # each mapped file takes a file descriptor, and a process has about a thousand
 
 
 class CodeCache:
-    """Codes by key, memory-mapped. Data-loading processes may share one, by fork or by pickle.
+    """Codes by key, memory-mapped. Data-loading processes can share one, by fork or by pickle.
 
-    Of an image that was replaced the cache gives the last codes. Where different images of several folders have one
-    key, it gives codes of the one that `source` holds, and without `source` raises an error.
+    For a replaced image the cache returns the latest codes. If different images from several folders have the same key,
+    `source` decides which one is meant; without it, looking up the key raises an error.
 
     Attributes:
-        facts: whose codes they are, and their sizes.
+        facts: the tokenizer that made the codes, and their shape.
         broken: reason by key of the images that could not be read.
     """
 
@@ -52,14 +41,15 @@ class CodeCache:
         image_size: int | None = None,
         source: ImageSource | None = None,
     ) -> None:
-        """Open the finished part of a cache.
+        """Open the finished shards of a cache.
 
         Args:
-            source: limits the cache to the images of this source, as they are now.
+            fingerprint: `EvoTokModel.fingerprint` of the expected tokenizer; None accepts any.
+            image_size: expected image size in pixels; None accepts any.
+            source: limits the cache to the images of this source in their current state.
 
         Raises:
-            UserError: no cache, one of another tokenizer (`EvoTokModel.fingerprint`) or image size (pixels), or one
-                whose files are not as they were written.
+            UserError: the folder is not a cache, belongs to another tokenizer or image size, or is damaged.
         """
         self._folder = Path(folder)
         self.facts = CacheFacts.read(self._folder)
@@ -73,8 +63,8 @@ class CodeCache:
         self._adopt(ledger, chosen)
 
     @classmethod
-    def _of(cls, folder: Path, facts: CacheFacts, ledger: Ledger, entries: np.ndarray) -> "CodeCache":
-        """The cache of chosen entries."""
+    def of_entries(cls, folder: Path, facts: CacheFacts, ledger: Ledger, entries: np.ndarray) -> "CodeCache":
+        """Open a cache limited to some entries of its ledger, which has been read already."""
         cache = cls.__new__(cls)
         cache._folder, cache.facts = folder, facts
         cache._adopt(ledger, entries)
@@ -82,10 +72,10 @@ class CodeCache:
 
     def _adopt(self, ledger: Ledger, entries: np.ndarray) -> None:
         entries = np.unique(entries[entries >= 0])
-        held = entries[ledger.rows[entries] >= 0]
+        encoded = entries[ledger.rows[entries] >= 0]
         self._open: dict[int, np.ndarray] = {}
         self._numbers, self._starts, self._sizes = ledger.numbers, ledger.row_starts, ledger.sizes
-        self._index = DigestIndex(ledger.keys[held], ledger.rows[held])
+        self._index = DigestIndex(ledger.keys[encoded], ledger.rows[encoded])
         broken = entries[ledger.rows[entries] < 0]
         broken = broken[self._index.rows(ledger.keys[broken]) < 0]
         self.broken: dict[str, str] = dict(ledger.reasons[entry] for entry in broken.tolist())
@@ -97,7 +87,7 @@ class CodeCache:
         return len(self._index)
 
     def keys(self) -> Iterator[str]:
-        """All keys, shard after shard as they were written."""
+        """All keys, in the order in which they were written."""
         ledger = Ledger(self._folder)
         is_shown = ledger.first_of(self._index)
         for number, first in zip(ledger.numbers, ledger.entry_starts.tolist(), strict=False):
@@ -108,18 +98,18 @@ class CodeCache:
         """Codes (N, L) of one image, int64.
 
         Raises:
-            UserError: the cache does not hold it.
+            UserError: the cache does not contain it.
         """
-        shard, row = self._place(self._held_row(key))
+        shard, row = self._place(self._row_of(key))
         return torch.from_numpy(self._shard_codes(shard)[row].astype(np.int64))
 
     def size_of(self, key: str) -> tuple[int, int]:
-        """Width and height in pixels that the image had before it was resized and cropped.
+        """Width and height of the image in pixels before it was resized and cropped.
 
         Raises:
-            UserError: the cache does not hold it.
+            UserError: the cache does not contain it.
         """
-        width, height = self._sizes[self._held_row(key)].tolist()
+        width, height = self._sizes[self._row_of(key)].tolist()
         return width, height
 
     def covers(self, keys: Iterable[str]) -> bool:
@@ -128,12 +118,12 @@ class CodeCache:
         return bool(((self._index.rows(digests) >= 0) | np.isin(digests, key_digests(self.broken))).all())
 
     def verify(self, show_progress: bool = False) -> list[str]:
-        """Recompute all checksums; the names of the shards whose files are not as they were written."""
+        """Recompute all checksums; returns the names of damaged shards."""
         numbers = progress_bar(self._numbers, desc="verifying", unit="shard", disable=not show_progress)
         return [shard_name(number) for number in numbers if not self._is_whole(number)]
 
     def verify_contents(self, source: ImageSource, show_progress: bool = False) -> list[str]:
-        """Read all images of a source; the keys of those whose content is not the one that was encoded."""
+        """Read all images of a source; returns the keys of those whose content differs from the encoded one."""
         if not hasattr(source, "content"):
             return []
         ledger, indices = Ledger(self._folder), range(len(source))
@@ -158,27 +148,27 @@ class CodeCache:
             codes = self._load(number, len(shard.keys))
         except UserError:
             return False
-        return checksum == shard.checksum() and hashlib.sha256(codes).hexdigest() == shard.codes_sha256
+        return checksum == shard.checksum() and sha256_of(codes) == shard.codes_sha256
 
-    def _held_row(self, key: str) -> int:
+    def _row_of(self, key: str) -> int:
         rows = self._index.all_rows(key_digests([key]))
         if not len(rows):
-            why = f"it is broken: {self.broken[key]}" if key in self.broken else "`evotok encode` adds what is new"
-            raise UserError(f"code cache {str(self._folder)!r} holds no image {shorten(key)}; {why}")
+            why = f"it is broken: {self.broken[key]}" if key in self.broken else "add it with `evotok encode`"
+            raise UserError(f"code cache {str(self._folder)!r} does not contain image {shorten(key)}; {why}")
         if len(rows) > 1:
             raise UserError(
-                f"code cache {str(self._folder)!r} holds {len(rows)} different images of the name {shorten(key)}, of "
-                "several folders; open it with `CodeCache(folder, source=...)` for those of one source"
+                f"code cache {str(self._folder)!r} contains {len(rows)} different images named {shorten(key)}, from "
+                "several folders; choose those of one source with `CodeCache(folder, source=...)`"
             )
         return int(rows[0])
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Position of the row's shard among the shards, and the row within it."""
+        """Position of a row's shard among all shards, and the row within that shard."""
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return shard, row - int(self._starts[shard])
 
     def _shard_codes(self, shard: int) -> np.ndarray:
-        """A shard's codes (images, N, L), mapped; those used last stay open."""
+        """Codes (images, N, L) of a shard, memory-mapped; the most recently used shards stay open."""
         codes = self._open.pop(shard, None)
         if codes is None:
             codes = self._load(self._numbers[shard], int(self._starts[shard + 1] - self._starts[shard]))
@@ -195,11 +185,10 @@ class CodeCache:
         except (OSError, ValueError) as error:
             raise UserError(f"{str(path)!r} cannot be read: {error}; {remedy(number)}") from error
         if codes.dtype != np.uint16 or codes.shape != expected:
-            raise UserError(f"{str(path)!r} holds {codes.dtype} {codes.shape}, not codes {expected}; {remedy(number)}")
+            raise UserError(
+                f"{str(path)!r} contains {codes.dtype} {codes.shape}, expected uint16 {expected}; {remedy(number)}"
+            )
         return codes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a mapped file would be pickled with all that is in it
-
-
-# Writing -----------------------------------------------------------------------------------------------------
+        return {**self.__dict__, "_open": {}}  # pickling a mapped array would copy its content

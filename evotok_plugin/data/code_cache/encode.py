@@ -1,4 +1,8 @@
-"""Encode all images of a source into a code cache, resumably and over several processes."""
+"""Writing a code cache: all images of a source are encoded, resumably and by several processes.
+
+A run reads which shards exist and distributes the images that they lack over new ones. So it can be killed at any
+moment, resumed with another number of processes, or rerun after its source has grown.
+"""
 
 import logging
 import signal
@@ -17,12 +21,12 @@ from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
 from evotok_plugin.data.batches import IndexBatches, decoded_batches
 from evotok_plugin.data.code_cache.cache import CodeCache
-from evotok_plugin.data.code_cache.ledger import Ledger, stamps_of
+from evotok_plugin.data.code_cache.ledger import Ledger
 from evotok_plugin.data.code_cache.lock import only_run, together
 from evotok_plugin.data.code_cache.shards import CacheFacts
 from evotok_plugin.data.code_cache.writer import ShardWriter
 from evotok_plugin.data.keys import DigestIndex, key_digests
-from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.data.sources import ImageSource, stamps_of
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel_values
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -32,17 +36,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions:
-    """How images are encoded.
+    """Options of encoding.
 
     Attributes:
-        shard_size: images a shard; what a killed process has of its last shard is encoded again.
-        batch_size: images that the encoder sees at once.
-        num_workers: processes that decode images while others are encoded; 0 decodes in between.
-        max_bad_fraction: share of broken images tolerated.
-        retry_broken: try images again that earlier runs could not read.
+        shard_size: images per shard; a killed process loses its unfinished shard.
+        batch_size: images encoded at once.
+        num_workers: processes that decode images while others are encoded; 0 alternates in one process.
+        max_bad_fraction: share of broken images that is tolerated.
+        retry_broken: whether to retry images that earlier runs could not read.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number is out of range.
     """
 
     shard_size: int = 4096
@@ -57,7 +61,7 @@ class EncodingOptions:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction is a share of all images, expected 0..1, got {self.max_bad_fraction}")
+            raise UserError(f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}")
 
 
 def encode_images(
@@ -68,50 +72,51 @@ def encode_images(
     processes: Processes | None = None,
     options: EncodingOptions | None = None,
 ) -> CodeCache:
-    """Add to a cache, or begin it, so that it holds the codes of every image of a source; all processes take part.
+    """Create or extend a cache so that it contains the codes of every image of a source; all processes take part.
 
-    Images that the cache holds, or has noted as broken, are not looked at again. SIGINT and SIGTERM end the run after
-    the batch in hand, with what is encoded in the cache; a second one is obeyed at once.
+    Images that the cache contains, or has recorded as broken, are skipped. SIGINT and SIGTERM stop the run after the
+    current batch, with everything encoded so far in the cache; a second signal takes effect immediately.
 
     Args:
         model: in evaluation mode; it is moved to the processes' device.
-        image_size: pixels a side that images are resized and cropped to.
+        image_size: pixels per side to which images are resized and cropped.
 
     Raises:
-        UserError: a key that occurs twice, a cache of another tokenizer or image size, one that is damaged, one that
-            another run writes at the moment, or too many broken images. What is encoded stays.
-        SystemExit: a signal ended the run.
+        UserError: a key occurs twice; the cache is damaged, belongs to another tokenizer or image size, or is being
+            written by another run; or too many images are broken. Encoded images are kept.
+        SystemExit: a signal stopped the run.
     """
-    assert not model.training, "a tokenizer in training mode would move its codebooks"
+    assert not model.training, "a tokenizer in training mode would update its codebooks"
     folder, options = Path(folder), options or EncodingOptions()
     processes = processes or Processes(0, 1, model.device)
     facts = CacheFacts.of(model, image_size)
     request = _Request(source, options.retry_broken, processes)
-    ledger, ended_by, report = _finished_ledger(folder, facts, request, processes), 0, None
+    ledger = _finished_ledger(folder, facts, request, processes)
+    stopped_by, report = 0, None
     if ledger is None:
         with only_run(folder, facts, processes):
             run = _Run(folder, facts, request, processes, options)
-            ended_by, ledger = run.encode(model), run.read_ledger()
+            stopped_by, ledger = run.encode(model), run.read_ledger()
         report = folder / "broken.jsonl" if processes.is_first else None
     elif processes.is_first:
-        logger.info("code cache %s holds all %d images already", folder, len(source))
+        logger.info("code cache %s already contains all %d images", folder, len(source))
     entries = request.entries_in(ledger)
     num_done = int((entries >= 0).sum())
-    if ended_by:
+    if stopped_by:
         if processes.is_first:
-            logger.warning("stopped: %d of %d images are in %s; run again to go on", num_done, len(source), folder)
-        raise SystemExit(128 + ended_by)
-    cache = CodeCache._of(folder, facts, ledger, entries)
+            logger.warning("stopped: %d of %d images are in %s; run again to resume", num_done, len(source), folder)
+        raise SystemExit(128 + stopped_by)
+    cache = CodeCache.of_entries(folder, facts, ledger, entries)
     _check_broken(cache, len(source), options.max_bad_fraction, report)
     assert num_done == len(source)
     return cache
 
 
 class _Request:
-    """The images that a cache shall hold.
+    """The images that a cache is to contain.
 
     Attributes:
-        keys, stamps: of each image (images,) the digest of its key, and its stamp.
+        keys, stamps: digest of the key, and stamp, of each image (images,).
 
     Raises:
         UserError: a key occurs twice.
@@ -124,33 +129,34 @@ class _Request:
             first, second = sorted(twice)
             raise UserError(
                 f"images {first} and {second} of {source.name!r} have the same key {shorten(source.key(first))}; "
-                "keys must be unique, name every image once"
+                "keys must be unique; list every image only once"
             )
-        # Each process looks at a part, so that all agree on the state of files that change meanwhile.
+        # Each process checks a part, so that all agree on the state of files that change in the meantime.
         mine = np.array_split(np.arange(len(source)), processes.world_size)[processes.rank].tolist()
         self.stamps = np.concatenate(processes.gather(together(processes, lambda: stamps_of(source, mine))))
 
     def stamp(self, index: int) -> bytes:
+        """Stamp of an image when the run started."""
         return bytes(self.stamps[index])
 
     def entries_in(self, ledger: Ledger) -> np.ndarray:
-        """The entry of each image (images,), -1 where it has none."""
+        """Entry of each image (images,), -1 where it has none."""
         return ledger.entries_of(self.keys, self.stamps)
 
     def left_in(self, ledger: Ledger) -> np.ndarray:
-        """The images (indices) that are still to be encoded."""
+        """Indices of the images that are still to be encoded."""
         entries = self.entries_in(ledger)
         if self._retry_broken and len(ledger.rows):
             entries = np.where(ledger.rows[entries] >= 0, entries, -1)
         return np.flatnonzero(entries < 0)
 
     def num_broken_in(self, ledger: Ledger) -> int:
-        """Number of images that could not be read, without those that are tried again."""
+        """Number of images that could not be read, excluding those that will be retried."""
         entries = self.entries_in(ledger)
         return 0 if self._retry_broken else int((ledger.rows[entries[entries >= 0]] < 0).sum())
 
     def changed_in(self, ledger: Ledger, images: np.ndarray) -> np.ndarray:
-        """Which images of the source (images,) are among `images` (indices) and in the cache in another state."""
+        """Mask (images,) of those of `images` (indices) that the cache contains in an earlier state."""
         changed = np.zeros(len(self.keys), bool)
         is_new = self.entries_in(ledger)[images] < 0
         changed[images] = is_new & ledger.has_place(self.keys[images], self.stamps[images])
@@ -158,7 +164,10 @@ class _Request:
 
 
 def _finished_ledger(folder: Path, facts: CacheFacts, request: _Request, processes: Processes) -> Ledger | None:
-    """The ledger, if nothing is left to do: many runs may begin at once on a finished cache, and nothing is written."""
+    """The ledger if nothing is left to encode, otherwise None.
+
+    Nothing is written, so many runs can use a finished cache at the same time.
+    """
 
     def read() -> Ledger | None:
         if not (folder / "cache.json").is_file():
@@ -178,13 +187,13 @@ def _check_broken(cache: CodeCache, num_images: int, limit: float, report: Path 
         BadSamples(report, limit, dict(cache.broken)).check(num_images)
     except UserError as error:
         raise UserError(
-            f"{error}. The encoded images are kept; run again after mending the broken ones (--retry_broken tries them "
-            "even if their files have not changed)"
+            f"{error}. The encoded images are kept; repair the broken ones and run again (--retry_broken also retries "
+            "files that have not changed)"
         ) from None
 
 
 class _Run:
-    """This process's part of the work: every `world_size`-th of the new shards, in step with the other processes."""
+    """One process's part of the work: every `world_size`-th new shard, in lockstep with the other processes."""
 
     def __init__(
         self, folder: Path, facts: CacheFacts, request: _Request, processes: Processes, options: EncodingOptions
@@ -200,35 +209,35 @@ class _Run:
         if processes.is_first:
             num_images, num_left = len(self._source), len(self._todo)
             logger.info(
-                "code cache %s: holds %d images, %d of %d of this source; %d to look at",
+                "code cache %s contains %d images, %d of %d from this source; %d to read",
                 *(folder, len(ledger.sizes), num_images - num_left, num_images, num_left),
             )
 
     def read_ledger(self) -> Ledger:
-        """The ledger as it stands when all processes have written what they have."""
+        """Read the ledger after all processes have written their shards."""
         self._processes.barrier()
         ledger = together(self._processes, lambda: Ledger(self._folder))
         if len(set(self._processes.gather((tuple(ledger.numbers), len(ledger.rows))))) > 1:
             raise UserError(
-                f"the processes do not see the same files in {str(self._folder)!r}; put it where all machines share it "
-                "(if it is there, run again: new files may have been slow to appear)"
+                f"the processes see different files in {str(self._folder)!r}; use a folder that all machines share (if "
+                "it is shared, run again: new files may have been slow to appear)"
             )
         return ledger
 
     def _shards_of(self, rank: int) -> dict[int, np.ndarray]:
-        """Number and images of the new shards that a process writes."""
+        """Images of the new shards that a process writes, by shard number."""
         size, stride = self._options.shard_size, self._processes.world_size
         starts = range(rank * size, len(self._todo), stride * size)
         return {self._first + start // size: self._todo[start : start + size] for start in starts}
 
     def encode(self, model: EvoTokModel) -> int:
-        """Encode what is missing; returns the signal that ended it before, or 0."""
-        # Nobody has more to do than the first process. The others keep step with it to the end, else a process that is
-        # done would wait for longer than a collective operation may take.
+        """Encode the missing images; returns the signal that stopped it early, or 0."""
+        # No process has more work than the first one. The others keep in step with it to the end; otherwise a process
+        # that has finished would wait longer than the timeout of a collective operation.
         num_rounds = len(self._batches(self._shards_of(0)))
         if not num_rounds:
             return 0
-        model.to(self._processes.device)
+        model.to(self._processes.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         shards = self._shards_of(self._processes.rank)
         processor = EvoTokImageProcessor(size=self._facts.image_size)
         batches = decoded_batches(
@@ -253,7 +262,7 @@ class _Run:
             writer.close()
         if self._processes.is_first:
             seconds, encoded = time.monotonic() - started, seen - broken - known
-            logger.info("encoded %d images in %.1f s, %.1f a second", encoded, seconds, encoded / seconds)
+            logger.info("encoded %d images in %.1f s, %.1f per second", encoded, seconds, encoded / seconds)
             if changed:
                 logger.info("re-encoded %d of %d images whose content changed", changed, len(self._source))
             if known:
@@ -261,7 +270,7 @@ class _Run:
         return signals.caught or (signal.SIGTERM if stop else 0)
 
     def _batches(self, shards: dict[int, np.ndarray]) -> IndexBatches:
-        """Batches that do not reach into the next shard."""
+        """Batches of images; no batch spans two shards."""
         return IndexBatches(list(shards.values()), self._options.batch_size)
 
     def _bar(self) -> tqdm:
@@ -276,6 +285,7 @@ class _Run:
 
 @torch.inference_mode()
 def codes_of(pixels: Tensor, model: EvoTokModel) -> np.ndarray:
-    """Codes (B, N, L) in uint16 of images (B, 3, H, W) in uint8; the bytes go to the device, where they are scaled."""
+    """Encode images (B, 3, H, W) in uint8 to codes (B, N, L) in uint16; pixels are scaled on the model's device."""
     codes = model.encode(to_pixel_values(pixels, model.device).to(model.dtype)).codes
+    assert codes is not None
     return codes.cpu().numpy().astype(np.uint16)

@@ -1,4 +1,4 @@
-"""One run at a time writes to a code cache; its processes succeed or fail together."""
+"""Exclusive writing to a code cache: one run at a time, whose processes succeed or fail together."""
 
 import contextlib
 import fcntl
@@ -13,10 +13,17 @@ from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
+_FILES = r"(shard-\d+\.(npy|json)|cache\.json)"
+_TEMPORARY = re.compile(rf"\.{_FILES}\.part|{_FILES}\.tmp")  # names of `write_whole`, and of earlier versions
 
-def together(processes: Processes, action: Callable[[], T]) -> T | None:
-    """Call a function in all processes; an error of one of them is raised in all, so that none waits for another."""
-    result, problem = None, None
+
+def together(processes: Processes, action: Callable[[], T]) -> T:
+    """Call a function in all processes; an error in one is raised in all, so that none waits for the others.
+
+    Raises:
+        UserError: an OSError or UserError in any process.
+    """
+    problem = None
     try:
         result = action()
     except (UserError, OSError) as error:
@@ -29,21 +36,21 @@ def together(processes: Processes, action: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def only_run(folder: Path, facts: CacheFacts, processes: Processes) -> Iterator[None]:
-    """Make the folder ready and keep other runs away from it.
+    """Prepare the folder and lock it against other runs.
 
-    Every process holds its own byte of a lock file, and the first one begins by asking for all bytes: so a run whose
-    first process was killed keeps others away until its last one is gone. Record locks, unlike `flock`'s, do not pass
-    to data-loading processes, which may outlive a killed run.
+    Every process locks one byte of a lock file; the first process begins by locking all bytes. So a run whose first
+    process was killed excludes others until its last process has ended. Record locks, unlike those of `flock`, are not
+    inherited by data-loading processes, which may outlive a killed run.
 
     Raises:
-        UserError: another run holds the folder, it is not a cache, or it holds codes of another tokenizer.
+        UserError: another run has locked the folder, it is not a cache, or it contains codes of another tokenizer.
     """
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
             file = held.enter_context(_locked(folder, start=0, length=0))
             _make_ready(folder, facts)
-            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # all but the first byte
+            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # unlocks all but the first byte
 
         def follow() -> None:
             held.enter_context(_locked(folder, start=processes.rank, length=1))
@@ -54,12 +61,12 @@ def only_run(folder: Path, facts: CacheFacts, processes: Processes) -> Iterator[
 
 
 def _locked(folder: Path, start: int, length: int) -> IO:
-    """The lock file with bytes of it locked until it is closed; length 0 locks all that follow."""
+    """Open the lock file with some of its bytes locked until it is closed; length 0 locks all bytes from `start`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be made a code cache: {error}; choose another folder") from error
+        raise UserError(f"{str(folder)!r} cannot become a code cache: {error}; choose another folder") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
     except OSError as error:
@@ -72,16 +79,16 @@ def _locked(folder: Path, start: int, length: int) -> IO:
 
 
 def _make_ready(folder: Path, facts: CacheFacts) -> None:
-    """Write `cache.json` if the cache is new, and remove the unfinished files of a killed run."""
+    """Write `cache.json` if the cache is new, and remove unfinished files of a killed run."""
     if (folder / "cache.json").is_file():
         CacheFacts.read(folder).check(folder, facts.fingerprint, facts.image_size)
     elif next(folder.glob("shard-*"), None) is not None:
         raise UserError(
-            f"{str(folder)!r} holds shard files but no cache.json that says what they are; choose another folder"
+            f"{str(folder)!r} contains shard files but no cache.json that describes them; choose another folder"
         )
     else:
         facts.write(folder)
     for path in folder.iterdir():
         orphan = re.fullmatch(r"shard-\d+\.npy", path.name) and not path.with_suffix(".json").exists()
-        if orphan or re.fullmatch(r"(shard-\d+\.(npy|json)|cache\.json)\.tmp", path.name):
+        if orphan or _TEMPORARY.fullmatch(path.name):
             path.unlink()

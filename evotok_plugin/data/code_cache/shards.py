@@ -1,14 +1,13 @@
 """The files of a code cache.
 
-A cache is a folder of
+A cache is a folder that contains
 
-    cache.json          what the codes are: the tokenizer's fingerprint, the images' size, N, L and K, the version of
-                        the image reader
+    cache.json          the tokenizer's fingerprint, the image size, N, L and K, and the version of the image reader
     shard-000042.npy    codes (images, N, L) in uint16
-    shard-000042.json   their keys in order, the images' original sizes, stamps and digests, what was broken, checksums
+    shard-000042.json   the images' keys in order, original sizes, stamps and digests; broken images; checksums
 
-Every file is written under another name, synced and moved into place, a shard's .json last: a shard exists when its
-.json does.
+Every file is written under a temporary name, synced and renamed, a shard's .json last: a shard exists once its .json
+does. N positions, L levels, K codes per level.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from evotok_plugin.common.files import write_whole
 from evotok_plugin.data import images
 from evotok_plugin.errors import UserError
 from evotok_plugin.modeling_evotok import EvoTokModel
@@ -33,7 +33,7 @@ _FIRST_READER = 1  # version of the image reader in caches that do not name one
 
 @dataclass(frozen=True, slots=True)
 class CacheFacts:
-    """Content of `cache.json`: the tokenizer and the image reader that the codes depend on, and the codes' sizes."""
+    """Content of `cache.json`: the tokenizer and image reader that the codes depend on, and the shape of the codes."""
 
     fingerprint: str
     image_size: int
@@ -45,7 +45,7 @@ class CacheFacts:
 
     @classmethod
     def of(cls, model: EvoTokModel, image_size: int) -> "CacheFacts":
-        """The facts of codes that a tokenizer gives to square images of `image_size` pixels a side."""
+        """Facts of the codes that a tokenizer assigns to square images of `image_size` pixels per side."""
         config = model.config
         num_positions = (image_size // config.patch_size) ** 2
         return cls(
@@ -59,53 +59,53 @@ class CacheFacts:
 
     @classmethod
     def read(cls, folder: Path) -> "CacheFacts":
-        """Read them from a cache.
+        """Read `cache.json` of a cache.
 
         Raises:
-            UserError: the folder is not a cache, or has another format.
+            UserError: the folder is not a cache, or has a different format.
         """
         file = folder / "cache.json"
         if not file.is_file():
             raise UserError(
-                f"{str(folder)!r} holds no code cache (cache.json is missing); "
-                f"`evotok encode SOURCE -o {folder}` writes one"
+                f"{str(folder)!r} is not a code cache (cache.json is missing); "
+                f"create one with `evotok encode SOURCE -o {folder}`"
             )
         try:
             facts = cls(**json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{str(file)!r} does not describe a code cache: {error}") from error
         if facts.format != _FORMAT:
-            why = ", which identifies images by their names alone" if facts.format == 1 else ""
+            why = ", which identifies images by name only" if facts.format == 1 else ""
             raise UserError(
                 f"code cache {str(folder)!r} has format {facts.format}{why}; this version reads format {_FORMAT}: "
-                "delete the folder to have the images encoded again, or choose another folder"
+                "delete the folder to re-encode the images, or choose another folder"
             )
         return facts
 
     def write(self, folder: Path) -> None:
-        """Make the folder a cache."""
+        """Turn the folder into a cache by writing `cache.json`."""
         content = json.dumps(dataclasses.asdict(self), indent=2).encode()
         _write(folder / "cache.json", lambda file: file.write(content))
 
     def check(self, folder: Path, fingerprint: str | None, image_size: int | None) -> None:
-        """Reject codes of another tokenizer, image size or image reader; None accepts any tokenizer or size.
+        """Check tokenizer, image size and image reader; None accepts any tokenizer or size.
 
         Raises:
-            UserError: the codes are of another tokenizer, of images of another size, or of images that another version
-                of the image reader decoded.
+            UserError: the codes were made by another tokenizer, from images of another size, or with another version of
+                the image reader.
         """
         if self.reader_version != images.READER_VERSION:
             raise UserError(
                 f"code cache {str(folder)!r} was written with version {self.reader_version} of the image reader, this "
-                f"is version {images.READER_VERSION}, which gives other pixels for some images; delete the folder and "
+                f"is version {images.READER_VERSION}, which decodes some images differently; delete the folder and "
                 "run `evotok encode` again, or choose another folder"
             )
         wanted = (fingerprint or self.fingerprint, image_size or self.image_size)
         if wanted != (self.fingerprint, self.image_size):
             raise UserError(
                 f"code cache {str(folder)!r} was made by tokenizer {self.fingerprint[:12]} from images of "
-                f"{self.image_size} pixels, wanted are codes of tokenizer {wanted[0][:12]} and {wanted[1]} pixels; "
-                "choose another folder, or delete this one to have it made anew"
+                f"{self.image_size} pixels, expected codes of tokenizer {wanted[0][:12]} and {wanted[1]} pixels; "
+                "choose another folder, or delete this one to recreate it"
             )
 
 
@@ -117,10 +117,10 @@ class Shard:
     """The content of a shard's .json.
 
     Attributes:
-        keys, sizes, stamps, contents: of each image whose codes the shard holds, in their order; stamps (`stamp_of`)
-            and contents (`content_digest`) in hexadecimal, empty where the source has none.
-        known_keys, known_stamps, known_contents: of images whose content some shard holds already.
-        broken: reason by key of images that could not be read, and `broken_stamps` in the same order.
+        keys, sizes, stamps, contents: one entry per encoded image, in the order of the codes; stamps (`stamp_of`) and
+            digests of contents (`content_digest`) in hexadecimal, empty where the source has none.
+        known_keys, known_stamps, known_contents: the same for images whose content is already in some shard.
+        broken: reason by key of images that could not be read; `broken_stamps` has the same order.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -136,39 +136,38 @@ class Shard:
     codes_sha256: str = ""
 
     def __len__(self) -> int:
-        """All images that the shard tells of."""
+        """Number of images, including known and broken ones."""
         return len(self.keys) + len(self.known_keys) + len(self.broken)
 
     def all_keys(self) -> list[str]:
-        """Keys of the encoded images, the known ones, the broken ones."""
+        """Keys of the encoded, then the known, then the broken images."""
         return [*self.keys, *self.known_keys, *self.broken]
 
     def checksum(self) -> str:
+        """SHA-256 of all fields."""
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path, number: int, codes: np.ndarray) -> None:
         """Add the shard to the cache: codes (images, N, L) in uint16.
 
         Raises:
-            UserError: the file system does not take it.
+            UserError: the file system refuses.
         """
-        self.codes_sha256 = hashlib.sha256(codes).hexdigest()
+        stem = folder / shard_name(number)
+        self.codes_sha256 = sha256_of(codes)
         try:
-            stem = folder / shard_name(number)
             self.codes_bytes = _write(stem.with_suffix(".npy"), lambda file: np.save(file, codes, allow_pickle=False))
-            record = {**vars(self), "sha256": self.checksum()}
-            _write(stem.with_suffix(".json"), lambda file: file.write(json.dumps(record).encode()))
-        except OSError as error:
-            raise UserError(
-                f"shard {str(stem)!r} cannot be written: {error}; what is finished stays, run again to go on"
-            ) from error
+            record = json.dumps({**vars(self), "sha256": self.checksum()}).encode()
+            _write(stem.with_suffix(".json"), lambda file: file.write(record))
+        except UserError as error:
+            raise UserError(f"{error}. Finished shards are kept; run again to resume") from error
 
     @classmethod
     def read(cls, folder: Path, number: int) -> tuple["Shard", str]:
-        """A shard and the checksum that it was written with.
+        """Read a shard and the checksum that was stored with it.
 
         Raises:
-            UserError: one of its files is not as it was written.
+            UserError: one of its files is missing or damaged.
         """
         stem = folder / shard_name(number)
         try:
@@ -177,7 +176,7 @@ class Shard:
             shard = cls(**record)
             shard._check_lengths()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{str(stem)}.json is not what was written ({error}); {remedy(number)}") from error
+            raise UserError(f"{str(stem)}.json is damaged ({error}); {remedy(number)}") from error
         codes = stem.with_suffix(".npy")
         size = codes.stat().st_size if codes.exists() else 0
         if size != shard.codes_bytes:
@@ -195,33 +194,37 @@ class Shard:
                     raise UserError(f"{other} and {name} have different lengths")
 
 
+def sha256_of(codes: np.ndarray) -> str:
+    """SHA-256 of an array's bytes, in hexadecimal."""
+    return hashlib.sha256(codes.data).hexdigest()
+
+
 def shard_name(number: int) -> str:
+    """File name of a shard, without suffix."""
     return f"shard-{number:06d}"
 
 
 def remedy(number: int) -> str:
+    """Instructions to repair a damaged shard, for error messages."""
     name = shard_name(number)
-    return f"delete {name}.npy and {name}.json and run `evotok encode` again: only their images are re-encoded"
+    return f"delete {name}.npy and {name}.json and run `evotok encode` again; only their images are re-encoded"
 
 
 def shard_numbers(folder: Path) -> list[int]:
-    """The shards that exist, in order."""
+    """Numbers of the existing shards, in order."""
     found = (re.fullmatch(r"shard-(\d+)\.json", entry.name) for entry in os.scandir(folder))
     return sorted(int(match[1]) for match in found if match)
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> int:
-    """Write a file so that it is there whole or not at all, whatever happens; returns its size in bytes."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must reach the disk before whatever comes next
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Replace a file as a whole, synced to the disk; returns its size in bytes."""
+    size = 0
+
+    def write_part(part: Path) -> None:
+        nonlocal size
+        with part.open("wb") as file:
+            write(file)
+            size = file.tell()
+
+    write_whole(path, write_part, sync=True)
     return size

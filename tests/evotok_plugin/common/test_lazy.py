@@ -70,3 +70,13 @@ def test_modules_keep_their_own_loaders():
         "print(type(auto.__spec__.loader).__name__, 'class AutoConfig' in inspect.getsource(auto))"
     )
     assert python(code) == "SourceFileLoader True"
+
+
+def test_drawing_on_the_command_line_does_not_import_torchvision(tmp_path):
+    code = (
+        "import sys\nfrom llava_ext.cli import main\n"
+        f"code = main(['draw', 'a red circle', '-o', {str(tmp_path)!r}])\n"
+        "print(code, 'torch' in sys.modules, 'torchvision' in sys.modules)"
+    )
+    assert python(code).splitlines()[-1] == "0 True False"
+    assert list(tmp_path.glob("*.png"))

@@ -62,7 +62,7 @@ def test_a_kill_before_the_marker_is_written_does_not_block_a_replacement(run):
 def test_files_of_the_user_in_the_folder_for_replaced_ones_are_kept(run):
     (run.path / ".replaced").mkdir()
     (run.path / ".replaced" / "mine").touch()
-    with pytest.raises(UserError, match="is there already; move it away"):
+    with pytest.raises(UserError, match="exists already; move it away"):
         run.move_aside()
 
 
@@ -77,7 +77,7 @@ def test_folders_that_contain_more_than_a_run_are_not_replaced(tmp_path, monkeyp
         with pytest.raises(UserError, match="--overwrite: .*--output_dir"):
             check_replaceable(folder)
     for data in ("out/data.json", "out/*.json", "out"):
-        with pytest.raises(UserError, match="holds data_path out.*, which the run reads"):
+        with pytest.raises(UserError, match="contains data_path out.*, which the run reads"):
             check_replaceable("out", {"data_path": [data]})
     check_replaceable("out", {"data_path": ["data.json"], "image_folder": ["."]})
 

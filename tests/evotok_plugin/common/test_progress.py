@@ -1,6 +1,8 @@
 """Progress bars on a terminal and in a log file, with a fake clock."""
 
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -25,7 +27,8 @@ class Stream(io.StringIO):
 def clock(monkeypatch):
     """The time that bars see, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for module in ("tqdm.std", "evotok_plugin.common.progress"):
+        monkeypatch.setattr(f"{module}.time", lambda: now[0])
     return now
 
 
@@ -88,3 +91,18 @@ def test_the_interval_follows_stderr(monkeypatch):
     assert progress.progress_interval() == 15.0
     stderr(monkeypatch, is_terminal=True)
     assert progress.progress_interval() == 0.2
+
+
+def test_child_processes_obey_the_interval_in_a_log_file(monkeypatch):
+    stderr(monkeypatch, is_terminal=True)
+    assert progress.progress_environment() == {}
+    stderr(monkeypatch, is_terminal=False)
+    code = (
+        "import datasets, transformers, tqdm\n"
+        "bar = tqdm.tqdm(total=1)\n"
+        "print(bar.mininterval, bar.maxinterval, transformers.utils.logging.is_progress_bar_enabled(), "
+        "datasets.is_progress_bar_enabled())"
+    )
+    environment = {**os.environ, **progress.progress_environment()}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["15.0", "15.0", "False", "False"], done.stderr

@@ -1,4 +1,4 @@
-"""The converter and the architecture against outputs of the research code."""
+"""Converter and architecture against outputs of the research code."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from evotok_plugin.tokenizer_folder import open_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A research checkpoint, a real pickle, through the command line and `from_pretrained`."""
+    """A research checkpoint that was pickled, converted by the command line and loaded."""
     folder = tmp_path_factory.mktemp("golden")
     weights = research_weights("tokenizer_layout")
     checkpoint = folder / "research.pt"
@@ -49,8 +49,8 @@ def test_outputs_equal_those_of_the_research_code(tokenizer):
     torch.testing.assert_close(loss, expected["commitment_loss"][0], atol=1e-4, rtol=1e-3)
 
 
-def test_the_layout_of_the_other_tests_is_the_research_code_s():
-    """Every name and shape of `research_layout`, which makes checkpoints of other sizes."""
+def test_the_layout_used_by_other_tests_is_that_of_the_research_code():
+    """Compares every name and shape from `research_layout`, which creates checkpoints of other sizes."""
     with torch.device("meta"):
         model = EvoTokModel(EvoTokConfig.preset("paper", encoder_num_layers=2, codebook_size=512))
         made = {name: list(t.shape) for name, t in research_tokenizer(model, usage_rows=131072).items()}

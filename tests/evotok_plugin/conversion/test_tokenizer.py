@@ -1,4 +1,4 @@
-"""Research checkpoints made from small random models come back as those models; whatever does not fit is named."""
+"""Conversion of research checkpoints made from small random models, and errors for everything that does not fit."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ SMALL = {
     "decoder_channel_multipliers": (1, 1, 2, 3), "decoder_num_res_blocks": 1, "semantic_hidden_size": 40,
     "semantic_num_layers": 1, "semantic_num_heads": 12, "semantic_head_dim": 3, "semantic_dim": 24,
 }  # fmt: skip
-# What no shape tells, where it is not the convention.
+# Sizes that differ from the conventions, so that some cannot be inferred from shapes.
 OTHER = SMALL | {
     "image_size": 48, "patch_size": 4, "decoder_channel_multipliers": (2, 1, 4), "encoder_hidden_size": 30,
     "encoder_num_heads": 3, "encoder_num_layers": 1, "codebook_size": 7, "num_quantizers": 9, "pixel_depth": 2,
@@ -43,7 +43,7 @@ def weights():
 
 
 def convert(tmp_path, capsys, content, *flags):
-    """Exit code and error line of `evotok convert` for what is pickled."""
+    """Pickle `content` and run `evotok convert` on it; returns the exit code and the error line or output."""
     torch.save(content, tmp_path / "checkpoint.pt")
     code = main(["convert", str(tmp_path / "checkpoint.pt"), str(tmp_path / "out"), *flags])
     captured = capsys.readouterr()
@@ -58,7 +58,7 @@ def convert(tmp_path, capsys, content, *flags):
         (OTHER, OTHER_FLAGS, 3, "encoder_vqkd.vision_model.", "state_dict"),
     ],
 )
-def test_a_model_comes_back_from_the_research_layout(tmp_path, capsys, sizes, flags, seed, tower, container):
+def test_a_model_is_restored_from_the_research_layout(tmp_path, capsys, sizes, flags, seed, tower, container):
     model = random_model(sizes, seed)
     content = {container: research_tokenizer(model, tower), "args": argparse.Namespace(lr=1e-4), "steps": 3}
     code, text = convert(tmp_path, capsys, content, *flags)
@@ -73,7 +73,7 @@ def test_a_model_comes_back_from_the_research_layout(tmp_path, capsys, sizes, fl
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_first_container_present_is_taken(tmp_path, weights):
+def test_the_first_container_present_is_used(tmp_path, weights):
     for index, names in enumerate((("ema", "model", "state_dict"), ("model", "state_dict"), ("state_dict",), ())):
         content = {name: {"weight": torch.full((1,), float(i))} for i, name in enumerate(names)}
         torch.save(content or {"weight": torch.zeros(1)}, tmp_path / f"{index}.pt")
@@ -86,18 +86,18 @@ def test_half_precision_checkpoints_become_float32(tmp_path, capsys, weights):
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
-def test_unused_layers_may_be_absent_and_are_counted_where_present(tmp_path, capsys, weights):
+def test_unused_layers_may_be_absent_and_are_counted_if_present(tmp_path, capsys, weights):
     last = "encoder_vqkd.vision_model.encoder.layers.2."
-    behind = [name for name in weights if name.startswith(last) or ".head." in name or "post_layernorm" in name]
+    unused = [name for name in weights if name.startswith(last) or ".head." in name or "post_layernorm" in name]
     code, text = convert(tmp_path, capsys, {"model": weights})
-    assert code == 0 and f"left out: {len(behind)} keys, SigLIP layers behind the features" in text
-    pruned = {name: tensor for name, tensor in weights.items() if name not in behind}
+    assert code == 0 and f"left out: {len(unused)} keys, SigLIP layers after the features" in text
+    pruned = {name: tensor for name, tensor in weights.items() if name not in unused}
     (tmp_path / "pruned").mkdir()
     assert convert(tmp_path / "pruned", capsys, {"model": pruned}, "--encoder_num_layers", "2")[0] == 0
 
 
 def changed(weights, **changes):
-    """A copy with tensors replaced, or left out where the value is None."""
+    """A copy with some tensors replaced, or removed if the value is None."""
     return {name: tensor for name, tensor in (weights | changes).items() if tensor is not None}
 
 
@@ -125,7 +125,7 @@ def changed(weights, **changes):
          "1 missing: post_quant_conv.bias; 1 unknown: a; 1 of another shape: decoder.conv_in.bias"),
     ],
 )  # fmt: skip
-def test_keys_that_do_not_fit_are_listed(tmp_path, capsys, weights, changes, expected):
+def test_mismatched_keys_are_listed(tmp_path, capsys, weights, changes, expected):
     code, error = convert(tmp_path, capsys, {"ema": changed(weights, **changes)})
     assert code == 2 and error.startswith("error: ") and expected in error
     assert not (tmp_path / "out").exists()
@@ -134,25 +134,25 @@ def test_keys_that_do_not_fit_are_listed(tmp_path, capsys, weights, changes, exp
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--pixel_depth", "6"], "pixel_depth must lie in 1..5"),
+        (["--pixel_depth", "6"], "pixel_depth must be in 1..5"),
         (["--encoder_num_heads", "5"], "not a multiple of 5 heads"),
         (["--semantic_num_heads", "5"], "semantic_num_heads 5 does not divide the attention's inner width 36"),
         (["--encoder_num_layers", "4"], "encoder.layers.3.layer_norm1.weight"),
         (["--decoder_norm_groups", "five"], "decoder_norm_groups: invalid literal"),
     ],
 )
-def test_options_that_do_not_fit_are_explained(tmp_path, capsys, weights, flags, expected):
+def test_invalid_options_are_explained(tmp_path, capsys, weights, flags, expected):
     code, error = convert(tmp_path, capsys, {"ema": weights}, *flags)
     assert code == 2 and error.startswith("error: ") and expected in error
 
 
-def test_heads_that_no_convention_gives_are_asked_for(tmp_path, capsys):
+def test_the_error_names_the_flag_for_heads_that_cannot_be_inferred(tmp_path, capsys):
     code, error = convert(tmp_path, capsys, {"ema": research_tokenizer(random_model(OTHER))})
-    assert code == 2 and "pass --semantic_num_heads" in error
+    assert code == 2 and "the width 20, which is not a multiple of 64; set it with --semantic_num_heads" in error
 
 
 class Code:
-    """A pickle that runs a command when it is loaded without care."""
+    """An object whose pickle runs a command when it is loaded unsafely."""
 
     def __init__(self, path):
         self.path = path
@@ -161,9 +161,9 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, capsys, weights):
+def test_a_pickle_with_code_is_rejected_and_not_run(tmp_path, capsys, weights):
     code, error = convert(tmp_path, capsys, {"ema": weights, "optimizer": Code(tmp_path / "ran")})
-    assert code == 2 and "is refused: it holds" in error and "system" in error
+    assert code == 2 and "is rejected: it holds" in error and "system" in error
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
@@ -171,28 +171,28 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, capsys, weight
     ("content", "expected"),
     [
         ([1, 2], "expected a dict, got a list"),
-        ({"a": 1}, "none of ema, model, state_dict and is no dict of tensors ('a': int)"),
-        ({"ema": {"a": 1}, "model": {}}, "its 'ema' is no dict of tensors"),
-        ({"model": {}}, "its 'model' is no dict of tensors (it is empty)"),
+        ({"a": 1}, "expected tensors, or ema, model or state_dict, got 'a': int"),
+        ({"ema": {"a": 1}, "model": {}}, "expected a dict of tensors in 'ema', got 'a': int"),
+        ({"model": {}}, "expected a dict of tensors in 'model', got an empty dict"),
         ({"model": {"a": torch.zeros(1)}}, "sizes cannot be read; 10 missing: "),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, content, expected):
+def test_pickles_that_are_not_checkpoints_are_rejected(tmp_path, capsys, content, expected):
     code, error = convert(tmp_path, capsys, content)
     assert code == 2 and error.startswith("error: ") and expected in error
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(64)])
-def test_other_files_are_no_checkpoints(tmp_path, capsys, content):
+def test_other_files_are_rejected(tmp_path, capsys, content):
     (tmp_path / "file").write_bytes(content)
     assert main(["convert", str(tmp_path / "file"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "is no checkpoint" in error
+    assert error.startswith("error: ") and "is not a checkpoint" in error
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_the_mllm_s_files_are_sent_to_the_other_command(tmp_path, capsys):
+def test_the_error_for_files_of_the_mllm_names_the_right_command(tmp_path, capsys):
     from evotok_plugin import DepthTransformerConfig, DepthTransformerHead
 
     for content in (
@@ -200,10 +200,10 @@ def test_the_mllm_s_files_are_sent_to_the_other_command(tmp_path, capsys):
         {"model.mm_projector.0.weight": torch.zeros(2, 2)},
     ):
         code, error = convert(tmp_path, capsys, content)
-        assert code == 2 and "`evotok-llava convert` takes it" in error
+        assert code == 2 and "convert it with `evotok-llava convert`" in error
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys, weights):
+def test_a_folder_that_is_not_empty_is_not_changed(tmp_path, capsys, weights):
     (tmp_path / "out").mkdir()
     assert convert(tmp_path, capsys, {"ema": weights})[0] == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()

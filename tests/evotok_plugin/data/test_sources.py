@@ -14,6 +14,7 @@ from evotok_plugin.data.hf_datasets import DatasetSource
 from evotok_plugin.data.keys import PackedStrings
 from evotok_plugin.data.sources import is_held_out, open_source, open_sources, split_held_out
 from evotok_plugin.data.tar_shards import TarSource, shard_index
+from evotok_plugin.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def same(picture, file):
 # Folders -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_relative_names_and_classes(photos):
+def test_a_folder_has_relative_keys_and_labels(photos):
     source = open_source(photos)
     assert len(source) == 40
     assert [source.key(i) for i in range(40)] == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
@@ -81,18 +82,18 @@ def test_a_folder_gives_relative_names_and_classes(photos):
     assert same(source.picture(0), photos / source.key(0))
 
 
-def test_a_folder_that_links_to_itself_ends(photos):
+def test_a_folder_that_links_to_itself_is_read_once(photos):
     (photos / "class0" / "again").symlink_to(photos)
     assert len(open_source(photos)) == 40
 
 
-def test_single_files_keep_their_names(photos):
+def test_single_files_have_their_paths_as_keys(photos):
     files = sorted(map(str, photos.rglob("*.png")))[:2]
     source = open_sources(files)
     assert [source.key(i) for i in range(2)] == files and same(source.picture(1), files[1])
 
 
-def test_several_sources_follow_one_another_under_their_names(photos, tmp_path):
+def test_several_sources_are_concatenated_with_their_names_in_keys(photos, tmp_path):
     shards = write_shards(tmp_path / "shards", count=1)
     source = open_sources([photos, shards])
     assert len(source) == 45 and source.key(40) == f"{shards}/part-000/0000"
@@ -104,23 +105,23 @@ def test_several_sources_follow_one_another_under_their_names(photos, tmp_path):
     ("spec", "message"),
     [
         ("absent", "'.*absent' does not exist"),
-        ("empty", "holds no images"),
+        ("empty", "contains no images"),
         ("absent-{000..002}.tar", "does not exist"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, spec, message):
+def test_missing_sources_are_reported(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_source(tmp_path / spec)
 
 
 @pytest.mark.parametrize("spec", ["https://example.org/a.tar", "pipe:cat a.tar", "s3://bucket/a.tar"])
-def test_what_is_not_local_is_refused(spec):
-    with pytest.raises(ValueError, match="only local files are read"):
+def test_remote_sources_are_rejected(spec):
+    with pytest.raises(UserError, match="only local files are read"):
         open_source(spec)
 
 
-def test_strings_are_packed_and_come_back():
+def test_packed_strings_can_be_read_back():
     texts = ["", "a", "äöü/ß.png", "", "last"]
     packed = PackedStrings(texts)
     assert list(packed) == texts and packed[2] == texts[2]
@@ -176,29 +177,29 @@ def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path, monkeypatch
     assert shard_index(path)["keys"] == ["x", "y"]
 
 
-def test_broken_shards_and_images_are_told_apart(tmp_path):
-    (tmp_path / "no.tar").write_bytes(b"no tar file at all" * 100)
-    with pytest.raises(ValueError, match="no.tar' cannot be read as a tar file"):
+def test_broken_shards_and_broken_images_are_distinguished(tmp_path):
+    (tmp_path / "no.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(UserError, match="no.tar' cannot be read as a tar file"):
         open_source(tmp_path / "no.tar")
     whole = write_shard(tmp_path / "whole.tar", [("x.png", png(1))])
     (tmp_path / "packed.tar").write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(ValueError, match="compressed shards cannot be read in place"):
+    with pytest.raises(UserError, match="compressed shards are not supported"):
         open_source(tmp_path / "packed.tar")
     source = open_source(write_shard(tmp_path / "half.tar", [("x.png", png(1)[:40]), ("y.png", png(2))]))
-    with pytest.raises(ValueError, match="image 'half/x' cannot be read"):
+    with pytest.raises(UserError, match="image 'half/x' cannot be read"):
         source.picture(0)
     assert source.picture(1).getpixel((0, 0))[0] == 2
 
 
-def test_a_shard_that_vanishes_is_named(tmp_path):
+def test_a_deleted_shard_is_reported(tmp_path):
     path = write_shard(tmp_path / "s.tar", [("x.png", png(1))])
     source = TarSource([path], "s")
     path.unlink()
-    with pytest.raises(ValueError, match="s.tar' cannot be read"):
+    with pytest.raises(UserError, match="s.tar' cannot be read"):
         source.picture(0)
 
 
-# Data sets ---------------------------------------------------------------------------------------------------
+# Datasets ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def dataset():
     return datasets.Dataset.from_dict(rows, features)
 
 
-def test_parquet_and_saved_data_sets_are_read(tmp_path, dataset, monkeypatch):
+def test_parquet_files_and_saved_datasets_are_read(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "train-0.parquet")
@@ -220,27 +221,27 @@ def test_parquet_and_saved_data_sets_are_read(tmp_path, dataset, monkeypatch):
         assert [source.label(i) for i in range(3)] == ["dog", "cat", "dog"]
 
 
-def test_a_column_of_plain_bytes_serves_and_no_column_does_not(tmp_path):
+def test_a_column_of_bytes_is_accepted_and_a_missing_one_rejected(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"jpg": [png(9)], "text": ["x"]}).save_to_disk(str(tmp_path / "bytes"))
     assert values(open_source(tmp_path / "bytes")) == [9] and open_source(tmp_path / "bytes").label(0) is None
     datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(str(tmp_path / "text"))
-    with pytest.raises(ValueError, match="no column of images; its columns are text"):
+    with pytest.raises(UserError, match="no image column; its columns are text"):
         open_source(tmp_path / "text")
 
 
-def test_a_data_set_that_cannot_be_had_is_one_error(tmp_path):
+def test_a_dataset_that_cannot_be_loaded_is_a_user_error(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="cannot be read as parquet"):
         open_source(tmp_path / "broken.parquet")
-    with pytest.raises(ValueError, match="'hf:nobody/nothing' cannot be loaded"):
+    with pytest.raises(UserError, match="'hf:nobody/nothing' cannot be loaded"):
         open_source("hf:nobody/nothing")
 
 
 # Parts -------------------------------------------------------------------------------------------------------
 
 
-def test_the_held_out_part_follows_from_the_key_alone(photos):
+def test_the_held_out_part_depends_only_on_keys(photos):
     source = open_source(photos)
     training, held = split_held_out(source, 0.3)
     keys = {held.key(i) for i in range(len(held))}
@@ -250,7 +251,7 @@ def test_the_held_out_part_follows_from_the_key_alone(photos):
     assert len(split_held_out(source, 0.0)[1]) == 0
 
 
-def test_a_part_of_shards_knows_its_shards(tmp_path):
+def test_a_subset_of_shards_keeps_its_groups(tmp_path):
     source = open_source(write_shards(tmp_path / "shards"))
     training, held = split_held_out(source, 0.5)
     assert 0 < len(held) < 15
@@ -258,7 +259,7 @@ def test_a_part_of_shards_knows_its_shards(tmp_path):
         assert part.groups().tolist() == [int(part.key(i)[5:8]) for i in range(len(part))]
 
 
-# Nothing is left out in silence ------------------------------------------------------------------------------
+# Files that are skipped, or must be named ---------------------------------------------------------------------
 
 
 def keys(source):
@@ -282,38 +283,38 @@ def test_every_image_suffix_counts_and_hidden_files_do_not(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path}: 1 file skipped: 1 .txt"]
 
 
-def test_a_folder_without_images_names_what_it_found(tmp_path):
+def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
     for name in ("a.tar.gz", "b.txt", "c.TXT"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=r"holds no images .*; found 1 .tar.gz, 2 .txt"):
+    with pytest.raises(UserError, match=r"contains no images .*; found 1 .tar.gz, 2 .txt"):
         open_source(tmp_path)
 
 
-def test_a_pipe_among_images_does_not_hang(photos, caplog):
+def test_a_pipe_among_images_is_skipped(photos, caplog):
     os.mkfifo(photos / "class0" / "pipe.png")
     assert len(open_source(photos)) == 40 and "1 special file" in caplog.text
-    with pytest.raises(ValueError, match="is a pipe or a device"):
+    with pytest.raises(UserError, match="is a pipe or a device"):
         open_source(photos / "class0" / "pipe.png")
 
 
-def test_images_beside_shards_must_be_told_apart(tmp_path, caplog):
+def test_a_folder_of_shards_and_images_is_rejected(tmp_path, caplog):
     shards = write_shards(tmp_path / "shards", count=2)
     (shards / "part-000.parquet").write_text("")  # as img2dataset writes them
     (shards / "part-000_stats.json").write_text("{}")
     assert len(open_source(shards)) == 10
     assert f"{shards}: 2 files skipped: 1 .json, 1 .parquet" in caplog.messages
     save(shards / "sub" / "a.png")
-    with pytest.raises(ValueError, match=r"several kinds of data \(1 .json, 1 .parquet, 1 .png, 2 .tar\).*\*.tar'"):
+    with pytest.raises(UserError, match=r"several kinds of data \(1 .json, 1 .parquet, 1 .png, 2 .tar\).*\*.tar'"):
         open_source(shards)
     assert len(open_source(shards / "*.tar")) == 10
 
 
-def test_upper_case_shards_are_shards(tmp_path):
+def test_shards_may_have_upper_case_suffixes(tmp_path):
     write_shard(tmp_path / "S.TAR", [("x.png", png(1))])
     assert keys(open_source(tmp_path)) == keys(open_source(tmp_path / "S.TAR")) == ["S/x"]
 
 
-def test_names_with_dots_lose_no_image_of_a_shard(tmp_path, caplog):
+def test_names_with_dots_do_not_hide_images_of_a_shard(tmp_path, caplog):
     members = [("photo.v2.png", png(1)), ("photo.v3.png", png(2)), ("x.0.png", png(3)), ("x.1.jpg", png(4, "jpg"))]
     members += [("y.png", png(5)), ("y.jpg", png(6, "jpg")), ("y.cls", b"7"), ("./._z.png", b""), ("z.txt", b"")]
     source = open_source(write_shard(tmp_path / "s.tar", members))
@@ -323,19 +324,19 @@ def test_names_with_dots_lose_no_image_of_a_shard(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path}/s.tar: 1 member skipped: 1 .txt"]
 
 
-def test_a_name_that_stands_twice_in_a_shard_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="s.tar' holds two files named 'x.png'"):
+def test_a_shard_with_duplicate_names_is_rejected(tmp_path):
+    with pytest.raises(UserError, match="s.tar' contains two files named 'x.png'"):
         open_source(write_shard(tmp_path / "s.tar", [("x.png", png(1)), ("x.png", png(2))]))
 
 
-def test_shards_of_one_name_in_two_folders_have_their_own_keys(tmp_path):
+def test_shards_with_equal_names_in_two_folders_have_distinct_keys(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_shard(tmp_path / folder / "0.tar", [("x.png", png(1))])
     assert keys(open_source(tmp_path / "*" / "0.tar")) == ["a/0/x", "b/0/x"]
 
 
-def test_hard_links_in_a_shard_are_images_and_other_links_are_reported(tmp_path, caplog):
+def test_hard_links_in_a_shard_are_read_and_other_links_are_reported(tmp_path, caplog):
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
             member = tarfile.TarInfo(name)
@@ -347,24 +348,24 @@ def test_hard_links_in_a_shard_are_images_and_other_links_are_reported(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.zip", "a.json", "a.txt.gz"])
-def test_what_is_not_images_is_refused_by_name(tmp_path, name):
+def test_files_other_than_images_are_rejected(tmp_path, name):
     (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match="unpack it first|expected images"):
+    with pytest.raises(UserError, match="unpack it first|expected images"):
         open_source(tmp_path / name)
 
 
-def test_a_data_set_with_several_splits_names_them(tmp_path):
+def test_the_error_for_a_dataset_with_several_splits_lists_them(tmp_path):
     datasets = pytest.importorskip("datasets")
     split = datasets.Dataset.from_dict({"image": [png(1)]})
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match=r"several splits of a data set \(test, train\); name one"):
+    with pytest.raises(UserError, match=r"several splits of a dataset \(test, train\); name one"):
         open_source(tmp_path / "both")
 
 
 # Stamps ------------------------------------------------------------------------------------------------------
 
 
-def test_stamps_follow_the_content_of_files_shards_and_data_sets(tmp_path):
+def test_stamps_change_with_the_content_of_files_shards_and_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
 
     def write(value):
@@ -381,7 +382,7 @@ def test_stamps_follow_the_content_of_files_shards_and_data_sets(tmp_path):
     assert [source.stamp(0) for source in again] == [stamp for stamp, _ in after]
 
 
-def test_a_data_set_of_paths_follows_its_files(tmp_path):
+def test_a_dataset_of_paths_reflects_changes_of_its_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     save(tmp_path / "x.png", 1)
     paths = {"image": [{"bytes": None, "path": str(tmp_path / "x.png")}]}
@@ -392,7 +393,7 @@ def test_a_data_set_of_paths_follows_its_files(tmp_path):
     assert values(source) == [2] and source.stamp(0) != stamp
 
 
-def test_a_data_set_of_strings_holds_or_names_its_images(tmp_path):
+def test_a_dataset_of_strings_contains_or_names_its_images(tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = [base64.b64encode(png(value)).decode() for value in (1, 2)]
     save(tmp_path / "x#y.png", 3)
@@ -422,10 +423,10 @@ def test_a_data_set_of_strings_holds_or_names_its_images(tmp_path):
         ("a" * 100_000, "cannot be read: File name too long"),
     ],
 )
-def test_a_string_without_an_image_is_named_with_its_row(text, message):
+def test_the_error_for_a_string_without_an_image_names_its_row(text, message):
     datasets = pytest.importorskip("datasets")
     source = DatasetSource(datasets.Dataset.from_dict({"image": [text]}), "strings")
     assert len(source.stamp(0)) == 16
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(UserError, match=message) as caught:
         source.picture(0)
-    assert len(str(told.value)) < 400
+    assert len(str(caught.value)) < 400

@@ -7,11 +7,11 @@ from evotok_plugin.common.processes import Processes
 from evotok_plugin.data import cropping
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.errors import UserError
-from evotok_plugin.training.trainer import _Positions
+from evotok_plugin.training.step_sampler import StepSampler
 
 
 class Pictures:
-    """A source in memory: image i is plain, of value i; those in `broken` cannot be read."""
+    """A source in memory: image i has the uniform value i; those in `broken` cannot be read."""
 
     def __init__(self, count, first=0, shards=None, broken=()):
         self.name, self.count, self.first, self.shards, self.broken = f"from {first}", count, first, shards, broken
@@ -42,7 +42,7 @@ def values(items, positions):
     return [int(items[p].pixels[0, 0, 0]) for p in positions]
 
 
-def test_an_item_is_a_function_of_seed_and_position():
+def test_an_item_depends_only_on_seed_and_position():
     class Noise(Pictures):
         def picture(self, index):
             return Image.fromarray(np.random.default_rng(index).integers(0, 256, (50, 60, 3), dtype=np.uint8))
@@ -56,7 +56,7 @@ def test_an_item_is_a_function_of_seed_and_position():
 
 
 @pytest.mark.parametrize("shards", [None, 4])
-def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(shards):
+def test_every_epoch_has_each_image_once_in_a_new_order(shards):
     items = stream(Pictures(40, shards=shards))
     first, second = values(items, range(40)), values(items, range(40, 80))
     assert sorted(first) == sorted(second) == list(range(40))
@@ -72,18 +72,18 @@ def test_shards_are_read_a_few_at_a_time(monkeypatch):
     assert [order[i] // 10 for i in range(0, 200, 20)] != list(range(0, 20, 2))
 
 
-def test_sources_get_their_shares_and_none_is_skipped():
+def test_sources_get_their_shares_and_no_image_is_skipped():
     items = stream(Pictures(30), Pictures(50, first=100), weights=[3, 1], length=4096)
     seen = values(items, range(2048))
     from_second = [value for value in seen if value >= 100]
     assert len(from_second) == 2 * 256
-    assert sorted(from_second[:50]) == list(range(100, 150))  # an epoch of its own
+    assert sorted(from_second[:50]) == list(range(100, 150))  # a complete epoch of the second source
     assert values(items, [2047, 5, 1024]) == [seen[2047], seen[5], seen[1024]]
     by_size = values(stream(Pictures(30), Pictures(90, first=100)), range(1024))
     assert sum(value >= 100 for value in by_size) == 768
 
 
-def test_a_broken_image_is_named_and_its_place_filled():
+def test_a_broken_image_is_reported_and_replaced():
     items = stream(Pictures(40, broken={7, 8}), length=40)
     found = [items[p] for p in range(40)]
     pixels, broken = collate(found)
@@ -91,7 +91,7 @@ def test_a_broken_image_is_named_and_its_place_filled():
     assert {("from 0/7", "image 7 is broken"), ("from 0/8", "image 8 is broken")} <= set(broken)
     assert set(values(items, range(40))) == set(range(40)) - {7, 8}
     assert values(items, range(40)) == values(stream(Pictures(40, broken={7, 8}), length=40), range(40))
-    with pytest.raises(ValueError, match="100 images in a row are broken. First: image"):
+    with pytest.raises(UserError, match="100 images in a row are broken. First: image"):
         stream(Pictures(3, broken={0, 1, 2}))[0]
 
 
@@ -104,13 +104,13 @@ def test_a_broken_image_is_named_and_its_place_filled():
         ([3, 4], [1.0, 1e-6], "less than 1 of 1024 images; raise its weight"),
     ],
 )
-def test_weights_and_sources_must_fit(sources, weights, message):
-    with pytest.raises(ValueError, match=message):
+def test_weights_must_match_sources(sources, weights, message):
+    with pytest.raises(UserError, match=message):
         stream(*(Pictures(count, first=10 * n) for n, count in enumerate(sources)), weights=weights)
 
 
 def test_processes_take_disjoint_parts_of_every_batch():
-    parts = [list(_Positions(2, 5, 12, Processes(rank, 3, torch.device("cpu")))) for rank in range(3)]
+    parts = [list(StepSampler(2, 5, 12, Processes(rank, 3, torch.device("cpu")))) for rank in range(3)]
     assert [len(part) for part in parts] == [3, 3, 3] and parts[1][0] == [28, 29, 30, 31]
     for step in range(3):
         together = [position for part in parts for position in part[step]]
@@ -121,7 +121,7 @@ def test_processes_take_disjoint_parts_of_every_batch():
 
 
 def gradient(width, height):
-    """Red grows from left to right, green from top to bottom."""
+    """Red increases from left to right, green from top to bottom."""
     across = np.broadcast_to(np.linspace(0, 255, width)[None, :], (height, width))
     down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
     return Image.fromarray(np.stack([across, down, np.zeros((height, width))], axis=2).round().astype(np.uint8))
@@ -132,7 +132,7 @@ def test_cropping_before_resizing_gives_the_same_pixels(monkeypatch, shape):
     picture = gradient(*shape)
     for seed in range(5):
         crops = []
-        for limit in (10**9, 0):  # the whole image resized, then only the crop's part of it
+        for limit in (10**9, 0):  # resize the whole image, then only the crop's part of it
             monkeypatch.setattr(cropping, "_FULL_RESIZE", limit)
             crops.append(np.asarray(Augmentation()(picture, 16, np.random.default_rng(seed)), dtype=int))
         assert crops[0].shape == (16, 16, 3) and np.abs(crops[0] - crops[1]).max() <= 2

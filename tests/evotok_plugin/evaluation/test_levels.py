@@ -1,4 +1,4 @@
-"""`evotok evolve`: scores against naive ones, broken images, pictures and plots that hold what was measured."""
+"""`evotok evolve`: scores against naive computations, broken images, and the content of strips and plots."""
 
 import csv
 import dataclasses
@@ -16,6 +16,7 @@ from evotok_plugin.cli import main
 from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_source
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.level_plots import draw_strips, plot_code_usage, plot_curves
 from evotok_plugin.evaluation.levels import measure_evolution
 from evotok_plugin.teacher import load_teacher
@@ -65,7 +66,7 @@ def run(capsys, *arguments):
 
 @torch.no_grad()
 def naive_scores(tokenizer, folder, tower):
-    """Every score (images, L), one image and one depth at a time."""
+    """All scores (images, L), computed for one image and one depth at a time."""
     model, processor = tokenizer
     table = {"psnr": [], "cosine_own": [], "cosine_teacher": []}
     for path in sorted(folder.iterdir()):
@@ -88,7 +89,7 @@ def naive_scores(tokenizer, folder, tower):
     return {name: np.array(rows) for name, rows in table.items()}
 
 
-def test_scores_are_those_of_images_taken_one_by_one(evolution, tokenizer, folder, teacher_folder):
+def test_scores_equal_those_of_single_images(evolution, tokenizer, folder, teacher_folder):
     expected = naive_scores(tokenizer, folder, SiglipVisionModel.from_pretrained(teacher_folder).eval())
     assert evolution.num_images == 6 and evolution.num_codes == 6 * 9
     for name, scores in expected.items():
@@ -98,7 +99,7 @@ def test_scores_are_those_of_images_taken_one_by_one(evolution, tokenizer, folde
         np.testing.assert_allclose(curve.upper, np.quantile(scores, 0.75, axis=0), atol=1e-4, err_msg=name)
 
 
-def test_own_features_are_reached_at_the_semantic_depth(evolution):
+def test_the_cosine_with_own_features_is_1_at_the_semantic_depth(evolution):
     assert evolution.cosine_own.mean[-1] == pytest.approx(1, abs=1e-6)
     assert (evolution.cosine_own.mean[:-1] < 1 - 1e-3).all()
 
@@ -115,7 +116,7 @@ def test_code_usage_counts_the_codes_of_all_images(evolution, tokenizer, folder)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_batches_do_not_matter(evolution, tokenizer, folder, batch_size):
+def test_the_batch_size_does_not_matter(evolution, tokenizer, folder, batch_size):
     other = measure_evolution(*tokenizer, open_source(folder), batch_size=batch_size)
     np.testing.assert_allclose(other.psnr.mean, evolution.psnr.mean, atol=1e-4)
     np.testing.assert_allclose(other.cosine_own.mean, evolution.cosine_own.mean, atol=1e-5)
@@ -123,7 +124,7 @@ def test_batches_do_not_matter(evolution, tokenizer, folder, batch_size):
     assert [strip.name for strip in other.strips] == [strip.name for strip in evolution.strips]
 
 
-def test_strips_hold_the_first_images_at_every_depth(evolution, tokenizer, folder):
+def test_strips_contain_the_first_images_at_every_depth(evolution, tokenizer, folder):
     model, processor = tokenizer
     paths = sorted(folder.iterdir())[:4]
     assert [strip.name for strip in evolution.strips] == [path.name for path in paths]
@@ -136,17 +137,17 @@ def test_strips_hold_the_first_images_at_every_depth(evolution, tokenizer, folde
         torch.testing.assert_close(strip.rebuilt, rebuilt, atol=1e-4, rtol=1e-4)
 
 
-def test_of_many_images_some_are_taken_evenly(tokenizer, folder):
+def test_max_images_selects_evenly_spread_images(tokenizer, folder):
     some = measure_evolution(*tokenizer, open_source(folder), max_images=2)
     names = sorted(path.name for path in folder.iterdir())
     assert some.num_images == 2 and [strip.name for strip in some.strips] == [names[0], names[-1]]
 
 
-def test_a_model_in_training_mode_is_refused_and_learns_nothing(tokenizer, folder):
+def test_a_model_in_training_mode_is_rejected_unchanged(tokenizer, folder):
     model, processor = tokenizer
     before = model.quantizer.codebooks.clone()
     try:
-        with pytest.raises(ValueError, match="training mode, .* call model.eval()"):
+        with pytest.raises(ValueError, match="training mode .* call model.eval()"):
             measure_evolution(model.train(), processor, open_source(folder))
     finally:
         model.eval()
@@ -158,16 +159,16 @@ def test_a_model_in_training_mode_is_refused_and_learns_nothing(tokenizer, folde
     [
         ({"hidden_size": 64}, r"width \(semantic_dim\) is 64, 128 is needed"),
         ({"patch_size": 12}, "patch_size is 12, 16 is needed"),
-        ({"image_size": 64}, "positions a side is 4, 3 is needed"),
+        ({"image_size": 64}, "number of positions per side to be 3, got 4"),
     ],
 )
-def test_a_teacher_of_other_features_is_refused(tokenizer, folder, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_teacher_with_other_features_is_rejected(tokenizer, folder, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         measure_evolution(*tokenizer, open_source(folder), load_teacher(str(write_teacher(tmp_path, **changes))))
 
 
-def test_a_teacher_may_have_pixels_that_it_does_not_read(tokenizer, folder, tmp_path, evolution):
-    odd = load_teacher(str(write_teacher(tmp_path, image_size=55)))  # 3 x 16 + 7: the same 3 x 3 positions
+def test_a_teacher_can_have_a_margin_of_unused_pixels(tokenizer, folder, tmp_path, evolution):
+    odd = load_teacher(str(write_teacher(tmp_path, image_size=55)))  # 3 x 16 + 7, so also 3 x 3 positions
     curve = measure_evolution(*tokenizer, open_source(folder), odd).cosine_teacher
     np.testing.assert_allclose(curve.mean, evolution.cosine_teacher.mean, atol=1e-5)
 
@@ -176,7 +177,7 @@ def test_a_teacher_may_have_pixels_that_it_does_not_read(tokenizer, folder, tmp_
 
 
 @pytest.fixture
-def with_a_broken_one(folder, tmp_path):
+def partly_broken(folder, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for path in folder.iterdir():
@@ -185,10 +186,18 @@ def with_a_broken_one(folder, tmp_path):
     return images
 
 
-def test_broken_images_are_named_and_left_out(capsys, with_a_broken_one, tiny_evotok_folder, tmp_path, evolution):
+def test_broken_images_are_reported_and_skipped(capsys, partly_broken, tiny_evotok_folder, tmp_path, evolution):
     out = tmp_path / "out"
     code, text, _ = run(
-        capsys, "evolve", with_a_broken_one, "-o", out, "--model", tiny_evotok_folder, "--max_bad_fraction", "0.2"
+        capsys,
+        "evolve",
+        partly_broken,
+        "-o",
+        out,
+        "--model",
+        tiny_evotok_folder,
+        "--max_bad_fraction",
+        "0.2",
     )
     assert code == 0 and "6 images" in text and "left out: 00_broken.png" in text
     assert json.loads((out / "bad_images.jsonl").read_text())["sample"] == "00_broken.png"
@@ -196,23 +205,23 @@ def test_broken_images_are_named_and_left_out(capsys, with_a_broken_one, tiny_ev
     np.testing.assert_allclose(scores, evolution.psnr.mean, atol=1e-4)
 
 
-def test_too_many_broken_images_stop_it(capsys, with_a_broken_one, tiny_evotok_folder, tmp_path):
+def test_too_many_broken_images_stop_the_run(capsys, partly_broken, tiny_evotok_folder, tmp_path):
     out = tmp_path / "out"
-    code, _, error = run(capsys, "evolve", with_a_broken_one, "-o", out, "--model", tiny_evotok_folder)
+    code, _, error = run(capsys, "evolve", partly_broken, "-o", out, "--model", tiny_evotok_folder)
     assert code == 2 and "1 of 7 samples are unusable" in error and "00_broken.png" in error
     assert [path.name for path in out.iterdir()] == ["bad_images.jsonl"]
 
 
-def test_images_that_are_all_broken_are_no_curve(tokenizer, tmp_path):
+def test_a_source_of_broken_images_is_rejected(tokenizer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none of the 1 images of .* can be read"):
+    with pytest.raises(UserError, match="none of the 1 images of .* can be read"):
         measure_evolution(*tokenizer, open_source(tmp_path), bad=BadSamples(None, limit=1.0))
 
 
 # The command -------------------------------------------------------------------------------------------------
 
 
-def test_everything_is_written_and_agrees(capsys, folder, tiny_evotok_folder, teacher_folder, tmp_path, evolution):
+def test_all_files_are_written_and_consistent(capsys, folder, tiny_evotok_folder, teacher_folder, tmp_path, evolution):
     code, text, _ = run(
         capsys, "evolve", folder, "-o", tmp_path, "--model", tiny_evotok_folder, "--teacher", teacher_folder
     )
@@ -229,7 +238,7 @@ def test_everything_is_written_and_agrees(capsys, folder, tiny_evotok_folder, te
         assert np.array(Image.open(path)).std() > 1
 
 
-def test_another_size_is_measured_at_that_size(capsys, folder, tiny_evotok_folder, tmp_path):
+def test_size_changes_the_image_size(capsys, folder, tiny_evotok_folder, tmp_path):
     arguments = ["evolve", folder, "-o", tmp_path, "--model", tiny_evotok_folder, "--size", 96, "--strips", 2]
     code, text, _ = run(capsys, *arguments)
     assert code == 0 and "6 images of 96x96 pixels" in text
@@ -242,7 +251,7 @@ def test_another_size_is_measured_at_that_size(capsys, folder, tiny_evotok_folde
     [
         (["absent.png"], "'absent.png' does not exist"),
         (["{folder}", "--teacher", "absent"], "teacher 'absent' cannot be loaded"),
-        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "positions a side is 3, 4 is needed"),
+        (["{folder}", "--teacher", "{teacher}", "--size", "64"], "number of positions per side to be 4, got 3"),
         (["{folder}", "--size", "50"], "--size must be a multiple of the patch size 16, got 50"),
         (["{folder}", "--max_images", "0"], "max_images must be at least 1, got 0"),
     ],
@@ -273,18 +282,18 @@ def test_the_strip_shows_the_pixels_as_they_are(evolution):
         np.testing.assert_array_equal(shown, expected)
 
 
-def test_captions_stand_under_their_images():
-    rows = [[Image.new("RGB", (100, 60), colour) for colour in ("#ff0000", "#00ff00")]] * 2
+def test_captions_are_below_their_images():
+    rows = [[Image.new("RGB", (100, 60), color) for color in ("#ff0000", "#00ff00")]] * 2
     blank = np.array(captioned_rows(rows, [["", ""]] * 2, ["", ""]))
     written = np.array(captioned_rows(rows, [["", ""], ["", "caption"]], ["", "b"]))
-    images = np.flatnonzero((blank[:, 50] == (255, 0, 0)).all(axis=-1))  # lines of pixels that cross an image
+    images = np.flatnonzero((blank[:, 50] == (255, 0, 0)).all(axis=-1))  # rows of pixels that cross an image
     assert len(images) == 2 * 60
     heights, columns = np.nonzero((blank != written).any(axis=-1))
     assert not set(heights) & set(images) and columns.min() > 104
     assert set(np.digitize(heights, images)) == {0, 120}  # above the first row and under the last
 
 
-def test_marks_stand_above_the_headings():
+def test_marks_are_above_the_headings():
     rows = [[Image.new("RGB", (100, 60))] * 2]
     pictures = [np.array(captioned_rows(rows, [["", ""]], ["a", "b"], mark)) for mark in ({1: "here"}, None)]
     extra = pictures[0].shape[0] - pictures[1].shape[0]
@@ -297,7 +306,7 @@ def axes(evolution):
     return plot_curves(evolution).axes
 
 
-def test_the_plot_s_curves_are_what_was_measured(axes, evolution):
+def test_the_curves_of_the_plot_equal_the_scores(axes, evolution):
     for axis, curve in zip(axes, (evolution.psnr, evolution.cosine_teacher), strict=True):
         line = axis.get_lines()[0]
         np.testing.assert_array_equal(line.get_xdata(), list(range(1, LEVELS + 1)))
@@ -307,7 +316,7 @@ def test_the_plot_s_curves_are_what_was_measured(axes, evolution):
     assert "PSNR" in axes[0].get_ylabel() and "cosine" in axes[1].get_ylabel() and "depth" in axes[0].get_xlabel()
 
 
-def test_the_plot_s_curves_do_not_cross(axes, evolution):
+def test_the_curves_of_the_plot_do_not_cross(axes, evolution):
     heights = [
         (np.concatenate([curve.lower, curve.upper]) - axis.get_ylim()[0]) / np.diff(axis.get_ylim())
         for axis, curve in zip(axes, (evolution.psnr, evolution.cosine_teacher), strict=True)
@@ -321,20 +330,20 @@ def test_the_plot_marks_both_depths(axes):
     assert [text.get_text() for text in axes[0].texts] == ["pixel depth 4", "semantic depth 8"]
 
 
-def test_without_a_teacher_the_plot_says_whose_features_are_compared(tokenizer, folder):
+def test_without_a_teacher_the_legend_names_the_own_features(tokenizer, folder):
     figure = plot_curves(measure_evolution(*tokenizer, open_source(folder)))
     (legend,) = figure.legends
     assert "cosine to the features of all levels (right)" in [text.get_text() for text in legend.get_texts()]
 
 
-def test_the_usage_plot_holds_usage_and_perplexity(evolution):
+def test_the_usage_plot_shows_usage_and_perplexity(evolution):
     shares, perplexities = plot_code_usage(evolution).axes
     assert [bar.get_height() for bar in shares.patches] == pytest.approx([100 * u for u in evolution.code_usage])
     assert [bar.get_height() for bar in perplexities.patches] == pytest.approx(evolution.perplexity)
 
 
-def test_usage_stands_beside_what_as_many_even_draws_would_give(tokenizer, folder):
-    """Of K codes, M draws leave each one out with probability (1 - 1 / K) ** M."""
+def test_the_usage_plot_shows_the_values_of_uniform_draws(tokenizer, folder):
+    """M draws miss each of K codes with probability (1 - 1 / K) ** M."""
     one = measure_evolution(*tokenizer, open_source(sorted(folder.iterdir())[0]))
     many = dataclasses.replace(one, num_codes=100_000)
     for evolution, share in ((one, 1 - (31 / 32) ** 9), (many, 1.0)):
@@ -345,7 +354,7 @@ def test_usage_stands_beside_what_as_many_even_draws_would_give(tokenizer, folde
     assert perplexities.get_lines()[0].get_ydata()[0] == pytest.approx(32, abs=0.1)
 
 
-def test_without_a_trained_semantic_decoder_pixels_alone_are_shown(
+def test_without_a_trained_semantic_decoder_only_pixels_are_scored(
     capsys, folder, tiny_evotok_folder, teacher_folder, tmp_path
 ):
     model = shutil.copytree(tiny_evotok_folder, tmp_path / "model")

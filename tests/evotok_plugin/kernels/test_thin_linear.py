@@ -1,4 +1,4 @@
-"""Few rows through a large layer."""
+"""Linear layers over few rows against the layer itself."""
 
 import pytest
 import torch
@@ -10,33 +10,33 @@ from evotok_plugin.kernels.thin_linear import thin_linear
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 70), (2, 70), (5, 1, 70), (2, 3, 70)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_layer(shape, bias):
+def test_the_result_equals_that_of_the_layer(shape, bias):
     layer, x = nn.Linear(70, 130, bias=bias), torch.randn(*shape)
     torch.testing.assert_close(thin_linear(layer, x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_rows_that_do_not_lie_together_in_memory():
+def test_rows_that_are_not_contiguous():
     layer, x = nn.Linear(8, 16), torch.randn(8, 6).T
     torch.testing.assert_close(thin_linear(layer, x), layer(x))
 
 
 @torch.no_grad()
-def test_it_sees_a_weight_that_changes():
+def test_changes_of_the_weight_take_effect():
     layer, x = nn.Linear(8, 16), torch.randn(2, 8)
     thin_linear(layer, x)
     layer.weight.mul_(2)
     torch.testing.assert_close(thin_linear(layer, x), layer(x))
 
 
-def test_gradients_go_through_the_layer_itself():
+def test_the_layer_itself_is_called_with_gradients():
     layer = nn.Linear(8, 16)
     thin_linear(layer, torch.randn(2, 8)).sum().backward()
     assert layer.weight.grad is not None
 
 
 @torch.no_grad()
-def test_half_precision_and_other_layers_go_through_the_layer_itself():
+def test_the_layer_itself_is_called_in_half_precision_and_for_subclasses():
     half = nn.Linear(8, 16).bfloat16()
     assert thin_linear(half, torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
 

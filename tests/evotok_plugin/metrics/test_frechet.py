@@ -1,4 +1,4 @@
-"""The Fréchet distance against scipy, its statistics against numpy, several processes against one."""
+"""The Fréchet distance against scipy, its statistics against numpy, and several processes against one."""
 
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
 
 linalg = pytest.importorskip("scipy.linalg", reason="scipy, the reference, is not installed")
@@ -29,7 +30,7 @@ def naive_distance(one, other):
 
 @pytest.fixture
 def features(rng):
-    """Two clouds of 500 vectors in 24 dimensions, correlated, some directions a thousand times as wide as others."""
+    """Two sets of 500 vectors in 24 correlated dimensions, whose scales differ by a factor of up to a thousand."""
     mix = rng.normal(size=(24, 24)) * np.logspace(-2, 1, 24)
     return rng.normal(size=(500, 24)) @ mix, rng.normal(size=(500, 24)) @ (mix + 0.3) + 0.2
 
@@ -38,25 +39,25 @@ def test_distance_agrees_with_scipy(features):
     assert frechet_distance(*map(statistics, features)) == pytest.approx(naive_distance(*features), rel=1e-6)
 
 
-def test_fewer_vectors_than_dimensions_are_measured_in_the_space_they_span(rng):
+def test_fewer_vectors_than_dimensions_are_measured_in_their_span(rng):
     inner = rng.normal(size=(12, 8)), rng.normal(size=(15, 8)) + 0.5
-    embedding = np.linalg.qr(rng.normal(size=(300, 8)))[0].T  # keeps lengths and angles
+    embedding = np.linalg.qr(rng.normal(size=(300, 8)))[0].T  # preserves lengths and angles
     outer = [statistics(vectors @ embedding) for vectors in inner]
     assert frechet_distance(*outer) == pytest.approx(naive_distance(*inner), rel=1e-6)
 
 
-def test_distance_to_itself_is_nothing_and_a_shift_is_its_length(features):
+def test_the_distance_to_itself_is_zero_and_to_a_shifted_copy_the_squared_shift(features):
     one, shifted = statistics(features[0]), statistics(features[0] + 3)
     scale = float(one.covariance().trace())
     assert frechet_distance(one, one) < 1e-9 * scale
     assert frechet_distance(one, shifted) == pytest.approx(24 * 9, rel=1e-6)
 
 
-def test_vectors_that_do_not_vary_have_a_distance():
+def test_constant_vectors_have_a_distance():
     assert frechet_distance(statistics(np.zeros((3, 4))), statistics(np.ones((5, 4)))) == pytest.approx(4)
 
 
-def test_statistics_are_those_of_numpy_however_the_batches_are_cut(features):
+def test_statistics_equal_those_of_numpy_for_any_batch_size(features):
     gathered = statistics(features[0].astype(np.float32), batch_size=7)
     exact = features[0].astype(np.float32).astype(np.float64)
     np.testing.assert_allclose(gathered.mean(), exact.mean(0), rtol=1e-12)
@@ -76,7 +77,7 @@ def _distance_on_rank(rank, port, features, queue):
     dist.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(features):
+def test_two_processes_equal_one(features):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,26 +95,28 @@ def test_two_processes_find_what_one_finds(features):
         assert distance == pytest.approx(alone, rel=1e-9) and count == 470
 
 
-def test_statistics_are_read_as_they_were_written(features, tmp_path):
+def test_statistics_are_saved_and_loaded(features, tmp_path):
     written = statistics(features[0])
     written.save(tmp_path / "s.safetensors")
     read = FeatureStatistics.load(tmp_path / "s.safetensors", 24)
     assert all(torch.equal(getattr(read, name), value) for name, value in vars(written).items())
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
-    with pytest.raises(ValueError, match="no feature statistics of width 25"):
+    with pytest.raises(UserError, match="does not hold feature statistics of width 25"):
         FeatureStatistics.load(tmp_path / "s.safetensors", 25)
     (tmp_path / "s.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         FeatureStatistics.load(tmp_path / "s.safetensors", 24)
+    with pytest.raises(UserError, match="cannot be written"):
+        written.save(tmp_path / "absent" / "s.safetensors")
 
 
-def test_what_gives_no_distance_is_refused(features):
+def test_features_without_a_distance_are_rejected(features):
     one = statistics(features[0])
-    with pytest.raises(ValueError, match="24 wide on one side, 3 on the other"):
+    with pytest.raises(ValueError, match="features of equal width, got 24 and 3"):
         frechet_distance(one, statistics(np.ones((4, 3))))
-    with pytest.raises(ValueError, match="at least 2 feature vectors, got 1"):
+    with pytest.raises(UserError, match="at least 2 feature vectors, got 1"):
         frechet_distance(one, statistics(features[1][:1]))
     with pytest.raises(ValueError, match=r"expected features \(B, 24\), got \(2, 3\)"):
         one.update(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         one.update(torch.full((1, 24), torch.nan))

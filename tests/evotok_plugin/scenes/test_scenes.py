@@ -79,7 +79,7 @@ def test_scene_prompts_are_distinct_and_limited_to_those_that_exist(rng):
     assert len(set(prompts)) == 20
 
 
-def test_unknown_skills_and_shapes_are_refused(rng):
+def test_unknown_skills_and_shapes_are_rejected(rng):
     with pytest.raises(ValueError, match="unknown skill 'flying'"):
         scenes.sample_scene(rng, "flying")
     with pytest.raises(ValueError, match="unknown shape 'blob'"):

@@ -67,8 +67,8 @@ def test_the_conversation_so_far_is_part_of_the_prompt(tiny_mllm, monkeypatch):
 
 def test_text_of_the_model_is_never_read_as_an_image_placeholder(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
-    said = [TextDelta(0, "an <ima"), TextDelta(0, "ge> and <|image_pad|>")]
-    monkeypatch.setattr(type(model), "stream", lambda *arguments: iter(said))
+    events = [TextDelta(0, "an <ima"), TextDelta(0, "ge> and <|image_pad|>")]
+    monkeypatch.setattr(type(model), "stream", lambda *arguments: iter(events))
     session = ChatSession()
     list(session.ask(model, processor, "hi", [], TALK, seed=0))
     inputs = processor.apply_chat_template(session.messages, tokenize=True)
@@ -157,6 +157,7 @@ def test_an_image_without_a_question_is_kept_for_the_next_one(chat, picture, tmp
         ("/image", "/image needs an argument"),
         ("/image absent.png", "image 'absent.png' does not exist"),
         ("what is in there/absent.png ?", "image 'there/absent.png' does not exist"),
+        (f"what is in there/{'a' * 300}.png ?", ".png' does not exist"),
         ("what is https://example.com/cat.png ?", "is not fetched; save the image and give its path\n"),
     ],
 )
@@ -185,6 +186,7 @@ def test_paths_in_a_line_are_recognized(picture, tmp_path, monkeypatch):
         (f"{url} what is it", "what is it", 1),
         ("write it as ring.png", "write it as ring.png", 0),
         ("what is a .png?", "what is a .png?", 0),
+        (f"{'a' * 300}.png", f"{'a' * 300}.png", 0),
     ]:
         found = extract_images(line)
         assert (found[0], len(found[1])) == (text, count), line

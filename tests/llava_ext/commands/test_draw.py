@@ -115,9 +115,9 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(draw, tmp_path
 
 @pytest.mark.parametrize("flags", [["--guidance_schedule", "quadratic"], ["--temperature", "warm"]])
 def test_flags_of_the_wrong_type_are_named(draw, flags, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit:
         draw(RING, *flags)
-    assert left.value.code == 2 and flags[0] in capsys.readouterr().err
+    assert exit.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_reported_before_drawing(draw, tmp_path):

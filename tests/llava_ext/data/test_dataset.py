@@ -1,4 +1,4 @@
-"""From records and cached codes to samples and their order, and the whole way from `data_path`."""
+"""The data set of a stage: samples from records and cached codes, and building it from `data_path`."""
 
 import base64
 import json
@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.encode import encode_images
 from evotok_plugin.data.sources import FileSource
+from evotok_plugin.errors import UserError
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.records import KINDS, parse_record
-from llava_ext.data.samplers import EpochSampler, ModalityGroupedSampler
+from llava_ext.data.samplers import EpochSampler
 from llava_ext.processing_evotok_llava import TooLong
 from llava_ext.training.build_data import build_dataset
 from llava_ext.training.config import StageConfig
@@ -84,7 +85,7 @@ def test_an_image_shown_in_an_assistant_turn_is_read_and_not_learned(tiny_mllm, 
     assert len(copied.read_codes) == 1 and model.vocabulary.is_residual(copied.labels).sum() == 36
 
 
-def test_which_prompts_are_dropped_follows_from_the_epoch(dataset_of):
+def test_dropped_prompts_are_determined_by_the_epoch(dataset_of):
     dataset, again = dataset_of(prompt_dropout=0.5), dataset_of(prompt_dropout=0.5)
     first = [len(dataset[i].input_ids) for i in range(len(dataset))]
     dataset.set_epoch(1)
@@ -93,7 +94,7 @@ def test_which_prompts_are_dropped_follows_from_the_epoch(dataset_of):
     assert second == [len(again[i].input_ids) for i in range(len(again))] != first
 
 
-def test_data_loading_processes_that_stay_learn_of_the_new_epoch(dataset_of):
+def test_persistent_data_loading_processes_see_the_new_epoch(dataset_of):
     dataset = dataset_of(prompt_dropout=0.5)
     loader = DataLoader(dataset, batch_size=None, collate_fn=_length, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
@@ -105,7 +106,7 @@ def _length(sample):
     return len(sample.input_ids)
 
 
-def test_a_sample_is_no_longer_than_its_length_says(tiny_mllm, dataset_of):
+def test_samples_have_the_announced_lengths(tiny_mllm, dataset_of):
     model, processor = tiny_mllm
     for max_length in (60, 2048):
         dataset = dataset_of(max_length=max_length, prompt_dropout=0.0)
@@ -117,7 +118,7 @@ def test_a_sample_is_no_longer_than_its_length_says(tiny_mllm, dataset_of):
         assert torch.isfinite(model(**Collator(processor)(samples)).loss)
 
 
-def test_an_image_that_does_not_fit_is_an_error_not_a_half_image(dataset_of):
+def test_an_image_that_does_not_fit_is_an_error(dataset_of):
     dataset = dataset_of(max_length=10)
     with pytest.raises(TooLong, match="first 10 do not include all images completely"):
         dataset[int(np.flatnonzero(dataset.kinds)[0])]
@@ -126,52 +127,13 @@ def test_an_image_that_does_not_fit_is_an_error_not_a_half_image(dataset_of):
 # Order -------------------------------------------------------------------------------------------------------
 
 
-def test_grouped_batches_hold_one_kind_and_every_sample_once():
-    kinds = ["read"] * 10 + ["draw"] * 7 + ["text"] * 4
-    sampler = ModalityGroupedSampler(kinds, batch_size=3, seed=1, epoch_of=lambda: 0)
-    order = list(sampler)
-    assert sorted(order) == list(range(21)) and order == list(sampler)
-    for start in range(0, 18, 3):
-        assert len({kinds[i] for i in order[start : start + 3]}) == 1
-    assert order != list(ModalityGroupedSampler(kinds, 3, seed=1, epoch_of=lambda: 1))
-
-
-def test_grouped_batches_hold_alike_lengths(rng):
-    lengths, kinds = rng.integers(20, 2000, 3000), rng.integers(0, 3, 3000)
-
-    def padding(**options):
-        order = list(ModalityGroupedSampler(kinds, 8, seed=0, epoch_of=lambda: 0, **options))
-        assert sorted(order) == list(range(3000))
-        batches = lengths[np.array(order[:2976])].reshape(-1, 8)
-        return 1 - batches.mean() / batches.max(axis=1).mean()
-
-    assert padding(lengths=lengths) < 0.15 < 0.3 < padding()
-
-
-def test_grouped_batches_mix_lengths_that_are_nearly_the_same(rng):
-    lengths = rng.choice([33, 36, 40], 3000)
-    order = np.array(list(ModalityGroupedSampler(np.zeros(3000), 8, 0, lambda: 0, lengths)))
-    kinds_of_length = [len(set(batch)) for batch in lengths[order].reshape(-1, 8)]
-    assert np.mean(kinds_of_length) > 2.5
-
-
-def test_grouping_keeps_the_order_s_shares(rng):
-    """Within a window: a source that is rare in the order is not put off to its end."""
-    kinds, lengths = rng.integers(0, 3, 4000), rng.integers(20, 2000, 4000)
-    order = rng.permutation(4000)
-    grouped = np.array(list(ModalityGroupedSampler(kinds, 4, 0, lambda: 0, lengths, lambda epoch: order)))
-    place = np.empty(4000, int)
-    place[order] = np.arange(4000)
-    assert np.abs(place[grouped] - np.arange(4000)).max() < 2 * 50 * 4
-
-
-def test_an_ungrouped_epoch_is_the_data_set_s_order(dataset_of):
+def test_an_ungrouped_epoch_has_the_order_of_the_data_set(dataset_of):
     dataset, epoch = dataset_of(seed=4), 2.3
     sampler = EpochSampler(dataset.order, len(dataset), lambda: epoch)
     assert list(sampler) == dataset.order(2).tolist() and len(sampler) == len(dataset)
 
 
-# The whole way -----------------------------------------------------------------------------------------------
+# From data_path to a data set --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,7 +190,7 @@ def test_weighted_sources_get_their_shares(tiny_mllm, config_of, scene_folder, t
     dataset = build_dataset(config_of(data_path=paths, data_weights=[1.0, 3.0]), *tiny_mllm)
     kinds = np.concatenate([dataset.kinds[dataset.order(epoch)] for epoch in range(18)])[:1024]
     assert (kinds == KINDS.index("text")).sum() == 768
-    with pytest.raises(ValueError, match="data_weights: expected 2 above 0"):
+    with pytest.raises(UserError, match="data_weights: expected 2 above 0"):
         build_dataset(config_of(data_path=paths, data_weights=[1.0]), *tiny_mllm)
 
 
@@ -264,8 +226,8 @@ def test_a_repaired_image_is_used_again(tiny_mllm, config_of, scene_folder, tmp_
     assert len(build_dataset(config, *tiny_mllm)) == num_rows
 
 
-def test_two_image_folders_with_equal_names_keep_their_codes(tiny_mllm, config_of, scene_folder, tmp_path, caplog):
-    """In one code cache, as the recipes share it."""
+def test_two_image_folders_with_equal_names_keep_separate_codes(tiny_mllm, config_of, scene_folder, tmp_path, caplog):
+    """In one code cache, as in the recipes."""
     model, processor = tiny_mllm
     images = sorted((scene_folder / "train" / "images").iterdir())[:8]
     row = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
@@ -281,10 +243,10 @@ def test_two_image_folders_with_equal_names_keep_their_codes(tiny_mllm, config_o
             pixels = processor.image_processor(Image.open(image), return_tensors="pt").pixel_values
             assert torch.equal(dataset[number].read_codes[0], model.vision_tower.encode(pixels).codes[0])
     assert len(CodeCache(config.code_cache)) == 8
-    assert f"code cache {config.code_cache}: holds 4 images, 0 of 4 of this source; 4 to look at" in caplog.text
+    assert f"code cache {config.code_cache} contains 4 images, 0 of 4 from this source; 4 to read" in caplog.text
 
 
-def test_images_in_rows_are_trained_and_named_shortly(tiny_mllm, config_of, scene_folder, tmp_path):
+def test_images_in_rows_are_encoded_and_have_short_names(tiny_mllm, config_of, scene_folder, tmp_path):
     model, processor = tiny_mllm
     image = next((scene_folder / "train" / "images").iterdir())
     uris = [base64.b64encode(content).decode() for content in (image.read_bytes(), bytes(3_000_000))]
@@ -299,14 +261,14 @@ def test_images_in_rows_are_trained_and_named_shortly(tiny_mllm, config_of, scen
     assert len(json.dumps(reported(config, "bad_samples"))) < 500
 
 
-def test_too_much_that_is_bad_stops(tiny_mllm, config_of, scene_folder, tmp_path):
+def test_too_many_bad_samples_are_an_error(tiny_mllm, config_of, scene_folder, tmp_path):
     options, num_broken, num_rows = broken_copy(scene_folder, tmp_path)
     limit = (num_broken + 0.5) / (num_rows + 1)
-    with pytest.raises(ValueError, match=f"{num_broken + 1} of {num_rows + 1} samples are unusable.*max_bad_fraction"):
+    with pytest.raises(UserError, match=f"{num_broken + 1} of {num_rows + 1} samples are unusable.*max_bad_fraction"):
         build_dataset(config_of(**options, max_bad_fraction=limit), *tiny_mllm)
 
 
-def test_what_is_too_long_is_told_and_does_not_stop(tiny_mllm, config_of, tmp_path, scene_folder, caplog):
+def test_samples_that_are_too_long_are_reported_without_an_error(tiny_mllm, config_of, tmp_path, scene_folder, caplog):
     rows = json.loads((scene_folder / "train" / "finetune.json").read_text())
     long = {"id": "long", "conversations": [{"from": "human", "value": "a " * 900}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "data.json").write_text(json.dumps([*rows, long]))
@@ -316,6 +278,6 @@ def test_what_is_too_long_is_told_and_does_not_stop(tiny_mllm, config_of, tmp_pa
     assert "1 of" in caplog.text and "1 are left out" in caplog.text
 
 
-def test_a_length_that_nothing_fits_is_an_error(tiny_mllm, config_of):
-    with pytest.raises(ValueError, match="none of .* samples fits model_max_length 2; raise it .an image takes 11"):
+def test_a_maximum_length_below_all_samples_is_an_error(tiny_mllm, config_of):
+    with pytest.raises(UserError, match="none of .* samples fits model_max_length 2; raise it .an image takes 11"):
         build_dataset(config_of(model_max_length=2), *tiny_mllm)

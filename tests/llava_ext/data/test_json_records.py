@@ -1,9 +1,10 @@
-"""JSON files of every layout, and rows that hold what is not supported."""
+"""JSON files of every layout."""
 
 import json
 
 import pytest
 
+from evotok_plugin.errors import UserError
 from llava_ext.data.json_records import JsonRecords
 from llava_ext.data.record_sources import open_records
 from llava_ext.data.records import RowOptions
@@ -29,7 +30,7 @@ LINES = f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n"
         ("with space.json", json.dumps([ROW]), 1),
     ],
 )
-def test_a_file_s_content_decides_how_it_is_read(tmp_path, name, content, rows):
+def test_the_layout_of_a_file_is_detected_from_its_content(tmp_path, name, content, rows):
     (tmp_path / name).write_text(content)
     source = open_records(tmp_path / name, RowOptions())
     assert isinstance(source, JsonRecords) and len(source) == rows
@@ -45,15 +46,15 @@ def test_a_file_s_content_decides_how_it_is_read(tmp_path, name, content, rows):
         (json.dumps([ROW]).encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
     ],
 )
-def test_a_file_that_holds_no_list_names_its_layout(tmp_path, content, message):
+def test_errors_describe_a_file_that_is_not_a_list(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_records(tmp_path / "a.json", RowOptions())
 
 
 @pytest.mark.parametrize("content", ['[{"id": "' + '\\"' * 200_000, "[" + '"' * 200_001, '[{"a": "x'])
-def test_text_without_an_end_is_scanned_once(tmp_path, content, monkeypatch):
-    """The scanner meets one string that reaches the end of the file, not one that begins at every quote in it."""
+def test_an_unterminated_string_is_scanned_once(tmp_path, content, monkeypatch):
+    """As one string up to the end of the file, not as one string for every quote in it."""
     from llava_ext.data import json_records
 
     scan, found = json_records._STRING_OR_BRACKET, []
@@ -66,7 +67,7 @@ def test_text_without_an_end_is_scanned_once(tmp_path, content, monkeypatch):
 
     monkeypatch.setattr(json_records, "_STRING_OR_BRACKET", Counting())
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="it ends within record 0; is it truncated"):
+    with pytest.raises(UserError, match="it ends within record 0; is it truncated"):
         open_records(tmp_path / "a.json", RowOptions())
     assert found[-1][1] == len(content) and sum(end - start for start, end in found) <= len(content)
 
@@ -80,17 +81,22 @@ def test_folders_of_records_are_read_by_kind(tmp_path, caplog):
     assert len(open_records(f"{tmp_path}/", RowOptions())) == 3
     assert caplog.messages == [f"{tmp_path}: 2 files skipped: 1 .json, 1 .md"]
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="several kinds of data .*select files with a pattern"):
+    with pytest.raises(UserError, match="several kinds of data .*select files with a pattern"):
         open_records(tmp_path, RowOptions())
 
 
 @pytest.mark.parametrize("name", ["a.json.gz", "a.tar.gz", "a.zip"])
-def test_compressed_files_are_refused_by_name(tmp_path, name):
+def test_compressed_files_are_rejected(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{name}' is compressed .*unpack it first"):
+    with pytest.raises(UserError, match=f"{name}' is compressed .*unpack it first"):
         open_records(tmp_path / name, RowOptions())
 
 
-def test_a_long_id_is_cut_in_names(tmp_path):
+def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
+        JsonRecords([tmp_path / "absent.json"], "data", RowOptions())
+
+
+def test_a_long_id_is_shortened_in_names(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([ROW | {"id": "x" * 100_000}]))
     assert len(open_records(tmp_path / "a.json", RowOptions()).row_name(0)) < 300 + len(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Reading, drawing and text in one batch: the losses and gradients of the samples one by one."""
+"""Reading, drawing and text in one batch: losses and gradients equal those of separate samples."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def samples(any_mllm):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_kind_alone_equals_the_step_by_step_computation(any_mllm, samples, kind):
+def test_each_kind_equals_a_naive_computation(any_mllm, samples, kind):
     model, processor = any_mllm
     output, sums = model(**Collator(processor)([samples[kind]])), naive_sums(model, samples[kind])
     torch.testing.assert_close((output.text_loss, output.image_loss), pooled([sums]), atol=1e-5, rtol=1e-5)
@@ -28,14 +28,14 @@ def test_every_kind_alone_equals_the_step_by_step_computation(any_mllm, samples,
 
 
 @torch.no_grad()
-def test_a_batch_of_all_kinds_has_the_token_weighted_losses_of_its_samples(any_mllm, samples):
+def test_losses_of_a_mixed_batch_are_token_weighted_means(any_mllm, samples):
     model, processor = any_mllm
     output = model(**Collator(processor)(list(samples.values())))
     expected = pooled([naive_sums(model, sample) for sample in samples.values()])
     torch.testing.assert_close((output.text_loss, output.image_loss), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_its_gradients_are_those_of_its_samples(any_mllm, samples):
+def test_gradients_of_a_mixed_batch_equal_those_of_its_samples(any_mllm, samples):
     model, processor = any_mllm
     found = gradients(model, model(**Collator(processor)(list(samples.values()))).loss)
     expected = gradients(model, sum(pooled([naive_sums(model, sample) for sample in samples.values()])))
@@ -47,7 +47,7 @@ def test_its_gradients_are_those_of_its_samples(any_mllm, samples):
 
 @torch.no_grad()
 def test_each_image_goes_to_its_own_place(any_mllm, samples):
-    """All images of a batch come in one tensor, in the order of their placeholders."""
+    """All images of a batch are in one tensor, in the order of their placeholders."""
     model, processor = any_mllm
     one, two = samples["read"], samples["read two"]
     swapped = [
@@ -68,7 +68,7 @@ def test_each_image_goes_to_its_own_place(any_mllm, samples):
         ("draw, then read", "{image}{end}no, a red one: {image}{end}"),
     ],
 )
-def test_what_the_assistant_says_and_draws_is_learned_and_nothing_else(any_mllm, samples, kind, learned):
+def test_only_assistant_text_and_drawings_are_learned(any_mllm, samples, kind, learned):
     _, processor = any_mllm
     labels = samples[kind].labels
     end = processor.tokenizer.eos_token
@@ -83,7 +83,7 @@ def test_what_the_assistant_says_and_draws_is_learned_and_nothing_else(any_mllm,
     assert said == expected
 
 
-def test_an_image_that_is_not_whole_is_an_error(any_mllm, samples):
+def test_an_incomplete_image_is_an_error(any_mllm, samples):
     model, processor = any_mllm
     batch = Collator(processor)([samples["draw two"]])
     first = int(model.vocabulary.is_residual(batch["input_ids"][0]).nonzero()[0])
@@ -94,8 +94,8 @@ def test_an_image_that_is_not_whole_is_an_error(any_mllm, samples):
 
 
 @pytest.mark.parametrize("kind", ["read", "draw", "text"])
-def test_while_training_every_part_gets_a_gradient_from_every_kind(any_mllm, samples, kind):
-    """Ranks with other kinds of batches reduce the same gradients."""
+def test_every_kind_gives_every_part_a_gradient(any_mllm, samples, kind):
+    """So that all ranks reduce the same gradients, whatever the kinds in their batches."""
     model, processor = any_mllm
     model.train()
     try:

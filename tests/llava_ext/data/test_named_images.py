@@ -1,4 +1,4 @@
-"""Images that rows name: paths of every spelling, data URIs, fields that are empty or contradict each other."""
+"""Images that rows refer to: spellings of paths, data URIs, empty and contradictory fields."""
 
 import base64
 import io
@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from evotok_plugin.data.files import stamp_of
+from evotok_plugin.errors import UserError
 from llava_ext.data.named_images import find_image, image_names
 from llava_ext.data.records import RowOptions, named_image, parse_record
 from llava_ext.prompts.image_parts import is_empty
@@ -34,7 +35,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", [], [""], [None, ""], {}, {"path": None}, float("nan"), b""])
-def test_values_that_hold_nothing_are_empty(value):
+def test_values_without_content_are_empty(value):
     assert is_empty(value)
     assert image_names({"images": value, "image": "a.png"}) == image_names({"image": value, "images": ["a.png"]})
     assert image_names({"image": value}) == []
@@ -53,7 +54,7 @@ def test_values_that_hold_nothing_are_empty(value):
         ({"image": {"bytes": b"ABC", "path": "a"}}, ["data:;base64,QUJD"]),
     ],
 )
-def test_names_are_found_in_every_form(row, names):
+def test_images_are_found_in_every_form(row, names):
     assert image_names(row) == names
 
 
@@ -68,8 +69,8 @@ def test_names_are_found_in_every_form(row, names):
         ({"image": 7}, "image: expected paths, got int"),
     ],
 )
-def test_names_that_cannot_be_understood_are_refused(row, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_image_fields_are_rejected(row, message):
+    with pytest.raises(UserError, match=message):
         image_names(row)
 
 
@@ -84,13 +85,13 @@ def test_names_that_cannot_be_understood_are_refused(row, message):
         ("a b.png", "a b.png"),
     ],
 )
-def test_a_file_has_one_key_and_stamp_however_it_is_written(folder, name, key):
+def test_all_spellings_of_a_path_have_one_key_and_stamp(folder, name, key):
     found, plain = find_image(name.format(folder=folder), folder), find_image(key, folder)
     assert (found.key, found.stamp) == (key, plain.stamp) and found.content() == png()
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_unicode_normal_forms_are_one_name(folder, form):
+def test_unicode_normal_forms_are_equivalent(folder, form):
     on_disk = unicodedata.normalize(form, "é/ñ.png")
     (folder / on_disk).parent.mkdir()
     (folder / on_disk).write_bytes(png(7))
@@ -99,7 +100,7 @@ def test_unicode_normal_forms_are_one_name(folder, form):
         assert found.key == on_disk and found.content() == png(7)
 
 
-def test_an_image_folder_may_be_a_link_and_a_home_folder(folder, tmp_path_factory, monkeypatch):
+def test_an_image_folder_can_be_a_link_or_below_the_home_folder(folder, tmp_path_factory, monkeypatch):
     link = tmp_path_factory.mktemp("links") / "link"
     link.symlink_to(folder)
     assert find_image(str(folder / "a.png"), link).key == "a.png"
@@ -118,24 +119,24 @@ def test_an_image_folder_may_be_a_link_and_a_home_folder(folder, tmp_path_factor
         ("pipe.png", "is a folder, a pipe or a device"),
         ("https://example.org/a.png", "URLs are not fetched, .* download it first"),
         ("GS://bucket/a.png", "URLs are not fetched"),
-        ("file://server/a.png", "a file of host 'server'"),
+        ("file://server/a.png", "it is on host 'server'"),
         ("a\0.png", "contains a NUL character"),
         ("data:image/png;base64,", "embedded image is empty"),
         ("data:image/png;base64,AAAAA", "its base64 content is broken"),
         ("data:image/png", "no comma"),
     ],
 )
-def test_an_image_that_is_not_there_is_told_with_its_cause(folder, name, message):
+def test_errors_about_missing_images_give_the_cause(folder, name, message):
     os.mkfifo(folder / "pipe.png")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         find_image(name, folder)
 
 
 @pytest.mark.parametrize(
     "start", ["data:image/png;base64,", "", "https://example.org/", "data:", "/9j/", "data:;base64,="]
 )
-def test_no_message_holds_megabytes(folder, start):
-    with pytest.raises(ValueError) as told:
+def test_error_messages_about_long_names_are_short(folder, start):
+    with pytest.raises(UserError) as told:
         find_image(f"{start}{'A' * 3_000_001}", folder)
     assert len(str(told.value)) < 400
 
@@ -160,7 +161,7 @@ def test_all_spellings_of_an_embedded_image_have_one_key(folder):
 
 
 @pytest.mark.parametrize("name", ["a#1.png", "a?2.png"])
-def test_a_file_url_is_not_cut(folder, name):
+def test_a_file_url_keeps_hashes_and_question_marks(folder, name):
     (folder / "a").write_bytes(png(1))
     (folder / name).write_bytes(png(2))
     assert find_image(f"file://{folder}/{name}", folder).key == name

@@ -1,4 +1,4 @@
-"""Packed rows: what goes together, how long it is, and losses that are those of the samples apart."""
+"""Packed rows: assignment of samples to rows, and losses equal to those of separate samples."""
 
 import copy
 
@@ -19,11 +19,11 @@ from llava_ext.packed_attention import find_segments
 KINDS = list(CONVERSATIONS)
 
 
-# Which samples go together --------------------------------------------------------------------------------------
+# Assignment of samples to rows ----------------------------------------------------------------------------------
 
 
 def naive_best_fit(lengths, capacity):
-    """Best-fit decreasing, looking at every row for every sample."""
+    """Best-fit decreasing that tries every row for every sample."""
     rows, room = [], []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
@@ -38,7 +38,7 @@ def naive_best_fit(lengths, capacity):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_sample_goes_into_one_row_as_best_fit_decreasing_has_it(seed):
+def test_packing_equals_a_naive_best_fit_decreasing(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, size=300)
     rows = pack_lengths(lengths, 100)
@@ -54,13 +54,13 @@ def test_the_number_of_rows_does_not_depend_on_the_order(rng):
     assert len(counts) == 1
 
 
-def test_lengths_that_fill_rows_exactly_leave_nothing_free():
+def test_lengths_that_fill_rows_exactly_leave_no_padding():
     assert sorted(map(sorted, pack_lengths([3, 7, 5, 5, 10], 10))) == [[0, 1], [2, 3], [4]]
     assert pack_lengths([], 10) == []
 
 
 @pytest.mark.parametrize("length", [0, 11])
-def test_a_sample_that_no_row_holds_is_named(length):
+def test_a_sample_that_does_not_fit_a_row_is_an_error(length):
     with pytest.raises(ValueError, match=f"sample 1 has {length} steps, but a row holds 1 to 10"):
         pack_lengths([5, length], 10)
 
@@ -69,7 +69,7 @@ def rows_of(lengths, epoch, seed=0, capacity=64):
     return list(PackingSampler(lengths, capacity, seed, lambda: epoch))
 
 
-def test_every_epoch_holds_every_sample_once_in_other_rows_but_as_many(rng):
+def test_epochs_have_the_same_number_of_rows_and_every_sample_once(rng):
     lengths = rng.integers(5, 40, size=200)
     epochs = [rows_of(lengths, epoch) for epoch in range(3)]
     for rows in epochs:
@@ -80,20 +80,20 @@ def test_every_epoch_holds_every_sample_once_in_other_rows_but_as_many(rng):
 
 
 def test_a_resumed_epoch_repeats_its_rows(rng):
-    """The trainer's epoch is a fraction within an epoch; what was done is skipped by number."""
+    """The trainer's epoch is fractional; it skips finished rows by number."""
     lengths = rng.integers(5, 40, size=200)
     assert rows_of(lengths, 1.37) == rows_of(lengths, 1)
 
 
-def test_efficiency_is_the_share_of_steps_that_hold_samples(rng):
+def test_efficiency_is_the_fraction_of_steps_that_hold_samples(rng):
     lengths = rng.integers(5, 40, size=200)
     sampler = PackingSampler(lengths, 64, 0, lambda: 0)
     assert sampler.efficiency == pytest.approx(lengths.sum() / (64 * len(list(sampler))))
     assert sampler.efficiency > 0.95
 
 
-def test_an_epoch_that_takes_more_rows_is_gone_on_with_in_the_next():
-    """Weighted sources: what an epoch holds is not the same in every epoch, but no row is lost or cut."""
+def test_rows_beyond_the_length_of_an_epoch_move_to_the_next():
+    """With weighted sources, epochs have different samples, but no row is lost."""
     lengths, orders = [60, 60, 10, 10], {0: [0, 2, 2, 3], 1: [0, 1, 1, 2], 2: [0, 0, 1, 3]}
     apart = [
         list(PackingSampler(lengths, 64, 0, lambda: 0, lambda _, e=epoch: np.array(orders[e]))) for epoch in orders
@@ -126,12 +126,12 @@ def records():
     return made
 
 
-# What the model makes of them -----------------------------------------------------------------------------------
+# Losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def lively(any_mllm):
-    """The small model with weights so large that samples which see each other have other losses."""
+    """The small model with weights so large that attention between samples changes their losses."""
     model, processor = copy.deepcopy(any_mllm[0]), any_mllm[1]
     with torch.no_grad():
         for module in model.language_model.layers.modules():
@@ -142,7 +142,7 @@ def lively(any_mllm):
 
 @pytest.fixture(scope="module")
 def rows(lively):
-    """Two rows of unlike length; the shorter is padded. Every kind is there."""
+    """Two rows of different lengths, the shorter one padded, with samples of every kind."""
     samples = [make_sample(*lively, kind, seed=index) for index, kind in enumerate(KINDS)]
     return [samples[:5], samples[5:]]
 
@@ -153,7 +153,7 @@ def num_steps(model, sample):
 
 
 @torch.no_grad()
-def test_packed_losses_are_those_of_the_samples_apart(lively, rows):
+def test_packed_losses_equal_separate_losses(lively, rows):
     model, processor = lively
     batch = PackedCollator(processor)(rows)
     assert (batch["segment_ids"][:, -1] == 0).sum() == 1, "one row is padded"
@@ -165,7 +165,7 @@ def test_packed_losses_are_those_of_the_samples_apart(lively, rows):
     torch.testing.assert_close((packed.text_loss, packed.image_loss), naive, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_gradients_are_those_of_the_samples_apart(lively, rows):
+def test_packed_gradients_equal_separate_gradients(lively, rows):
     model, processor = lively
     packed = gradients(model, model(**PackedCollator(processor)(rows)).loss)
     apart = gradients(model, model(**Collator(processor)([sample for row in rows for sample in row])).loss)
@@ -175,7 +175,7 @@ def test_packed_gradients_are_those_of_the_samples_apart(lively, rows):
 
 
 @torch.no_grad()
-def test_a_sample_does_not_see_the_one_before(lively, rows):
+def test_a_sample_does_not_see_the_previous_one(lively, rows):
     model, processor = lively
     before, sample = rows[0][KINDS.index("text")], rows[1][0]
     other = copy.deepcopy(before)
@@ -188,7 +188,7 @@ def test_a_sample_does_not_see_the_one_before(lively, rows):
 
 @torch.no_grad()
 def test_without_segments_the_samples_would_see_each_other(lively, rows):
-    """What the tests above would find: a leak is far larger than their tolerance."""
+    """Attention between samples changes the losses by far more than the tolerance of the tests above."""
     model, processor = lively
     batch = PackedCollator(processor)(rows)
     packed = model(**batch)
@@ -197,7 +197,7 @@ def test_without_segments_the_samples_would_see_each_other(lively, rows):
 
 
 @torch.no_grad()
-def test_the_first_token_of_a_sample_is_not_learned_from_the_sample_before(lively, rows):
+def test_the_first_token_of_a_sample_is_not_learned_from_the_previous_one(lively, rows):
     model, processor = lively
     all_learned = [[copy.deepcopy(sample) for sample in row] for row in rows]
     for row in all_learned:
@@ -213,10 +213,10 @@ def test_the_first_token_of_a_sample_is_not_learned_from_the_sample_before(livel
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("backbone", "window"), [("qwen3", None), ("llama", None), ("mistral", None), ("mistral", 12)])
-def test_other_backbones_and_attentions(
+def test_packed_losses_equal_separate_losses_for_other_backbones_and_attentions(
     backbone, attention, window, make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path
 ):
-    """Sample by sample under SDPA, with a block-diagonal mask else, and where a window is shorter than a sample."""
+    """Attention per sample with SDPA, a block-diagonal mask otherwise, and a window shorter than a sample."""
     from llava_ext.assembly import assemble
 
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def test_segments_are_the_samples_and_the_padding_of_each_row():
 
 
 def test_no_step_is_attended_to_from_another_sample(lively, rows, monkeypatch):
-    """Under SDPA the samples' attention is computed apart; a block-diagonal mask over the row would cost its square."""
+    """SDPA runs per sample; a block-diagonal mask over the row would take memory quadratic in its length."""
     from llava_ext import packed_attention
 
     model, processor = lively
@@ -252,7 +252,7 @@ def test_no_step_is_attended_to_from_another_sample(lively, rows, monkeypatch):
     assert seen and all(mask is None and num_keys <= longest for _, num_keys, mask in seen)
 
 
-def test_gradient_checkpointing_keeps_the_samples_apart(lively, rows):
+def test_gradient_checkpointing_keeps_samples_separate(lively, rows):
     model, processor = lively
     batch = PackedCollator(processor)(rows)
     expected = gradients(model, model(**batch).loss)
@@ -265,7 +265,7 @@ def test_gradient_checkpointing_keeps_the_samples_apart(lively, rows):
 
 
 @torch.no_grad()
-def test_adapters_on_every_layer_see_packed_rows_alike(lively, rows):
+def test_packed_losses_equal_separate_losses_with_adapters(lively, rows):
     from peft import LoraConfig, get_peft_model
 
     model, processor = copy.deepcopy(lively[0]), lively[1]
@@ -281,7 +281,7 @@ def test_adapters_on_every_layer_see_packed_rows_alike(lively, rows):
 
 
 @torch.no_grad()
-def test_after_packed_rows_the_model_still_answers_and_draws_as_before(tiny_mllm, rows):
+def test_packed_batches_do_not_change_later_generation(tiny_mllm, rows):
     fresh, (packed, processor) = tiny_mllm[0], (copy.deepcopy(tiny_mllm[0]), tiny_mllm[1])
     packed(**PackedCollator(processor)(rows))
     inputs = processor(["What is a ring?", "What is a blue square, and where?"])
@@ -292,7 +292,7 @@ def test_after_packed_rows_the_model_still_answers_and_draws_as_before(tiny_mllm
 
 
 def flash_reference(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):
-    """What flash-attention's varlen kernel computes, sample by sample; one row without padding, as it demands."""
+    """A naive version of the varlen kernel of flash-attention, which takes one row without padding."""
     assert attention_mask is None and query.shape[0] == 1 and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
     assert cu_seq_lens_q.dtype == torch.int32 and int(cu_seq_lens_q[-1]) == query.shape[2]
     assert max_length_q == int(cu_seq_lens_q.diff().max())
@@ -305,7 +305,7 @@ def flash_reference(module, query, key, value, attention_mask, cu_seq_lens_q, cu
 
 
 @torch.no_grad()
-def test_flash_attention_gets_one_row_and_the_samples_bounds(lively, rows, monkeypatch):
+def test_flash_attention_gets_one_row_with_sample_boundaries(lively, rows, monkeypatch):
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
@@ -321,7 +321,7 @@ def test_flash_attention_gets_one_row_and_the_samples_bounds(lively, rows, monke
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
-def test_segments_and_a_mask_together_are_refused(lively, rows):
+def test_segments_and_a_mask_together_are_rejected(lively, rows):
     model, processor = lively
     batch = PackedCollator(processor)(rows)
     with pytest.raises(ValueError, match="without attention_mask"):

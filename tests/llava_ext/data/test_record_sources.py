@@ -1,48 +1,33 @@
 """Records from files of every kind: the same rows, whatever they are kept in."""
 
-import io
 import json
 import multiprocessing
-import tarfile
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from record_files import (
+    ROWS,
+    as_dataset,
+    as_hub,
+    as_json,
+    as_jsonl,
+    as_parquet,
+    as_saved,
+    as_shards,
+    one_record,
+    png,
+    turns,
+    write_shard,
+)
 
-from evotok_plugin.common.processes import Processes
-from llava_ext.data.mixture import Mixture
-from llava_ext.data.record_scan import scan_records
+from evotok_plugin.errors import UserError
 from llava_ext.data.record_sources import open_records
-from llava_ext.data.records import KINDS, RowOptions, parse_record
-
-ALONE = Processes(0, 1, torch.device("cpu"))
+from llava_ext.data.records import RowOptions, parse_record
 
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
-def png(value):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def turns(question, answer):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def row(number):
-    """Read, drawn and text-only rows by turns; text with all that may disturb a scanner of JSON."""
-    kinds = [turns("<image>\nwhat?", f"a {number}"), turns(f"draw {number}", "<image>"), turns('say "}]\\"', "{[ä\n")]
-    image = {} if number % 3 == 2 else {"image": f"{number:02d}.png"}
-    return {"id": f"r{number}", **image, "conversations": kinds[number % 3]}
-
-
-ROWS = [row(number) for number in range(12)]
 
 
 @pytest.fixture
@@ -52,80 +37,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write_shard(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def as_json(folder, rows):
-    (folder / "d.json").write_text(json.dumps(rows, indent=1))
-    return folder / "d.json"
-
-
-def as_jsonl(folder, rows):
-    (folder / "d.jsonl").write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in rows) + "\n\n")
-    return folder / "d.jsonl"
-
-
-def as_shards(folder, rows):
-    for shard in range(0, len(rows), 5):
-        members = []
-        for number, one in enumerate(rows[shard : shard + 5]):
-            if "image" in one:
-                members.append((f"{number:03d}.png", (folder / one["image"]).read_bytes()))
-            members.append((f"{number:03d}.json", json.dumps(one).encode()))
-        write_shard(folder / f"s{shard:02d}.tar", members)
-    return folder / "s*.tar"
-
-
-def as_dataset(folder, rows, embed=True):
-    import datasets
-
-    kept = [
-        one | {"image": {"bytes": (folder / one["image"]).read_bytes() if embed else None, "path": one["image"]}}
-        if "image" in one else one | {"image": None}
-        for one in rows
-    ]  # fmt: skip
-    turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
-    image = datasets.Image() if embed else {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    features = {"id": datasets.Value("string"), "image": image, "conversations": [turn]}
-    return datasets.Dataset.from_list(kept, datasets.Features(features))
-
-
-def as_parquet(folder, rows):
-    as_dataset(folder, rows[:7]).to_parquet(folder / "p0.parquet")
-    as_dataset(folder, rows[7:]).to_parquet(folder / "p1.parquet")
-    return folder / "p?.parquet"
-
-
-def as_saved(folder, rows):
-    as_dataset(folder, rows, embed=False).save_to_disk(str(folder / "saved"))
-    return folder / "saved"
-
-
-def as_hub(folder, rows):
-    (folder / "hub").mkdir()
-    as_dataset(folder, rows).to_parquet(folder / "hub" / "train.parquet")
-    return f"hf:{folder / 'hub'}:train"
-
-
 every_form = pytest.mark.parametrize("write", [as_json, as_jsonl, as_shards, as_parquet, as_saved, as_hub])
 
 
-def one_record(source, index):
-    (record,) = source.records(index)
-    return record
-
-
-# Every form holds the same ------------------------------------------------------------------------------------
+# Every format gives the same records ----------------------------------------------------------------------------
 
 
 @every_form
-def test_rows_and_images_come_back_in_order(folder, write):
+def test_rows_and_images_are_read_in_order(folder, write):
     source = open_records(write(folder, ROWS), RowOptions(folder))
     assert len(source) == 12
     keys = []
@@ -173,7 +92,7 @@ def test_columns_of_bytes_and_of_paths(folder):
 
 
 @pytest.mark.parametrize("write", [as_parquet, as_saved])
-def test_an_empty_column_of_images_hides_no_other(folder, write):
+def test_an_empty_column_of_images_counts_as_absent(folder, write):
     import datasets
 
     plain = as_dataset(folder, [one for one in ROWS if "image" in one], embed=write is as_parquet)
@@ -183,12 +102,12 @@ def test_an_empty_column_of_images_hides_no_other(folder, write):
     assert [source.picture(n, 0).getpixel((0, 0))[0] for n in range(8)] == [0, 1, 3, 4, 6, 7, 9, 10]
     filled = plain.add_column("images", [["00.png"] for _ in range(len(plain))])
     source = _records_of(filled, folder / "filled", folder)
-    with pytest.raises(ValueError, match="'images' and 'image' hold different images"):
+    with pytest.raises(UserError, match="'images' and 'image' hold different images"):
         source.records(3)
     videos = datasets.Dataset.from_list([{"conversations": turns("a", "b"), "video": name} for name in ("v.mp4", None)])
     source = _records_of(videos, folder / "videos", folder)
     assert len(source.records(1)) == 1
-    with pytest.raises(ValueError, match="the row has 'video'; only text and images"):
+    with pytest.raises(UserError, match="the row has 'video'; only text and images"):
         source.records(0)
 
 
@@ -198,7 +117,7 @@ def _records_of(dataset, where, folder):
 
 
 @pytest.mark.parametrize("dotted", [False, True])
-def test_names_with_dots_pair_their_own_members(folder, dotted, caplog):
+def test_names_with_dots_are_separate_samples(folder, dotted, caplog):
     names = ["photo.v1", "photo.v2"] + ["photo"] * dotted
     members = [(f"{name}.png", png(value)) for value, name in enumerate(names)]
     members += [(f"{name}.json", json.dumps({"conversations": turns("<image>", name)}).encode()) for name in names]
@@ -215,7 +134,7 @@ def test_a_video_in_a_shard_is_a_bad_sample(folder):
     members = [("a.mp4", b""), ("a.txt", b"a ring"), ("b.png", png(1)), ("b.TXT", b"a ring")]
     source = open_records(write_shard(folder / "w.tar", members), RowOptions(caption_task="read"))
     assert source.records(1)[0].kind == "read"
-    with pytest.raises(ValueError, match="the sample has a .mp4 file; only text and images"):
+    with pytest.raises(UserError, match="the sample has a .mp4 file; only text and images"):
         source.records(0)
 
 
@@ -232,7 +151,7 @@ def test_stamps_and_contents_belong_to_the_images(folder, write):
     assert len(seen) == 8
 
 
-def test_images_of_a_shard_come_in_the_order_of_their_numbers(folder):
+def test_images_of_a_sample_are_ordered_by_number(folder):
     images = [(f"x.{number}.png", png(number)) for number in (10, 0, 2)]
     note = ("x.json", json.dumps({"conversations": turns("<image>" * 3, "a")}).encode())
     source = open_records(write_shard(folder / "w.tar", [*images, note]), RowOptions())
@@ -242,7 +161,7 @@ def test_images_of_a_shard_come_in_the_order_of_their_numbers(folder):
 
 @pytest.mark.parametrize("note", [[], [("x.json", json.dumps({"url": "u", "width": 8}).encode())]])
 def test_captions_of_a_shard_are_described_and_drawn(folder, note):
-    """As img2dataset writes them: the .json, if there is one, says nothing that is learned."""
+    """As written by img2dataset: the .json, if present, holds only metadata."""
     shard = write_shard(folder / "w.tar", [("x.png", png(1)), ("x.txt", b"a ring\n"), *note])
     records = open_records(shard, RowOptions()).records(0)
     assert [record.kind for record in records] == ["read", "draw"] and records[0].images == records[1].images
@@ -250,11 +169,11 @@ def test_captions_of_a_shard_are_described_and_drawn(folder, note):
     assert [message["content"] for message in record.messages] == ["a ring", "<image>"]
 
 
-# Names of images ----------------------------------------------------------------------------------------------
+# Keys of images ----------------------------------------------------------------------------------------------
 
 
-def test_shards_of_one_name_do_not_share_their_images_names(tmp_path):
-    """A cache that serves two data sets would else give one the other's codes."""
+def test_shards_with_the_same_name_have_distinct_image_keys(tmp_path):
+    """Otherwise a cache shared by two data sets would return the codes of the wrong image."""
     keys = set()
     for value in (1, 2):
         (tmp_path / str(value)).mkdir()
@@ -265,7 +184,7 @@ def test_shards_of_one_name_do_not_share_their_images_names(tmp_path):
 
 
 @pytest.mark.parametrize("write", [as_shards, as_parquet])
-def test_names_stay_when_files_move_or_are_added(folder, write, tmp_path_factory):
+def test_keys_stay_the_same_when_files_are_moved_or_added(folder, write, tmp_path_factory):
     def names(where):
         source = open_records(where, RowOptions())
         return [key for number in range(len(source)) for record in source.records(number) for key in record.images]
@@ -276,7 +195,7 @@ def test_names_stay_when_files_move_or_are_added(folder, write, tmp_path_factory
     assert names(moved / first.name) == names(first) == names(write(folder, ROWS))[: len(names(first))]
 
 
-# What is wrong ------------------------------------------------------------------------------------------------
+# Invalid data -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -295,26 +214,51 @@ def test_names_stay_when_files_move_or_are_added(folder, write, tmp_path_factory
         ("a.csv", "a,b", "expected .json, .jsonl, .parquet or .tar files, found .csv"),
     ],
 )
-def test_a_file_that_cannot_be_understood_is_named(tmp_path, name, content, message):
+def test_errors_name_a_file_with_invalid_content(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
         open_records(tmp_path / name, RowOptions())
 
 
-def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent.json does not exist"):
+def test_errors_name_missing_data(tmp_path):
+    with pytest.raises(UserError, match="absent.json does not exist"):
         open_records("absent.json", RowOptions())
-    with pytest.raises(ValueError, match="neither .tar shards nor .parquet files"):
+    with pytest.raises(UserError, match="neither .tar shards nor .parquet files"):
         open_records(tmp_path, RowOptions())
-    with pytest.raises(ValueError, match="'hf:nobody/nothing' cannot be loaded"):
+    with pytest.raises(UserError, match="'hf:nobody/nothing' cannot be loaded"):
         open_records("hf:nobody/nothing", RowOptions())
+
+
+def test_text_of_a_data_set_that_is_not_utf_8_is_a_bad_sample(tmp_path):
+    import datasets
+    import pyarrow
+
+    text = pyarrow.array([b"\xff", b"hi"]).view(pyarrow.string())
+    turns = pyarrow.array([json.dumps(ROWS[2]["conversations"])] * 2)
+    table = pyarrow.table({"id": text, "conversations": turns})
+    source = _records_of(datasets.Dataset(datasets.table.InMemoryTable(table)), tmp_path / "saved", tmp_path)
+    assert one_record(source, 1).id == "hi"
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        source.records(0)
+    assert source.row_name(0).endswith("saved:0") and source.row_name(1).endswith("saved:1 (hi)")
+
+
+def test_a_shard_that_becomes_unreadable_is_reported_as_such(tmp_path, monkeypatch):
+    source = open_records(write_shard(tmp_path / "w.tar", [("x.png", png(1)), ("x.txt", b"a ring")]), RowOptions())
+
+    def fail(*_):
+        raise UserError("w.tar cannot be read")
+
+    monkeypatch.setattr(source._files, "read", fail)
+    with pytest.raises(UserError, match="^w.tar cannot be read"):
+        source.records(0)
 
 
 def test_a_data_set_without_conversations_names_its_columns(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"image": ["a.png"], "label": [1]}).save_to_disk(str(tmp_path / "labels"))
-    with pytest.raises(ValueError, match="no column 'conversations'.* its columns are image, label"):
+    with pytest.raises(UserError, match="no column 'conversations'.* its columns are image, label"):
         open_records(tmp_path / "labels", RowOptions())
 
 
@@ -324,7 +268,7 @@ def test_a_bad_line_is_one_bad_sample(tmp_path, line):
     (tmp_path / "d.jsonl").write_bytes(b"\n".join([good.encode(), line.encode("latin-1"), good.encode()]))
     source = open_records(tmp_path / "d.jsonl", RowOptions())
     assert one_record(source, 0) == one_record(source, 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         source.records(1)
     assert source.row_name(1).endswith("d.jsonl:1")
 
@@ -343,117 +287,5 @@ def test_a_bad_sample_of_a_shard_is_one_bad_sample(tmp_path, members, message):
     shard = write_shard(tmp_path / "w.tar", [("ok.txt", b"a ring"), ("ok.png", png(1)), *members])
     source = open_records(shard, RowOptions())
     assert len(source.records(0)) == 2
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         source.records(1)
-
-
-# The scan of records ------------------------------------------------------------------------------------------
-
-
-def looked_at(tiny_mllm, sources, max_length=2048):
-    return scan_records(sources, tiny_mllm[1], max_length, ALONE, num_workers=1)
-
-
-def test_a_scan_finds_usable_records_and_the_images_they_need(tiny_mllm, folder):
-    rows = [*ROWS, {"id": "bad"}, row(0) | {"image": "absent.png"}]
-    found = looked_at(tiny_mllm, [open_records(as_jsonl(folder, rows), RowOptions(folder))])
-    assert [found.records[i] for i in range(12)] == [parse_record(one, folder) for one in ROWS]
-    assert [KINDS[kind] for kind in found.records.kinds] == ["read", "draw", "text"] * 4
-    layouts = [tiny_mllm[1].lay_out(record.messages) for record in found.records]
-    assert found.records.lengths.tolist() == [layout.num_steps for layout in layouts]
-    assert list(found.bad) == [f"{folder}/d.jsonl:12 (bad)", f"{folder}/d.jsonl:13 (r0)"]
-    assert found.num_records == 14 and found.num_cut == 0 and not found.too_long
-
-
-def test_an_image_that_many_need_is_there_once(tiny_mllm, folder):
-    """Over all sources; what is broken of it is told for every record."""
-    sources = [open_records(write(folder, ROWS), RowOptions(folder)) for write in (as_json, as_jsonl, as_parquet)]
-    found = looked_at(tiny_mllm, sources)
-    keys = [found.images.key(i) for i in range(len(found.images))]
-    assert len(keys) == len(set(keys)) == 16 and found.records.sizes == [12, 12, 12]
-    assert [found.images.picture(i).getpixel((0, 0))[0] for i in range(16)] == [0, 1, 3, 4, 6, 7, 9, 10] * 2
-    needing = found.needing({"03.png": "broken", "nowhere.png": "not ours"})
-    assert needing == {3: "image '03.png': broken", 15: "image '03.png': broken"}
-    left = found.records.without(np.isin(np.arange(36), list(needing)))
-    assert left.sizes == [11, 11, 12] and left[3] == found.records[4]
-
-
-def test_two_processes_find_what_one_finds(tiny_mllm, folder, monkeypatch):
-    monkeypatch.setattr("llava_ext.data.record_scan._CHUNK", 5)
-    sources = [open_records(write(folder, ROWS), RowOptions(folder)) for write in (as_json, as_shards)]
-    alone = looked_at(tiny_mllm, sources)
-    parts = []
-
-    class Half(Processes):
-        def gather(self, value):
-            parts.append(value)
-            return parts if len(parts) == 2 else [value, value]
-
-    for rank in (0, 1):
-        both = scan_records(sources, tiny_mllm[1], 2048, Half(rank, 2, ALONE.device), num_workers=1)
-    assert list(both.records) == list(alone.records)
-    assert [both.images.key(i) for i in range(len(both.images))] == [
-        alone.images.key(i) for i in range(len(alone.images))
-    ]
-
-
-def test_what_is_too_long_is_cut_or_left_out_and_counted(tiny_mllm, folder):
-    image_last = {"id": "far", "image": "00.png", "conversations": turns("a ring " * 50, "<image>")}
-    long_answer = {"id": "tail", "image": "00.png", "conversations": turns("<image>", "a ring " * 50)}
-    long_question = {"id": "head", "conversations": turns("a ring " * 50, "a")}
-    source = open_records(as_json(folder, [image_last, long_answer, long_question, row(0)]), RowOptions(folder))
-    found = looked_at(tiny_mllm, [source], max_length=40)
-    assert [record.id for record in found.records] == ["tail", "r0"] and found.records.lengths[0] == 40
-    assert found.num_cut == 1 and found.num_records == 4 and not found.bad
-    reasons = {name.split("(")[1]: why for name, why in found.too_long.items()}
-    assert "do not include all images completely" in reasons["far)"] and "nothing to learn" in reasons["head)"]
-
-
-# Mixtures -----------------------------------------------------------------------------------------------------
-
-
-def test_without_weights_an_epoch_is_every_record_once():
-    mixture = Mixture([5, 20], seed=3)
-    first, second = mixture.order(0), mixture.order(1)
-    assert sorted(first) == sorted(second) == list(range(25)) and first.tolist() != second.tolist()
-    assert first.tolist() == Mixture([5, 20], seed=3).order(0).tolist()
-    assert first.tolist() != Mixture([5, 20], seed=4).order(0).tolist()
-
-
-def test_weights_are_shares_of_every_stretch():
-    mixture = Mixture([3_000, 100], [1, 3], seed=0)
-    order = np.concatenate([mixture.order(epoch) for epoch in range(3)])
-    assert len(order) == 3 * len(mixture) == 9_300
-    for start in range(0, len(order) - 1024, 1024):
-        assert (order[start : start + 1024] >= 3_000).sum() == 768
-
-
-def test_a_weighted_source_runs_through_all_before_any_comes_again():
-    """From epoch to epoch, and in another order every time."""
-    mixture = Mixture([70, 30], [1, 1], seed=0)
-    order = np.concatenate([mixture.order(epoch) for epoch in range(30)])
-    for first, size in ((0, 70), (70, 30)):
-        mine = order[(order >= first) & (order < first + size)]
-        rounds = mine[: len(mine) // size * size].reshape(-1, size)
-        assert len(rounds) > 10 and all(sorted(one) == list(range(first, first + size)) for one in rounds)
-        assert rounds[0].tolist() != rounds[1].tolist()
-
-
-def test_any_epoch_can_be_had_without_those_before():
-    mixture = Mixture([700, 900], [2, 1], seed=5)
-    in_turn = [mixture.order(epoch).tolist() for epoch in range(4)]
-    assert in_turn[3] == Mixture([700, 900], [2, 1], seed=5).order(3).tolist()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "weights", "message"),
-    [
-        ([5, 5], [1.0], "expected 2 above 0"),
-        ([5, 5], [1.0, 0.0], "expected 2 above 0"),
-        ([5, 5], [1.0, 1e-6], "entry 1 of data_path would get less than 1 of 1024"),
-        ([5, 0], [1.0, 1.0], "entry 1 of data_path has no usable records"),
-    ],
-)
-def test_weights_that_cannot_be_met_are_refused(sizes, weights, message):
-    with pytest.raises(ValueError, match=message):
-        Mixture(sizes, weights)

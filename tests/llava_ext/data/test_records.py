@@ -1,3 +1,5 @@
+"""Validation of rows and their conversion to records."""
+
 import base64
 import json
 
@@ -5,6 +7,7 @@ import pytest
 from PIL import Image
 
 from evotok_plugin.data.images import as_picture
+from evotok_plugin.errors import UserError
 from llava_ext.data.records import RowOptions, named_image, parse_record, parse_row
 from llava_ext.prompts.image_parts import IMAGE_PARTS
 from llava_ext.prompts.messages import read_messages
@@ -41,7 +44,7 @@ def test_a_row_may_show_an_image_that_was_drawn_before(folder):
     assert (both.kind, both.drawn) == ("draw", (False, True))
 
 
-def test_messages_say_the_same_as_conversations(folder):
+def test_messages_and_conversations_give_the_same_record(folder):
     image = {"image": "a.png"}
     llava = parse_record(image | {"conversations": turns("<image>\nwhat?", "a")}, folder)
     strings = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "a"}]
@@ -60,13 +63,13 @@ def test_a_caption_is_a_record_for_each_task(folder, task, kinds):
     assert all("a ring" in [message["content"] for message in record.messages] for record in records)
 
 
-def test_one_image_has_one_key_however_it_is_written(folder):
+def test_all_spellings_of_a_path_have_one_key(folder):
     (folder / "sub").mkdir()
     for name in ("a.png", "./a.png", "sub/../a.png", str(folder / "a.png")):
         assert parse_record({"image": name, "conversations": turns("<image>", "a")}, folder).images == ("a.png",)
 
 
-def test_images_that_come_with_the_row_are_taken_first():
+def test_embedded_images_take_precedence():
     row = {"image": "elsewhere.png", "conversations": turns("<image><image>", "a")}
     (record,) = parse_row(row, RowOptions(), embedded=["shard/1.0.png", "shard/1.1.png"])
     assert record.images == ("shard/1.0.png", "shard/1.1.png")
@@ -96,18 +99,18 @@ def test_images_that_come_with_the_row_are_taken_first():
         ({"image": "/etc/hostname", "conversations": turns("<image>", "a")}, "outside the image folder"),
     ],
 )
-def test_what_is_wrong_with_a_record_is_said(folder, row, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_rows_are_reported(folder, row, message):
+    with pytest.raises(UserError, match=message):
         parse_record(row, folder)
 
 
-def test_an_image_without_image_folder_says_what_to_pass():
-    with pytest.raises(ValueError, match="no image folder; pass --image_folder"):
+def test_an_image_without_an_image_folder_names_the_flag():
+    with pytest.raises(UserError, match="no image folder; pass --image_folder"):
         parse_record({"image": "a.png", "conversations": turns("<image>", "a")}, None)
 
 
-def test_an_unknown_caption_task_is_refused():
-    with pytest.raises(ValueError, match="caption_task: expected one of read, draw, both, got 'paint'"):
+def test_an_unknown_caption_task_is_rejected():
+    with pytest.raises(UserError, match="caption_task: expected one of read, draw, both, got 'paint'"):
         RowOptions(caption_task="paint")
 
 
@@ -136,7 +139,7 @@ def test_a_literal_image_in_parts_and_captions_is_text(folder):
         {"image": "a.png", "images": ["a.png"]},
     ],
 )
-def test_fields_that_are_empty_hide_nothing(folder, row):
+def test_empty_fields_count_as_absent(folder, row):
     record = parse_record(row | {"conversations": turns("<image>\nwhat?", "a")}, folder)
     assert record.images == ("a.png",) and record.kind == "read"
 
@@ -162,7 +165,7 @@ def test_parts_of_messages_may_name_their_images(folder):
     for part in ({"image": "a.png"}, {"path": "a.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}):
         assert parse_record({"messages": asked(**part)}, folder) == plain
         assert parse_record({"image": "a.png", "messages": asked(**part)}, folder) == plain
-    with pytest.raises(ValueError, match="'image' and 'messages' name different images"):
+    with pytest.raises(UserError, match="'image' and 'messages' name different images"):
         parse_record({"image": "a.png", "messages": asked(image="b.png")}, folder)
 
 
@@ -193,13 +196,13 @@ def test_training_rows_and_processors_find_the_same_pictures_in_parts(folder):
         ({"base64": "AAAAA"}, "its base64 content is broken"),
         ({"url": "https://example.org/a.png"}, "URLs are not fetched"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             parse_record({"messages": asked(type="image", **part)}, folder)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             read_messages(asked(type="image", **part))
 
 
-def test_an_image_of_a_system_turn_is_read_and_a_first_turn_may_be_gpt_s(folder):
+def test_a_system_turn_can_show_an_image_and_gpt_can_start(folder):
     talk = [{"from": "system", "value": "<image>"}, *turns("what?", "a")]
     assert parse_record({"image": "a.png", "conversations": talk}, folder).drawn == (False,)
     assert len(parse_record({"conversations": [{"from": "gpt", "value": "hi"}, *turns("a", "b")]}, None).messages) == 3
@@ -223,12 +226,12 @@ def test_an_image_of_a_system_turn_is_read_and_a_first_turn_may_be_gpt_s(folder)
         ({"conversations": "no JSON"}, "'conversations' is text that is not valid JSON"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(folder, row, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_content_is_rejected(folder, row, message):
+    with pytest.raises(UserError, match=message):
         parse_record({"conversations": turns("what?", "a")} | row, folder)
 
 
-def test_a_message_quotes_little_of_a_turn():
-    with pytest.raises(ValueError) as told:
+def test_error_messages_about_long_turns_are_short():
+    with pytest.raises(UserError) as told:
         parse_record({"conversations": [{"from": "robot", "value": "x" * 3_000_000}]}, None)
     assert len(str(told.value)) < 300

@@ -1,4 +1,4 @@
-"""A flat model as a plain causal LM, loaded by transformers alone."""
+"""Export of a flat model as a plain causal LM, loaded with transformers alone."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 from llava_ext.assembly import assemble
 from llava_ext.cli import main
@@ -24,7 +25,7 @@ QUESTIONS = ["a photo of a ring", "What is a ring?", "two blue squares", "hi"]
 
 
 def write_flat_model(backbone, evotok, folder, rows):
-    """A random flat model on disk, at the weights' own scale, which makes it write all kinds of tokens."""
+    """Save a random flat model; with the scale of its random weights it generates all kinds of tokens."""
     torch.manual_seed(3)
     model, processor = assemble(backbone, evotok, 32, 2, 2, image_head="flat", residual_embeddings=rows)
     processor.save_pretrained(folder)
@@ -34,7 +35,7 @@ def write_flat_model(backbone, evotok, folder, rows):
 
 @pytest.fixture(scope="module", params=["tied", "free"])
 def exported(request, tiny_backbone_folder, tiny_evotok_folder, tmp_path_factory):
-    """The model, its processor, and the folder of its export."""
+    """A model, its processor and the folder of its export."""
     folder = tmp_path_factory.mktemp("flat")
     model, processor = write_flat_model(tiny_backbone_folder, tiny_evotok_folder, folder / "model", request.param)
     assert main(["export", str(folder / "model"), "--format", "causal-lm", "-o", str(folder / "out")]) == 0
@@ -46,7 +47,7 @@ def snippets(folder: Path) -> list[str]:
 
 
 def run_alone(folder: Path, code: str) -> str:
-    """What code prints in the folder, in a process of its own that finds none of our packages."""
+    """Run code in the folder, in a process that cannot import our packages, and return its output."""
     blocked = "import sys; sys.modules.update(dict.fromkeys(['evotok_plugin', 'llava_ext', 'eval_tasks'])); "
     code = f"{blocked}import transformers; transformers.logging.set_verbosity_error()\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
@@ -54,7 +55,7 @@ def run_alone(folder: Path, code: str) -> str:
     return done.stdout
 
 
-# The same model ----------------------------------------------------------------------------------------------
+# Equality of models ------------------------------------------------------------------------------------------
 
 GREEDILY = """
 import json
@@ -74,14 +75,14 @@ print(json.dumps({"guided": drawn[0].tolist(), **written}))
 
 @pytest.fixture(scope="module")
 def written(exported):
-    """What the README's snippet and greedy answers give where there is nothing but transformers."""
+    """Output of the README's snippet and greedy answers with transformers alone."""
     code = snippets(exported[2])[0].replace("do_sample=True", "do_sample=False").replace("top_k=0,", "")
     code = code.replace("print(tokenizer.decode(drawn[0]))", GREEDILY).replace("QUESTIONS", repr(QUESTIONS))
     return json.loads(run_alone(exported[2], code))
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_transformers_alone_writes_the_words_that_ours_does(exported, written, question):
+def test_transformers_alone_writes_the_same_text(exported, written, question):
     model, processor, _ = exported
     chat, theirs = [{"role": "user", "content": question}], written[question]["answer"]
     inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
@@ -91,14 +92,14 @@ def test_transformers_alone_writes_the_words_that_ours_does(exported, written, q
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_transformers_alone_draws_the_image_that_ours_does(exported, written, question):
+def test_transformers_alone_draws_the_same_image(exported, written, question):
     model, processor, _ = exported
     *_, codes = model.draw_codes([question], processor, [0], GREEDY)
     expected = [*processor.vocabulary.to_ids(codes[0]).flatten().tolist(), processor.image_end_id]
     assert written[question]["image"][: len(expected)] == expected
 
 
-def test_guidance_of_transformers_is_ours(exported, written):
+def test_guidance_of_transformers_gives_the_same_image(exported, written):
     model, processor, _ = exported
     options = DrawingOptions(guidance_scale=3.0, sampling=SamplingOptions(temperature=0))
     *_, codes = model.draw_codes(["a photo of a red circle"], processor, [0], options)
@@ -106,7 +107,7 @@ def test_guidance_of_transformers_is_ours(exported, written):
 
 
 @torch.no_grad()
-def test_every_logit_is_ours(exported):
+def test_logits_are_the_same(exported):
     model, processor, folder = exported
     plain, vocabulary = AutoModelForCausalLM.from_pretrained(folder).eval(), model.vocabulary
     codes = torch.randint(vocabulary.codebook_size, (9, vocabulary.num_levels))
@@ -121,7 +122,7 @@ def test_every_logit_is_ours(exported):
         torch.testing.assert_close(theirs[0, :, first : first + vocabulary.codebook_size], logits, atol=1e-5, rtol=1e-4)
 
 
-def test_the_readme_s_snippets_draw_a_picture_and_no_file_names_a_path(exported, monkeypatch, tmp_path):
+def test_the_snippets_of_the_readme_draw_an_image_and_no_file_contains_a_path(exported, monkeypatch, tmp_path):
     _, _, folder = exported
     for file in folder.rglob("*.*"):
         if file.suffix in (".json", ".md", ".jinja"):
@@ -134,8 +135,8 @@ def test_the_readme_s_snippets_draw_a_picture_and_no_file_names_a_path(exported,
 
 
 @pytest.mark.parametrize("offset", [3, 10, 14])
-def test_residual_rows_stand_at_their_ids_wherever_these_are(offset):
-    """Within the text's rows, behind them, and behind a gap, whose ids are never the likeliest."""
+def test_residual_rows_are_at_their_ids_for_any_offset(offset):
+    """Within the text rows, after them, and after a gap, whose ids are never the most likely."""
     text, residual, vocabulary = torch.randn(10, 4), torch.randn(2, 3, 4), ResidualVocabulary(offset, 2, 3)
     table = _table(text, residual, vocabulary)
     assert table.shape[0] == max(10, offset + 6)
@@ -146,7 +147,7 @@ def test_residual_rows_stand_at_their_ids_wherever_these_are(offset):
     assert set(logits.argmax(1).tolist()) <= {*outside, *range(offset, offset + 6)}
 
 
-def test_weights_may_be_rounded(exported, tmp_path):
+def test_weights_can_be_exported_in_bfloat16(exported, tmp_path):
     model = exported[2].parent / "model"
     arguments = ["export", str(model), "--format", "causal-lm", "--dtype", "bfloat16", "-o", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -156,7 +157,7 @@ def test_weights_may_be_rounded(exported, tmp_path):
         torch.testing.assert_close(a, b.float(), atol=0.02, rtol=0.02, msg=name)
 
 
-def test_the_snippet_draws_with_the_models_own_settings(tiny_backbone_folder, tiny_evotok_folder, tmp_path):
+def test_the_snippet_uses_the_settings_of_the_model(tiny_backbone_folder, tiny_evotok_folder, tmp_path):
     model, _ = write_flat_model(tiny_backbone_folder, tiny_evotok_folder, tmp_path / "model", "tied")
     own = {"guidance_scale": 2.0, "guidance_schedule": "cosine", "temperature": [0.5, 1.0, 1.0, 1.0], "min_p": 0.2}
     path = tmp_path / "model/generation_config.json"
@@ -170,7 +171,7 @@ def test_the_snippet_draws_with_the_models_own_settings(tiny_backbone_folder, ti
     assert saved == {"top_k": 0, "top_p": 1.0, **own}
 
 
-def test_a_depth_model_is_refused(tiny_mllm, tmp_path, capsys):
+def test_a_model_with_a_depth_transformer_is_rejected(tiny_mllm, tmp_path, capsys):
     model, processor = tiny_mllm
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -181,7 +182,7 @@ def test_a_depth_model_is_refused(tiny_mllm, tmp_path, capsys):
 # The tokenizer -----------------------------------------------------------------------------------------------
 
 
-def test_text_is_read_as_before_and_residual_tokens_as_themselves(exported):
+def test_text_is_tokenized_as_before_and_residual_tokens_as_themselves(exported):
     _, processor, folder = exported
     tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), processor.vocabulary
     for text in ("How many rings are there? Three <|image_start|>", "a <|evo", "naïve 12 <|evo:9:1|", " \n\n x"):
@@ -220,16 +221,16 @@ def test_residual_tokens_stay_whole_under_other_pre_tokenizers(pre_tokenizer):
     assert tokenizer("abc<|evo:3:129|><|evo:0:12|>12").input_ids[1:-1] == [300 + 4 * 130 - 1, 312]
 
 
-def test_tokenizers_that_would_tear_tokens_or_change_text_are_refused():
+def test_tokenizers_that_would_split_tokens_or_change_text_are_rejected():
     vocabulary = ResidualVocabulary(300, 2, 10)
-    with pytest.raises(ValueError, match="split residual tokens"):
+    with pytest.raises(UserError, match="split residual tokens"):
         with_residual_tokens(bpe(pre_tokenizers.Punctuation()), vocabulary)
     unreachable = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     facts = json.loads(unreachable.backend_tokenizer.to_str())
     facts["model"]["vocab"]["xyz"] = 299
     changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(facts)))
-    with pytest.raises(ValueError, match="1 words differently, e.g. 'xyz'"):
+    with pytest.raises(UserError, match="1 words differently, e.g. 'xyz'"):
         with_residual_tokens(changed, vocabulary)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(ValueError, match="WordLevel model"):
+    with pytest.raises(UserError, match="WordLevel model"):
         with_residual_tokens(words, vocabulary)

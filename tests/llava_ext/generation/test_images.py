@@ -25,7 +25,7 @@ def pixels(images):
     return [np.asarray(image, dtype=int) for image in images]
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_mllm):
+def test_an_image_depends_only_on_its_prompt_and_seed(tiny_mllm):
     model, processor = tiny_mllm
     together = model.generate_images(PROMPTS, processor, num_images=2, seed=[5, 6, 7, 8], batch_size=4)
     one_by_one = model.generate_images(PROMPTS, processor, num_images=2, seed=[5, 6, 7, 8], batch_size=1)
@@ -36,14 +36,14 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_mllm):
     assert (pixels(together)[2] != pixels(together)[3]).any()
 
 
-def test_guidance_one_is_the_conditional_model(tiny_mllm):
+def test_guidance_scale_1_equals_the_conditional_model(tiny_mllm):
     model, processor = tiny_mllm
     plain = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_scale=1.0))
     nearly = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_scale=1.0 + 1e-9))
     assert plain.shape == (2, 9, 4) and torch.equal(plain, nearly)
 
 
-def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
+def test_greedy_drawing_equals_teacher_forcing(tiny_mllm):
     """With temperature 0 every drawn code is the arg-max of the training-time logits given the codes before it."""
     model, processor = tiny_mllm
     codes = drawn(model, processor, PROMPTS[:1], [0], GREEDY)[0]
@@ -75,7 +75,7 @@ def test_drawing_equals_teacher_forcing_greedily(tiny_mllm):
         ({"prompt": "ring " * 33000}, "but the language model has"),
     ],
 )
-def test_bad_settings_are_refused(tiny_mllm, arguments, message):
+def test_bad_settings_are_rejected(tiny_mllm, arguments, message):
     model, processor = tiny_mllm
     with pytest.raises(UserError, match=message):
         model.generate_images(processor=processor, **arguments)
@@ -89,7 +89,7 @@ def test_progress_counts_positions(tiny_mllm):
 
 
 def naive_codes(model, processor, prompt, options, seed):
-    """One image with neither cache nor batch: both prompts again from their beginning at every position."""
+    """One image without a cache or a batch: both prompts are run from the start at every position."""
     options = options.completed()
     noise, written, codes = uniform_noise(seed, 9, 4), [], []
     for position in range(9):
@@ -123,23 +123,23 @@ def naive_codes(model, processor, prompt, options, seed):
         DrawingOptions(5.0, "linear", "a photo of a blue cross and nothing else that anyone could name"),
         DrawingOptions(2.0, "cosine", sampling=SamplingOptions([1.0, 0.5, 0.0, 2.0], [0, 5, 0, 3], 0.9, 0.01)),
     ],
-    ids=["plain", "linear, negative", "cosine, a setting a level"],
+    ids=["plain", "linear, negative", "cosine, a setting per level"],
 )
-def test_a_batch_draws_what_the_naive_loop_draws(tiny_mllm, options):
+def test_a_batch_equals_the_naive_loop(tiny_mllm, options):
     model, processor = tiny_mllm
     codes = drawn(model, processor, [*PROMPTS, PROMPTS[0]], [1, 2, 3], options)
     for row, (prompt, seed) in enumerate([(PROMPTS[0], 1), (PROMPTS[1], 2), (PROMPTS[0], 3)]):
         assert torch.equal(codes[row], naive_codes(model, processor, prompt, options, seed))
 
 
-def test_the_guidance_scale_rises_as_its_schedule_says():
+def test_the_guidance_scale_follows_its_schedule():
     scales = {name: [DrawingOptions(5.0, name).scale_at(step, 9) for step in (0, 2, 4, 8)] for name in SCHEDULES}
     assert scales["constant"] == [5.0] * 4
     assert scales["linear"] == [1.0, 2.0, 3.0, 5.0]
     assert scales["cosine"] == pytest.approx([1.0, 1 + 4 * 0.1464466, 3.0, 5.0])
 
 
-def test_previews_show_what_is_drawn_and_grey_elsewhere(tiny_mllm):
+def test_previews_are_gray_at_missing_positions(tiny_mllm):
     model, processor = tiny_mllm
     shown = []
     (whole,) = model.generate_images("a ring", processor, on_preview=shown.extend, preview_every=3)
@@ -150,7 +150,7 @@ def test_previews_show_what_is_drawn_and_grey_elsewhere(tiny_mllm):
         assert (abs(rows[: 16 * thirds] - 127.5) > 1).any()
 
 
-def test_pixels_are_what_the_images_show(tiny_mllm):
+def test_pixels_equal_the_images(tiny_mllm):
     model, processor = tiny_mllm
     pixels = model.generate_images(PROMPTS, processor, output_type="pt", batch_size=1)
     assert pixels.shape == (2, 3, 48, 48)
@@ -160,7 +160,7 @@ def test_pixels_are_what_the_images_show(tiny_mllm):
         np.testing.assert_allclose(np.asarray(image, int), np.asarray(expected, int), atol=1)
 
 
-def test_every_prompt_is_taken_in_once(tiny_mllm, monkeypatch):
+def test_every_prompt_is_run_once(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
     seen = []
     forward = model.language_model.forward
@@ -174,7 +174,7 @@ def test_every_prompt_is_taken_in_once(tiny_mllm, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
-def test_steps_that_are_all_alike_draw_the_same(tiny_mllm, options):
+def test_fixed_steps_draw_the_same(tiny_mllm, options):
     model, processor = tiny_mllm
     expected = drawn(model, processor, PROMPTS, [1, 2], options)
     assert torch.equal(drawn(model, processor, PROMPTS, [1, 2], options, use_graphs=True), expected)
@@ -182,7 +182,7 @@ def test_steps_that_are_all_alike_draw_the_same(tiny_mllm, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
-def test_recorded_steps_draw_the_same(tiny_mllm, options):
+def test_replayed_graphs_draw_the_same(tiny_mllm, options):
     model, processor = tiny_mllm
     model = copy.deepcopy(model).to("cuda")
     expected = drawn(model, processor, PROMPTS, [1, 2], options)
@@ -191,7 +191,7 @@ def test_recorded_steps_draw_the_same(tiny_mllm, options):
 
 
 @pytest.mark.parametrize("backbone", ["llama", "mistral", "qwen3"])
-def test_other_backbones_draw_alike_in_a_batch(
+def test_a_batch_equals_the_naive_loop_for_other_backbones(
     make_backbone, tiny_tokenizer_folder, tiny_evotok_folder, tmp_path, backbone
 ):
     from llava_ext.assembly import assemble

@@ -1,4 +1,4 @@
-"""Answers of text and images, against a naive loop that keeps no cache and takes one conversation at a time."""
+"""Answers with text and images, compared with a naive loop without a cache or a batch."""
 
 import copy
 
@@ -22,8 +22,8 @@ from llava_ext.generation import (
 ASKED = ["a photo of a ring", "What is a circle? And then, what is a square?", "draw"]
 
 
-class Inclined(torch.nn.Module):
-    """An output layer that adds to some tokens' logits."""
+class BiasedLayer(torch.nn.Module):
+    """An output layer that adds a bias to the logits."""
 
     def __init__(self, layer, bias):
         super().__init__()
@@ -35,14 +35,14 @@ class Inclined(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def talker(tiny_mllm):
-    """A model that is fond of images and never ends an answer of itself."""
+    """A model that often starts an image and never ends an answer by itself."""
     model, processor = tiny_mllm
     model = copy.deepcopy(model)
     spread = model.lm_head.weight.norm(dim=1).mean()
     bias = torch.randn(model.lm_head.weight.shape[0], generator=torch.Generator().manual_seed(4)) * spread
     bias[processor.image_start_id] = 4.1 * spread
     bias[model.generation_config.eos_token_id] = -1e9
-    model.lm_head = Inclined(model.lm_head, bias)
+    model.lm_head = BiasedLayer(model.lm_head, bias)
     return model.eval(), processor
 
 
@@ -55,7 +55,7 @@ def answer(model, processor, inputs, **options):
 
 
 def hidden_after(model, ids, pixel_values=None, drawn=()):
-    """The state behind ids (T,) and the first positions of an image, a list of codes (1, L): (1, D)."""
+    """Hidden state (1, D) after ids (T,) and the first positions of an image, a list of codes (1, L)."""
     embeddings, _ = model.embed_prompt(ids[None], torch.ones_like(ids)[None], pixel_values)
     if drawn:
         written = model.embed_written(torch.cat(drawn), torch.arange(len(drawn)))
@@ -64,7 +64,7 @@ def hidden_after(model, ids, pixel_values=None, drawn=()):
 
 
 def naive_image(model, processor, ids, drawing, seed, pixel_values=None):
-    """The residual ids of an image behind ids (T,)."""
+    """The residual ids of an image that follows ids (T,)."""
     drawing = drawing.completed()
     unprompted = processor.drawing_prompts([drawing.negative_prompt])["input_ids"][0]
     codebooks, drawn = model.vision_tower.quantizer.codebooks, []
@@ -78,7 +78,7 @@ def naive_image(model, processor, ids, drawing, seed, pixel_values=None):
 
 
 def naive(model, processor, ids, drawing, max_new_tokens, max_images, seed):
-    """The same answer step by step, everything recomputed at each."""
+    """The same answer step by step, with everything recomputed in each step."""
     prompt, count, images = ids, 0, 0
     while count < max_new_tokens:
         logits = model.lm_head(hidden_after(model, ids))[0]
@@ -105,7 +105,7 @@ DRAWINGS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=DRAWINGS)
-def test_a_batch_answers_as_the_naive_loop_does_one_by_one(talker, drawing):
+def test_a_batch_equals_the_naive_loop(talker, drawing):
     model, processor = talker
     inputs = asked(processor, ASKED)
     ids = answer(model, processor, inputs, drawing=drawing, max_new_tokens=6, max_images=2, seed=[3, 5, 9])
@@ -117,11 +117,11 @@ def test_a_batch_answers_as_the_naive_loop_does_one_by_one(talker, drawing):
         assert written[: len(expected)].tolist() == expected.tolist()
         assert (written[len(expected) :] == processor.pad_id).all()
         seen.add(tuple((expected == processor.image_start_id).nonzero().flatten().tolist()))
-    assert len(seen) > 1 and all(len(starts) == 2 for starts in seen)  # the rows did not draw in step
+    assert len(seen) > 1 and all(len(starts) == 2 for starts in seen)  # the rows did not draw in the same steps
 
 
-def test_rows_that_are_one_step_apart_draw_as_they_do_alone(talker):
-    """Sampled texts bring the rows' images to all distances from each other."""
+def test_rows_one_step_apart_draw_as_single_rows(talker):
+    """With sampled texts, images of the rows start at many different steps."""
     model, processor = talker
     settings = {"do_sample": True, "temperature": 0.03, "max_new_tokens": 8, "max_images": 2}
     texts = [ASKED[row % 3] for row in range(8)]
@@ -135,7 +135,7 @@ def test_rows_that_are_one_step_apart_draw_as_they_do_alone(talker):
         assert ids[row, : len(expected)].tolist() == expected.tolist()
 
 
-def test_rows_have_as_much_room_as_they_would_alone(talker, monkeypatch):
+def test_rows_have_the_same_room_as_single_rows(talker, monkeypatch):
     model, processor = talker
     inputs = asked(processor, ASKED)
     longest = int(inputs["attention_mask"].sum(dim=1).max())
@@ -149,8 +149,8 @@ def test_rows_have_as_much_room_as_they_would_alone(talker, monkeypatch):
         assert (ids[row, len(expected) :] == processor.pad_id).all()
 
 
-def test_prompts_of_one_length_with_images_in_some_are_answered_as_alone(talker):
-    """Where folding alone makes padding, it goes to the left as all other padding of prompts."""
+def test_prompts_of_equal_length_with_images_in_some_equal_single_rows(talker):
+    """Padding that only folding causes is on the left, like all other padding of prompts."""
     model, processor = talker
     drawn = processor.vocabulary.to_ids(torch.zeros(9, 4, dtype=torch.long)).flatten()
     before = processor("draw")["input_ids"][0]
@@ -163,7 +163,7 @@ def test_prompts_of_one_length_with_images_in_some_are_answered_as_alone(talker)
 
 
 @torch.no_grad()
-def test_an_image_in_the_prompt_and_one_as_the_answer(talker):
+def test_an_image_can_be_drawn_after_one_in_the_prompt(talker):
     model, processor = talker
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
     inputs = asked(processor, "<image>\nDraw it again.", [picture])
@@ -175,7 +175,7 @@ def test_an_image_in_the_prompt_and_one_as_the_answer(talker):
     assert written.tolist() == [processor.image_start_id, *forced, processor.image_end_id]
 
 
-def test_an_image_is_the_one_that_generate_images_draws(talker):
+def test_an_image_equals_that_of_generate_images(talker):
     model, processor = talker
     inputs = asked(processor, ASKED[0])
     events = list(model.stream(inputs, processor, AnswerOptions(image_first=True), seed=11))
@@ -184,7 +184,7 @@ def test_an_image_is_the_one_that_generate_images_draws(talker):
     np.testing.assert_allclose(np.asarray(drawn.image, int), np.asarray(expected, int), atol=1)
 
 
-def test_events_tell_the_whole_story_in_order(talker):
+def test_events_are_complete_and_in_order(talker):
     model, processor = talker
     options = AnswerOptions(max_new_tokens=5, max_images=2, preview_every=4)
     events = list(model.stream(asked(processor, ASKED[0]), processor, options))
@@ -192,12 +192,12 @@ def test_events_tell_the_whole_story_in_order(talker):
     image = [ImageStarted, ImagePreview, ImagePreview, ImageDrawn]
     assert kinds == [*image, *image, Finished]
     ids = events[-1].ids
-    said = "".join(event.text for event in events if isinstance(event, TextDelta))
-    assert said == processor.decode(ids, skip_special_tokens=True)
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    assert text == processor.decode(ids, skip_special_tokens=True)
     assert [event.positions for event in events if isinstance(event, ImagePreview)] == [4, 8, 4, 8]
 
 
-def test_parts_can_be_asked_about_in_the_next_turn(talker):
+def test_the_parts_of_an_answer_can_be_part_of_the_next_prompt(talker):
     model, processor = talker
     inputs = asked(processor, ASKED[0])
     ids = answer(model, processor, inputs, max_new_tokens=4, max_images=1)[0, inputs["input_ids"].shape[1] :]
@@ -213,7 +213,7 @@ def test_parts_can_be_asked_about_in_the_next_turn(talker):
     assert answer(model, processor, again, max_new_tokens=2, max_images=0).shape[1] == again["input_ids"].shape[1] + 2
 
 
-def test_text_alone_is_what_transformers_generates(talker):
+def test_text_without_images_equals_that_of_transformers(talker):
     model, processor = talker
     inputs = asked(processor, ASKED)
     expected = model.generate(
@@ -223,7 +223,7 @@ def test_text_alone_is_what_transformers_generates(talker):
     assert torch.equal(answer(model, processor, inputs, max_new_tokens=6, max_images=0), expected)
 
 
-def test_an_answer_ends_with_the_models_end_of_turn(talker):
+def test_an_answer_ends_with_the_models_end_token(talker):
     model, processor = talker
     inputs, start = asked(processor, ASKED[0]), asked(processor, ASKED[0])["input_ids"].shape[1]
     ids = answer(model, processor, inputs, max_new_tokens=8, max_images=0)[0, start:]
@@ -236,7 +236,7 @@ def test_an_answer_ends_with_the_models_end_of_turn(talker):
     assert cut.tolist() == ids[: ids.tolist().index(ending) + 1].tolist()
 
 
-def test_sampled_text_depends_on_its_seed_alone(talker):
+def test_sampled_text_depends_only_on_its_seed(talker):
     model, processor = talker
     settings = {"do_sample": True, "max_new_tokens": 6, "max_images": 0}
     inputs = asked(processor, ASKED)
@@ -247,8 +247,8 @@ def test_sampled_text_depends_on_its_seed_alone(talker):
     assert not torch.equal(one, answer(model, processor, alone, seed=7, **settings)[0, alone["input_ids"].shape[1] :])
 
 
-def test_a_drawn_image_in_the_prompt_is_gone_on_from(talker):
-    """The ids of an answer are a prompt again, residual tokens and all."""
+def test_generation_continues_after_a_drawn_image_in_the_prompt(talker):
+    """The ids of an answer, residual tokens included, can be a prompt."""
     model, processor = talker
     inputs = asked(processor, ASKED[0])
     whole = answer(model, processor, inputs, max_new_tokens=6, max_images=1)
@@ -270,13 +270,13 @@ def test_a_drawn_image_in_the_prompt_is_gone_on_from(talker):
         ({"drawing": DrawingOptions(sampling=SamplingOptions(top_k=[1, 2]))}, "top_k has 2 values, but 4 levels"),
     ],
 )
-def test_bad_settings_are_refused(talker, settings, message):
+def test_bad_settings_are_rejected(talker, settings, message):
     model, processor = talker
     with pytest.raises(UserError, match=message):
         answer(model, processor, asked(processor, "draw"), **settings)
 
 
-def test_a_conversation_longer_than_the_model_sees_is_refused(talker):
+def test_a_conversation_longer_than_the_context_is_rejected(talker):
     model, processor = talker
     limit = model.config.text_config.max_position_embeddings
     inputs = {"input_ids": torch.full((1, limit), 7)}
@@ -284,7 +284,7 @@ def test_a_conversation_longer_than_the_model_sees_is_refused(talker):
         answer(model, processor, inputs)
 
 
-def test_half_an_image_is_no_image(talker):
+def test_an_incomplete_image_is_rejected(talker):
     model, processor = talker
     ids = processor.vocabulary.to_ids(torch.zeros(9, 4, dtype=torch.long)).flatten()
     with pytest.raises(ValueError, match="9 positions with levels 0 to 3 each, got 35 residual tokens"):

@@ -1,4 +1,4 @@
-"""Settings of drawing in generation_config.json: written with every model, read wherever images are drawn."""
+"""Image generation settings in generation_config.json: saved with every model and used wherever images are drawn."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def rewrite(folder, **entries):
 
 @pytest.fixture
 def own_folder(model_folder, tmp_path):
-    """A model folder with settings of its own."""
+    """A model folder with its own settings."""
     folder = tmp_path / "own"
     shutil.copytree(model_folder, folder)
     rewrite(folder, image_generation=OWN)
@@ -49,7 +49,7 @@ def codes_of(model, processor, options=None, **settings):
     return list(model.draw_codes(["a ring"], processor, [3], options, **settings))[-1]
 
 
-def test_every_folder_holds_settings_and_keeps_its_own(model_folder, own_folder, tmp_path):
+def test_settings_are_saved_with_every_model_and_kept(model_folder, own_folder, tmp_path):
     assert settings_in(model_folder) == LIBRARY  # assembled and saved
     model, processor = load_model(own_folder)
     model.save_pretrained(tmp_path / "saved")
@@ -59,7 +59,7 @@ def test_every_folder_holds_settings_and_keeps_its_own(model_folder, own_folder,
     assert DrawingOptions().for_model(model) == AS_OPTIONS
 
 
-def test_models_without_settings_draw_with_the_documented_ones(model_folder, tmp_path):
+def test_models_without_settings_use_the_documented_defaults(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "old")
     rewrite(tmp_path / "old", image_generation=None)
     model, processor = load_model(tmp_path / "old")
@@ -70,13 +70,13 @@ def test_models_without_settings_draw_with_the_documented_ones(model_folder, tmp
     assert DrawingOptions().for_model(model).settings() == {**LIBRARY, "guidance_scale": 2.0, "negative_prompt": ""}
 
 
-def test_settings_count_in_files_that_say_they_come_from_a_model_config(own_folder):
-    """transformers reads only entries that it knows from such files; older model folders have them."""
+def test_settings_are_read_from_files_marked_as_from_a_model_config(own_folder):
+    """transformers drops unknown entries of such files, which older model folders have."""
     rewrite(own_folder, _from_model_config=True)
     assert DrawingOptions().for_model(load_model(own_folder)[0]) == AS_OPTIONS
 
 
-def test_everything_draws_with_the_models_own_settings(own_folder, tiny_mllm):
+def test_every_way_to_draw_uses_the_models_own_settings(own_folder, tiny_mllm):
     (model, processor), (other, _) = load_model(own_folder), tiny_mllm
     model.eval()
     expected = codes_of(other, processor, AS_OPTIONS)
@@ -107,7 +107,7 @@ def test_everything_draws_with_the_models_own_settings(own_folder, tiny_mllm):
     assert image.tobytes() == processor.image_processor.to_pil(model.vision_tower.decode_pixels(expected))[0].tobytes()
 
 
-def test_explicit_values_win_also_where_they_are_the_librarys(own_folder):
+def test_explicit_values_take_precedence_even_if_they_are_defaults(own_folder):
     model, processor = load_model(own_folder)
     model.eval()
     plain = SamplingOptions()
@@ -128,8 +128,8 @@ def test_explicit_values_win_also_where_they_are_the_librarys(own_folder):
     assert drawn.tobytes() == processor.image_processor.to_pil(model.vision_tower.decode_pixels(codes))[0].tobytes()
 
 
-def test_fields_of_text_keep_their_meaning(own_folder):
-    """Text is sampled as transformers' fields say, whatever the settings of drawing."""
+def test_settings_of_text_are_independent(own_folder):
+    """Text is sampled with transformers' settings, independently of the settings of drawing."""
     model, processor = load_model(own_folder)
     inputs, settings = processor("a ring"), {"do_sample": True, "max_new_tokens": 5}
     model.generation_config.temperature = 1e-3
@@ -154,7 +154,7 @@ def test_fields_of_text_keep_their_meaning(own_folder):
         ([], "expected a mapping"),
     ],
 )
-def test_broken_settings_in_a_file_are_named(own_folder, values, message):
+def test_invalid_settings_in_a_file_are_reported(own_folder, values, message):
     rewrite(own_folder, image_generation=values)
     with pytest.raises(UserError, match="generation_config.json: .*" + message):
         load_model(own_folder)
@@ -162,10 +162,10 @@ def test_broken_settings_in_a_file_are_named(own_folder, values, message):
         EvoTokLlavaForConditionalGeneration.from_pretrained(own_folder)
 
 
-def test_questionable_settings_of_a_backbone_do_not_keep_a_model_from_being_saved(
+def test_a_model_is_saved_despite_questionable_settings_of_its_backbone(
     tiny_backbone_folder, tiny_evotok_folder, tmp_path
 ):
-    """A temperature without do_sample stands in many published folders; transformers writes it back unchanged only."""
+    """Many published folders have a temperature without do_sample; transformers saves it only if nothing changed."""
     from llava_ext.assembly import assemble
 
     shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
@@ -176,7 +176,7 @@ def test_questionable_settings_of_a_backbone_do_not_keep_a_model_from_being_save
     assert saved["temperature"] == 0.7 and saved["image_generation"] == LIBRARY
 
 
-def test_commands_start_from_the_models_settings(own_folder, tmp_path, capsys):
+def test_commands_use_the_models_settings_as_defaults(own_folder, tmp_path, capsys):
     from llava_ext.cli import main
 
     folder = str(own_folder)

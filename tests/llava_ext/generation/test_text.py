@@ -1,4 +1,4 @@
-"""Text through transformers' `generate`: every way of running it must give the same tokens from the same images."""
+"""Text generation with transformers' `generate`: every way to run it gives the same tokens for the same images."""
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ NEW = {"max_new_tokens": 6, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def asked(any_mllm):
-    """A model with its processor, and four questions of two, no, one and two images, each image another one."""
+    """A model, its processor, and four questions with two, no, one and two images, all of them different."""
     model, processor = any_mllm
     rng = np.random.default_rng(3)
     images = [Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)) for _ in range(5)]
@@ -49,7 +49,7 @@ def first_logits(model, inputs, **settings):
 
 
 def test_images_change_the_answer(asked):
-    """What the other tests compare would be the same for any image otherwise."""
+    """Otherwise the other tests would pass with any image."""
     model, processor, questions, images = asked
     a, b = (processor(questions[2], images=[one]) for one in (images[2][0], images[3][0]))
     assert (first_logits(model, a) - first_logits(model, b)).abs().max() > 1e-3
@@ -67,7 +67,7 @@ def test_images_change_the_answer(asked):
     ],
     ids=["no cache", "cache unset", "static", "dynamic", "stop strings", "hidden states"],
 )
-def test_ways_to_generate_agree(asked, settings):
+def test_all_ways_to_generate_agree(asked, settings):
     model, processor, *_ = asked
     inputs = inputs_of(asked, [0, 1, 2, 3])
     if "tokenizer" in settings:
@@ -84,7 +84,7 @@ def test_ways_to_generate_agree(asked, settings):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_batch_answers_what_single_rows_do(asked, use_cache):
+def test_a_batch_equals_single_rows(asked, use_cache):
     model = asked[0]
     together = answers(model, inputs_of(asked, [0, 1, 2, 3]), use_cache=use_cache)
     assert together == [answers(model, inputs_of(asked, [row]))[0] for row in range(4)]
@@ -92,7 +92,7 @@ def test_a_batch_answers_what_single_rows_do(asked, use_cache):
 
 @pytest.mark.parametrize("settings", [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_every_copy_of_a_row_sees_its_images(asked, settings, use_cache):
+def test_every_copy_of_a_row_gets_its_images(asked, settings, use_cache):
     model = asked[0]
     expanded = first_logits(model, inputs_of(asked, [0, 1, 3]), use_cache=use_cache, **settings)
     single = torch.cat([first_logits(model, inputs_of(asked, [row])) for row in (0, 1, 3)])
@@ -100,7 +100,7 @@ def test_every_copy_of_a_row_sees_its_images(asked, settings, use_cache):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
-def test_beams_find_what_beams_over_single_rows_find(asked, settings):
+def test_beam_search_in_a_batch_equals_single_rows(asked, settings):
     model = asked[0]
     together = answers(model, inputs_of(asked, [0, 2, 1]), num_beams=3, **settings)
     assert together == [answers(model, inputs_of(asked, [row]), num_beams=3)[0] for row in (0, 2, 1)]
@@ -117,7 +117,7 @@ def test_cached_codes_are_expanded_like_images(asked):
         )
 
 
-def test_images_that_do_not_match_are_refused_expanded_or_not(asked):
+def test_a_wrong_number_of_images_is_rejected(asked):
     model, inputs = asked[0], inputs_of(asked, [0, 2])
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
@@ -127,15 +127,15 @@ def test_images_that_do_not_match_are_refused_expanded_or_not(asked):
         model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=inputs["pixel_values"])
 
 
-def test_prompt_lookup_answers_as_plain_decoding(asked):
+def test_prompt_lookup_equals_plain_decoding(asked):
     model, inputs = asked[0], inputs_of(asked, [0])
     assert answers(model, inputs, prompt_lookup_num_tokens=3, max_new_tokens=12) == answers(
         model, inputs, max_new_tokens=12
     )
 
 
-def test_a_conversation_goes_on_from_its_cache(asked):
-    """All ids and all images with the cache of the first turn: only the rest is computed, with its images."""
+def test_a_conversation_continues_from_its_cache(asked):
+    """All ids and images are given with the cache of the first turn; only the rest is computed, with its images."""
     model, processor, _, images = asked
     parts = [{"type": "image", "image": images[0][0]}, {"type": "text", "text": "What is it?"}]
     chat = [{"role": "user", "content": parts}]
@@ -150,8 +150,8 @@ def test_a_conversation_goes_on_from_its_cache(asked):
     assert answers(model, whole, past_key_values=cache) == answers(model, whole)
 
 
-def test_text_holds_no_image_tokens(any_mllm, monkeypatch):
-    """Whatever the model would like to write: each image token outweighs all others here."""
+def test_text_contains_no_image_tokens(any_mllm, monkeypatch):
+    """Even if the image tokens have the highest logits."""
     model, processor = any_mllm
     inputs, wanted = processor("a ring"), [processor.image_token_id, processor.image_start_id, processor.image_end_id]
     head = model.lm_head.forward
@@ -167,7 +167,7 @@ def test_text_holds_no_image_tokens(any_mllm, monkeypatch):
         assert not set(ids.tolist()) & set(wanted)
 
 
-def test_text_keeps_to_the_context(any_mllm, monkeypatch):
+def test_text_stays_within_the_context(any_mllm, monkeypatch):
     model, processor = any_mllm
     inputs = processor(["a ring", "a ring and a cross"])
     longest = int(inputs["attention_mask"].sum(dim=1).max())
@@ -179,7 +179,7 @@ def test_text_keeps_to_the_context(any_mllm, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    wide = {name: torch.nn.functional.pad(value, (9, 0)) for name, value in inputs.items()}  # padding takes no position
+    wide = {name: torch.nn.functional.pad(value, (9, 0)) for name, value in inputs.items()}  # padding has no position
     assert model.generate(**wide, max_new_tokens=3, do_sample=False, **never).shape[1] == longest + 12
     for limit in (longest, longest - 2):
         monkeypatch.setattr(model.config.text_config, "max_position_embeddings", limit)
@@ -200,7 +200,7 @@ def test_minus_one_position_means_no_limit(any_mllm, monkeypatch):
     assert len(model.generate_images("a ring", processor)) == 1
 
 
-def test_what_generate_returns_and_takes(any_mllm):
+def test_outputs_and_arguments_of_generate(any_mllm):
     model, processor = any_mllm
     inputs, seen = processor(["a ring", "two crosses and a ring"]), []
     wanted = {"output_hidden_states": True, "output_scores": True, "output_logits": True}
@@ -213,7 +213,7 @@ def test_what_generate_returns_and_takes(any_mllm):
         model.generate(**inputs, max_new_token=3)
 
 
-def test_forward_passes_keywords_on_and_refuses_unknown_ones(any_mllm):
+def test_forward_passes_keywords_on_and_rejects_unknown_ones(any_mllm):
     model, processor = any_mllm
     inputs = processor("a ring")
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_forward_passes_keywords_on_and_refuses_unknown_ones(any_mllm):
                 model(**inputs, **wrong)
 
 
-def test_attentions_come_from_eager_attention(tiny_backbone_folder, tiny_evotok_folder):
+def test_attentions_are_returned_with_eager_attention(tiny_backbone_folder, tiny_evotok_folder):
     from llava_ext.assembly import assemble
 
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2, attn_implementation="eager")
@@ -240,10 +240,10 @@ def test_attentions_come_from_eager_attention(tiny_backbone_folder, tiny_evotok_
     assert [a.shape for a in attentions] == [(1, 2, length, length)] * 2
 
 
-def test_a_folder_without_generation_config_and_a_cache_switched_off(any_mllm, tmp_path):
+def test_a_folder_without_generation_config_and_with_the_cache_disabled(any_mllm, tmp_path):
     model, processor = any_mllm
     inputs = processor("<image>\nWhat is it?", images=[Image.new("RGB", (48, 48), (200, 0, 0))])
-    model.config.text_config.use_cache = model.config.use_cache = False  # as Trainer leaves it
+    model.config.text_config.use_cache = model.config.use_cache = False  # as after training with Trainer
     model.save_pretrained(tmp_path)
     assert '"use_cache": false' not in (tmp_path / "config.json").read_text()
     (tmp_path / "generation_config.json").unlink()
@@ -259,8 +259,7 @@ def test_a_folder_without_generation_config_and_a_cache_switched_off(any_mllm, t
 
 @pytest.fixture
 def in_training(tiny_backbone_folder, tiny_evotok_folder):
-    """A model of its own in training mode whose attention drops nearly everything, with one frozen part in evaluation
-    mode."""
+    """A separate model in training mode with a high attention dropout; one frozen part is in evaluation mode."""
     from llava_ext.assembly import assemble
 
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
@@ -275,7 +274,7 @@ def modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
-def test_threads_draw_and_answer_from_a_model_in_training(in_training):
+def test_threads_can_draw_and_answer_with_a_model_in_training_mode(in_training):
     model, processor = in_training
     before, prompt = modes(model), processor("a ring")
 
@@ -286,20 +285,20 @@ def test_threads_draw_and_answer_from_a_model_in_training(in_training):
         return [event.ids.tolist() for event in model.stream(prompt, processor) if isinstance(event, Finished)]
 
     with ThreadPoolExecutor(4) as pool:
-        drawn, said = list(pool.map(draw, range(6))), list(pool.map(answer, range(3)))
+        drawn, answered = list(pool.map(draw, range(6))), list(pool.map(answer, range(3)))
     assert modes(model) == before and before["language_model"] and not before["read_projector"]
     model.eval()
     for seed, image in enumerate(drawn):
         torch.testing.assert_close(image, draw(seed))
-    assert said == [answer(0)] * 3
+    assert answered == [answer(0)] * 3
 
 
-def test_an_answer_that_waits_leaves_the_mode_alone(in_training):
+def test_an_unfinished_answer_does_not_change_the_mode(in_training):
     model, processor = in_training
     events = model.stream(processor("a ring"), processor)
     next(events)
     assert model.training and model.language_model.training
-    model.language_model.layers[0].forward = model.language_model.layers[0].forward  # as hooks of accelerate do
+    model.language_model.layers[0].forward = model.language_model.layers[0].forward  # as accelerate's hooks do
     with pytest.raises(UserError, match="call model.eval\\(\\) before drawing"):
         model.generate_images("a ring", processor)
 

@@ -36,7 +36,7 @@ def test_parameters_and_model_states_are_those_of_a_real_run(recipe, model_folde
     assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, gradients, averages)
 
 
-def test_a_model_that_has_not_been_assembled_is_counted_alike(recipe, tiny_mllm):
+def test_the_count_of_a_model_to_be_assembled_is_that_of_the_model(recipe, tiny_mllm):
     model, _ = tiny_mllm
     counted = sum(every for every, _ in estimate_run(str(recipe), {}, 1).parameters.values())
     added = model.lm_head.out_features - 436  # rows for the tokenizer, unknown to the configuration

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from stage_runs import losses, prepared_config, run, run_forked, stage_exit, write_recipe
 
+from evotok_plugin.errors import UserError
 from llava_ext.assembly import assemble
 from llava_ext.cli import main
 from llava_ext.model_folder import load_model
@@ -97,7 +98,7 @@ def test_adapters_and_their_checkpoints_hold_only_trained_parameters(lora_run):
     assert state.stat().st_size < 0.5 * merged
 
 
-def test_peft_alone_reads_the_adapter_folder(lora_run, base):
+def test_peft_alone_can_read_the_adapter_folder(lora_run, base):
     from peft import PeftModel
 
     model, _ = load_model(base)
@@ -124,7 +125,7 @@ def test_merge_rejects_another_base(lora_run, base, tmp_path, row):
     with torch.no_grad():
         other.language_model.layers[0].mlp.up_proj.weight[row] += 1
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="trained on .* with other weights than those in"):
+    with pytest.raises(UserError, match="trained on .* with other weights than those in"):
         merge(tmp_path / "other", lora_run / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -136,7 +137,7 @@ def test_merge_compares_an_adapter_of_an_earlier_version_by_its_fingerprint(lora
     (tmp_path / "adapter" / "base.json").write_text(json.dumps(facts))
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "adapter" / "base.json").write_text(json.dumps({**facts, "fingerprint": "0" * 64}))
-    with pytest.raises(ValueError, match="with other weights than those in"):
+    with pytest.raises(UserError, match="with other weights than those in"):
         merge(base, tmp_path / "adapter", tmp_path / "again")
 
 
@@ -147,7 +148,7 @@ def test_merge_rejects_an_adapter_that_lacks_a_parameter(lora_run, base, tmp_pat
     tensors = load_file(tmp_path / "cut" / "adapter_model.safetensors")
     del tensors[f"base_model.model.{QUERY}.lora_A.weight"]
     save_file(tensors, tmp_path / "cut" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="q_proj.lora_A"):
+    with pytest.raises(UserError, match="q_proj.lora_A"):
         merge(base, tmp_path / "cut", tmp_path / "merged")
 
 
@@ -166,7 +167,7 @@ def test_lora_from_a_causal_lm_can_be_merged_with_its_tokenizer(
     overrides = {**LORA, "model_name_or_path": str(tiny_backbone_folder), "max_steps": 2}
     run_forked(run, recipe, tmp_path / "run", overrides)
     adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
-    with pytest.raises(ValueError, match="pass --vision_tower"):
+    with pytest.raises(UserError, match="pass --vision_tower"):
         merge(tiny_backbone_folder, adapter, merged)
     merge(tiny_backbone_folder, adapter, merged, tiny_evotok_folder)
     for name, tensor in weights(tmp_path / "run").items():
@@ -195,7 +196,7 @@ def test_qlora_keeps_the_backbone_in_four_bits_and_nothing_else(recipe, tmp_path
 
 def test_qlora_writes_an_adapter_that_can_be_merged_into_the_unquantized_base(qlora_run, base, tmp_path):
     assert not (qlora_run / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="holds an adapter.*evotok-llava merge"):
+    with pytest.raises(UserError, match="holds an adapter.*evotok-llava merge"):
         load_model(qlora_run / "adapter")
     merge(base, qlora_run / "adapter", tmp_path / "merged")
     adapter, before, after = (
@@ -220,6 +221,13 @@ def test_zero3_that_would_save_no_weights_is_rejected(recipe, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(settings))
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--deepspeed", str(tmp_path / "own.json")])
     assert code == 2 and "without stage3_gather_16bit_weights_on_model_save" in line
+
+
+def test_a_deepspeed_configuration_that_contradicts_the_settings_is_rejected(recipe, tmp_path):
+    settings = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 3}
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", ["--deepspeed", str(tmp_path / "own.json")])
+    assert code == 2 and "train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=4" in line
 
 
 # ZeRO-3 ------------------------------------------------------------------------------------------------------

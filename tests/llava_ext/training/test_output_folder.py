@@ -177,7 +177,7 @@ def test_a_changed_setting_is_rejected_with_both_values(recipe, finished, change
 def test_a_run_without_its_recipe_warns_that_settings_are_not_compared(recipe, finished, caplog):
     config = prepared_config(recipe, {**PLAIN, "output_dir": str(finished)})
     (finished / "recipe.yaml").write_text("learning_rate: [")
-    with pytest.raises(ValueError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
+    with pytest.raises(UserError, match="recipe.yaml cannot be read as settings.*a finished run.*--overwrite true"):
         plan_output(config, {}, RunShape(1))
     (finished / "recipe.yaml").unlink()
     assert plan_output(config, {}, RunShape(1)).finished_steps == 2
@@ -215,7 +215,7 @@ def test_other_images_with_the_same_names_are_rejected(recipe, scene_folder, tmp
     data.write_text(json.dumps(rows))
     settings = {**PLAIN, "data_path": [str(data)], "code_cache": str(tmp_path / "codes")}
     run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[0])})
-    with pytest.raises(RuntimeError, match="images: 8 looked at before, 8 of them with other content"):
+    with pytest.raises(RuntimeError, match="images: 8 compared before, 8 of them with other content"):
         run_forked(run, recipe, tmp_path / "run", {**settings, "image_folder": str(folders[1]), "max_steps": 3})
     folders[0].rename(tmp_path / "moved")
     moved = {**settings, "image_folder": str(tmp_path / "moved"), "max_steps": 3}

@@ -46,7 +46,7 @@ def test_every_setting_has_a_rule_for_resuming():
     ],
 )
 def test_a_setting_without_effect_is_rejected(name, value):
-    with pytest.raises(ValueError, match=f"{name}=.* has no effect in a stage: "):
+    with pytest.raises(UserError, match=f"{name}=.* has no effect in a stage: "):
         settings.stage_values("finetune", {name: value})
 
 
@@ -64,10 +64,10 @@ def test_a_default_may_be_given(given):
     settings.stage_values("finetune", given)
 
 
-def test_flags_of_adapters_need_adapters():
-    with pytest.raises(ValueError, match="--lora_r has no effect without --lora_enable true"):
+def test_adapter_flags_require_adapters():
+    with pytest.raises(UserError, match="--lora_r has no effect without --lora_enable true"):
         settings.stage_values("finetune", {"lora_r": "8"})
-    with pytest.raises(ValueError, match="--quant_type has no effect without --bits 4"):
+    with pytest.raises(UserError, match="--quant_type has no effect without --bits 4"):
         settings.stage_values("finetune_lora", {"quant_type": "fp4"})
     assert settings.stage_values("finetune_qlora", {"quant_type": "fp4", "lora_r": "8"})["lora_r"] == 8
 
@@ -91,7 +91,7 @@ def test_flags_of_adapters_need_adapters():
     ],
 )
 def test_a_flag_that_another_flag_makes_ineffective_is_rejected(given, message):
-    with pytest.raises(ValueError, match=message.replace(" .* ", " has no effect .*")):
+    with pytest.raises(UserError, match=message.replace(" .* ", " has no effect .*")):
         settings.stage_values("finetune", given)
 
 
@@ -231,14 +231,14 @@ def test_flags_of_llava_are_translated_ignored_with_a_notice_or_rejected():
         ("overwrite_output_dir", "True", "--overwrite true"),
         ("evaluation_strategy", "steps", "evaluate.sh"),
     ]:
-        with pytest.raises(ValueError, match=f"--{flag} {value} of LLaVA is not supported; instead: .*{instead}"):
+        with pytest.raises(UserError, match=f"--{flag} {value} of LLaVA is not supported; instead: .*{instead}"):
             translate([f"--{flag}", value], notices.append)
 
 
 def test_an_unknown_flag_suggests_the_nearest():
-    with pytest.raises(ValueError, match="--learnin_rate; did you mean --learning_rate"):
+    with pytest.raises(UserError, match="--learnin_rate; did you mean --learning_rate"):
         parse(["--recipe", "finetune", "--learnin_rate", "3"])
-    with pytest.raises(ValueError, match="unrecognized arguments: --learning"):  # abbreviations are not accepted
+    with pytest.raises(UserError, match="unrecognized arguments: --learning"):  # abbreviations are not accepted
         parse(["--recipe", "finetune", "--learning", "3"])
     assert parse(["--recipe", "finetune", "--version", "v1", "--seed", "3"]) == ("finetune", {"seed": "3"})
 
@@ -248,11 +248,11 @@ def test_reporters_are_checked_first(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(ValueError, match="wandb (has no API key|is not installed)"):
+    with pytest.raises(UserError, match="wandb (has no API key|is not installed)"):
         check_reporting({"report_to": ["tensorboard", "wandb"]})
-    with pytest.raises(ValueError, match="unknown reporter 'tensorbord'"):
+    with pytest.raises(UserError, match="unknown reporter 'tensorbord'"):
         check_reporting({"report_to": "tensorbord"})
     monkeypatch.setattr("evotok_plugin.training.reporters.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb"):
-        with pytest.raises(ValueError, match=f"{name} is not installed: `pip install {name}`"):
+        with pytest.raises(UserError, match=f"{name} is not installed: `pip install {name}`"):
             check_reporters([name])

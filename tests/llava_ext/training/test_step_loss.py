@@ -137,7 +137,7 @@ def test_deepspeed_averages_exactly_once(recipe, mixed, joint, cut):
     assert lines[0]["loss"] == pytest.approx(joint[1]["loss"], abs=1e-4)
 
 
-def test_loss_weights_weigh_the_means(recipe, mixed):
+def test_loss_weights_scale_the_means(recipe, mixed):
     weights = {**mixed, "text_loss_weight": 0.5, "image_loss_weight": 2.0}
     expected, losses = run_forked(gradient_of_the_joint_batch, recipe, weights)
     found, lines = run_forked(gradient_of_a_step, recipe, {**weights, **step_overrides("4 x 2")})
@@ -147,8 +147,8 @@ def test_loss_weights_weigh_the_means(recipe, mixed):
 
 def test_a_step_without_drawings_on_any_process(recipe, scene_folder, tmp_path):
     """A mean over no image positions must not become NaN."""
-    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-    (tmp_path / "text.json").write_text(json.dumps([{"conversations": said}, {"conversations": said}]))
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}, {"conversations": turns}]))
     overrides = {"data_path": [str(tmp_path / "text.json")], "tune_image_head": "false", "tune_projectors": "false"}
     expected, losses = run_forked(gradient_of_the_joint_batch, recipe, overrides)
     found, lines = run_forked(gradient_of_a_step, recipe, {**overrides, "per_device_train_batch_size": 1}, world_size=2)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from stage_runs import exit_codes_when, losses, run, run_forked, stage_exit, start_forked, write_recipe
 
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.errors import UserError
 from llava_ext.model_folder import load_model
 from llava_ext.training import checkpoints as checkpoints_module
 from llava_ext.training.checkpoints import (
@@ -97,9 +98,9 @@ def assert_same_end(one, other):
         torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
-def cut_after(whole, output, step):
+def cut_after(complete, output, step):
     """Copy a run in its state after a step, without later checkpoints and the finished model."""
-    shutil.copytree(whole, output)
+    shutil.copytree(complete, output)
     for folder in checkpoints(output):
         if int(folder.name.split("-")[1]) > step:
             shutil.rmtree(folder)
@@ -116,19 +117,19 @@ def cut_after(whole, output, step):
 @pytest.mark.parametrize("method", BY_METHOD)
 def test_a_resumed_run_equals_the_uninterrupted_one(method, recipe, uninterrupted, tmp_path):
     settings = {**LONG, **METHODS[method]}
-    whole = uninterrupted(settings)
-    assert json.loads((whole / "checkpoint-8" / "trainer_state.json").read_text())["epoch"] > 1
-    cut_after(whole, tmp_path / "resumed", step=8)
+    complete = uninterrupted(settings)
+    assert json.loads((complete / "checkpoint-8" / "trainer_state.json").read_text())["epoch"] > 1
+    cut_after(complete, tmp_path / "resumed", step=8)
     run_forked(run, recipe, tmp_path / "resumed", settings)
-    assert_same_end(whole, tmp_path / "resumed")
+    assert_same_end(complete, tmp_path / "resumed")
 
 
 def test_a_resumed_packed_run_equals_the_uninterrupted_one(recipe, uninterrupted, tmp_path):
     settings = {**LONG, **METHODS["zero2"], "packing": True, "per_device_train_batch_size": 1}
-    whole = uninterrupted(settings)
-    cut_after(whole, tmp_path / "resumed", step=8)
+    complete = uninterrupted(settings)
+    cut_after(complete, tmp_path / "resumed", step=8)
     run_forked(run, recipe, tmp_path / "resumed", settings)
-    assert_same_end(whole, tmp_path / "resumed")
+    assert_same_end(complete, tmp_path / "resumed")
 
 
 @pytest.mark.slow
@@ -137,10 +138,10 @@ def test_a_resumed_run_of_two_processes_with_data_workers_equals_the_uninterrupt
     method, recipe, uninterrupted, tmp_path
 ):
     settings = {**LONG, **METHODS[method], "per_device_train_batch_size": 8, "dataloader_num_workers": 1}
-    whole = uninterrupted(settings, world_size=2)
-    cut_after(whole, tmp_path / "resumed", step=8)
+    complete = uninterrupted(settings, world_size=2)
+    cut_after(complete, tmp_path / "resumed", step=8)
     run_forked(run, recipe, tmp_path / "resumed", settings, world_size=2)
-    assert_same_end(whole, tmp_path / "resumed")
+    assert_same_end(complete, tmp_path / "resumed")
 
 
 def test_a_run_with_all_its_steps_only_publishes_the_model(recipe, tmp_path):
@@ -186,8 +187,8 @@ def test_a_stopped_run_saves_its_step_and_resumes_from_it(recipe, tmp_path, numb
     assert not (tmp_path / "run" / "finished.json").exists()
     load_model(saved)
     run_forked(run, recipe, tmp_path / "run", settings)
-    run_forked(run, recipe, tmp_path / "whole", settings)
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    run_forked(run, recipe, tmp_path / "complete", settings)
+    assert_same_end(tmp_path / "complete", tmp_path / "run")
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(recipe, tmp_path):
@@ -243,8 +244,8 @@ def test_a_run_killed_repeatedly_equals_the_uninterrupted_one(recipe, tmp_path):
         ranks[0].kill()
         ranks[0].join()
     run_forked(run, recipe, tmp_path / "killed", settings)
-    run_forked(run, recipe, tmp_path / "whole", {**settings, "code_cache": str(tmp_path / "whole_codes")})
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    run_forked(run, recipe, tmp_path / "complete", {**settings, "code_cache": str(tmp_path / "complete_codes")})
+    assert_same_end(tmp_path / "complete", tmp_path / "killed")
 
 
 def write_checkpoint(folder, files=("model.safetensors",)):
@@ -288,7 +289,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-2")
     finish_checkpoint(tmp_path / "checkpoint-2", RunShape(1), ALONE, None)
     (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="was complete and has been changed.*--overwrite true"):
+    with pytest.raises(UserError, match="was complete and has been changed.*--overwrite true"):
         find_resumable(tmp_path, RunShape(1))
 
 

@@ -12,7 +12,9 @@ import yaml
 from safetensors.torch import load_file
 from stage_runs import losses, run, run_forked, stage_exit, write_recipe
 
+from evotok_plugin.errors import UserError
 from llava_ext.model_folder import load_model
+from llava_ext.training import train
 from llava_ext.training.checkpoints import MARKER, RunShape, find_resumable, finished_facts, is_complete
 
 
@@ -67,12 +69,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, recipe, tmp_path):
 
 
 def test_another_number_of_processes_is_rejected_with_a_remedy(finished):
-    with pytest.raises(ValueError, match="written by 1 processes .* NPROC=1"):
+    with pytest.raises(UserError, match="written by 1 processes .* NPROC=1"):
         find_resumable(finished, RunShape(2, 2))
 
 
 def test_a_checkpoint_of_another_engine_is_rejected(finished):
-    with pytest.raises(ValueError, match="zero_stage 2 and cannot be resumed with 3"):
+    with pytest.raises(UserError, match="zero_stage 2 and cannot be resumed with 3"):
         find_resumable(finished, RunShape(1, 3))
 
 
@@ -130,8 +132,43 @@ def test_an_unknown_recipe_key_suggests_the_nearest(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text()) | {"learning_rat": 1}
     path = tmp_path / "typo.yaml"
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match="unknown key 'learning_rat'; did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match="unknown key 'learning_rat'; did you mean 'learning_rate'"):
         run(path, tmp_path / "out")
+
+
+def test_a_user_error_has_a_traceback_with_debug(capsys):
+    assert train.main(["--recipe", "no_such_recipe"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert train.main(["--recipe", "no_such_recipe", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: unknown recipe 'no_such_recipe'")
+
+
+def test_an_unsupported_flag_of_llava_is_a_user_error(capsys):
+    assert train.main(["--recipe", "finetune", "--pretrain_mm_mlp_adapter", "x.bin"]) == 2
+    assert "error: --pretrain_mm_mlp_adapter x.bin of LLaVA is not supported" in capsys.readouterr().err
+
+
+def test_other_exceptions_than_user_errors_are_not_caught(monkeypatch):
+    def fail(recipe, overrides):
+        raise ValueError(f"{recipe} {overrides}")
+
+    monkeypatch.setattr(train, "run_stage", fail)
+    with pytest.raises(ValueError, match="finetune {'seed': '3'}"):
+        train.main(["--recipe", "finetune", "--seed", "3", "--version", "v1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim", "adafactorr"], "adafactorr"),
+        (["--attn_implementation", "fast"], "fast"),
+        (["--lr_scheduler_kwargs", "{nonsense: 1}"], "lr_scheduler_kwargs {'nonsense': 1}: "),
+    ],
+)
+def test_values_that_a_library_rejects_are_reported_in_one_line(recipe, tmp_path, flags, message):
+    code, line = run_forked(stage_exit, recipe, tmp_path / "out", [*flags, "--deepspeed", "none"])
+    assert code == 2 and line.startswith("error: ") and message in line
 
 
 def test_broken_images_are_counted_named_and_limited(recipe, scene_folder, tmp_path):

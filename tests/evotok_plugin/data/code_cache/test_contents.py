@@ -1,4 +1,4 @@
-"""A code cache gives an image the codes of its own content, whatever its name and wherever it lies."""
+"""A code cache identifies images by their content, whatever their names and locations."""
 
 import io
 import json
@@ -14,24 +14,18 @@ from PIL import Image
 
 from evotok_plugin.cli import main
 from evotok_plugin.data import images
+from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.data.code_cache import encode as encoding
-from evotok_plugin.data.code_cache.cache import CodeCache
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.code_cache.ledger import Ledger
 from evotok_plugin.data.code_cache.shards import Shard
 from evotok_plugin.data.files import stamp_of
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import FileSource, open_source, open_sources
+from evotok_plugin.errors import UserError
+from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.metrics.inception import StatisticsCache
-from evotok_plugin.tokenizer_folder import open_tokenizer
 
 SIZE = 48
-
-
-@pytest.fixture(scope="module")
-def model(tiny_evotok_folder):
-    return open_tokenizer(str(tiny_evotok_folder), "cpu")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +35,7 @@ def own_caches(tmp_path_factory, monkeypatch, caplog):
 
 
 def png(seed: int) -> bytes:
-    """Noise of its own, in as many bytes for every seed."""
+    """Noise that depends on the seed, in a file whose size does not."""
     content = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(content, "bmp")
@@ -67,14 +61,14 @@ def expected(model, content: bytes) -> list:
 
 
 def assert_codes(cache: CodeCache, model, seeds) -> None:
-    """The images of this number order have the codes of these seeds, in the cache of their folder."""
+    """Check that image number n has the codes of the n-th seed."""
     for number, seed in enumerate(seeds):
         assert cache.codes(f"{number:02d}.bmp").tolist() == expected(model, png(seed)), number
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many images have been encoded for a cache."""
+    """A function that returns the number of images encoded so far."""
     seen, encode = [], encoding.codes_of
     monkeypatch.setattr(encoding, "codes_of", lambda pixels, model: seen.append(len(pixels)) or encode(pixels, model))
     return lambda: sum(seen)
@@ -92,7 +86,7 @@ def test_two_folders_with_equal_names_keep_their_codes(model, tmp_path):
     both = CodeCache(codes)
     assert len(both) == 20 and sorted(both.keys()) == sorted([f"{n:02d}.bmp" for n in range(10)] * 2)
     assert "03.bmp" in both and both.covers(["03.bmp"]) and both.verify() == []
-    with pytest.raises(ValueError, match=r"2 different images of the name '03.bmp', of several folders.*source=\.\.\."):
+    with pytest.raises(UserError, match=r"2 different images named '03.bmp', from several folders.*source=\.\.\."):
         both.codes("03.bmp")
 
 
@@ -116,7 +110,7 @@ def test_shards_of_equal_names_keep_their_codes(model, tmp_path):
         assert [cache.codes(f"0/{n}").tolist() for n in range(3)] == [expected(model, png(seed)) for seed in seeds]
 
 
-def test_rows_of_two_data_sets_keep_their_codes(model, tmp_path):
+def test_rows_of_two_datasets_keep_their_codes(model, tmp_path):
     datasets = pytest.importorskip("datasets")
     for name, seeds in (("a", range(3)), ("b", range(10, 13))):
         datasets.Dataset.from_dict({"image": [png(seed) for seed in seeds]}).save_to_disk(str(tmp_path / name))
@@ -128,24 +122,24 @@ def test_rows_of_two_data_sets_keep_their_codes(model, tmp_path):
 # Changed, moved, repaired ------------------------------------------------------------------------------------
 
 
-def test_only_changed_images_are_encoded_again(model, tmp_path, counted, caplog):
-    folder = write(tmp_path / "a", range(20))
-    encode(tmp_path / "codes", folder, model)
-    assert f"code cache {tmp_path / 'codes'}: holds 0 images, 0 of 20 of this source; 20 to look at" in caplog.messages
+def test_only_changed_images_are_reencoded(model, tmp_path, counted, caplog):
+    folder, codes = write(tmp_path / "a", range(20)), tmp_path / "codes"
+    encode(codes, folder, model)
+    assert f"code cache {codes} contains 0 images, 0 of 20 from this source; 20 to read" in caplog.messages
     write(folder, [91, 92, 93], first=0)
     before = counted()
-    cache = encode(tmp_path / "codes", folder, model)
+    cache = encode(codes, folder, model)
     assert counted() - before == 3
-    assert f"code cache {tmp_path / 'codes'}: holds 20 images, 17 of 20 of this source; 3 to look at" in caplog.messages
+    assert f"code cache {codes} contains 20 images, 17 of 20 from this source; 3 to read" in caplog.messages
     assert "re-encoded 3 of 20 images whose content changed" in caplog.messages
-    for opened in (cache, CodeCache(tmp_path / "codes")):
+    for opened in (cache, CodeCache(codes)):
         assert len(opened) == 20 == len(set(opened.keys()))
         assert_codes(opened, model, [91, 92, 93, *range(3, 20)])
-    encode(tmp_path / "codes", folder, model)
-    assert f"code cache {tmp_path / 'codes'} holds all 20 images already" in caplog.messages
+    encode(codes, folder, model)
+    assert f"code cache {codes} already contains all 20 images" in caplog.messages
 
 
-def test_a_replacement_of_the_same_size_and_time_is_noticed(model, tmp_path):
+def test_a_replacement_of_the_same_size_and_time_is_detected(model, tmp_path):
     folder = write(tmp_path / "a", range(3))
     encode(tmp_path / "codes", folder, model)
     facts = os.stat(folder / "01.bmp")
@@ -155,7 +149,7 @@ def test_a_replacement_of_the_same_size_and_time_is_noticed(model, tmp_path):
     assert_codes(encode(tmp_path / "codes", folder, model), model, [0, 77, 2])
 
 
-def test_swapped_images_are_recognized_and_swapped(model, tmp_path, counted):
+def test_swapped_images_are_recognized(model, tmp_path, counted):
     folder = write(tmp_path / "a", range(4))
     encode(tmp_path / "codes", folder, model)
     write(folder, [1, 0])
@@ -165,7 +159,7 @@ def test_swapped_images_are_recognized_and_swapped(model, tmp_path, counted):
     assert counted() == before
 
 
-def test_touched_copied_and_moved_images_are_not_encoded_again(model, tmp_path, counted, caplog):
+def test_touched_copied_and_moved_images_are_not_reencoded(model, tmp_path, counted, caplog):
     folder, codes = write(tmp_path / "a", range(10)), tmp_path / "codes"
     encode(codes, folder, model)
     before = counted()
@@ -182,7 +176,7 @@ def test_touched_copied_and_moved_images_are_not_encoded_again(model, tmp_path, 
     assert not any("whose content changed" in message for message in caplog.messages)
 
 
-def test_other_names_for_known_images_are_names_in_the_cache(model, tmp_path, counted):
+def test_known_images_can_have_new_names(model, tmp_path, counted):
     folder = write(tmp_path / "data" / "a", range(4))
     encode(tmp_path / "codes", folder, model)
     before = counted()
@@ -193,7 +187,7 @@ def test_other_names_for_known_images_are_names_in_the_cache(model, tmp_path, co
     assert cache.size_of("a/02.bmp") == (50, 60) and cache.verify() == []
 
 
-def test_repaired_images_are_noticed_and_others_not_tried_again(model, tmp_path, monkeypatch):
+def test_repaired_images_are_encoded_and_other_broken_ones_not_retried(model, tmp_path, monkeypatch):
     folder, codes = write(tmp_path / "a", range(5)), tmp_path / "codes"
     for name in ("01.bmp", "03.bmp"):
         (folder / name).write_bytes(b"not an image")
@@ -215,14 +209,14 @@ def test_an_image_that_breaks_loses_its_codes(model, tmp_path):
     (folder / "01.bmp").write_bytes(b"not an image")
     for cache in (encode(codes, folder, model), CodeCache(codes)):
         assert list(cache.broken) == ["01.bmp"] and len(cache) == 2
-        with pytest.raises(ValueError, match="'01.bmp'; it is broken"):
+        with pytest.raises(UserError, match="'01.bmp'; it is broken"):
             cache.codes("01.bmp")
     os.remove(folder / "02.bmp")
     missing = FileSource(folder, ["00.bmp", "02.bmp"])
     assert "does not exist" in encode(codes, missing, model).broken["02.bmp"]
 
 
-def test_known_images_whose_codes_are_deleted_are_encoded(model, tmp_path, counted, caplog):
+def test_known_images_are_encoded_after_their_codes_were_deleted(model, tmp_path, counted, caplog):
     folder, codes = write(tmp_path / "a", range(7)), tmp_path / "codes"
     encode(codes, folder, model)
     folder.rename(tmp_path / "b")
@@ -235,7 +229,7 @@ def test_known_images_whose_codes_are_deleted_are_encoded(model, tmp_path, count
     assert_codes(CodeCache(codes), model, range(7))
 
 
-def test_images_with_one_content_may_have_several_names(model, tmp_path):
+def test_identical_images_can_have_several_names(model, tmp_path):
     folder = write(tmp_path / "a", [1, 1, 2, 1])
     for _ in range(2):
         cache = encode(tmp_path / "codes", folder, model)
@@ -243,7 +237,7 @@ def test_images_with_one_content_may_have_several_names(model, tmp_path):
         assert_codes(cache, model, [1, 1, 2, 1])
 
 
-def test_a_resumed_run_and_an_uninterrupted_one_hold_the_same(model, tmp_path):
+def test_a_resumed_run_writes_the_files_of_an_uninterrupted_one(model, tmp_path):
     folder = write(tmp_path / "a", range(20))
     encode(tmp_path / "whole", folder, model)
     encode(tmp_path / "parts", FileSource(folder, [f"{n:02d}.bmp" for n in range(7)]), model)
@@ -257,29 +251,27 @@ def test_a_resumed_run_and_an_uninterrupted_one_hold_the_same(model, tmp_path):
 
 
 def test_verify_compares_the_images_themselves(model, tiny_evotok_folder, tmp_path, monkeypatch, capsys):
-    """Even where a file system shows no sign of a change."""
+    """Changes are found even if the file system does not show them."""
     monkeypatch.setattr("evotok_plugin.data.sources.file_state", lambda path: (0,))
     folder, codes = write(tmp_path / "a", range(4)), tmp_path / "codes"
     flags = [str(folder), "-o", str(codes), "--model", str(tiny_evotok_folder), "--num_workers", "0", "--verify"]
     assert main(["encode", *flags]) == 0
     write(folder, [9], first=2)
     assert main(["encode", *flags]) == 2
-    assert "1 images are not the ones that were encoded" in (told := capsys.readouterr().err) and "'02.bmp'" in told
+    assert "1 images are not the ones that were encoded" in (error := capsys.readouterr().err) and "'02.bmp'" in error
 
 
-def test_a_cache_of_names_alone_is_refused_with_the_remedy(model, tmp_path):
+def test_a_cache_of_format_1_is_rejected(model, tmp_path):
     folder = write(tmp_path / "a", range(3))
     encode(tmp_path / "codes", folder, model)
     file = tmp_path / "codes" / "cache.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
     for attempt in (lambda: CodeCache(tmp_path / "codes"), lambda: encode(tmp_path / "codes", folder, model)):
-        with pytest.raises(
-            ValueError, match="format 1, which identifies images by their names alone.*delete the folder"
-        ):
+        with pytest.raises(UserError, match="format 1, which identifies images by name only.*delete the folder"):
             attempt()
 
 
-def test_a_cache_of_another_image_reader_is_rejected_with_both_versions(model, tmp_path, monkeypatch):
+def test_a_cache_of_another_image_reader_is_rejected(model, tmp_path, monkeypatch):
     folder, codes = write(tmp_path / "a", range(3)), tmp_path / "codes"
     encode(codes, folder, model)
     file = codes / "cache.json"
@@ -287,29 +279,29 @@ def test_a_cache_of_another_image_reader_is_rejected_with_both_versions(model, t
     assert facts.pop("reader_version") == images.READER_VERSION
     statistics = StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path
     monkeypatch.setattr(images, "READER_VERSION", 1)
-    file.write_text(json.dumps(facts))  # as it was before the version was stored
+    file.write_text(json.dumps(facts))  # like caches written before the version was stored
     assert len(CodeCache(codes)) == len(encode(codes, folder, model)) == 3
     monkeypatch.setattr(images, "READER_VERSION", 7)
     for attempt in (lambda: CodeCache(codes), lambda: encode(codes, folder, model)):
-        with pytest.raises(ValueError, match="version 1 of the image reader, this is version 7.*delete the folder"):
+        with pytest.raises(UserError, match="version 1 of the image reader, this is version 7.*delete the folder"):
             attempt()
     assert encode(tmp_path / "new", folder, model).facts.reader_version == 7 and len(CodeCache(tmp_path / "new")) == 3
     assert StatisticsCache(tmp_path, open_source(folder), EvoTokImageProcessor(size=SIZE)).path != statistics
 
 
 @pytest.mark.parametrize("field", ["stamps", "contents"])
-def test_a_damaged_list_names_the_shard(model, tmp_path, field):
+def test_the_error_for_a_damaged_list_names_the_shard(model, tmp_path, field):
     encode(tmp_path / "codes", write(tmp_path / "a", range(3)), model)
     file = tmp_path / "codes" / "shard-000000.json"
     record = json.loads(file.read_text())
-    for damaged in (record[field][:-1], ["no hexadecimal", *record[field][1:]]):
+    for damaged in (record[field][:-1], ["not hexadecimal", *record[field][1:]]):
         file.write_text(json.dumps(record | {field: damaged}))
-        with pytest.raises(ValueError, match="shard-000000.json is not what was written"):
+        with pytest.raises(UserError, match="shard-000000.json is damaged"):
             CodeCache(tmp_path / "codes")
 
 
-def test_single_files_from_anywhere_have_their_own_codes(model, tmp_path, monkeypatch):
-    """Their keys are paths as they were written, which may mean other files in another folder."""
+def test_single_files_in_different_folders_have_distinct_codes(model, tmp_path, monkeypatch):
+    """Their keys are relative paths, which name other files in another folder."""
     for name, seed in (("a", 1), ("b", 2)):
         monkeypatch.chdir(write(tmp_path / name, [seed]))
         assert_codes(encode(tmp_path / "codes", open_sources(["00.bmp"]), model), model, [seed])
@@ -321,14 +313,14 @@ def test_digests_that_end_in_zeros_are_found():
     assert index.rows(digests).tolist() == [0, 1, 2] and index.rows(key_digests(["a"])).tolist() == [-1]
 
 
-def test_opening_a_ledger_takes_little_more_memory_than_it_keeps(tmp_path):
+def test_opening_a_ledger_needs_little_temporary_memory(tmp_path):
     count, size = 40_000, 1_000
     for number in range(count // size):
         keys = [f"{number * size + index:09d}" for index in range(size)]
         stamps, contents = ([stamp_of(key, what).hex() for key in keys] for what in ("stamp", "content"))
         shard = Shard(keys=keys, sizes=[(640, 480)] * size, stamps=stamps, contents=contents)
         shard.write(tmp_path, number, np.zeros((size, 1, 1), np.uint16))
-    Ledger(tmp_path)  # whatever is kept from the first call on
+    Ledger(tmp_path)  # allocate what the first call keeps forever
     tracemalloc.start()
     try:
         ledger = Ledger(tmp_path)

@@ -1,14 +1,13 @@
-import argparse
+"""The commands of `evotok` on a tiny tokenizer, and the errors that they report in one line."""
+
 import csv
 import json
-from dataclasses import dataclass, field
 
 import pytest
 from PIL import Image
 
 from evotok_plugin.cli import main
-from evotok_plugin.common.recipes import add_arguments, load_recipe, save_resolved
-from evotok_plugin.data.code_cache.cache import CodeCache
+from evotok_plugin.data.code_cache import CodeCache
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_encode_writes_codes_with_their_names(capsys, images, tiny_evotok_folder, tmp_path):
+def test_encode_writes_codes_by_file_name(capsys, images, tiny_evotok_folder, tmp_path):
     out = tmp_path / "codes"
     code, text, _ = run(capsys, "encode", images[0].parent, "-o", out, "--model", tiny_evotok_folder)
     assert code == 0 and "6 images, 9 x 8 codes each" in text
@@ -32,20 +31,20 @@ def test_encode_writes_codes_with_their_names(capsys, images, tiny_evotok_folder
     assert code == 0 and "all checksums are right" in text
 
 
-def test_reconstruct_puts_originals_over_reconstructions(capsys, images, tiny_evotok_folder, tmp_path):
+def test_reconstruct_shows_originals_above_reconstructions(capsys, images, tiny_evotok_folder, tmp_path):
     out = tmp_path / "r.png"
     code, text, _ = run(capsys, "reconstruct", *images[:3], "-o", out, "--model", tiny_evotok_folder)
     assert code == 0 and text.count("PSNR") == 3
     assert Image.open(out).size == (3 * 100 - 4, 2 * 100 - 4)
 
 
-def test_images_are_encoded_and_rebuilt_at_another_size(capsys, images, tiny_evotok_folder, tmp_path):
+def test_images_are_encoded_and_reconstructed_at_another_size(capsys, images, tiny_evotok_folder, tmp_path):
     for name, flags in (("large", ["--size", 96]), ("own", [])):
         assert run(capsys, "encode", *images, "-o", tmp_path / name, "--model", tiny_evotok_folder, *flags)[0] == 0
     large, own = CodeCache(tmp_path / "large"), CodeCache(tmp_path / "own")
     assert large.facts.image_size == 96 and large.facts.num_positions == 4 * own.facts.num_positions
     code, _, error = run(capsys, "encode", *images, "-o", tmp_path / "own", "--model", tiny_evotok_folder, "--size", 96)
-    assert code == 2 and "from images of 48 pixels, wanted are codes" in error
+    assert code == 2 and "from images of 48 pixels, expected codes" in error
     picture = tmp_path / "r.png"
     assert run(capsys, "reconstruct", images[0], "-o", picture, "--model", tiny_evotok_folder, "--size", 96)[0] == 0
     assert Image.open(picture).size == (96, 2 * 96 + 4)
@@ -58,7 +57,7 @@ def test_evolve_writes_a_strip_and_a_curve(capsys, images, tiny_evotok_folder, t
     assert Image.open(tmp_path / "evolution.png").width == 9 * 100 - 4
 
 
-def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder, tmp_path):
+def test_evaluate_prints_the_same_results_as_it_writes(capsys, images, tiny_evotok_folder, tmp_path):
     out = tmp_path / "e.json"
     code, text, _ = run(capsys, "evaluate", images[0].parent, "-o", out, "--model", tiny_evotok_folder)
     results = json.loads(out.read_text())
@@ -74,7 +73,7 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
         (["evaluate", "{broken}"], "1 of 1 samples are unusable"),
         (["evolve", "{image}", "--model", "{folder}"], "is not a model folder"),
         (["evolve", "{image}", "--model", "{backbone}"], "holds a qwen2 model, expected evotok"),
-        (["reconstruct", "{image}", "--depth", "12"], "depth must lie in 1..8"),
+        (["reconstruct", "{image}", "--depth", "12"], "depth must be in 1..8"),
         (["reconstruct", "{image}", "--size", "50"], "--size must be a multiple of the patch size"),
         (["encode", "{image}", "--size", "0"], "--size must be a multiple of the patch size"),
         (["train", "--recipe", "nothing"], "unknown recipe 'nothing'"),
@@ -89,7 +88,7 @@ def test_evaluate_prints_and_writes_the_same(capsys, images, tiny_evotok_folder,
 def test_user_errors_are_one_line(
     capsys, images, tiny_evotok_folder, tiny_backbone_folder, tmp_path, arguments, message
 ):
-    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "typo.yaml").write_text("batch_sise: 3\n")
     places = {
         "broken": tmp_path / "broken.png", "image": images[0], "folder": tmp_path, "typo": tmp_path / "typo.yaml",
@@ -100,46 +99,3 @@ def test_user_errors_are_one_line(
         arguments += ["--model", str(tiny_evotok_folder)]
     code, _, error = run(capsys, *arguments)
     assert code == 2 and error.strip().splitlines()[-1].startswith("error: ") and message in error
-
-
-@dataclass(kw_only=True)
-class Schema:
-    name: str = "x"
-    rate: float = 0.1
-    steps: int | None = None
-    flag: bool = False
-    paths: list[str] = field(default_factory=list)
-    sizes: dict = field(default_factory=dict)
-
-
-def test_flags_override_the_recipe_and_types_are_the_schema_s(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("rate: 1e-3\nsteps: 7\nflag: true\n")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, Schema)
-    given = vars(parser.parse_args(["--steps", "9", "--paths", "a", "b", "--flag", "False"]))
-    assert load_recipe(recipe, Schema, given) == Schema(rate=1e-3, steps=9, flag=False, paths=["a", "b"])
-    assert vars(parser.parse_args(["--flag"])) == {"flag": "true"}
-    assert load_recipe(recipe, Schema, {"steps": "none"}).steps is None
-    assert load_recipe(recipe, Schema, {"sizes": "{width: 3}"}).sizes == {"width": 3}
-    save_resolved(Schema(steps=3), tmp_path / "resolved.yaml")
-    assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rat: 1", "unknown key 'rat'; did you mean 'rate'"),
-        ("steps: 1.5", "steps: expected a whole number"),
-        ("rate: fast", "rate: could not convert"),
-        ("flag: maybe", "flag: expected true or false"),
-        ("sizes: 3", "sizes: expected a mapping such as '{image_size: 64}', got 3"),
-        ("- a\n- b", "expected 'key: value' lines"),
-        ("a: [", "not valid YAML"),
-    ],
-)
-def test_recipes_that_do_not_fit_are_refused(tmp_path, text, message):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_recipe(recipe, Schema)

@@ -1,23 +1,19 @@
-"""Chunked cross-entropy against the plain one, and the parts of a step against one batch."""
+"""Chunked cross-entropy against the plain computation."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, image_head
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
-from llava_ext.folding import count_learned
-from llava_ext.vocabulary import ResidualVocabulary
 
 ROWS, WIDTH, CLASSES = 23, 8, 50
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer with a low-rank adapter, as peft has it."""
+    """A frozen linear layer with a low-rank adapter, as in peft."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +43,7 @@ def gradients(loss, *sources):
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("chunk", [1, 5, 23, 100])
-def test_loss_and_gradients_are_those_of_the_plain_computation(kind, chunk):
+def test_loss_and_gradients_equal_the_plain_computation(kind, chunk):
     torch.manual_seed(chunk)
     classifier, (hidden, targets) = CLASSIFIERS[kind](), rows()
     chunked = chunked_cross_entropy(classifier, hidden, targets, CLASSES, max_logits=chunk * CLASSES)
@@ -57,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_plain_computation(kind, chunk):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_computation():
+def test_bfloat16_is_as_accurate_as_in_the_plain_computation():
     torch.manual_seed(0)
     exact, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows(200)
     rough, rough_hidden = copy.deepcopy(exact).bfloat16(), hidden.detach().bfloat16().requires_grad_()
@@ -86,7 +82,7 @@ def test_a_weight_tied_to_embeddings_gets_both_gradients():
     torch.testing.assert_close(gradients(chunked, head), gradients(plain, head), atol=1e-6, rtol=1e-6)
 
 
-def test_the_logits_of_all_rows_are_never_there_together():
+def test_rows_are_classified_in_chunks():
     class Watch(nn.Linear):
         largest = 0
 
@@ -99,14 +95,14 @@ def test_the_logits_of_all_rows_are_never_there_together():
     assert classifier.largest == 10
 
 
-def test_without_rows_the_loss_is_zero_and_every_weight_takes_part():
+def test_without_rows_the_loss_is_zero_and_every_weight_has_a_gradient():
     classifier, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows(0)
     loss = chunked_cross_entropy(classifier, hidden, targets, CLASSES)
     loss.backward()
     assert loss == 0 and classifier.weight.grad.abs().sum() == 0 and hidden.grad.shape == (0, WIDTH)
 
 
-def test_without_gradients_nothing_is_kept():
+def test_the_loss_can_be_computed_without_gradients():
     classifier, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows()
     with torch.no_grad():
         loss = chunked_cross_entropy(classifier, hidden, targets, CLASSES)
@@ -114,8 +110,8 @@ def test_without_gradients_nothing_is_kept():
     assert not loss.requires_grad
 
 
-def test_hooks_see_one_call_with_the_weights_needed_only_inside_it():
-    """ZeRO-3 in small: the weight is there from before the classifier's call until after it, and again for backward."""
+def test_the_weights_are_needed_only_within_one_call_of_the_classifier():
+    """Imitates ZeRO-3, which gathers the weight before the call, releases it after, and gathers it for backward."""
     torch.manual_seed(0)
     classifier, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows()
     plain = F.cross_entropy(classifier(hidden), targets, reduction="sum")
@@ -134,11 +130,11 @@ def test_hooks_see_one_call_with_the_weights_needed_only_inside_it():
     release()
     loss = chunked_cross_entropy(classifier, hidden, targets, CLASSES, max_logits=5 * CLASSES)
     assert calls == ["gather"] and classifier.weight.numel() == 0
-    gather()  # as before the classifier's backward
+    gather()  # as ZeRO-3 does before the classifier's backward pass
     torch.testing.assert_close(gradients(loss, hidden, classifier), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_hooks_of_inner_layers_see_one_call_whatever_the_number_of_rows():
+def test_inner_layers_with_hooks_are_called_once_for_any_number_of_rows():
     classifier, calls = Adapted(), []
     classifier.base.register_forward_pre_hook(lambda *_: calls.append(1))
     for num_rows in (0, 3, 100):
@@ -146,56 +142,18 @@ def test_hooks_of_inner_layers_see_one_call_whatever_the_number_of_rows():
     assert len(calls) == 3
 
 
-def test_the_classifier_is_left_as_it_was_even_after_an_error():
+def test_the_classifier_is_restored_after_an_error():
     classifier, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows()
     with pytest.raises(IndexError):
         chunked_cross_entropy(classifier, hidden, targets + CLASSES, CLASSES)
     assert "forward" not in vars(classifier) and classifier(hidden).shape == (ROWS, CLASSES)
-    with pytest.raises(ValueError, match="one target a row"):
+    with pytest.raises(ValueError, match="one target per row"):
         chunked_cross_entropy(classifier, hidden, targets[:-1], CLASSES)
 
 
-def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
+def test_a_second_backward_pass_raises():
     classifier, (hidden, targets) = nn.Linear(WIDTH, CLASSES), rows()
     loss = chunked_cross_entropy(classifier, hidden, targets, CLASSES)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         loss.backward()
-
-
-def test_the_image_heads_loss_in_chunks_is_that_of_its_logits(monkeypatch):
-    torch.manual_seed(0)
-    head = DepthTransformerHead(DepthTransformerConfig(16, 8, 40, 4, 32, 2, 2))
-    hidden, latents = torch.randn(11, 16, requires_grad=True), torch.randn(11, 4, 8)
-    codes = torch.randint(40, (11, 4))
-    plain = torch.stack([F.cross_entropy(x, codes[:, i]) for i, x in enumerate(head(hidden, latents))]).mean()
-    monkeypatch.setattr(image_head, "chunked_cross_entropy", partial(chunked_cross_entropy, max_logits=3 * 40))
-    chunked = head.loss(hidden, latents, codes)
-    torch.testing.assert_close(chunked, plain, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(gradients(chunked, hidden, head), gradients(plain, hidden, head), atol=1e-6, rtol=1e-6)
-
-
-def test_the_image_head_with_gradient_checkpointing_gives_the_same_gradients(tiny_backbone_folder, tiny_evotok_folder):
-    from llava_ext.assembly import assemble
-
-    torch.manual_seed(0)
-    model, _ = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2)
-    model.train()
-    head, hidden = model.image_head, torch.randn(5, 32, requires_grad=True)
-    codes = torch.randint(model.vocabulary.codebook_size, (5, 4))
-    latents = model.vision_tower.level_latents(codes[None])[0]
-    expected = gradients(head.loss(hidden, latents, codes), hidden, head)
-    model.gradient_checkpointing_enable()
-    assert head.blocks[0].gradient_checkpointing
-    found = gradients(head.loss(hidden, latents, codes), hidden, head)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_what_is_learned_is_counted_without_first_tokens_and_padding():
-    vocabulary = ResidualVocabulary(offset=100, num_levels=2, codebook_size=10)
-    position = [103, 117]
-    labels = torch.tensor([[5, 6, *position, *position, 7, -100], [-100, 8, -100, 9, -100, -100, -100, -100]])
-    counts = count_learned(labels, vocabulary)
-    assert (int(counts.text_tokens), int(counts.image_positions)) == (4, 2)
-    segments = torch.tensor([[1, 1, 1, 1, 1, 1, 2, 0], [1, 1, 1, 2, 2, 2, 0, 0]])
-    assert int(count_learned(labels, vocabulary, segments).text_tokens) == 2  # 7 and 9 begin samples

@@ -1,0 +1,52 @@
+"""Recipes: YAML values, flags that override them, and the types of the schema."""
+
+import argparse
+from dataclasses import dataclass, field
+
+import pytest
+
+from evotok_plugin.common.recipes import add_arguments, load_recipe, save_resolved
+from evotok_plugin.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Schema:
+    name: str = "x"
+    rate: float = 0.1
+    steps: int | None = None
+    flag: bool = False
+    paths: list[str] = field(default_factory=list)
+    sizes: dict = field(default_factory=dict)
+
+
+def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rate: 1e-3\nsteps: 7\nflag: true\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Schema)
+    given = vars(parser.parse_args(["--steps", "9", "--paths", "a", "b", "--flag", "False"]))
+    assert load_recipe(recipe, Schema, given) == Schema(rate=1e-3, steps=9, flag=False, paths=["a", "b"])
+    assert vars(parser.parse_args(["--flag"])) == {"flag": "true"}
+    assert load_recipe(recipe, Schema, {"steps": "none"}).steps is None
+    assert load_recipe(recipe, Schema, {"sizes": "{width: 3}"}).sizes == {"width": 3}
+    save_resolved(Schema(steps=3), tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rat: 1", "unknown key 'rat'; did you mean 'rate'"),
+        ("steps: 1.5", "steps: expected a whole number"),
+        ("rate: fast", "rate: could not convert"),
+        ("flag: maybe", "flag: expected true or false"),
+        ("sizes: 3", "sizes: expected a mapping such as '{image_size: 64}', got 3"),
+        ("- a\n- b", "expected 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_invalid_recipes_are_rejected(tmp_path, text, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, Schema)
