@@ -1,43 +1,27 @@
 """Loading of the model for lmms-eval, with the dtype and device of `--model_args`."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from evotok_plugin.common.processes import resolve_device
-from evotok_plugin.common.weight_files import folder_fingerprint
 from evotok_plugin.errors import UserError
-from llava_ext.model_folder import load_model
+from llava_ext.model_folder import OpenModel, open_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model on its device in evaluation mode, its processor, and the fingerprint of the folder's content."""
-
-    model: Any  # an EvoTokLlavaForConditionalGeneration, or a stand-in for it
-    processor: Any
-    fingerprint: str
-
-
-def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> LoadedModel:
+def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.device) -> OpenModel:
     """Open a model folder.
 
     Raises:
         UserError: not a complete model folder; the message names `pretrained`.
     """
-    folder = Path(pretrained).expanduser()
     try:
-        model: Any  # the decorators of transformers hide the signature of `to`
-        model, processor = load_model(folder, dtype)
-        fingerprint = folder_fingerprint(folder)
+        return open_model(Path(pretrained).expanduser(), device, dtype)
     except UserError as error:
         raise UserError(f"--model_args pretrained={pretrained}: {error}") from error
-    return LoadedModel(model.to(device).eval(), processor, fingerprint)
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
-from eval_tasks.loading import LoadedModel, choose_device, choose_dtype, load_checkpoint
+from eval_tasks.loading import choose_device, choose_dtype, load_checkpoint
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
     OPTION_NAMES,
@@ -40,7 +41,7 @@ from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import model_settings
-from llava_ext.model_folder import default_model_folder
+from llava_ext.model_folder import OpenModel, default_model_folder
 from llava_ext.serving.image_files import read_png_text, write_png
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class EvoTokLmms(lmms):
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int = 0,
-        load: Callable[[str, torch.dtype | str, torch.device], LoadedModel] = load_checkpoint,
+        load: Callable[[str, torch.dtype | str, torch.device], OpenModel] = load_checkpoint,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -177,11 +178,12 @@ class EvoTokLmms(lmms):
         check_given({task: GIVEN[task] for task in self.task_dict if task in GIVEN}, OPTION_NAMES)
         wanted = list(self._parse(requests))
         answers = [""] * len(requests)
-        with progress_bar(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0) as progress:
+        bar: tqdm[Request] = progress_bar(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0)
+        with bar:
             for batch in self._batches(wanted):
                 for request, answer in zip(batch, self._answer(batch, batch[0].options), strict=True):
                     answers[request.place] = answer
-                progress.update(len(batch))
+                bar.update(len(batch))
         return answers
 
     def _answer(self, batch: Sequence[Request], options: Options) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from eval_tasks.judging.drawn_run import Drawn, DrawnRun
 from eval_tasks.judging.options import JudgeOptions
@@ -77,7 +78,8 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
     judge = benchmark.open_judge(options)
     loaded = time.perf_counter()
     judgements: list[Judgement] = []
-    with progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image") as bar:
+    bar: tqdm[Judgement] = progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image")
+    with bar:
         for judgement in judge.judge(run.images(options.batch_size)):
             judgements.append(judgement)
             bar.update()

@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
@@ -189,6 +189,13 @@ class PixelBatch:
     drawn_places: Tensor
 
 
+def drawn_places(ids: Tensor, drawn: Sequence[bool], processor) -> Tensor:
+    """Mark the placeholders of drawn images among the ids (T,) of a sample; `drawn` says which images are."""
+    is_placeholder = ids == processor.image_token_id
+    image = (is_placeholder.cumsum(0) - 1) // processor.num_positions
+    return is_placeholder & torch.tensor([*drawn, False])[image.where(is_placeholder, len(drawn))]
+
+
 def pixel_batches(records: list[Record], images: Path, processor, batch_size: int) -> list[PixelBatch]:
     """Prepare the batches of the straightforward implementation."""
     batches = []
@@ -205,7 +212,9 @@ def pixel_batches(records: list[Record], images: Path, processor, batch_size: in
                 labels=labels,
                 pixels=processor.image_processor(pictures, return_tensors="pt").pixel_values,
                 is_drawn=torch.tensor([drawn for r in part for drawn in r.drawn], dtype=torch.bool),
-                drawn_places=labels == processor.image_token_id,
+                drawn_places=pad(
+                    [drawn_places(e.input_ids, r.drawn, processor) for e, r in zip(encoded, part, strict=True)], False
+                ),
             )
         )
     return batches

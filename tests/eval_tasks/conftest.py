@@ -82,13 +82,14 @@ def lmms_eval_tasks():
 @pytest.fixture
 def make_lm(tmp_path, lmms_eval_tasks):
     """Creates the adapter with a fake model."""
-    from eval_tasks.model import EvoTokLmms, LoadedModel
+    from eval_tasks.model import EvoTokLmms
+    from llava_ext.model_folder import OpenModel
 
     def make(answer=lambda text, images: "A", drawer=blank, fingerprint="fake", **kwargs) -> EvoTokLmms:
         processor = FakeProcessor()
         model = FakeModel(processor, answer, drawer)
         kwargs = {"device": "cpu", "images_dir": str(tmp_path / "images"), **kwargs}
-        return EvoTokLmms("somewhere", load=lambda *_: LoadedModel(model, processor, fingerprint), **kwargs)
+        return EvoTokLmms("somewhere", load=lambda *_: OpenModel(model, processor, "fake", fingerprint), **kwargs)
 
     return make
 

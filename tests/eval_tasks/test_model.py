@@ -112,7 +112,8 @@ def test_only_known_generation_kwargs_reach_the_model(make_lm, instance):
 
 
 def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance, tiny_mllm, tmp_path, monkeypatch):
-    from eval_tasks.model import EvoTokLmms, LoadedModel
+    from eval_tasks.model import EvoTokLmms
+    from llava_ext.model_folder import OpenModel
 
     model, _ = tiny_mllm
     own = {"guidance_scale": 1.5, "temperature": [0.5, 1.0, 1.0, 1.0], "top_k": 3}
@@ -121,7 +122,7 @@ def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance
     def recorded(task, gen_kwargs, **model_args):
         lm = EvoTokLmms(
             "random",
-            load=lambda *_: LoadedModel(*tiny_mllm, ""),
+            load=lambda *_: OpenModel(*tiny_mllm, "", ""),
             device="cpu",
             images_dir=str(tmp_path),
             **model_args,
@@ -182,11 +183,12 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
 
 def test_without_a_checkpoint_the_default_is_used_and_logged(lmms_eval_tasks, tmp_path, monkeypatch, caplog):
     from eval_tasks import model as adapter
+    from llava_ext.model_folder import OpenModel
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(adapter, "default_model_folder", lambda: tmp_path / "newest")
     opened = []
-    adapter.EvoTokLmms(device="cpu", load=lambda *a: opened.append(a[0]) or adapter.LoadedModel(None, None, ""))
+    adapter.EvoTokLmms(device="cpu", load=lambda *a: opened.append(a[0]) or OpenModel(None, None, "", ""))
     assert opened == [str(tmp_path / "newest")] and str(tmp_path / "newest") in caplog.text
 
 
@@ -204,14 +206,15 @@ def test_model_args(make_lm):
 
 
 def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
-    from eval_tasks.model import EvoTokLmms, LoadedModel
+    from eval_tasks.model import EvoTokLmms
+    from llava_ext.model_folder import OpenModel
 
     monkeypatch.chdir(tmp_path)
     loaded = []
 
     def build(**kwargs):
         return EvoTokLmms(
-            "runs/finetune", load=lambda *args: loaded.append(args) or LoadedModel(None, None, ""), **kwargs
+            "runs/finetune", load=lambda *args: loaded.append(args) or OpenModel(None, None, "", ""), **kwargs
         )
 
     plain, bf16, guided = (
@@ -227,13 +230,14 @@ def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
 
 
 def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, tiny_mllm, tmp_path):
-    from eval_tasks.model import EvoTokLmms, LoadedModel
+    from eval_tasks.model import EvoTokLmms
+    from llava_ext.model_folder import OpenModel
 
     def answers(batch_size):
         folder = tmp_path / str(batch_size)
         lm = EvoTokLmms(
             "random",
-            load=lambda *_: LoadedModel(*tiny_mllm, ""),
+            load=lambda *_: OpenModel(*tiny_mllm, "", ""),
             device="cpu",
             batch_size=batch_size,
             images_dir=str(folder),

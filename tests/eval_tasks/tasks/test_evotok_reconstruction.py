@@ -23,9 +23,10 @@ def images(scene_folder, monkeypatch):
 
 @pytest.fixture
 def lm(tiny_mllm, lmms_eval_tasks, tmp_path):
-    from eval_tasks.model import EvoTokLmms, LoadedModel
+    from eval_tasks.model import EvoTokLmms
+    from llava_ext.model_folder import OpenModel
 
-    load = lambda *_: LoadedModel(*tiny_mllm, "tiny")  # noqa: E731
+    load = lambda *_: OpenModel(*tiny_mllm, "tiny", "tiny")  # noqa: E731
     return EvoTokLmms("somewhere", load=load, device="cpu", images_dir=str(tmp_path / "images"))
 
 
