@@ -63,6 +63,6 @@ class HubFile:
         if digest != self.digest:
             raise UserError(
                 f"{path} is not the file that published figures are computed with: its sha256 begins with "
-                f"{digest[:8]}, expected {self.digest[:8]}; delete it, or replace it by {self.url}"
+                f"{digest[:8]}, expected {self.digest[:8]}; the right one comes from {self.url}"
             )
         return path
