@@ -127,7 +127,8 @@ def _match_scale_of_text(model: EvoTokLlavaForConditionalGeneration) -> None:
     shape = (max(2, 256 // vision.num_positions), vision.num_positions, vision.num_quantizers)
     codes = torch.randint(vision.codebook_size, shape, generator=torch.Generator().manual_seed(0)).to(tower.device)
     layers = (model.get_input_embeddings(), model.lm_head)
-    size, of_output = (float(_root_mean_square(_table(layer))) for layer in layers)
+    # Tensors: a division by a tensor rounds differently if the dividend is a Python number.
+    size, of_output = (_root_mean_square(_table(layer)) for layer in layers)
     inputs = [(model.read_projector, tower.decode_semantics(codes))]
     if isinstance(model.image_head, FlatHead):
         initialize_rows(model.image_head, tower.quantizer.codebooks, size, of_output)

@@ -26,7 +26,8 @@ from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead
 from llava_ext.folding import FoldedSequence, count_learned, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
-from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
+from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions
+from llava_ext.generation.saved_settings import settings_to_save
 from llava_ext.image_heads import build_image_head
 from llava_ext.new_token_rows import NewTokenRows
 from llava_ext.packed_attention import separate_samples
@@ -149,12 +150,13 @@ class EvoTokLlavaForConditionalGeneration(
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does; generation_config.json always contains the drawing settings, and the file
-        permissions of the weights follow the umask."""
-        store_settings(self.generation_config)
-        for config in (self.config, self.config.text_config):
-            if getattr(config, "use_cache", None) is False:  # Trainer disables it during training
-                config.use_cache = True
-        super().save_pretrained(save_directory, *args, **kwargs)
+        permissions of the weights follow the umask. The model's own settings are not changed.
+
+        Raises:
+            UserError: transformers refuses to save the generation settings.
+        """
+        with settings_to_save(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
         apply_umask_to_weights(Path(save_directory))
 
     def get_input_embeddings(self) -> nn.Module:

@@ -10,11 +10,10 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, P
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.errors import UserError
-from evotok_plugin.image_processing_evotok import flat_images
 from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.prompts.batching import BatchOptions
-from llava_ext.prompts.call_arguments import assign_images, check_count, text_and_images
+from llava_ext.prompts.call_arguments import assign_images, check_count, images_without_text, text_and_images
 from llava_ext.prompts.decoding import DecodingMixin
 from llava_ext.prompts.image_tokens import (
     IMAGE_END_TOKEN,
@@ -371,7 +370,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         if text is None:
             if images is None:
                 raise ValueError("expected text, images or both, got neither")
-            return BatchFeature({"pixel_values": self._pixels(flat_images(images), options)})
+            return BatchFeature({"pixel_values": self._pixels(images_without_text(images), options)})
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError("expected text as a string or a list of strings; pass messages to apply_chat_template")

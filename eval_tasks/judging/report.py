@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from eval_tasks.judging.answers import open_image
 from eval_tasks.judging.drawn_run import DrawnRun
 from eval_tasks.judging.scores import OVERALL, Judgement, Score
-from eval_tasks.templates import open_template
 from evotok_plugin.common.files import write_whole
+from evotok_plugin.common.templates import open_template
 
 _THUMBNAIL = 112  # pixels
 _PROMPTS_PER_SKILL = 4  # in the PNG

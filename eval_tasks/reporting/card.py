@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from eval_tasks.reporting.published import CardRow, PublishedModel
 from eval_tasks.reporting.results import TaskResult
 from eval_tasks.reporting.runs import Run
-from eval_tasks.templates import open_template
+from evotok_plugin.common.templates import open_template
 from evotok_plugin.errors import UserError
 
 MARK = "*"

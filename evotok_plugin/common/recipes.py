@@ -16,6 +16,8 @@ from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
+REQUIRED = "required"  # key in the metadata of a field that a recipe or a flag must set; the program checks that
+
 
 def recipes_folder(package: str) -> Path:
     """The folder of the recipes in a package."""
@@ -90,27 +92,42 @@ def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dic
     return schema(**recipe_values(path_or_name, schema, overrides))
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a recipe file, whose names and types are not checked yet.
+
+    Raises:
+        UserError: the file cannot be read or is not a YAML mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
+    return loaded
+
+
 def recipe_values(
     path_or_name: str | Path | None, schema: type, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments that `load_recipe` passes to `schema`."""
+    """The keyword arguments that `load_recipe` passes to `schema`.
+
+    A field with `REQUIRED` has an empty default instead of an Optional type; null leaves it at that.
+    """
     values: dict[str, Any] = {}
     if path_or_name is not None:
         path = find_recipe(path_or_name, schema.__module__.partition(".")[0])
-        try:
-            loaded = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path}: not valid YAML: {error}") from error
-        except OSError as error:
-            raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
-        if not isinstance(loaded, dict):
-            raise UserError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
+        loaded = read_recipe(path)
         check_keys(loaded, schema, f"recipe {path}")
         values.update(loaded)
     values.update(overrides or {})
     check_keys(values, schema, "command line")
     hints = typing.get_type_hints(schema)
-    return {key: _coerce(value, hints[key], key) for key, value in values.items()}
+    required = {field.name for field in dataclasses.fields(schema) if field.metadata.get(REQUIRED)}
+    given = {key: value for key, value in values.items() if value is not None or key not in required}
+    return {key: _coerce(value, hints[key], key) for key, value in given.items()}
 
 
 def _parse_bool(value: Any) -> bool:

@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"the input is not text in {error.encoding}: {error.reason}") from error
         try:
             chat.execute(line.strip())
         except UserError as error:

@@ -64,7 +64,7 @@ class DatasetRecords:
     def row_name(self, index: int) -> str:
         identity = None
         if "id" in self._text_columns:
-            with contextlib.suppress(UnicodeDecodeError):
+            with contextlib.suppress(ValueError):  # the value cannot be decoded
                 identity = self._rows[int(index)].column("id")[0].as_py()
         return f"{self.name}:{numbered(index, {'id': identity})}"
 
@@ -87,11 +87,18 @@ class DatasetRecords:
         """A row as `parse_row` expects it, and its embedded images as Arrow scalars, which are not read yet.
 
         Images that are not embedded are paths in the row.
+
+        Raises:
+            UserError: the row cannot be decoded, or some of its images are missing.
         """
         try:
             return self._decode_row(index)
+        except UserError:
+            raise
         except UnicodeDecodeError as error:
             raise UserError(f"not valid UTF-8: {error}") from error
+        except ValueError as error:  # of pyarrow, such as a date out of range
+            raise UserError(f"the row cannot be decoded: {error}") from error
 
     def _decode_row(self, index: int) -> tuple[dict, list[Any]]:
         table = self._rows[int(index)]

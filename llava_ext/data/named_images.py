@@ -105,6 +105,12 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
         raise UserError(f"image {shorten(name)}: no image folder; pass --image_folder")
     if "\0" in local:
         raise UserError(f"image {shorten(name)} not found in {image_folder}: its name contains a NUL character")
+    try:
+        os.fsencode(local)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"image {shorten(name)} not found in {image_folder}: its name is not valid Unicode ({error.reason})"
+        ) from error
     root = os.path.abspath(image_folder)
     path = _existing(root, local)
     if path is None:

@@ -198,5 +198,5 @@ def _images_first_to_last(members: Iterable[tuple[str, int]]) -> list[tuple[str,
     """The members that are images, in natural order of their suffixes: `0.jpg`, `1.png`, ..., `10.jpg`."""
     images = [member for member in members if kind_of(f"x.{member[0]}") == "image"]
     by_number = [(re.split(r"(\d+)", suffix), suffix, member) for suffix, member in images]
-    natural = sorted(by_number, key=lambda one: [int(t) if t.isdigit() else t for t in one[0]])
+    natural = sorted(by_number, key=lambda one: [int(t) if t.isdecimal() else t for t in one[0]])
     return [(suffix, member) for _, suffix, member in natural]

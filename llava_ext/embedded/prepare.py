@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder, write_json
 from evotok_plugin.common.folders import write_whole_folder
-from evotok_plugin.common.recipes import find_recipe
+from evotok_plugin.common.recipes import find_recipe, read_recipe
 from evotok_plugin.errors import UserError
 
 DONE = "done.json"
@@ -39,7 +37,11 @@ SEED = 0
 
 
 def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
-    """The state of a folder that a step writes: "nothing" there, "made" by an earlier run, or "usable" as it is.
+    """The state of the folder that a step writes to.
+
+    Returns:
+        "nothing" if it is missing or empty, "made" if an earlier run has filled it, "usable" if it is a folder of the
+        user that can replace the result of the step.
 
     Raises:
         UserError: the folder has other content, which is never changed.
@@ -91,13 +93,13 @@ def holds_model(*model_types: str) -> Callable[[Path], bool]:
     return check
 
 
+# By step: whether a folder of the user can be used instead of the result of the step.
 USABLE: dict[str, Callable[[Path], bool]] = {
     "scenes": lambda folder: (folder / "train" / "pretrain.json").is_file(),
     "backbone": holds_model(),
     "teacher": holds_model("siglip_vision_model", "siglip"),
     "evotok": holds_model("evotok"),
 }
-"""By step: whether a folder of the user can be used instead of the result of the step."""
 
 
 def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
@@ -166,7 +168,7 @@ def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
     own = {"--model_name_or_path", "--vision_tower", "--data_path"}
     if own & {argument.split("=")[0] for argument in overrides}:
         return False
-    values = yaml.safe_load(find_recipe(recipe, "llava_ext").read_text()) or {}
+    values = read_recipe(find_recipe(recipe, "llava_ext"))
     return "{workspace}/backbone" in str(values.get("model_name_or_path"))
 
 

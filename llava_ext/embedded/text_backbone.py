@@ -1,6 +1,5 @@
 """The embedded text backbone: a byte-level BPE and a small Qwen2 LM, both trained on the text of the scene corpus."""
 
-import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.common.files import apply_umask_to_weights
+from evotok_plugin.model_folder import reading
 from evotok_plugin.scenes.records import text_records
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset, Sample
@@ -54,12 +54,20 @@ def train_text_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: i
 
 
 def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
-    """All turns of text-only `records` and of the conversations in a scene folder."""
-    files = (scene_folder / "train" / name for name in ("pretrain.json", "finetune.json"))
-    saved = (record for file in files for record in json.loads(file.read_text()))
-    for record in itertools.chain(records, saved):
-        for turn in record["conversations"]:
-            yield turn["value"]
+    """All turns of text-only `records` and of the conversations in a scene folder.
+
+    Raises:
+        UserError: the records of the scene folder cannot be read.
+    """
+    yield from _turns_of(records)
+    for file in (scene_folder / "train" / name for name in ("pretrain.json", "finetune.json")):
+        with reading(str(file), "choose another --workspace, or delete the folder of the scenes to draw them again"):
+            turns = _turns_of(json.loads(file.read_text()))
+        yield from turns
+
+
+def _turns_of(records: list[dict]) -> list[str]:
+    return [turn["value"] for record in records for turn in record["conversations"]]
 
 
 class EveryToken(Dataset):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from evotok_plugin.common.folders import write_whole_folder
+from evotok_plugin.common.templates import open_template
 from evotok_plugin.errors import UserError
 from llava_ext.export import residual_tokenizer
-from llava_ext.export.cards import render_card
 from llava_ext.flat_head import FlatHead
 from llava_ext.generation.options import DrawingOptions, store_settings
 from llava_ext.model_folder import load_model
@@ -238,8 +238,7 @@ def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProc
         for name, value in settings.items()
         if isinstance(value, tuple) or (name == "guidance_schedule" and value != "constant")
     }
-    return render_card(
-        "causal_lm_card.md.jinja",
+    return open_template("llava_ext.export", "causal_lm_card.md.jinja").render(
         first_id=vocabulary.offset,
         num_levels=vocabulary.num_levels,
         codebook_size=vocabulary.codebook_size,

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from evotok_plugin.common.folders import write_whole_folder
+from evotok_plugin.common.templates import open_template
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
-from llava_ext.export.cards import render_card
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model, tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -58,7 +58,7 @@ def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
         "of the tokenizer": f"{_millions(model.vision_tower):.1f} M in float32",
         "draws with": ", ".join(f"{name} {value}" for name, value in drawing.items() if name != "negative_prompt"),
     }
-    return render_card("model_card.md.jinja", rows=rows)
+    return open_template("llava_ext.export", "model_card.md.jinja").render(rows=rows)
 
 
 def _millions(module: nn.Module) -> float:

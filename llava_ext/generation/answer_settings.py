@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList
 
+from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.model_interface import ModelInterface
@@ -59,14 +60,21 @@ class TextSettings:
     config: GenerationConfig
 
     def processors(self, model: ModelInterface, prompt_length: int) -> LogitsProcessorList:
-        """Create transformers' logits processors for a prompt of that many tokens; usually an empty list."""
-        # The model's own method would suppress the image tokens as well.
-        return GenerationMixin._get_logits_processor(
-            model,  # type: ignore[arg-type]  # transformers annotates `self` as PreTrainedModel
-            self.config,
-            input_ids_seq_length=prompt_length,
-            device=model.device,  # type: ignore[arg-type]  # annotated as str, used as a device
-        )
+        """Create transformers' logits processors for a prompt of that many tokens; usually an empty list.
+
+        Raises:
+            UserError: transformers rejects a setting.
+        """
+        try:
+            # The model's own method would suppress the image tokens as well.
+            return GenerationMixin._get_logits_processor(
+                model,  # type: ignore[arg-type]  # transformers annotates `self` as PreTrainedModel
+                self.config,
+                input_ids_seq_length=prompt_length,
+                device=model.device,  # type: ignore[arg-type]  # annotated as str, used as a device
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"invalid generation setting of the call or the model: {describe_error(error)}") from error
 
 
 def text_settings(

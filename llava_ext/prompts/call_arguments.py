@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evotok_plugin.errors import UserError
+from evotok_plugin.image_processing_evotok import flat_images
 from llava_ext.prompts.placeholders import LLAVA_IMAGE
 
 
@@ -48,6 +49,12 @@ def _as_list(images: Any) -> list:
 
 def _is_nested(images: list) -> bool:
     return any(one is None or isinstance(one, (list, tuple)) or _ndim(one) > 3 for one in images)
+
+
+def images_without_text(images: Any) -> list:
+    """Flatten the images of a call without text, given as for `assign_images`; a row that is None has no images."""
+    several = images if isinstance(images, (list, tuple)) else [images]
+    return flat_images([row for row in several if row is not None])
 
 
 def assign_images(counts: Sequence[int], images: Any) -> list:

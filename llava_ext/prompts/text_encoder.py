@@ -58,8 +58,13 @@ class TextEncoder:
             ids and the indices of their first characters, both (T,).
 
         Raises:
-            UserError: the tokenizer's model itself, without added tokens, turns user text into a control token.
+            UserError: the text is not valid Unicode, or the tokenizer's model itself, without added tokens, turns user
+                text into a control token.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError about its own types
+            raise UserError(f"the text is not valid Unicode: {error}") from error
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]

@@ -25,7 +25,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, reading
 from llava_ext.assembly import NEW_PARTS, assemble
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
-from llava_ext.generation.options import store_settings
+from llava_ext.generation.saved_settings import settings_to_save
 from llava_ext.model_folder import has_fingerprint, load_model, save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import MODULE, add_new_token_rows, merge_new_token_rows, table_names
@@ -130,8 +130,8 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Tensor], 
     settings.save_pretrained(str(folder))
     head = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
     write_json(folder / BASE, {**base, **head})
-    store_settings(model.generation_config)
-    model.generation_config.save_pretrained(folder)
+    with settings_to_save(plain_model(model)):
+        plain_model(model).generation_config.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -204,7 +204,9 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
         read_json(adapter / GENERATION_CONFIG_NAME)
         with reading(str(adapter / GENERATION_CONFIG_NAME), "copy the folder of the adapter again"):
             model.generation_config = GenerationConfig.from_pretrained(adapter)
-    merged = _with_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    adapted = _with_adapter(model, adapter)
+    with reading(str(adapter / WEIGHTS), "train the adapter again"):  # peft rejects NaN and infinite weights
+        merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, EvoTokLlavaForConditionalGeneration)
     merge_new_token_rows(merged)
 
@@ -226,7 +228,8 @@ def _with_adapter(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> P
     if settings.trainable_token_indices is not None:
         add_new_token_rows(model)
         settings.trainable_token_indices, modules = None, [*modules, MODULE]
-    adapted = _peft_model(model, settings)
+    with reading(str(folder / SETTINGS), "copy the folder of the adapter again"):  # peft looks for the layers it names
+        adapted = _peft_model(model, settings)
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name or plain_name(name).split(".")[0] in modules)
     load_adapter(adapted, folder)

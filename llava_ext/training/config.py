@@ -8,19 +8,20 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.recipes import REQUIRED
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import IMAGE_HEADS, RESIDUAL_EMBEDDINGS, check_choice
 from llava_ext.generation.options import read_settings
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, required: bool = False) -> dict[str, Any]:
+    return {"help": text, REQUIRED: required}
 
 
 @dataclass(kw_only=True)
 class StageConfig(TrainingArguments):
-    """One training stage. A recipe names what differs from these defaults, a flag what differs from the recipe.
+    """One training stage. A recipe overrides these defaults, and flags override the recipe.
 
     Constructing one checks its values and has no side effects: `TrainingArguments.__post_init__` also chooses the
     device and starts the process group, so it runs in `launch.prepare_processes`. Until then the checks and
@@ -32,13 +33,14 @@ class StageConfig(TrainingArguments):
 
     workspace: str = field(default="outputs", metadata=_help("folder that replaces `{workspace}` in paths"))
     model_name_or_path: str = field(
-        default="", metadata=_help("EvoTok-LLaVA folder to continue from, or a causal LM to start from")
+        default="", metadata=_help("EvoTok-LLaVA folder to continue from, or a causal LM to start from", required=True)
     )
     vision_tower: str | None = field(
         default=None, metadata=_help("EvoTok tokenizer folder; required when starting from a causal LM")
     )
     data_path: list[str] = field(
-        default_factory=list, metadata=_help("training data: .json, .jsonl, .parquet, .tar, patterns, folders, hf:NAME")
+        default_factory=list,
+        metadata=_help("training data: .json, .jsonl, .parquet, .tar, patterns, folders, hf:NAME", required=True),
     )
     data_weights: list[float] | None = field(
         default=None,
@@ -119,7 +121,9 @@ class StageConfig(TrainingArguments):
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("replace the run that output_dir holds"))
 
-    output_dir: str = field(default="", metadata=_help("folder for checkpoints, logs and the trained model"))
+    output_dir: str = field(
+        default="", metadata=_help("folder for checkpoints, logs and the trained model", required=True)
+    )
     remove_unused_columns: bool = False
     logging_steps: float = 10
     save_total_limit: int | None = 2

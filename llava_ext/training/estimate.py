@@ -47,13 +47,13 @@ class Estimate:
     Attributes:
         engine: description of the training engine.
         parameters: (all, trained) parameters of the tokenizer and of every parameter group.
-        weights, gradients, optimizer, activations, transient: memory per GPU in bytes; `transient` is what the losses
-            and the reduction of gradients take for a moment.
-        activations_without_checkpointing: the same without gradient checkpointing.
+        weights, gradients, optimizer, activations, transient: memory per GPU in bytes; `transient` is temporary memory
+            of the losses and of the reduction of gradients.
+        activations_without_checkpointing: `activations` without activation checkpointing.
         on_host: memory of the host per GPU in bytes.
         samples_per_step: samples of an optimizer step over all GPUs.
         steps_per_sample: maximum number of LLM steps of a sample.
-        notes: assumptions and what is not included.
+        notes: assumptions, and memory that is not included.
     """
 
     engine: str
@@ -110,7 +110,7 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
     config, notes = model_config(run)
     model = meta_model(config, run)
     engine = read_deepspeed_config(run.deepspeed)
-    zero = {"stage": 0} if engine is None else {"stage": 0, **engine.get("zero_optimization", {})}
+    zero = zero_settings(engine, config.text_config.hidden_size)
     estimate = Estimate(
         engine=f"ZeRO-{zero['stage']} over {num_gpus}" if engine else f"no DeepSpeed, {num_gpus} process(es)",
         parameters=count_parameters(model),
@@ -121,7 +121,7 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
         **activations(model, config, run),
     )
     if engine:  # gradients being reduced: two alternating buckets; at stage 3 one that is allocated at the start
-        trained, bucket = sum(count for _, count in estimate.parameters.values()), zero.get("reduce_bucket_size", 5e8)
+        trained, bucket = sum(count for _, count in estimate.parameters.values()), zero["reduce_bucket_size"]
         size = _embedding_table(model).element_size()
         estimate.transient += size * (bucket if zero["stage"] == 3 else 2 * min(trained, bucket))
     estimate.notes.append(
@@ -202,6 +202,22 @@ def count_parameters(model: Trained) -> dict[str, tuple[int, int]]:
 # Memory ------------------------------------------------------------------------------------------------------
 
 
+def zero_settings(engine: dict[str, Any] | None, hidden_size: int) -> dict[str, Any]:
+    """The `zero_optimization` block of a DeepSpeed configuration, stage 0 without one.
+
+    "auto" sizes of buckets, and missing ones, have the values that transformers and DeepSpeed give them.
+    """
+    zero: dict[str, Any] = {"stage": 0, **((engine or {}).get("zero_optimization") or {})}
+    squared = hidden_size * hidden_size
+    for name, auto, default in (
+        ("reduce_bucket_size", squared, 5e8),
+        ("stage3_prefetch_bucket_size", int(0.9 * squared), 5e7),
+    ):
+        value = zero.get(name, default)
+        zero[name] = auto if value == "auto" else value
+    return zero
+
+
 def _numel(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
@@ -216,7 +232,7 @@ def model_states(
     """Bytes per GPU of weights, gradients and optimizer, and bytes that offloading moves to the host.
 
     Args:
-        zero: the `zero_optimization` block of the DeepSpeed configuration.
+        zero: the settings from `zero_settings`.
         has_master: whether DeepSpeed keeps float32 copies of the trained parameters.
     """
     stage = zero["stage"]
@@ -227,7 +243,7 @@ def model_states(
     weights, gathered = _weight_bytes(model, run), 0.0
     if stage == 3:
         largest = max(_bytes(layer.parameters()) for layer in _layers(model))
-        gathered = min(weights, largest + zero.get("stage3_prefetch_bucket_size", 5e7) * trained[0].element_size())
+        gathered = min(weights, largest + zero["stage3_prefetch_bucket_size"] * trained[0].element_size())
         weights /= num_gpus
     states = {
         "weights": weights,
@@ -236,7 +252,7 @@ def model_states(
     }
     on_host = 0.0
     for setting, moved in (("offload_param", ("weights",)), ("offload_optimizer", ("gradients", "optimizer"))):
-        if zero.get(setting, {}).get("device", "none") != "none":
+        if (zero.get(setting) or {}).get("device", "none") != "none":
             on_host += sum(states[name] for name in moved)
             states |= dict.fromkeys(moved, 0.0)
     states["weights"] += tower + gathered
@@ -265,7 +281,7 @@ def _weight_bytes(model: Trained, run: StageConfig) -> float:
 
 
 def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> dict[str, float]:
-    """Bytes per GPU that a micro-batch keeps for its backward pass, and bytes that the losses take for a moment."""
+    """Bytes per GPU that a micro-batch keeps for its backward pass, and temporary memory of the losses."""
     rows, steps, plain = run.per_device_train_batch_size, run.model_max_length, plain_model(model)
     embedding = _embedding_table(model)
     hidden = torch.empty(rows, steps, embedding.shape[1], dtype=embedding.dtype, device="meta", requires_grad=True)
@@ -273,6 +289,9 @@ def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> 
     backbone = kept_bytes(model, lambda: plain.language_model(inputs_embeds=hidden, use_cache=False))
     head = kept_bytes(model, lambda: _run_head(plain, config, drawn))
     layers = config.text_config.num_hidden_layers
+    # TrainingArguments prefers the new name to its deprecated alias.
+    new, old = run.activation_checkpointing, run.gradient_checkpointing
+    is_checkpointed = old if new is None else new
     checkpointed = layers * _bytes([hidden]) + backbone / layers  # one layer at a time is recomputed
     logits = min(MAX_LOGITS, rows * steps * config.text_config.vocab_size)
     classifiers = nn.ModuleList([plain.get_output_embeddings(), plain.image_head.get_submodule("classifiers")])
@@ -280,7 +299,7 @@ def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> 
     if config.image_head == "flat" and config.residual_embeddings == "tied":  # features of a codebook, their gradients
         learned += 2 * config.vision_config.codebook_size * embedding.shape[1] * embedding.element_size()
     return {
-        "activations": (checkpointed if run.gradient_checkpointing else backbone) + head,
+        "activations": (checkpointed if is_checkpointed else backbone) + head,
         "activations_without_checkpointing": backbone + head,
         # A chunk of logits, their probabilities and gradients; the gradients of the classifiers, which the forward
         # pass computes.

@@ -102,7 +102,19 @@ def _recipe_and_overrides(arguments: argparse.Namespace) -> tuple[str, dict[str,
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    run_stage(*_recipe_and_overrides(arguments))
+    try:
+        run_stage(*_recipe_and_overrides(arguments))
+    except UserError as error:
+        raise UserError(_message_of(error)) from error
+
+
+def _message_of(error: UserError) -> str:
+    """The message of an error; an error in a data-loading process arrives as a traceback, its message last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "worker process" not in lines[0]:
+        return " ".join(lines)
+    name, _, message = lines[-1].partition(": ")
+    return message if name.endswith(type(error).__name__) else lines[-1]
 
 
 def print_on_first_process(line: str) -> None:
@@ -247,25 +259,13 @@ def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) 
         UserError: data or disk errors, or a loss that is NaN or infinite.
         SystemExit: a signal stopped the run; its last step is saved.
     """
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except UserError as error:
-        raise UserError(_message_of(error)) from error
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     check_engine(trainer, config)
     last = checkpoint_folder(config.output_dir, trainer.state.global_step)
     if trainer.interruption.signal:
         logger.info("stopped at step %d, saved as %s; run the same command to resume", trainer.state.global_step, last)
         raise SystemExit(128 + trainer.interruption.signal)
     return last
-
-
-def _message_of(error: UserError) -> str:
-    """The message of an error; an error in a data-loading process arrives as a traceback, its message last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "worker process" not in lines[0]:
-        return " ".join(lines)
-    name, _, message = lines[-1].partition(": ")
-    return message if name.endswith(type(error).__name__) else lines[-1]
 
 
 def write_model(checkpoint: Path, config: StageConfig) -> None:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from evotok_plugin.errors import UserError
 from llava_ext.assembly import assemble
@@ -119,6 +120,25 @@ def test_saving_leaves_the_model_unchanged(own_mllm, tmp_path):
     check_unchanged(own_mllm, before)
     assert set(load_file(tmp_path / "model.safetensors")) <= set(before[2])
     assert own_mllm.to(torch.float64).vision_tower.dtype == torch.float64
+
+
+@pytest.mark.parametrize("save", [save_model, lambda model, folder: model.save_pretrained(folder)])
+def test_saving_leaves_the_settings_of_the_model_unchanged(own_mllm, tmp_path, save):
+    def settings():
+        values = [own_mllm.config.to_dict(), own_mllm.language_model.config.to_dict()]
+        for one in (values[0], values[0]["text_config"], values[0]["vision_config"], values[1]):
+            for name in ("dtype", "architectures"):  # transformers sets them
+                one.pop(name, None)
+        return copy.deepcopy([*values, vars(own_mllm.generation_config)])
+
+    own_mllm.config.use_cache = own_mllm.config.text_config.use_cache = False  # as during training
+    own_mllm.generation_config = GenerationConfig(eos_token_id=3)
+    before = settings()
+    save(own_mllm, tmp_path)
+    assert settings() == before
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["use_cache"] is saved["text_config"]["use_cache"] is True
+    assert "guidance_scale" in json.loads((tmp_path / "generation_config.json").read_text())["image_generation"]
 
 
 def test_the_saved_dtype_is_that_of_the_language_model(own_mllm, tmp_path):

@@ -167,6 +167,12 @@ def test_the_conversation_continues_after_bad_input(chat, line, message, tmp_pat
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["a_ring_seed0.png"]
 
 
+def test_input_that_is_not_text_is_reported(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert main(["chat", "--model", str(model_folder), "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("error: the input is not text in utf-8: invalid start byte\n")
+
+
 def test_a_single_question_can_contain_image_paths(model_folder, picture, capsys):
     arguments = ["chat", f'What is in "{picture}"?', "--model", str(model_folder), "--max_new_tokens", "3"]
     assert main(arguments) == 0 and capsys.readouterr().out.endswith("\n")

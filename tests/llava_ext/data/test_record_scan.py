@@ -1,5 +1,7 @@
 """The scan of all records before training."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,14 @@ def test_a_scan_finds_usable_records_and_the_images_they_need(tiny_mllm, folder)
     assert found.records.lengths.tolist() == [layout.num_steps for layout in layouts]
     assert list(found.bad) == [f"{folder}/d.jsonl:12 (bad)", f"{folder}/d.jsonl:13 (r0)"]
     assert found.num_records == 14 and found.num_cut == 0 and not found.too_long
+
+
+@pytest.mark.parametrize("image", ["\ud800.png", "file:///\ud800.png", "iVBORw0KGgo" + "A" * 80 + "\ud800"])
+def test_an_image_name_that_is_not_unicode_is_a_bad_sample(tiny_mllm, folder, image):
+    rows = [row(0), row(0) | {"id": "odd", "image": image}]
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = looked_at(tiny_mllm, [open_records(str(folder / "d.jsonl"), RowOptions(folder))])
+    assert len(found.records) == 1 and "is not valid Unicode" in found.bad[f"{folder}/d.jsonl:1 (odd)"]
 
 
 def test_an_image_of_several_records_is_listed_once(tiny_mllm, folder):
@@ -82,4 +92,4 @@ def test_records_that_are_too_long_are_truncated_or_left_out(tiny_mllm, folder):
     assert [record.id for record in found.records] == ["tail", "r0"] and found.records.lengths[0] == 40
     assert found.num_cut == 1 and found.num_records == 4 and not found.bad
     reasons = {name.split("(")[1]: why for name, why in found.too_long.items()}
-    assert "do not hold all images whole" in reasons["far)"] and "nothing to learn" in reasons["head)"]
+    assert "do not include all images completely" in reasons["far)"] and "nothing to learn" in reasons["head)"]

@@ -5,6 +5,7 @@ import pytest
 from evotok_plugin.errors import UserError
 from llava_ext.embedded import prepare
 from llava_ext.embedded.prepare import DONE, holds_model, make, uses_embedded_default
+from llava_ext.embedded.text_backbone import corpus_texts
 
 
 def test_only_embedded_recipes_need_preparation():
@@ -15,6 +16,24 @@ def test_only_embedded_recipes_need_preparation():
     for later in ("finetune", "finetune_lora", "finetune_qlora"):
         assert not uses_embedded_default(later, [])
     assert not uses_embedded_default("paper", [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "not valid YAML"), ("- a", "expected 'key: value' lines"), ("\xff", "valid YAML")]
+)
+def test_a_damaged_recipe_is_named(tmp_path, capsys, content, message):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(content, encoding="latin-1")
+    assert prepare.main(["--recipe", str(recipe), "--workspace", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "mine.yaml" in error and message in error
+
+
+def test_damaged_records_of_a_scene_folder_are_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "pretrain.json").write_text('[{"conversations"')
+    with pytest.raises(UserError, match="pretrain.json cannot be loaded"):
+        list(corpus_texts(tmp_path, [{"conversations": [{"value": "hi"}]}]))
 
 
 def test_a_step_is_atomic(tmp_path):

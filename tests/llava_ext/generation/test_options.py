@@ -174,6 +174,9 @@ def test_a_model_is_saved_despite_questionable_settings_of_its_backbone(
     model.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model/generation_config.json").read_text())
     assert saved["temperature"] == 0.7 and saved["image_generation"] == LIBRARY
+    model.generation_config.temperature = 0.8
+    with pytest.raises(UserError, match="generation settings of the model cannot be saved: .*temperature"):
+        model.save_pretrained(tmp_path / "changed")
 
 
 def test_commands_use_the_models_settings_as_defaults(own_folder, tmp_path, capsys):

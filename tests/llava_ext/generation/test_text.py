@@ -245,6 +245,8 @@ def test_a_folder_without_generation_config_and_with_the_cache_disabled(any_mllm
     inputs = processor("<image>\nWhat is it?", images=[Image.new("RGB", (48, 48), (200, 0, 0))])
     model.config.text_config.use_cache = model.config.use_cache = False  # as after training with Trainer
     model.save_pretrained(tmp_path)
+    assert model.config.text_config.use_cache is model.config.use_cache is False
+    model.config.text_config.use_cache = model.config.use_cache = True
     assert '"use_cache": false' not in (tmp_path / "config.json").read_text()
     (tmp_path / "generation_config.json").unlink()
     settings = (tmp_path / "config.json").read_text().replace('"use_cache": true', '"use_cache": false')
@@ -333,6 +335,9 @@ def test_settings_of_answers_come_from_generation_configs(any_mllm, monkeypatch)
     ):
         with pytest.raises(UserError, match=name):
             new(generation_config=config)
+    for name, value in (("sequence_bias", {"a": 1}), ("exponential_decay_length_penalty", (1,))):
+        with pytest.raises(UserError, match="invalid generation setting of the call or the model"):
+            new(**{name: value})
     monkeypatch.setattr(model.generation_config, "num_return_sequences", 2)
     with pytest.raises(UserError, match="model.generation_config.num_return_sequences = 2"):
         new()

@@ -123,6 +123,12 @@ def test_images_without_text_give_pixels(processor):
     assert processor(images=[RED, BLUE])["pixel_values"].shape == (2, 3, 48, 48)
 
 
+def test_a_row_without_images_is_skipped_in_a_call_without_text(processor):
+    expected = processor(images=[RED, BLUE])
+    same(processor(images=[[RED], None, [BLUE]]), expected)
+    same(processor(images=[None, RED, BLUE]), expected)
+
+
 def test_images_stay_in_their_rows(processor):
     texts = ["no image", QUESTION, "<image>\nand\n<image>\ntoo"]
     nested = processor(text=texts, images=[[], [RED], [BLUE, RED]])
@@ -307,6 +313,12 @@ def test_none_is_an_empty_prompt_and_other_types_are_rejected(processor):
     for wrong in (3, {"prompt": "a"}, ["a"]):
         with pytest.raises(UserError, match=f"a prompt as a string, got {type(wrong).__name__}"):
             processor.drawing_prompts([wrong])
+
+
+def test_text_that_is_not_unicode_is_rejected(processor):
+    for call in (processor, processor.drawing_prompts):
+        with pytest.raises(UserError, match="the text is not valid Unicode: .*surrogates"):
+            call(["a \udc80 ring"])
 
 
 def test_several_sequences_are_decoded_one_by_one(processor):

@@ -1,5 +1,7 @@
 """`evotok-llava estimate` compared with real models and runs."""
 
+import json
+
 import pytest
 import torch
 from stage_runs import run_forked, train_one_step, write_recipe
@@ -74,6 +76,27 @@ def test_engines_and_checkpointing_save_memory(recipe):
     assert of(gradient_checkpointing="true").activations < of().activations
     assert of(bits=4, **LORA).weights < of(**LORA).weights
     assert of(4, gradient_accumulation_steps=3).samples_per_step == 4 * 4 * 3
+
+
+def test_both_names_of_activation_checkpointing_have_the_same_effect(recipe):
+    def activations(**overrides):
+        return estimate_run(str(recipe), overrides, 1).activations
+
+    checkpointed = activations(gradient_checkpointing="true")
+    assert activations(activation_checkpointing="true") == checkpointed < activations()
+    assert activations(activation_checkpointing="false", gradient_checkpointing="true") == activations()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_automatic_bucket_sizes_are_those_of_transformers(recipe, tmp_path, stage):
+    def estimate_with(reduce_size, prefetch_size):
+        sizes = {"reduce_bucket_size": reduce_size, "stage3_prefetch_bucket_size": prefetch_size}
+        config = tmp_path / "deepspeed.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_param": None, **sizes}}))
+        return estimate_run(str(recipe), {"deepspeed": str(config)}, 2)
+
+    assert estimate_with("auto", "auto") == estimate_with(32 * 32, int(0.9 * 32 * 32))  # the model is 32 wide
+    assert estimate_with("auto", "auto").total < estimate_with(5e8, 5e7).total
 
 
 def test_the_command_prints_a_table(recipe, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stage_runs import losses, prepared_config, run, run_forked, stage_exit, write_recipe
 
 from evotok_plugin.errors import UserError
@@ -142,8 +142,6 @@ def test_merge_compares_an_adapter_of_an_earlier_version_by_its_fingerprint(lora
 
 
 def test_merge_rejects_an_adapter_that_lacks_a_parameter(lora_run, base, tmp_path):
-    from safetensors.torch import save_file
-
     shutil.copytree(lora_run / "adapter", tmp_path / "cut")
     tensors = load_file(tmp_path / "cut" / "adapter_model.safetensors")
     del tensors[f"base_model.model.{QUERY}.lora_A.weight"]
@@ -159,6 +157,24 @@ def test_merge_rejects_an_adapter_that_lacks_a_parameter(lora_run, base, tmp_pat
 def test_merge_rejects_a_folder_without_an_adapter(lora_run, base, tmp_path, capsys, adapter, message):
     assert main(["merge", str(base), str(lora_run / adapter), "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_merge_rejects_weights_that_are_not_finite(lora_run, base, tmp_path):
+    shutil.copytree(lora_run / "adapter", tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    tensors[f"base_model.model.{QUERY}.lora_A.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "broken" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="adapter_model.safetensors cannot be loaded: NaNs detected.*train the adapter"):
+        merge(base, tmp_path / "broken", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_names_the_settings_of_an_adapter_for_other_layers(lora_run, base, tmp_path):
+    shutil.copytree(lora_run / "adapter", tmp_path / "other")
+    file = tmp_path / "other" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["absent"]}))
+    with pytest.raises(UserError, match="adapter_config.json cannot be loaded: Target modules .*absent"):
+        merge(base, tmp_path / "other", tmp_path / "merged")
 
 
 def test_lora_from_a_causal_lm_can_be_merged_with_its_tokenizer(

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from evotok_plugin.errors import UserError
@@ -178,6 +179,17 @@ def test_settings_without_a_default_are_required():
         check_required(StageConfig(model_name_or_path="m", data_path=["d.json"]))
     with pytest.raises(UserError, match="data_path is not set"):
         check_required(StageConfig(model_name_or_path="m", output_dir="out"))
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "output_dir", "data_path"])
+def test_null_in_a_recipe_leaves_a_required_setting_unset(tmp_path, name):
+    given = {"model_name_or_path": "m", "output_dir": "out", "data_path": ["d.json"], name: None}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(UserError, match=f"{name} is not set; pass --{name}"):
+        check_required(StageConfig(**settings.stage_values(str(tmp_path / "r.yaml"), {})))
+    (tmp_path / "r.yaml").write_text("bits: null")
+    with pytest.raises(UserError, match="bits: expected a int, got nothing"):
+        settings.stage_values(str(tmp_path / "r.yaml"), {})
 
 
 def test_epochs_and_steps_replace_each_other():

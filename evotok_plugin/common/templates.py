@@ -6,7 +6,7 @@ import jinja2
 
 
 def open_template(package: str, name: str) -> jinja2.Template:
-    """Load a template; values in an HTML template are escaped.
+    """Load a template; a variable without a value is an error, and an HTML template escapes values.
 
     Args:
         package: dotted name of the package whose folder holds the template.
