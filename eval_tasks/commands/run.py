@@ -111,7 +111,7 @@ class Evaluation:
         return self.folder(task) / self._state(task)["results"]
 
     def command(self, task: str) -> list[str]:
-        """The lmms-eval command, with as many processes as NPROC says."""
+        """The lmms-eval command, with NPROC processes."""
         launcher = ["-m", "lmms_eval"]
         if (processes := os.environ.get("NPROC", "1")) != "1":
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *launcher]

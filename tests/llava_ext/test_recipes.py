@@ -6,7 +6,8 @@ import yaml
 from evotok_plugin.common.recipes import load_recipe, recipe_values, recipes_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.training.config import TokenizerTrainingConfig
-from llava_ext.training.config import StageConfig, find_deepspeed_config, read_deepspeed_config
+from llava_ext.training.config import StageConfig
+from llava_ext.training.deepspeed_config import find_deepspeed_config, read_deepspeed_config
 
 RECIPES = sorted(recipes_folder("llava_ext").glob("*.yaml"))
 

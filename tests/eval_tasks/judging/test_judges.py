@@ -89,7 +89,7 @@ def test_detectors_of_other_classes_are_rejected(judge_folders, tmp_path):
     swapped = dict(enumerate(CLASSES)) | {0: CLASSES[1], 1: CLASSES[0]}
     coco = dict(enumerate(CLASSES)) | {64: "mouse", 65: "remote", 66: "keyboard"}
     for labels, message in (
-        (dict(enumerate(CLASSES[:5])), "knows 5 classes, expected COCO's 80"),
+        (dict(enumerate(CLASSES[:5])), "has 5 classes, expected COCO's 80"),
         (swapped, "class 0 is 'bicycle', expected COCO's 'person'"),
         (coco, None),
     ):

@@ -82,4 +82,4 @@ def test_records_that_are_too_long_are_truncated_or_left_out(tiny_mllm, folder):
     assert [record.id for record in found.records] == ["tail", "r0"] and found.records.lengths[0] == 40
     assert found.num_cut == 1 and found.num_records == 4 and not found.bad
     reasons = {name.split("(")[1]: why for name, why in found.too_long.items()}
-    assert "do not hold all images whole" in reasons["far)"] and "nothing to learn" in reasons["head)"]
+    assert "do not include all images completely" in reasons["far)"] and "nothing to learn" in reasons["head)"]
