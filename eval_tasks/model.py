@@ -58,7 +58,7 @@ class EvoTokLmms(lmms):
     with text.
 
     `--gen_kwargs` reaches every task of a run: its temperature, top_k and top_p apply to the text of an understanding
-    task and to the images of a drawing task. Put options for images alone into `--model_args`. A key without effect on
+    task and to the images of a drawing task. Put options for images only into `--model_args`. A key without effect on
     any task is an error; unused keys in a task's own `generation_kwargs` are logged.
 
     With `--use_cache`, text answers are reused as long as the content of the model folder is the same. Images are never
@@ -164,7 +164,7 @@ class EvoTokLmms(lmms):
 
     @property
     def response_identity(self) -> str:
-        """The content of the model folder and the dtype; lmms-eval's response cache knows only the model arguments."""
+        """The content of the model folder and the dtype; lmms-eval's own cache key has only the model arguments."""
         return f"{self._fingerprint}|{self._model.dtype}"
 
     def may_be_cached(self, request: Instance) -> bool:

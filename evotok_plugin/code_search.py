@@ -6,7 +6,7 @@ M vectors, L levels, K codes per level, C dimensions.
 alone, in blocks that fit the cache: each code has its negative half norm as an additional coordinate, each vector a 1.
 Only the maximum of every group of codes is kept; nothing of size vectors x codes is ever stored.
 
-Float32 alone would confuse codes at nearly equal distances (about one in some thousands). Therefore the half norm is
+Float32 alone would confuse codes at nearly equal distances (about one in several thousand). Therefore the half norm is
 reduced by the largest rounding error that a score of this code can have. A computed score is then never below the true
 score minus a `slack` of the vector, so a code can be excluded if its computed score is below the true score of the best
 code minus that slack. Almost always a single code remains; otherwise float64 decides. For n terms and unit roundoff u,

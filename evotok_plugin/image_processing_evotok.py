@@ -127,7 +127,7 @@ class EvoTokImageProcessor(BaseImageProcessor):
 
 
 def side_of(size: int | dict[str, int]) -> int:
-    """Return the side length in pixels that a processor's `size` stands for.
+    """Return the side length in pixels that a processor's `size` specifies.
 
     Raises:
         UserError: it is not a positive number of pixels, or height and width differ.

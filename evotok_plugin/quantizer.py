@@ -1,6 +1,6 @@
 """Residual vector quantization with codebooks that learn by exponential moving averages.
 
-M vectors (any leading shape), L levels, K codes a level, C dimensions.
+M vectors (any leading shape), L levels, K codes per level, C dimensions.
 """
 
 import math

@@ -61,7 +61,9 @@ class SamplingOptions:
         """
         for name, value in vars(self).items():
             if isinstance(value, tuple) and len(value) != num_levels:
-                raise UserError(f"{name} has {len(value)} values, but {num_levels} levels are drawn; give one of each")
+                raise UserError(
+                    f"{name} has {len(value)} values, but {num_levels} levels are drawn; give one per level"
+                )
 
 
 _LIMITS = {

@@ -312,7 +312,7 @@ class EvoTokLlavaForConditionalGeneration(
         others = (attention_mask, position_ids, past_key_values, inputs_embeds)
         if segment_ids is not None and any(value is not None for value in others):
             raise ValueError(
-                "segment_ids replace attention_mask, position_ids and past_key_values; give them with input_ids alone"
+                "segment_ids replace attention_mask, position_ids and past_key_values; give them only with input_ids"
             )
         folded, steps = None, {"attention_mask": attention_mask, "position_ids": position_ids}
         if labels is not None or segment_ids is not None:

@@ -129,4 +129,4 @@ def load_rows(model: EvoTokLlavaForConditionalGeneration, folder: Path) -> None:
     try:
         model.new_token_rows.load_state_dict(load_file(folder / ROWS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / ROWS_FILE} cannot be read: {error}; pass --overwrite true to start anew") from error
+        raise UserError(f"{folder / ROWS_FILE} cannot be read: {error}; pass --overwrite true to start over") from error

@@ -220,8 +220,10 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="far fewer steps; learns little, but shows that all works")
-    return command_line.run(parser, work=run_all, stopped="stopped; the same command resumes")
+    parser.add_argument(
+        "--fast", action="store_true", help="far fewer steps: the models learn little, but every stage runs"
+    )
+    return command_line.run(parser, work=run_all, stopped="stopped; rerun the command to resume")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ TEXT_CHUNKS = "llava_ext/serving/image_files.py"  # reads the text chunks of own
 
 
 def reads_images(call: ast.Call) -> bool:
-    """Whether this is a call that decodes an image or brings it to RGB by a way of its own."""
+    """Whether this call decodes an image, or converts it to RGB, without `evotok_plugin.data.images`."""
     name = ast.unparse(call.func)
     wants_rgb = name.endswith(".convert") and "'RGB'" in map(ast.unparse, call.args)
     return (

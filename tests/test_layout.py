@@ -58,7 +58,7 @@ def test_imports_point_one_way():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_rooms_do_not_import_from_the_commands_above_them(package):
+def test_only_command_lines_import_commands(package):
     for module in modules():
         parts = module.split(".")
         if parts[0] != package or parts[1:2] in (["cli"], ["commands"]):
@@ -67,7 +67,7 @@ def test_rooms_do_not_import_from_the_commands_above_them(package):
             assert target.split(".")[1:2] not in (["cli"], ["commands"]), f"{module} imports {target}"
 
 
-def test_common_tools_know_nothing_of_what_uses_them():
+def test_common_tools_import_only_each_other():
     for module in modules():
         if module.startswith("evotok_plugin.common"):
             for target, _ in imports(module):
@@ -101,7 +101,7 @@ def test_private_names_stay_in_their_module():
         assert private == [], module
 
 
-def test_no_file_holds_two_subjects():
+def test_no_file_is_too_long():
     too_long = {
         str(path.relative_to(ROOT)): count for path in modules().values() if (count := _lines(path)) > MAX_LINES
     }
@@ -122,9 +122,9 @@ def test_every_task_is_one_folder_with_its_yaml_and_its_python():
 def test_the_tests_mirror_the_packages():
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
-        assert folder == Path(".") or (ROOT / folder).is_dir(), f"{path} mirrors no folder of a package"
+        assert folder == Path(".") or (ROOT / folder).is_dir(), f"{path} does not mirror a folder of a package"
 
 
-def test_every_module_and_package_says_what_it_is():
+def test_every_module_and_package_has_a_docstring():
     for module, path in modules().items():
         assert ast.get_docstring(ast.parse(path.read_text())), f"{module} has no docstring"

@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, help="folder for report.md, report.json and report.png")
     parser.add_argument(
-        "--compare", nargs="*", metavar="MODEL", help="published models to show (default: all; none: --compare alone)"
+        "--compare", nargs="*", metavar="MODEL", help="published models to show (default: all; without names: none)"
     )
     parser.set_defaults(run=run)
 

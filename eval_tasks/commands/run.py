@@ -111,7 +111,7 @@ class Evaluation:
         return self.folder(task) / self._state(task)["results"]
 
     def command(self, task: str) -> list[str]:
-        """The lmms-eval command, with as many processes as NPROC says."""
+        """The lmms-eval command, with NPROC processes."""
         launcher = ["-m", "lmms_eval"]
         if (processes := os.environ.get("NPROC", "1")) != "1":
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *launcher]
@@ -184,12 +184,17 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
     """Resolve the settings and check them before any model is loaded.
 
     Raises:
-        UserError: not a model folder, an invalid limit, or an output folder that cannot be written to.
+        UserError: lmms-eval is not installed, not a model folder, an invalid limit, or an output folder that cannot be
+            written to.
     """
     from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE
     from evotok_plugin.model_folder import read_config
     from llava_ext.model_folder import default_model_folder
 
+    try:
+        importlib.metadata.version("lmms_eval")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("evaluation needs lmms-eval: pip install 'evotok[eval]'") from error
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be at least 1, got {arguments.limit}")
     model = (arguments.model or default_model_folder()).expanduser().resolve()

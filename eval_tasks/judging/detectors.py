@@ -146,7 +146,7 @@ def _check_labels(labels: dict[int, str]) -> None:
     """Check that the labels are COCO's 80 in COCO's order, since classes are identified by their number."""
     if len(labels) != len(CLASSES):
         raise UserError(
-            f"the detector knows {len(labels)} classes, expected COCO's {len(CLASSES)} things; use a checkpoint for "
+            f"the detector has {len(labels)} classes, expected COCO's {len(CLASSES)} things; use a checkpoint for "
             "instance segmentation, not for panoptic or semantic segmentation"
         )
     for number, name in sorted(labels.items()):

@@ -16,7 +16,7 @@ from eval_tasks.judging.drawn_run import Drawn, DrawnRun
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
 from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
-from evotok_plugin.common.files import write_json, write_text, writing
+from evotok_plugin.common.files import write_json, writing
 from evotok_plugin.common.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class Outcome:
 def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output: Path | None = None) -> Outcome:
     """Judge all images of a run and write `judgements.jsonl`, `scores.json` and the contact sheets.
 
-    The judges are freed before the report is written.
+    Each judgement is immediately written to `judgements.jsonl.part`, which is renamed at the end: after an error or an
+    interruption it holds the judgements made so far. The judges are freed before the report is written.
 
     Args:
         output: folder for the report, by default that of the run.
@@ -79,11 +80,17 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
     loaded = time.perf_counter()
     judgements: list[Judgement] = []
     bar: tqdm[Judgement] = progress_bar(total=len(run.drawn), desc=f"judging {run.task}", unit="image")
-    with bar:
+    unfinished = output / "judgements.jsonl.part"
+    with writing(unfinished):
+        lines = unfinished.open("w", encoding="utf-8", buffering=1)  # line by line
+    with lines, bar:
         for judgement in judge.judge(run.images(options.batch_size)):
             judgements.append(judgement)
+            with writing(unfinished):
+                lines.write(json.dumps(asdict(judgement)) + "\n")
             bar.update()
-    write_text(output / "judgements.jsonl", "".join(json.dumps(asdict(item)) + "\n" for item in judgements))
+    with writing(output / "judgements.jsonl"):
+        unfinished.replace(output / "judgements.jsonl")
     model_seconds, device = judge.stopwatch.seconds, options.torch_device
     del judge
     if device.type == "cuda":

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from PIL.Image import Image
 
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.weights import fetch, require_weights
+from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, open_config, open_processor
 
@@ -88,8 +90,18 @@ class YesNoJudge:
 
     @torch.inference_mode()
     def ask(self, images: Sequence[Image], questions: Sequence[str]) -> list[Answer]:
-        """Ask one question per image, all in one batch."""
-        inputs = self._inputs(images, questions).to(device=self.device, dtype=self.model.dtype)
+        """Ask one question per image, all in one batch.
+
+        Raises:
+            UserError: the processor or its chat template does not accept an image with a question.
+        """
+        try:
+            inputs = self._inputs(images, questions)
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise UserError(
+                f"the VQA judge does not accept an image with a question: {describe_error(error)}; choose another model"
+            ) from error
+        inputs = inputs.to(device=self.device, dtype=self.model.dtype)
         outputs = self.model.generate(
             **inputs,
             max_new_tokens=1,

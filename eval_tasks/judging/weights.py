@@ -31,13 +31,13 @@ def fetch(
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             source, repo_type="dataset" if dataset else "model", allow_patterns=list(files), etag_timeout=5
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{what}: {source} is not a local path, and the hub does not provide it ({reason}); {advice}"

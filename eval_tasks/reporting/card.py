@@ -188,12 +188,12 @@ def _fill(benchmark: CardRow, runs: Sequence[Run], models: Sequence[PublishedMod
 def _why_ours_differs(benchmark: CardRow, result: TaskResult) -> str:
     if result.limited:
         count = "some" if result.documents is None else result.documents
-        return f"{result.task}: only {count} documents were asked"
+        return f"{result.task}: only {count} documents were evaluated"
     measured = tuple(int(result.figures.get(name, 0)) for name in ("num_images", "image_size"))
     published = benchmark.images, benchmark.image_size
     if benchmark.images and measured != published:
         ours, theirs = (f"{count} images of {side} x {side}" for count, side in (measured, published))
-        return f"{benchmark.name}: ours is of {ours}, published ones of ImageNet-1K val, {theirs}"
+        return f"{benchmark.name}: ours is on {ours}, published ones on ImageNet-1K val, {theirs}"
     return ""
 
 

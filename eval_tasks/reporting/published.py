@@ -53,7 +53,7 @@ class PublishedFigure:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model's figures by name of the row."""
+    """The figures of a model, by row name."""
 
     name: str
     setting: str

@@ -143,7 +143,7 @@ def _figures_of(values: dict) -> dict[str, float]:
 
 
 def require_figures(results: Sequence[TaskResult], tasks: Sequence[str] = ()) -> None:
-    """Check that every task was scored, which lmms-eval's exit code does not tell.
+    """Check that every task was scored, which lmms-eval's exit code does not show.
 
     Args:
         tasks: tasks that must be among the results.

@@ -1,4 +1,4 @@
-"""The drawing benchmarks by name of their task."""
+"""The drawing benchmarks by task name."""
 
 from dataclasses import replace
 

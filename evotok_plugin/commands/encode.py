@@ -71,12 +71,12 @@ def _report(cache: CodeCache, source: ImageSource | None, arguments: argparse.Na
     if arguments.verify:
         if damaged := cache.verify(show_progress=True):
             raise UserError(
-                f"{len(damaged)} shards are not as they were written: {', '.join(damaged)}; delete the .npy and .json "
-                "of each and encode again: only their images are re-encoded"
+                f"{len(damaged)} shards are damaged: {', '.join(damaged)}; delete the .npy and .json of each "
+                "and encode again: only their images are re-encoded"
             )
-        print("all checksums are right")
+        print("all checksums match")
         if source is not None and (changed := cache.verify_contents(source, show_progress=True)):
             raise UserError(
-                f"{len(changed)} images are not the ones that were encoded, but have the same sizes and times: "
+                f"{len(changed)} images have changed since they were encoded, without a change of size or time: "
                 f"{', '.join(map(shorten, changed[:3]))}; touch their files and encode again"
             )

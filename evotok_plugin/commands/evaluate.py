@@ -38,7 +38,9 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         "--stats_cache", type=Path, metavar="FOLDER", help="for rfid: cache of statistics of the originals"
     )
     parser.add_argument("--batch_size", type=int, default=EvaluationOptions.batch_size)
-    parser.add_argument("--num_workers", type=int, default=EvaluationOptions.num_workers, help="processes that decode")
+    parser.add_argument(
+        "--num_workers", type=int, default=EvaluationOptions.num_workers, help="processes that decode images"
+    )
     parser.set_defaults(run=run)
 
 

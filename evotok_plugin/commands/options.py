@@ -20,13 +20,13 @@ class SharedOptions:
 def shared_options() -> SharedOptions:
     """New parent parsers for one command."""
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", help="tokenizer folder (default: the newest output in the working folder)")
+    model.add_argument("--model", help="tokenizer folder (default: outputs/evotok, or else outputs/quickstart/evotok)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     counting = argparse.ArgumentParser(add_help=False)
     counting.add_argument("--max_bad_fraction", type=float, default=0.001, help="tolerated fraction of broken images")
     sizing = argparse.ArgumentParser(add_help=False)
     sizing.add_argument(
-        "--size", type=int, help="pixels per side, a multiple of the patch size (default: the size of training)"
+        "--size", type=int, help="pixels per side, a multiple of the patch size (default: the training size)"
     )
     return SharedOptions(model, counting, sizing)
 

@@ -1,4 +1,4 @@
-"""The one way in which every command line of the project runs: flags, logging, errors and exit codes."""
+"""The command lines of the project: flags, logging, errors and exit codes."""
 
 import argparse
 import logging
@@ -26,17 +26,17 @@ def run(
     stopped: str = "stopped",
     translate: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> int:
-    """Parse flags, do the work, and translate how it ends.
+    """Parse flags, run a command, and return its exit code.
 
-    A `UserError` becomes one line on stderr, Ctrl-C the line `stopped`; with `--debug` both follow their traceback. Any
-    other exception is a bug and keeps its traceback.
+    A `UserError` is shown as one line on stderr, Ctrl-C as the line `stopped`; with `--debug`, a traceback precedes
+    both. Any other exception is a bug and keeps its traceback.
 
     Args:
         parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
-            given. Where it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
-        argv: the command line without the program, by default that of the process.
-        work: takes the place of the parser's `run`.
-        stopped: the line that Ctrl-C ends with.
+            given. If it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
+        argv: the command-line arguments, by default `sys.argv[1:]`.
+        work: replaces the parser's `run`.
+        stopped: the line shown after Ctrl-C.
         translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
@@ -57,8 +57,8 @@ def run_command(
 
     Args:
         commands: the help of every command by its name.
-        add: adds a command, by its name, with its flags. It is called for the command that `argv` names alone, so that
-            `--help` imports none.
+        add: adds a command, by its name, with its flags. It is called only for the command that `argv` names, so that
+            `--help` does not import the others.
     """
     return _run(lambda: parser_of(prog, description, commands, add, _arguments(argv)), argv, None, stopped)
 
@@ -121,7 +121,7 @@ def _run(
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
-    """The flags, and the work that they ask for."""
+    """The flags, and the function to run."""
     for each in _commands_of(parser) or [parser]:
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
         each.set_defaults(flags=flags_of(each))
@@ -137,7 +137,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | No
 
 
 def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers of all commands, those of commands within commands included."""
+    """The parsers of all commands, including nested ones."""
     found: list[argparse.ArgumentParser] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -147,16 +147,16 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 
 def _quiet_libraries() -> None:
-    """Leave the terminal to the command: warnings of libraries that a user cannot act on are not shown."""
+    """Hide warnings and progress bars of libraries that a user cannot act on."""
     transformers = _import_transformers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
 
 
 def _import_transformers() -> Any:
-    """Import transformers such that it does not import torchvision, for image processors that no command uses.
+    """Import transformers without torchvision, which it would import for image processors that no command uses.
 
     The metrics that need torchvision still import it themselves.
     """
@@ -165,7 +165,7 @@ def _import_transformers() -> Any:
         try:
             from transformers.utils import is_torchvision_available
 
-            is_torchvision_available()  # keeps its answer for the rest of the process
+            is_torchvision_available()  # the result is cached for the rest of the process
         finally:
             del sys.modules["torchvision"]
     return import_module("transformers")

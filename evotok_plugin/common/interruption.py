@@ -25,7 +25,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def begin(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
 

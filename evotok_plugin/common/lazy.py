@@ -87,7 +87,7 @@ class _Watched(importlib.abc.Loader):
     def __init__(self, loader: Any, finder: _AutoClasses) -> None:
         self._loader, self._finder = loader, finder
 
-    def __getattr__(self, name: str) -> Any:  # what inspect and importlib.resources ask a loader for
+    def __getattr__(self, name: str) -> Any:  # used by inspect and importlib.resources
         return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:

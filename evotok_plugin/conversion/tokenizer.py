@@ -122,7 +122,7 @@ def infer_config(weights: Mapping[str, Tensor], options: TokenizerOptions | None
         raise UserError(
             f"the checkpoint's patches are {patch} pixels wide, but its decoder, with {num_stages} resolutions, "
             f"upsamples {upsampling} times; only checkpoints for which both are equal can be converted, because no "
-            "tensor tells how the research code bridges the difference"
+            "tensor shows how the research code bridges the difference"
         )
     widths = [shapes.of(name, 4)[0] for name in stages]  # coarsest first
     finest = math.gcd(*widths)

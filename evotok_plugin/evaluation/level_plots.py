@@ -157,7 +157,7 @@ def plot_code_usage(evolution: Evolution) -> "Figure":
         axes.spines["right"].set_visible(False)
         _finish_depth_axis(axes, config.num_quantizers)
     perplexities.set_xlabel("level")
-    note = f"dotted: as many codes drawn uniformly from the {config.codebook_size:,} of a level"
+    note = f"dotted: the same number of codes drawn uniformly from the {config.codebook_size:,} of a level"
     shares.set_title(note, fontsize=9, color=_GRAY)
     figure.suptitle(f"Code usage by level: {evolution.images}, {evolution.num_codes:,} positions")
     return figure

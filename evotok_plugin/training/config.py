@@ -18,7 +18,7 @@ class TokenizerTrainingConfig:
     data: list[str] = field(metadata=_help("folders of images, tar shards, parquet, or hf:NAME"))
     output_dir: str = field(metadata=_help("folder for checkpoints, metrics, pictures and the model"))
     data_weights: list[float] | None = field(default=None, metadata=_help("weight of each source (default: its size)"))
-    val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a part held out)"))
+    val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a held-out part)"))
     preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
     model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
     teacher: str | None = field(default=None, metadata=_help("SigLIP folder or hub id: target and initial encoder"))
@@ -43,8 +43,10 @@ class TokenizerTrainingConfig:
     gan_adaptive: bool = field(default=False, metadata=_help("scale the adversarial term by gradient norms"))
     kmeans_images: int = field(default=0, metadata=_help("images for k-means of the initial codebooks; 0: random"))
     augment: bool = field(default=True, metadata=_help("random scale, crop and flip"))
-    val_fraction: float = field(default=0.01, metadata=_help("fraction of images held out, by a hash of the name"))
-    val_images: int = field(default=256, metadata=_help("held-out images used in a validation"))
+    val_fraction: float = field(
+        default=0.01, metadata=_help("held-out fraction of the images, chosen by a hash of their names")
+    )
+    val_images: int = field(default=256, metadata=_help("number of held-out images per validation"))
     val_every: int = 2000
     save_every: int = 2000
     keep_checkpoints: int = field(default=2, metadata=_help("number of checkpoints to keep"))

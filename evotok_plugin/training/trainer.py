@@ -343,7 +343,7 @@ class TokenizerTrainer:
             self.model.quantizer.init_from(torch.cat(latents))
 
     def _averaged(self) -> contextlib.AbstractContextManager:
-        """Within, the model has the weights that will be saved: averaged ones if the run keeps an average."""
+        """Context in which the model has the weights that will be saved: the average, if the run keeps one."""
         return self.weights_ema.applied() if self.weights_ema is not None else contextlib.nullcontext()
 
     def validate(self) -> dict[str, float]:

@@ -33,7 +33,7 @@ class WeightsEMA:
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Within, the model has the averaged weights."""
+        """Context in which the model has the averaged weights."""
         parameters = dict(self._model.named_parameters())
         original = {name: value.detach().clone() for name, value in parameters.items()}
         for name, value in parameters.items():

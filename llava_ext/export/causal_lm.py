@@ -203,7 +203,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the tokenizer so that `AutoTokenizer` loads it unchanged.
 
     For some model types transformers ignores the tokenizer class in the folder and builds the usual class of that type
-    from the vocabulary alone, without the rule that keeps residual tokens whole. It does not do so if the folder names
+    from the vocabulary alone, without the rule that never splits residual tokens. It does not do so if the folder names
     custom code. Our custom code is an empty subclass of the general tokenizer, which is also what loads without
     `trust_remote_code`.
 

@@ -4,4 +4,4 @@ from transformers import PreTrainedTokenizerFast
 
 
 class ResidualTokenizer(PreTrainedTokenizerFast):
-    """Keeps the text forms of residual tokens whole."""
+    """A tokenizer that never splits the text form of a residual token."""

@@ -132,7 +132,7 @@ def _set_in(config: GenerationConfig | None, name: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in _HONORED | _PROCESSORS and value != defaults.get(key):
             raise UserError(
-                f"{name}.{key} = {value!r} has no effect on answers with images; unset it, or generate text alone "
+                f"{name}.{key} = {value!r} has no effect on answers with images; unset it, or generate only text "
                 '(modalities="text")'
             )
     honored = {key: value for key, value in values.items() if key in _HONORED | _PROCESSORS}

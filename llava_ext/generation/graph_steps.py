@@ -1,6 +1,6 @@
 """The steps of images that are drawn together, run one by one or recorded as CUDA graphs and replayed.
 
-R rows, G = 2 R with guidance (conditional first), l codes a step.
+R rows, G = 2 R with guidance (conditional first), l codes per step.
 """
 
 from collections.abc import Iterator

@@ -61,7 +61,7 @@ class AnswerOptions:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.image_first and not self.max_images:
-            raise UserError("an image is asked for but max_images is 0")
+            raise UserError("an image is required but max_images is 0")
         if self.max_new_tokens == 0 and not self.image_first:
             raise UserError("max_new_tokens must be at least 1: the model has no room to answer")
 
@@ -81,7 +81,7 @@ class _AnswerState:
     words: list[int] = field(default_factory=list)  # text ids since the last image
     shown: str = ""  # the part of their text that was emitted
     num_images: int = 0
-    image_noise: Tensor | None = None  # (steps, codes a step) of the image being drawn
+    image_noise: Tensor | None = None  # (steps, codes per step) of the image being drawn
     drawn: list[Tensor] = field(default_factory=list)  # codes (1, l) of its steps
     must_close: bool = False  # the image is complete, <|image_end|> comes next
     done: bool = False

@@ -151,7 +151,7 @@ def can_use_fixed_steps(language_model: PreTrainedModel) -> bool:
 
 
 def check_room(config: PreTrainedConfig, num_steps: int) -> None:
-    """Check that the language model has positions for so many steps.
+    """Check that the language model has positions for a number of steps.
 
     Raises:
         UserError: it has fewer.

@@ -1,7 +1,7 @@
 """Text generation through transformers' `generate`: it handles the images of each row, suppresses image tokens and
 respects the context length.
 
-B rows, E of them from each after expansion (sequences or beams), T tokens, I images, N positions an image.
+B rows, E of them from each after expansion (sequences or beams), T tokens, I images, N positions per image.
 """
 
 import warnings

@@ -72,7 +72,7 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
             raise UserError(f"message {number}: expected {{'role': ..., 'content': ...}}, got {_kind(message)}")
         name = f"message {number} ({message['role']})"
         if unknown := [key for key in OTHER_CONTENT if message.get(key)]:
-            raise UserError(f"{name}: {unknown[0]!r} is not supported; use 'content' alone")
+            raise UserError(f"{name}: {unknown[0]!r} is not supported; use only 'content'")
         pieces, found = _read_content(message.get("content"), name)
         read.append(Message.of_pieces(message["role"], pieces))
         pictures += found

@@ -95,7 +95,8 @@ def describe_base(config: StageConfig, fingerprints: Mapping[str, str | None]) -
 def _trained(model: PeftModel) -> dict[str, str]:
     """Names of the trained parameters in an adapter file, mapped to their names in the model.
 
-    The rows of new tokens have the names of peft's `trainable_token_indices`, so that peft alone can also read them.
+    The rows of new tokens have the names of peft's `trainable_token_indices`, so that peft can
+    read them without this package.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     rows = {

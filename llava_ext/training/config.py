@@ -44,7 +44,7 @@ class StageConfig(TrainingArguments):
     )
     data_weights: list[float] | None = field(
         default=None,
-        metadata=_help("share of each entry of data_path; by default every sample is used once an epoch"),
+        metadata=_help("share of each entry of data_path; by default every sample is used once per epoch"),
     )
     image_folder: str | None = field(
         default=None, metadata=_help("folder that the image paths of the records are relative to")

@@ -34,7 +34,7 @@ def check_kind_of_head(config: StageConfig, model: EvoTokLlavaConfig) -> None:
         asked, has = getattr(config, name), getattr(model, name)
         if asked not in (None, has):
             raise UserError(
-                f"{name} is {has!r} in {config.model_name_or_path!r}, but {asked!r} is asked for; leave --{name} out, "
+                f"{name} is {has!r} in {config.model_name_or_path!r}, but {asked!r} is requested; leave --{name} out, "
                 "or start from a causal LM"
             )
 
@@ -51,6 +51,6 @@ def check_given_head_settings(values: Mapping[str, Any], model: EvoTokLlavaConfi
     for name in HEAD_SETTINGS:
         if values.get(name) is not None and values[name] != getattr(model, name):
             raise UserError(
-                f"{name} is {getattr(model, name)} in {str(folder)!r}, but {values[name]} is asked for; leave "
+                f"{name} is {getattr(model, name)} in {str(folder)!r}, but {values[name]} is requested; leave "
                 f"--{name} out, or start from a causal LM"
             )

@@ -1,4 +1,4 @@
-"""Measuring of time and memory, shared by the benchmarks in this folder."""
+"""Measurement of time and memory, shared by the benchmarks in this folder."""
 
 import platform
 import time

@@ -28,7 +28,7 @@ def test_encode_writes_codes_by_file_name(capsys, images, tiny_evotok_folder, tm
     cache = CodeCache(out)
     assert list(cache.keys()) == [path.name for path in images] and cache.codes(images[2].name).shape == (9, 8)
     code, text, _ = run(capsys, "encode", "-o", out, "--verify")
-    assert code == 0 and "all checksums are right" in text
+    assert code == 0 and "all checksums match" in text
 
 
 def test_reconstruct_shows_originals_above_reconstructions(capsys, images, tiny_evotok_folder, tmp_path):

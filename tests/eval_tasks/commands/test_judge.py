@@ -6,6 +6,7 @@ import pytest
 
 from eval_tasks.cli import main
 from eval_tasks.judging.drawn_run import store_drawn_run
+from eval_tasks.judging.scene_detector import SceneDetector
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
@@ -54,6 +55,26 @@ def test_samples_of_a_run_are_stored_and_judged(drawn_scenes, tmp_path, capsys):
     assert (tmp_path / "again/judgements.jsonl").read_text() == first
 
 
+def test_an_interrupted_judging_leaves_the_judgements_made_so_far(drawn_scenes, tmp_path, monkeypatch):
+    run = store_drawn_run(tmp_path / "out/a", "geneval_scenes", drawn_scenes)
+    unfinished, detect = run.folder / "judgements.jsonl.part", SceneDetector.detect_batch
+    readable = []
+
+    def detect_two_batches(self, images):
+        readable.append(len(unfinished.read_text().splitlines()))
+        if len(readable) > 2:
+            raise KeyboardInterrupt
+        return detect(self, images)
+
+    monkeypatch.setattr(SceneDetector, "detect_batch", detect_two_batches)
+    assert main(["judge", str(run.folder), "--batch_size", "4"]) == 130
+    assert readable == [0, 4, 8] and len(unfinished.read_text().splitlines()) == 8
+    assert not (run.folder / "judgements.jsonl").exists()
+    monkeypatch.setattr(SceneDetector, "detect_batch", detect)
+    assert main(["judge", str(run.folder)]) == 0
+    assert len((run.folder / "judgements.jsonl").read_text().splitlines()) == 12 and not unfinished.exists()
+
+
 def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
     def error(*arguments) -> str:
         assert main(["judge", *map(str, arguments)]) == 2
@@ -65,6 +86,7 @@ def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
     store_drawn_run(tmp_path / "out/b", "geneval", drawn_scenes)
     assert "holds images of geneval, geneval_scenes: choose one with --task" in error(tmp_path / "out")
     assert "download it on a machine with network access" in error(tmp_path / "out", "--task", "geneval")
+    assert "the hub does not provide it" in error(tmp_path / "out", "--task", "geneval", "--detector", "my models/x")
     assert "batch size must be at least 1, got 0" in error(tmp_path / "out", "--batch_size", "0")
     samples = tmp_path / "x_samples_mmbench_scenes.jsonl"
     samples.write_text("")

@@ -16,6 +16,7 @@ from eval_tasks.judging.detectors import Mask2FormerDetector
 from eval_tasks.judging.rules import Instance
 from eval_tasks.judging.vocabulary import CLASSES, COLORS
 from eval_tasks.judging.vqa import YesNoJudge
+from evotok_plugin.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_detectors_of_other_classes_are_rejected(judge_folders, tmp_path):
     swapped = dict(enumerate(CLASSES)) | {0: CLASSES[1], 1: CLASSES[0]}
     coco = dict(enumerate(CLASSES)) | {64: "mouse", 65: "remote", 66: "keyboard"}
     for labels, message in (
-        (dict(enumerate(CLASSES[:5])), "knows 5 classes, expected COCO's 80"),
+        (dict(enumerate(CLASSES[:5])), "has 5 classes, expected COCO's 80"),
         (swapped, "class 0 is 'bicycle', expected COCO's 'person'"),
         (coco, None),
     ):
@@ -183,6 +184,13 @@ def test_a_vqa_model_without_a_chat_template(tmp_path):
     alone = [vqa.ask([image], [question])[0] for image, question in zip(images, questions, strict=True)]
     for together, one in zip(batched, alone, strict=True):
         assert (together.yes, together.no) == pytest.approx((one.yes, one.no), rel=1e-3)
+
+
+def test_a_rejected_question_is_a_user_error(judge_folders, monkeypatch):
+    vqa = YesNoJudge.open(judge_folders["vqa"])
+    monkeypatch.setattr(vqa.processor, "chat_template", "{{ raise_exception('only text') }}")
+    with pytest.raises(UserError, match="VQA judge does not accept an image with a question: only text; choose"):
+        vqa.ask([judges.picture(0)], ["Is it red?"])
 
 
 def test_models_that_cannot_answer_are_rejected(judge_folders, tmp_path):

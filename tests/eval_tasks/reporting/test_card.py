@@ -68,7 +68,7 @@ def test_figures_are_converted_to_the_published_unit(tmp_path):
 def test_a_limited_run_is_marked(tmp_path):
     write(tmp_path, {"gqa": {"exact_match,none": 0.6}}, asked=10)
     text = card_of(tmp_path).as_markdown()
-    assert "| GQA | 60.0 *1 | 61.1 |" in text and "1. gqa: only 10 documents were asked" in text
+    assert "| GQA | 60.0 *1 | 61.1 |" in text and "1. gqa: only 10 documents were evaluated" in text
 
 
 @pytest.mark.parametrize(("images", "size", "comparable"), [(50000, 256, True), (50, 256, False), (50000, 48, False)])

@@ -1,4 +1,4 @@
-"""The drawing task: its documents, its answers, its baseline, and complete runs with drawers of known skill."""
+"""The drawing task: its documents, its answers, its baseline, and runs with drawing functions of known accuracy."""
 
 import json
 from functools import cache

@@ -27,13 +27,13 @@ def test_the_work_s_result_is_the_exit_code(result, code):
     assert command_line.run(parser_for(lambda arguments: result), []) == code
 
 
-def test_the_work_gets_its_flags_and_nothing_of_the_command_line_s_own():
+def test_the_work_gets_only_its_own_flags():
     seen = {}
     command_line.run(parser_for(lambda arguments: seen.update(vars(arguments))), ["--steps", "3", "--debug"])
     assert seen == {"steps": 3}
 
 
-def test_what_a_user_can_fix_is_one_line(capsys):
+def test_a_user_error_is_one_line(capsys):
     assert command_line.run(parser_for(raising(UserError("steps: expected 1, got 2"))), []) == 2
     assert capsys.readouterr().err == "error: steps: expected 1, got 2\n"
 

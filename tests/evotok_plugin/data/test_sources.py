@@ -145,7 +145,7 @@ def test_patterns_choose_shards(tmp_path):
     assert len(open_source(folder / "part-00[12].tar")) == len(open_source(folder / "part-{001..002}.tar")) == 10
 
 
-def test_one_image_a_sample_whatever_its_suffix_and_folder(tmp_path):
+def test_one_image_per_sample_whatever_its_suffix_and_folder(tmp_path):
     members = [("a/x.seg.png", png(1)), ("a/x.jpg", png(2, "jpg")), ("b/x.JPG", png(3, "jpg")), ("b/y.json", b"{}")]
     source = open_source(write_shard(tmp_path / "s.tar", members))
     assert [source.key(i) for i in range(len(source))] == ["s/a/x", "s/b/x"] and source.label(0) is None

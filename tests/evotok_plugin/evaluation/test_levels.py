@@ -157,8 +157,8 @@ def test_a_model_in_training_mode_is_rejected_unchanged(tokenizer, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, r"width \(semantic_dim\) is 64, 128 is needed"),
-        ({"patch_size": 12}, "patch_size is 12, 16 is needed"),
+        ({"hidden_size": 64}, r"width \(semantic_dim\) to be 128, got 64"),
+        ({"patch_size": 12}, "patch_size to be 16, got 12"),
         ({"image_size": 64}, "number of positions per side to be 3, got 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Hinge losses, the patch discriminator and the adaptive weight against values by hand."""
+"""Hinge losses, the patch discriminator and the adaptive weight against manually computed values."""
 
 import pytest
 import torch

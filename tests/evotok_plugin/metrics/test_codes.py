@@ -1,4 +1,4 @@
-"""Code usage and perplexity against values by hand."""
+"""Code usage and perplexity against manually computed values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""EvoTok as a vision model of transformers: by itself, and in transformers' LLaVA classes."""
+"""EvoTok as a vision model of transformers: on its own, and in transformers' LLaVA classes."""
 
 import json
 
@@ -41,7 +41,7 @@ TEMPLATE = (
 )
 
 
-# The tower by itself -------------------------------------------------------------------------------------------
+# The tower on its own -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [-1, 0, [-1], True])

@@ -105,7 +105,7 @@ def test_the_conversation_is_unchanged_after_an_error(tiny_mllm):
         assert session.messages == before
 
 
-def test_a_stopped_answer_is_added_as_far_as_it_came(tiny_mllm):
+def test_a_stopped_answer_is_added_up_to_its_stop(tiny_mllm):
     model, processor = tiny_mllm
     session = ChatSession()
     events = session.ask(model, processor, "a ring", [], AnswerOptions(max_new_tokens=200, max_images=0), seed=0)

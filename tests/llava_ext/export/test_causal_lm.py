@@ -215,7 +215,7 @@ def bpe(pre_tokenizer) -> PreTrainedTokenizerFast:
         None,
     ],
 )
-def test_residual_tokens_stay_whole_under_other_pre_tokenizers(pre_tokenizer):
+def test_other_pre_tokenizers_do_not_split_residual_tokens(pre_tokenizer):
     vocabulary = ResidualVocabulary(300, 4, 130)
     tokenizer = with_residual_tokens(bpe(pre_tokenizer), vocabulary)
     assert tokenizer("abc<|evo:3:129|><|evo:0:12|>12").input_ids[1:-1] == [300 + 4 * 130 - 1, 312]

@@ -94,7 +94,7 @@ def test_the_command_reports_both_folders(tiny_evotok_folder, tmp_path, capsys):
     flags = ["-o", str(tmp_path / "codes"), "--model", str(tiny_evotok_folder), "--num_workers", "0"]
     for folder, seeds, count in (("a", range(4), 4), ("b", range(2, 6), 8)):
         assert main(["encode", str(write(tmp_path / folder, seeds)), *flags, "--verify"]) == 0
-        assert f": {count} images, 9 x 8 codes each\nall checksums are right" in capsys.readouterr().out
+        assert f": {count} images, 9 x 8 codes each\nall checksums match" in capsys.readouterr().out
 
 
 def test_shards_of_equal_names_keep_their_codes(model, tmp_path):
@@ -258,7 +258,7 @@ def test_verify_compares_the_images_themselves(model, tiny_evotok_folder, tmp_pa
     assert main(["encode", *flags]) == 0
     write(folder, [9], first=2)
     assert main(["encode", *flags]) == 2
-    assert "1 images are not the ones that were encoded" in (error := capsys.readouterr().err) and "'02.bmp'" in error
+    assert "1 images have changed since they were encoded" in (error := capsys.readouterr().err) and "'02.bmp'" in error
 
 
 def test_a_cache_of_format_1_is_rejected(model, tmp_path):
