@@ -17,6 +17,14 @@ def interrupt(*arguments, **options):
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """Python's own handler: a suite that runs in the background of a shell inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "place", "name"),
     [
@@ -50,6 +58,7 @@ def interrupt(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 evaluate.open_tokenizer = interrupt
 sys.exit(cli.main(["evaluate", "images", "--device", "cpu"]))
 """
