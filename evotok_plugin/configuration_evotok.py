@@ -66,6 +66,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_LARGEST = 2**20  # beyond every useful size; larger ones are typing errors that would exhaust the memory
 _NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -171,6 +172,15 @@ class EvoTokConfig(PreTrainedConfig):
             )
         if not 0 <= self.level_dropout <= 1:
             raise UserError(f"level_dropout must be between 0 and 1, got {self.level_dropout}")
+        for name in (
+            "num_channels", "encoder_hidden_size", "encoder_num_layers", "encoder_num_heads",
+            "encoder_intermediate_size", "codebook_dim", "codebook_size", "pixel_latent_channels", "decoder_channels",
+            "decoder_num_res_blocks", "decoder_norm_groups", "semantic_hidden_size", "semantic_num_layers",
+            "semantic_num_heads", "semantic_head_dim", "semantic_dim",
+        ):  # fmt: skip
+            least = 0 if name.endswith(("layers", "blocks")) else 1
+            if not least <= getattr(self, name) < _LARGEST:
+                raise UserError(f"{name} must be from {least} to {_LARGEST - 1}, got {getattr(self, name)}")
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

@@ -46,6 +46,11 @@ def apply_umask_to_weights(folder: str | Path) -> None:
     apply_umask(*Path(folder).glob("model*.safetensors"))
 
 
+def user_path(path: str | Path) -> Path:
+    """A path with `~` as the home folder; unlike `Path.expanduser`, the name of an unknown user is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
 # Outputs that are checked before any work --------------------------------------------------------------------
 
 

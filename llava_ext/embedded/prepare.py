@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder, write_json
 from evotok_plugin.common.folders import write_whole_folder
-from evotok_plugin.common.recipes import find_recipe
+from evotok_plugin.common.recipes import find_recipe, read_recipe
 from evotok_plugin.errors import UserError
 
 DONE = "done.json"
@@ -166,7 +164,7 @@ def uses_embedded_default(recipe: str, overrides: list[str]) -> bool:
     own = {"--model_name_or_path", "--vision_tower", "--data_path"}
     if own & {argument.split("=")[0] for argument in overrides}:
         return False
-    values = yaml.safe_load(find_recipe(recipe, "llava_ext").read_text()) or {}
+    values = read_recipe(find_recipe(recipe, "llava_ext"))
     return "{workspace}/backbone" in str(values.get("model_name_or_path"))
 
 
@@ -199,11 +197,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    if arguments.recipe and not uses_embedded_default(arguments.recipe, arguments.rest):
+    if arguments.recipe is not None and not uses_embedded_default(arguments.recipe, arguments.rest):
         return 0
     workspace = Path(arguments.workspace)
     try:
-        if arguments.recipe and not all((workspace / name / DONE).is_file() for name in STEPS):
+        if arguments.recipe is not None and not all((workspace / name / DONE).is_file() for name in STEPS):
             check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *arguments.rest])
         wanted = [name for name in STEPS if arguments.only in (None, name)]
         for name in wanted:
