@@ -170,8 +170,12 @@ class EvoTokConfig(PreTrainedConfig):
             raise UserError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
-        if not 0 <= self.level_dropout <= 1:
-            raise UserError(f"level_dropout must be between 0 and 1, got {self.level_dropout}")
+        for name in ("level_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("restart_threshold", "codebook_warmup_steps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in (
             "num_channels", "encoder_hidden_size", "encoder_num_layers", "encoder_num_heads",
             "encoder_intermediate_size", "codebook_dim", "codebook_size", "pixel_latent_channels", "decoder_channels",

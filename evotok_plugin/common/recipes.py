@@ -17,6 +17,7 @@ from evotok_plugin.common.files import write_text
 from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
+LARGEST_COUNT = 2**31  # beyond every useful size of a batch or a sequence
 _NOUNS = {
     str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"
 }  # fmt: skip

@@ -17,6 +17,15 @@ def test_only_embedded_recipes_need_preparation():
     assert not uses_embedded_default("paper", [])
 
 
+@pytest.mark.parametrize("content", ["- a", "a: [", "a: 2020-13-45", "\x01"])
+def test_a_damaged_recipe_is_rejected(tmp_path, capsys, content):
+    (tmp_path / "mine.yaml").write_text(content)
+    assert prepare.main(["--recipe", str(tmp_path / "mine.yaml")]) == 2
+    assert f"error: recipe {tmp_path / 'mine.yaml'}: " in capsys.readouterr().err
+    assert prepare.main(["--recipe", ""]) == 2
+    assert "unknown recipe ''" in capsys.readouterr().err
+
+
 def test_a_step_is_atomic(tmp_path):
     folder = tmp_path / "thing"
 
