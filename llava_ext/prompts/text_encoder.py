@@ -58,8 +58,13 @@ class TextEncoder:
             ids and the indices of their first characters, both (T,).
 
         Raises:
-            UserError: the tokenizer's model itself, without added tokens, turns user text into a control token.
+            UserError: the tokenizer's model itself, without added tokens, turns user text into a control token, or the
+                text is not valid Unicode, as after reading bytes of another encoding.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError about its input types
+            raise UserError(f"the text is not valid Unicode at character {error.start}; encode it in UTF-8") from error
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
