@@ -158,8 +158,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object], sync: bool = 
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file atomically with text in UTF-8 (see `write_whole`)."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Replace a file atomically with text in UTF-8 (see `write_whole`); names that are not Unicode are escaped."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
