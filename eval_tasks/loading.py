@@ -1,10 +1,9 @@
 """Loading of the model for lmms-eval, with the dtype and device of `--model_args`."""
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 
+from evotok_plugin.common.files import user_path
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.errors import UserError
 from llava_ext.model_folder import OpenModel, open_model
@@ -19,7 +18,7 @@ def load_checkpoint(pretrained: str, dtype: torch.dtype | str, device: torch.dev
         UserError: not a complete model folder; the message names `pretrained`.
     """
     try:
-        return open_model(Path(pretrained).expanduser(), device, dtype)
+        return open_model(user_path(pretrained), device, dtype)
     except UserError as error:
         raise UserError(f"--model_args pretrained={pretrained}: {error}") from error
 

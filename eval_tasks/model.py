@@ -36,6 +36,7 @@ from eval_tasks.requests import (
 )
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
+from evotok_plugin.common.files import user_path
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
@@ -134,7 +135,7 @@ class EvoTokLmms(lmms):
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
         own = model_settings(getattr(self._model, "generation_config", None))
         self.drawing = drawing.completed(own).settings()
-        self.images_dir = Path(str(images_dir or "") or self._default_images_dir(pretrained)).expanduser().resolve()
+        self.images_dir = user_path(str(images_dir or "") or self._default_images_dir(pretrained)).resolve()
         self._warned_tasks: set[str] = set()
         key_by_weights()
 
@@ -149,7 +150,7 @@ class EvoTokLmms(lmms):
 
     def _default_images_dir(self, pretrained: str) -> Path:
         """A folder for this model and these settings, so that runs with other settings keep their images."""
-        folder = Path(pretrained).expanduser().resolve()
+        folder = user_path(pretrained).resolve()
         settings = json.dumps([str(folder), self.seed, self.drawing], sort_keys=True)
         name = "__".join(folder.parts[-2:]).replace("/", "")
         return Path("outputs/lmms_eval_images") / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from evotok_plugin.common.files import user_path
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def local_dataset(dataset_path: str | None) -> str | None:
     root = os.environ.get(DATA_ROOT_VARIABLE)
     if not root or not isinstance(dataset_path, str) or "/" not in dataset_path or os.path.isabs(dataset_path):
         return dataset_path
-    folder = Path(root).expanduser().resolve() / dataset_path
+    folder = user_path(root).resolve() / dataset_path
     if folder.is_dir():
         logger.info("data set %s is read from %s", dataset_path, folder)
         return str(folder)
@@ -214,4 +215,4 @@ def local_cache(folder: str) -> str:
     for path in sorted(Path(folder).rglob("*")):
         facts = path.stat()
         state.update(f"\n{path} {facts.st_size} {facts.st_mtime_ns}".encode(errors="surrogateescape"))
-    return str(Path(root).expanduser() / "evotok_data_root" / state.hexdigest()[:16])
+    return str(user_path(root) / "evotok_data_root" / state.hexdigest()[:16])

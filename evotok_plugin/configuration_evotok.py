@@ -66,6 +66,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_LARGEST = 2**20  # beyond every useful size; larger ones are typing errors that would exhaust the memory
 _NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -169,8 +170,21 @@ class EvoTokConfig(PreTrainedConfig):
             raise UserError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
-        if not 0 <= self.level_dropout <= 1:
-            raise UserError(f"level_dropout must be between 0 and 1, got {self.level_dropout}")
+        for name in ("level_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("restart_threshold", "codebook_warmup_steps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in (
+            "num_channels", "encoder_hidden_size", "encoder_num_layers", "encoder_num_heads",
+            "encoder_intermediate_size", "codebook_dim", "codebook_size", "pixel_latent_channels", "decoder_channels",
+            "decoder_num_res_blocks", "decoder_norm_groups", "semantic_hidden_size", "semantic_num_layers",
+            "semantic_num_heads", "semantic_head_dim", "semantic_dim",
+        ):  # fmt: skip
+            least = 0 if name.endswith(("layers", "blocks")) else 1
+            if not least <= getattr(self, name) < _LARGEST:
+                raise UserError(f"{name} must be from {least} to {_LARGEST - 1}, got {getattr(self, name)}")
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

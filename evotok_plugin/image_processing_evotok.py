@@ -14,6 +14,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
 
+_LARGEST_SIDE = 65_536  # pixels; a typing error beyond it would exhaust the memory
 _HONORED = ("size", "do_resize", "do_rescale", "do_normalize", "input_data_format")
 _FIXED = {  # keywords of transformers' image processors for which only one value is supported
     "crop_size": None,
@@ -130,17 +131,17 @@ def side_of(size: int | dict[str, int]) -> int:
     """Return the side length in pixels that a processor's `size` specifies.
 
     Raises:
-        UserError: it is not a positive number of pixels, or height and width differ.
+        UserError: it is not a positive number of pixels, too large, or height and width differ.
     """
     side: object = size
     if isinstance(size, dict):
         values = set(size.values())
         is_square = set(size) in ({"shortest_edge"}, {"height", "width"}) and len(values) == 1
         side = values.pop() if is_square else None
-    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+    if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _LARGEST_SIDE:
         raise UserError(
-            f"size must be a positive number of pixels, {{'shortest_edge': pixels}} or an equal height and width, "
-            f"got {size!r}"
+            f"size must be a positive number of pixels up to {_LARGEST_SIDE}, {{'shortest_edge': pixels}} or an equal "
+            f"height and width, got {size!r}"
         )
     return side
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import write_json, write_text, writing
@@ -27,6 +27,21 @@ OUTPUTS = (
     "reconstruction.png", "bad_samples.jsonl", "evolution", "drawn.png", "geneval_images", "lmms_eval", "results.json",
     "run.json",
 )  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+def read(file: Path, convert: Callable[[Any], T], remedy: str) -> T:
+    """Read a JSON file and convert its content.
+
+    Raises:
+        UserError: the file cannot be read, or `convert` rejects its content.
+    """
+    try:
+        return convert(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(f"{file} is damaged or missing ({error!r}); {remedy}") from error
 
 
 class Quickstart:
@@ -54,10 +69,13 @@ class Quickstart:
     def _read_state(self) -> dict[str, Any]:
         if not self._state_file.is_file():
             return {}
-        try:
-            return dict(json.loads(self._state_file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self._state_file} is damaged ({error}); delete it to start a new run") from error
+
+        def state_of(content: Any) -> dict[str, Any]:
+            if content:
+                sum(content["seconds"].values())  # raises an error unless it maps names to numbers
+            return dict(content)
+
+        return read(self._state_file, state_of, "delete it to start a new run")
 
     def _move_previous(self) -> None:
         number = 1
@@ -110,7 +128,12 @@ def prepared_seconds() -> dict[str, float]:
     """The duration of each step of `prepare`."""
     from llava_ext.embedded.prepare import DONE, STEPS
 
-    return {name: json.loads((WORKSPACE / name / DONE).read_text())["seconds"] for name in STEPS}
+    seconds = {}
+    for name in STEPS:
+        file = WORKSPACE / name / DONE
+        remedy = f"delete {WORKSPACE / name} and {WORKSPACE / 'run.json'} to start again"
+        seconds[name] = read(file, lambda content: float(content["seconds"]), remedy)
+    return seconds
 
 
 def train(stage: str, fast: bool) -> None:
@@ -168,9 +191,10 @@ def collect(seconds: dict[str, float]) -> dict[str, Any]:
     from eval_tasks.reporting.results import read_results
 
     scores = read_results(WORKSPACE / "lmms_eval", TASKS)
-    reconstruction = json.loads((WORKSPACE / "reconstruction.json").read_text())
+    file = WORKSPACE / "reconstruction.json"
+    psnr = read(file, lambda content: float(content["psnr"]), f"delete {WORKSPACE / 'run.json'} to start again")
     results = {
-        "reconstruction": {"psnr": reconstruction["psnr"]},
+        "reconstruction": {"psnr": psnr},
         "mmbench_scenes": scores["mmbench_scenes"],
         "geneval_scenes": scores["geneval_scenes"],
         "seconds": seconds,

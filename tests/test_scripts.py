@@ -1,5 +1,6 @@
 """Scripts of the repository, and the scripts and recipes that the README names."""
 
+import runpy
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evotok_plugin.common.recipes import recipe_values, recipes_folder
+from evotok_plugin.errors import UserError
 from llava_ext.training.config import StageConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,3 +68,17 @@ def test_the_readme_names_only_scripts_and_recipes_that_exist():
     for line in readme.splitlines():
         if line.startswith("![") and "](docs/" in line:
             assert (ROOT / line.split("](")[1].rstrip(")")).is_file(), line
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[" * 100_000, '{"fast": false}', '{"fast": false, "seconds": 3}', '{"seconds": {"prepare": "x"}}']
+)
+def test_a_damaged_record_of_the_quickstart_is_named(tmp_path, monkeypatch, content):
+    quickstart = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / quickstart["WORKSPACE"]).mkdir(parents=True)
+    (tmp_path / quickstart["WORKSPACE"] / "run.json").write_text(content)
+    with pytest.raises(UserError, match="run.json is damaged or missing .* delete it to start a new run"):
+        quickstart["Quickstart"](fast=False)
+    with pytest.raises(UserError, match="scenes/done.json is damaged or missing"):
+        quickstart["prepared_seconds"]()

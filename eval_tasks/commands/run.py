@@ -18,7 +18,7 @@ from typing import Any
 from eval_tasks.commands.report import show
 from eval_tasks.reporting.results import read_results_file, require_figures
 from eval_tasks.reporting.runs import make_run, read_run
-from evotok_plugin.common.files import check_output_folder, write_json, writing
+from evotok_plugin.common.files import check_output_folder, user_path, write_json, writing
 from evotok_plugin.common.progress import progress_environment
 from evotok_plugin.errors import UserError
 
@@ -197,10 +197,10 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
         raise UserError("evaluation needs lmms-eval: pip install 'evotok[eval]'") from error
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be at least 1, got {arguments.limit}")
-    model = (arguments.model or default_model_folder()).expanduser().resolve()
+    model = user_path(arguments.model or default_model_folder()).resolve()
     read_config(model)
     output = arguments.output or Path("outputs/evaluation") / "__".join(model.parts[-2:])
-    output = output.expanduser().resolve()
+    output = user_path(output).resolve()
     check_output_folder(output, "--output")
     images = arguments.images or os.environ.get(IMAGES_VARIABLE) or scene_images(output)
     return Evaluation(
@@ -209,7 +209,7 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         model_args=arguments.model_args,
-        images=Path(images).expanduser().resolve(),
+        images=user_path(images).resolve(),
         weights=weights_state(model),
     )
 

@@ -20,9 +20,9 @@ def image_paths(answer: str) -> list[Path]:
     try:
         images = json.loads(answer)["images"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{_EXPECTED}, got {answer[:200]!r}; does this model draw?") from error
+        raise UserError(f"{_EXPECTED}, got {str(answer)[:200]!r}; does this model draw?") from error
     if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
-        raise UserError(f"{_EXPECTED}, got {answer[:200]!r}")
+        raise UserError(f"{_EXPECTED}, got {str(answer)[:200]!r}")
     return [Path(path) for path in images]
 
 

@@ -133,10 +133,17 @@ def open_drawn_run(folder: Path) -> DrawnRun:
     try:
         about = json.loads((folder / _ABOUT).read_text())
         drawn = tuple(Drawn(**json.loads(line)) for line in _lines(folder / _LINES))
-        task, faults = about["task"], about["faults"]
+        task, faults = str(about["task"]), list(about["faults"])
+        for item in drawn:
+            if (
+                not isinstance(item.index, int)
+                or not isinstance(item.image, str)
+                or not isinstance(item.document, dict)
+            ):
+                raise TypeError(f"expected an index, an image and a document, got {vars(item)}")
     except OSError as error:
         raise UserError(f"{folder} holds no drawn images to judge ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/{_LINES} is damaged ({error}); draw again") from error
     if faults:
         raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
@@ -158,7 +165,7 @@ def drawn_run_folders(folder: Path, task: str) -> list[Path]:
 def _task_of(about: Path) -> str | None:
     try:
         return json.loads(about.read_text(encoding="utf-8")).get("task")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
 
 
@@ -190,7 +197,8 @@ def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
         try:
             row = json.loads(line)
             document, answer = json.loads(row["target"]), row["filtered_resps"]
-            document["index"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if not isinstance(document["index"], int):
+                raise TypeError(f"expected a number as index, got {document['index']!r}")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise UserError(f"{samples}, line {number}: not an answer of a drawing task ({error!r})") from error
         yield document, answer

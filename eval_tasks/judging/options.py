@@ -65,9 +65,10 @@ class JudgeOptions:
                 )
         values: dict[str, Any] = {known[name]: value for name, value in given.items()}
         if "batch_size" in values:
-            if not values["batch_size"].isdigit():
-                raise UserError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}")
-            values["batch_size"] = int(values["batch_size"])
+            try:
+                values["batch_size"] = int(values["batch_size"])
+            except ValueError:
+                raise UserError(f"{_PREFIX}BATCH_SIZE must be a number, got {values['batch_size']!r}") from None
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.judging.sce
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from scipy import ndimage
 
 from eval_tasks.judging.rules import Box, Instance, Rules
 from evotok_plugin.common import command_line
+from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
@@ -78,6 +80,9 @@ def _absorb(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 def _drop_small(parts: np.ndarray, min_area: float) -> np.ndarray:
     return np.where(np.bincount(parts.ravel())[parts] >= min_area, parts, 0)
+
+
+_LARGEST_IMAGE = 4096  # pixels per side, of `measure` on the command line
 
 
 @dataclass(frozen=True)
@@ -339,6 +344,11 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> None:
     if args.scenes < 1:
         raise UserError(f"--scenes must be at least 1, got {args.scenes}")
+    check_seed(args.seed)
+    if not 1 <= args.image_size <= _LARGEST_IMAGE:
+        raise UserError(f"--image_size must be from 1 to {_LARGEST_IMAGE}, got {args.image_size}")
+    if args.degrade and not all(0 <= value < math.inf for value in args.degrade):
+        raise UserError(f"--degrade: expected two numbers of at least 0, got {args.degrade}")
     transform = None
     if args.degrade:
         transform = degrading(*args.degrade)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from evotok_plugin.common.files import user_path
 from evotok_plugin.errors import UserError
 
 TRANSFORMERS_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -23,7 +24,7 @@ def fetch(
     Raises:
         UserError: the path does not exist, and the hub does not provide it.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
         return path
     local = f"hf download {source}{' --repo-type dataset' if dataset else ''} --local-dir DIR"

@@ -4,6 +4,7 @@ lmms-eval exits with 0 even when a run fails, so the results files decide whethe
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def _holds_results(file: Path) -> bool:
     """Whether a file is an lmms-eval results file; tasks write submissions under similar names."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("results"), dict) and bool(_OTHER_KEYS & set(content))
 
@@ -96,7 +97,7 @@ def read_results_file(file: Path) -> list[TaskResult]:
             _task_result(task, values, model, (content.get("n-samples") or {}).get(task), limited, file)
             for task, values in by_task.items()
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
     if not results:
         raise UserError(f"{file} has no results of any task; run lmms-eval again")
@@ -135,7 +136,8 @@ def _figures_of(values: dict) -> dict[str, float]:
             selection = "none"
         if not selection or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        figures[metric if selection == "none" else key] = float(value)
+        if math.isfinite(value):  # a metric of no documents is NaN
+            figures[metric if selection == "none" else key] = float(value)
     return figures
 
 

@@ -1,7 +1,10 @@
 """The command lines of the project: flags, logging, errors and exit codes."""
 
 import argparse
+import errno
+import io
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -15,6 +18,10 @@ from evotok_plugin.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
+OUTPUT_CLOSED = 128 + signal.SIGPIPE
+# Refusals of the file system that a user can fix, whatever was read or written.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+_LONGEST_PATH = 200  # characters of a path in a message
 
 Work = Callable[[argparse.Namespace], int | None]
 
@@ -28,8 +35,9 @@ def run(
 ) -> int:
     """Parse flags, run a command, and return its exit code.
 
-    A `UserError` is shown as one line on stderr, Ctrl-C as the line `stopped`; with `--debug`, a traceback precedes
-    both. Any other exception is a bug and keeps its traceback.
+    A `UserError` and a refusal of the file system (permissions, full disk, name too long) are shown as one line on
+    stderr, Ctrl-C as the line `stopped`; with `--debug`, a traceback precedes them. A closed output (`| head`) ends the
+    command silently. Any other exception is a bug and keeps its traceback.
 
     Args:
         parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
@@ -40,7 +48,7 @@ def run(
         translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
-        The exit code: that of the work, 2 for a user error, 130 after Ctrl-C.
+        The exit code: that of the work, 2 for a user error, 130 after Ctrl-C, 141 if the output was closed.
     """
     return _run(lambda: parser, argv, work, stopped, translate)
 
@@ -105,19 +113,51 @@ def _run(
 ) -> int:
     debug = "--debug" in _arguments(argv)
     try:
+        _print_any_name()
         arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
         _quiet_libraries()
-        return work(arguments) or 0
+        code = work(arguments) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _report(str(error), debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it exits
+        return OUTPUT_CLOSED
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return _report(_refusal(error), debug)
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
         print(stopped, file=sys.stderr)
         return INTERRUPTED
+
+
+def _report(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _refusal(error: OSError) -> str:
+    """The message of an error of the file system; the path is cut if it is very long."""
+    remedy = {
+        errno.ENAMETOOLONG: "expected a path, give a shorter one",
+        errno.ENOSPC: "make room, or choose another output",
+        errno.EDQUOT: "make room, or choose another output",
+    }.get(error.errno or 0, "change its permissions, or choose another path")
+    path = "" if error.filename is None else str(error.filename)
+    path = path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}..."
+    return f"{path or 'the output'}: {error.strerror}; {remedy}"
+
+
+def _print_any_name() -> None:
+    """Print names of files that are not valid in the terminal's encoding with escapes, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:

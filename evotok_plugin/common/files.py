@@ -46,6 +46,11 @@ def apply_umask_to_weights(folder: str | Path) -> None:
     apply_umask(*Path(folder).glob("model*.safetensors"))
 
 
+def user_path(path: str | Path) -> Path:
+    """A path with `~` as the home folder; unlike `Path.expanduser`, the name of an unknown user is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
 # Outputs that are checked before any work --------------------------------------------------------------------
 
 
@@ -153,8 +158,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object], sync: bool = 
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file atomically with text in UTF-8 (see `write_whole`)."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Replace a file atomically with text in UTF-8 (see `write_whole`); names that are not Unicode are escaped."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

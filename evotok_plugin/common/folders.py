@@ -61,9 +61,11 @@ def check_new_folder(folder: str | Path) -> None:
     """Check that a folder can be created: it does not exist, or contains nothing but our marker.
 
     Raises:
-        UserError: a file has that name, or the folder contains something else.
+        UserError: a file has that name, the folder contains something else, or the path has no name.
     """
     folder = Path(folder)
+    if folder.name in ("", ".."):
+        raise UserError(f"expected the name of a new folder, got {str(folder)!r}; choose a new folder")
     if not folder.exists():
         is_new = not folder.is_symlink()
     else:

@@ -55,6 +55,8 @@ class HubFile:
         Raises:
             UserError: the file cannot be read, or its content differs.
         """
+        if path.exists() and not path.is_file():
+            raise UserError(f"weights {str(path)!r} cannot be read: expected a file")
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

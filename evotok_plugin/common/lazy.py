@@ -42,24 +42,29 @@ def lazy_package(
     if _AUTO in sys.modules:
         register()
     else:
-        sys.meta_path.insert(0, _AutoClasses(package, register))
+        _auto_classes.watch(package, register)
     return get, lambda: sorted({*vars(sys.modules[package]), *names})
 
 
 class _AutoClasses(importlib.abc.MetaPathFinder):
-    """Watches imports of transformers and of a package, and registers once the Auto classes are there.
+    """Watches imports of transformers and of our packages, and registers once the Auto classes are there.
 
-    It acts after the outermost of these imports, because the modules that register import from both, and would find
-    modules that are half executed.
+    It acts after the outermost of these imports, because the modules that register import from all of them, and would
+    find modules that are half executed. For the same reason there is one watcher for all packages.
     """
 
-    def __init__(self, package: str, register: Callable[[], None]) -> None:
-        self._watched = ("transformers.", f"{package}.")
-        self._register = register
+    def __init__(self) -> None:
+        self._register: dict[str, Callable[[], None]] = {}  # by package
         self._nesting = threading.local()
 
+    def watch(self, package: str, register: Callable[[], None]) -> None:
+        self._register[package] = register
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
-        if not fullname.startswith(self._watched) or self not in sys.meta_path:
+        watched = tuple(f"{package}." for package in ("transformers", *self._register))
+        if not fullname.startswith(watched) or self not in sys.meta_path:
             return None
         following = sys.meta_path[sys.meta_path.index(self) + 1 :]
         found = (finder.find_spec(fullname, path, target) for finder in following)
@@ -78,7 +83,8 @@ class _AutoClasses(importlib.abc.MetaPathFinder):
             self._nesting.depth = depth
         if depth == 0 and _AUTO in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
-            self._register()
+            for register in self._register.values():
+                register()
 
 
 class _Watched(importlib.abc.Loader):
@@ -98,3 +104,6 @@ class _Watched(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._finder.execute(self._loader, module)
+
+
+_auto_classes = _AutoClasses()

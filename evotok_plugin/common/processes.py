@@ -30,7 +30,8 @@ def resolve_device(name: str = "auto") -> torch.device:
             reason = f"there are {torch.cuda.device_count()} GPUs, counted from 0"
         elif device.type != "cpu":
             torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without the backend asserts
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        # A build without the backend asserts, or lacks its module.
         reason = str(error).splitlines()[0]
     if reason:
         raise UserError(f"--device {name} cannot be used here: {reason}; use auto, cpu, cuda or cuda:N")

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import math
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -15,6 +17,10 @@ from evotok_plugin.common.files import write_text
 from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
+LARGEST_COUNT = 2**31  # beyond every useful size of a batch or a sequence
+_NOUNS = {
+    str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"
+}  # fmt: skip
 
 REQUIRED = "required"  # key in the metadata of a field that a recipe or a flag must set; the program checks that
 
@@ -54,6 +60,8 @@ def check_keys(values: dict[str, Any], schema: type, source: str) -> None:
     """
     known = _known_names(schema)
     for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{source}: expected names of settings as keys, got {key!r}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
@@ -93,17 +101,20 @@ def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dic
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a recipe file, whose names and types are not checked yet.
+    """The settings in a recipe file, whose names and types are not checked yet; none if the file is empty.
 
     Raises:
         UserError: the file cannot be read or is not a YAML mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not valid YAML: {error}") from error
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
+    except Exception as error:  # PyYAML raises errors of many types for malformed dates, numbers and tags
+        cause = " ".join(str(error).split())
+        raise UserError(f"recipe {path}: not valid YAML: {cause}; write 'key: value' lines") from error
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
         raise UserError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
     return loaded
@@ -130,6 +141,16 @@ def recipe_values(
     return {key: _coerce(value, hints[key], key) for key, value in given.items()}
 
 
+def check_seed(seed: int, bits: int = 62) -> None:
+    """Check that every random number generator accepts a seed.
+
+    Raises:
+        UserError: the seed is negative or has more than `bits` bits.
+    """
+    if not 0 <= seed < 2**bits:
+        raise UserError(f"seed must be from 0 to 2**{bits} - 1, got {seed}")
+
+
 def _parse_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -148,9 +169,9 @@ def parse_mapping(value: Any) -> dict:
     """
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
+    except Exception:  # PyYAML raises errors of many types, see `read_recipe`
         parsed = None
-    if not isinstance(parsed, dict):
+    if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
         raise UserError(f"expected a mapping such as '{{image_size: 64}}', got {value!r}")
     return parsed
 
@@ -179,7 +200,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
                 raise UserError(f"expected a whole number, got {value}")
             return int(value)
         if kind is float and not isinstance(value, bool):
-            return float(value)
+            if math.isnan(number := float(value)):
+                raise UserError(f"expected a number, got {value}")
+            return number
         if kind is str and isinstance(value, (str, int, float)):
             return str(value)
         if dict in (kind, typing.get_origin(kind)) and str not in typing.get_args(hint):
@@ -189,7 +212,24 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return [_coerce(one, typing.get_args(kind)[0], key) for one in several]
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: {error}") from None
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if not any(_is_of_type(value, option) for option in options):
+        nouns = [_NOUNS[option] for option in map(_class_of, options) if option in _NOUNS]
+        raise UserError(f"{key}: expected {' or '.join(nouns) or kind}, got {value!r}")
     return value
+
+
+def _class_of(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    kind = _class_of(hint)
+    if kind is typing.Literal:
+        return value in typing.get_args(hint)
+    if not isinstance(kind, type):  # Any
+        return True
+    return isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
 
 
 def add_arguments(parser: argparse.ArgumentParser, schema: type) -> None:

@@ -52,10 +52,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     wrong = (
         [f"a {type(weights).__name__}"]
         if not isinstance(weights, dict)
-        else [f"{name!r}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
+        else [
+            f"{name!r}: {type(value).__name__}"
+            for name, value in weights.items()
+            if not isinstance(name, str) or not isinstance(value, Tensor)
+        ]
     )
     if wrong or not weights:
-        expected = f"a dict of tensors in {container!r}" if container else "tensors, or ema, model or state_dict"
+        expected = f"a dict of tensors in {container!r}" if container else "named tensors, or ema, model or state_dict"
         raise UserError(
             f"{str(path)!r} is not a checkpoint: expected {expected}, got {join_names(wrong, 3) or 'an empty dict'}"
         )

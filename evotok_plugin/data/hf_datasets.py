@@ -115,6 +115,14 @@ def _is_embedded(images: Any, column: str) -> bool:
     return stored.null_count == 0 and not pyarrow.types.is_string(stored.type)
 
 
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"datasets and parquet files need datasets ({error}): pip install datasets") from error
+    return datasets
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of `datasets`.
 
@@ -133,8 +141,7 @@ def load_saved(folder: Path) -> Any:
     Raises:
         UserError: it is broken.
     """
-    import datasets
-
+    datasets = _import_datasets()
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow raises many types for broken files
@@ -147,8 +154,7 @@ def load_parquet(files: Sequence[Path], name: str) -> Any:
     Raises:
         UserError: one of them is broken.
     """
-    import datasets
-
+    datasets = _import_datasets()
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # pyarrow raises many types for broken files
@@ -161,8 +167,7 @@ def load_hub(spec: str) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
-    import datasets
-
+    datasets = _import_datasets()
     _, name, *rest = spec.split(":")
     split, configuration = (rest[-1] if rest else "train"), (rest[0] if len(rest) > 1 else None)
     try:

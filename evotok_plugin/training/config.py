@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from evotok_plugin.common.recipes import LARGEST_COUNT, check_seed
 from evotok_plugin.errors import UserError
 
 REPORTERS = ("tensorboard", "wandb")
@@ -66,6 +67,8 @@ class TokenizerTrainingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             self.data = [self.data]
+        if not self.data:
+            raise UserError("data names no images; pass --data FOLDER or put it into the recipe")
         if self.pixel_loss not in ("l1", "l2"):
             raise UserError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
         if self.report_to not in (*REPORTERS, "both", "none"):
@@ -79,6 +82,16 @@ class TokenizerTrainingConfig:
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "learning_rate", "warmup_steps", "grad_clip", "pixel_weight", "lpips_weight", "commitment_weight",
+            "semantic_weight", "gan_weight", "gan_start", "kmeans_images", "val_images", "num_workers",
+            "max_bad_fraction",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.batch_size >= LARGEST_COUNT:
+            raise UserError(f"batch_size must be below {LARGEST_COUNT}, got {self.batch_size}")
+        check_seed(self.seed)
         if self.max_loss_growth <= 1:
             raise UserError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
         for name in ("val_fraction", "weights_ema"):

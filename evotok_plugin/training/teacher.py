@@ -24,7 +24,7 @@ from evotok_plugin.common import command_line
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
 from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.common.progress import progress_bar
-from evotok_plugin.common.recipes import parse_mapping
+from evotok_plugin.common.recipes import check_seed, parse_mapping
 from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import open_picture
@@ -77,9 +77,12 @@ def captioned_images(data: Path) -> list[tuple[Path, str]]:
     if file.is_file():
         try:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            return [(data / row["image"], str(row["captions"][0])) for row in rows]
-        except (OSError, ValueError, TypeError, LookupError) as error:
+            pairs = [(data / row["image"], str(row["captions"][0])) for row in rows]
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(f"{file}: expected lines with image and captions: {describe_error(error)}") from error
+        if not pairs:
+            raise UserError(f"{file} is empty; expected lines with image and captions")
+        return pairs
     source = open_source(data)
     if not isinstance(source, FileSource):
         raise UserError(f"{data}: expected captions.jsonl, or image files whose names are captions")
@@ -107,8 +110,12 @@ def train_teacher(
     Raises:
         UserError: the captions are missing or malformed, or the loss is not finite.
     """
-    if max_steps < 1:
-        raise UserError(f"max_steps must be at least 1, got {max_steps}")
+    for name, value in (("max_steps", max_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if not 0 <= learning_rate < math.inf:
+        raise UserError(f"learning_rate must be at least 0, got {learning_rate}")
+    check_seed(seed)
     pairs = captioned_images(data)
     tokenizer = open_tokenizer_folder(tokenizer_folder)
     length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])

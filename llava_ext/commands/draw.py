@@ -19,6 +19,7 @@ from llava_ext.serving.image_files import Provenance, file_name, read_png_text, 
 
 _GRID_COLUMNS = 4
 _GRID_IMAGE = 256  # small images are enlarged to about this many pixels per side
+_LONGEST_PROMPTS = 100_000_000  # characters of a file of prompts
 _PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
 
@@ -114,9 +115,13 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+            with arguments.prompts.open(encoding="utf-8") as file:
+                text = file.read(_LONGEST_PROMPTS + 1)  # a device may never end
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {arguments.prompts} cannot be read as text: {error}") from error
+        if len(text) > _LONGEST_PROMPTS:
+            raise UserError(f"--prompts {arguments.prompts} is larger than {_LONGEST_PROMPTS // 10**6} MB; split it")
+        lines = text.splitlines()
         prompts += [line for line in lines if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("expected at least one prompt and none empty; say what to draw")

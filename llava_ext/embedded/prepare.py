@@ -201,11 +201,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    if arguments.recipe and not uses_embedded_default(arguments.recipe, arguments.rest):
+    if arguments.recipe is not None and not uses_embedded_default(arguments.recipe, arguments.rest):
         return 0
     workspace = Path(arguments.workspace)
     try:
-        if arguments.recipe and not all((workspace / name / DONE).is_file() for name in STEPS):
+        if arguments.recipe is not None and not all((workspace / name / DONE).is_file() for name in STEPS):
             check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *arguments.rest])
         wanted = [name for name in STEPS if arguments.only in (None, name)]
         for name in wanted:

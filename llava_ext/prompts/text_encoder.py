@@ -64,7 +64,7 @@ class TextEncoder:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError about its own types
-            raise UserError(f"the text is not valid Unicode: {error}") from error
+            raise UserError(f"the text is not valid Unicode at character {error.start}; encode it in UTF-8") from error
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]

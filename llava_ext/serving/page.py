@@ -52,10 +52,13 @@ def launch_demo(
         wait: block until Ctrl-C; otherwise `demo.close()` stops the server.
 
     Raises:
-        UserError: the port is taken, the host is not an address of this machine, or it is an IPv6 address.
+        UserError: the port is taken or not from 1 to 65535, the host is not an address of this machine, or it is an
+            IPv6 address.
     """
     if ":" in host:
         raise UserError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
+    if not 0 < port < 2**16:
+        raise UserError(f"--port must be from 1 to 65535, got {port}")
     middleware = [Middleware(RequestFilter)]
     if host in _LOOPBACK:  # a page elsewhere could reach this one under a host name that resolves to this machine
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))

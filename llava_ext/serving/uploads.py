@@ -1,5 +1,6 @@
 """Untrusted uploads: size limits, few formats, metadata stripped."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class UploadLimits:
     max_pixels: int = 16_000_000
 
     def __post_init__(self) -> None:
-        if self.max_mb <= 0 or self.max_pixels < 1:
+        if not 0 < self.max_mb < math.inf or self.max_pixels < 1:
             raise UserError(f"expected max_upload_mb above 0 and max_pixels of 1 or more, got {self}")
 
     @property

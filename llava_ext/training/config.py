@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.recipes import REQUIRED
+from evotok_plugin.common.recipes import LARGEST_COUNT, REQUIRED, check_seed
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import IMAGE_HEADS, RESIDUAL_EMBEDDINGS, check_choice
@@ -147,6 +147,13 @@ class StageConfig(TrainingArguments):
         for name in ("text_loss_weight", "image_loss_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+            if not 1 <= getattr(self, name) < LARGEST_COUNT:
+                raise UserError(f"{name} must be from 1 to {LARGEST_COUNT - 1}, got {getattr(self, name)}")
+        for name in ("learning_rate", "mm_projector_lr", "image_head_lr", "language_model_lr"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_seed(self.seed, bits=32)  # numpy's limit
         if not (self.text_loss_weight or self.image_loss_weight):
             raise UserError("text_loss_weight and image_loss_weight are both 0, so the loss is 0; raise one of them")
         if self.image_generation is not None:

@@ -21,6 +21,7 @@ from eval_tasks.judging.vqa import Answer, YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
 from eval_tasks.tasks.prompt_files import column, read_rows, whole_number
+from evotok_plugin.common.files import user_path
 from evotok_plugin.errors import UserError
 
 PROMPTS_VARIABLE = "EVOTOK_DPG_BENCH_PROMPTS"
@@ -98,7 +99,7 @@ def read_prompts(source: str | Path) -> list[dict]:
     Raises:
         UserError: a missing file, another format, or a question that depends on a missing one.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists() and str(source).count("/") != 1:
         raise UserError(
             f"DPG-Bench's prompts: {str(source)!r} does not exist; download {_ORIGIN} and set {PROMPTS_VARIABLE}"

@@ -65,8 +65,13 @@ class GenEvalJudge:
         yield from self._finished(waiting, least=1)
 
     def _seen(self, drawn: Drawn, image: Image, instances: list[Instance]) -> _Seen:
-        record = json.loads(drawn.document["record"])
-        self._check(record)
+        try:
+            record = json.loads(drawn.document["record"])
+            self._check(record)
+        except UserError:
+            raise
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise UserError(f"prompt {drawn.index} has no valid GenEval record ({error!r}); draw again") from error
         crops: dict[int, Crop] = {}
         if self.colors is not None:
             for instance in colors_wanted(record, instances, self.detector.rules):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from eval_tasks.cli import main
 from eval_tasks.judging.drawn_run import store_drawn_run
@@ -91,3 +92,32 @@ def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
     samples = tmp_path / "x_samples_mmbench_scenes.jsonl"
     samples.write_text("")
     assert "belongs to the task 'mmbench_scenes'; expected one of dpg_bench" in error(samples)
+
+
+@pytest.mark.parametrize(
+    ("lines", "about", "message"),
+    [
+        ({"image": None}, {}, "drawn.jsonl is damaged"),
+        ({"index": "x"}, {}, "drawn.jsonl is damaged"),
+        ({"document": {}}, {}, "has no valid GenEval record"),
+        ({"document": {"record": "[1]"}}, {}, "has no valid GenEval record"),
+        ({}, {"faults": 1}, "is damaged"),
+    ],
+)
+def test_a_damaged_run_is_a_user_error(tmp_path, capsys, lines, about, message):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (48, 48)).save(tmp_path / "images" / "a.png")
+    row = {"index": 0, "sample": 0, "image": "images/a.png", "document": {}} | lines
+    (tmp_path / "drawn.jsonl").write_text(json.dumps(row))
+    (tmp_path / "drawn.json").write_text(json.dumps({"task": "geneval_scenes", "faults": []} | about))
+    assert main(["judge", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_deeply_nested_json_is_a_user_error(tmp_path, capsys):
+    (tmp_path / "drawn.json").write_text("[" * 100_000)
+    assert main(["judge", str(tmp_path)]) == 2
+    assert "drawn.json is damaged" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    assert main(["report", str(tmp_path / "results.json")]) == 2
+    assert "is not an lmms-eval results file" in capsys.readouterr().err

@@ -89,6 +89,21 @@ def test_lab_of_white_black_and_red():
     assert np.allclose(lab(np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0]])), expected, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scenes", "0"], "--scenes must be at least 1"),
+        (["--seed=-1"], "seed must be from 0"),
+        (["--image_size=-1"], "--image_size must be from 1 to 4096, got -1"),
+        (["--image_size", str(10**20)], "--image_size must be from 1 to 4096"),
+        (["--degrade", "nan", "0"], "--degrade: expected two numbers of at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_rejected(capsys, flags, message):
+    assert main(flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_command_reports_accuracy(monkeypatch, capsys, tiny_evotok_folder):
     for options, right in (([], "12 of 12"), (["--degrade", "0.5", "4"], "12 of 12"), (["--tokenizer"], "0 of 12")):
         folder = [str(tiny_evotok_folder)] if options == ["--tokenizer"] else []  # random weights

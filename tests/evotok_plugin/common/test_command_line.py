@@ -1,6 +1,10 @@
 """The end of every command line: exit codes, one line for what a user can fix, a traceback for everything else."""
 
 import argparse
+import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +52,35 @@ def test_debug_adds_the_traceback(capsys):
 def test_every_other_error_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a bug"):
         command_line.run(parser_for(raising(error)), [])
+
+
+def test_refusals_of_the_file_system_are_one_line(capsys):
+    name = 300 * "x"
+    assert command_line.run(parser_for(lambda arguments: Path(name).exists()), []) == 2
+    assert capsys.readouterr().err == (
+        f"error: {name[:200]}...: File name too long; expected a path, give a shorter one\n"
+    )
+    refused = PermissionError(errno.EACCES, "Permission denied", "models/a")
+    assert command_line.run(parser_for(raising(refused)), []) == 2
+    assert "models/a: Permission denied; change its permissions" in capsys.readouterr().err
+    assert command_line.run(parser_for(raising(OSError(errno.ENOSPC, "No space left on device"))), []) == 2
+    assert "the output: No space left on device; make room" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_or_closed_output_ends_without_a_traceback():
+    code = (
+        "import argparse, sys\nfrom evotok_plugin.common import command_line\n"
+        "def work(arguments):\n    for _ in range(20000):\n        print('caf\\udce9')\n"
+        "sys.exit(command_line.run(argparse.ArgumentParser(), [], work))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "No space left" in done.stderr
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "caf\\udce9\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == command_line.OUTPUT_CLOSED
 
 
 def test_ctrl_c_ends_with_130_and_a_line(capsys):

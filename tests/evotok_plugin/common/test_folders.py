@@ -67,6 +67,13 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, folder, named):
         write_whole_folder(tmp_path / folder, lambda folder: None)
 
 
+def test_a_path_without_a_name_is_not_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("", ".", "/"):
+        with pytest.raises(UserError, match="expected the name of a new folder, got '[./]'"):
+            write_whole_folder(path, lambda folder: None)
+
+
 def test_a_scratch_folder_is_removed_at_the_end(tmp_path):
     with scratch_folder(tmp_path / "out") as folder:
         (folder / "file").touch()

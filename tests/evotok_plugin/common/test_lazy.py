@@ -53,6 +53,11 @@ def test_auto_classes_know_the_model_whatever_is_imported_first(first):
     assert python(code) == "EvoTokLlavaConfig EvoTokLlavaProcessor EvoTokModel"
 
 
+@pytest.mark.parametrize("module", ["evotok_plugin.model_folder", "evotok_plugin.encoder", "llava_ext.model_folder"])
+def test_any_module_can_be_the_first_import_after_both_packages(module):
+    assert python(f"import evotok_plugin, llava_ext, {module}\nprint('imported')") == "imported"
+
+
 def test_public_names_are_listed_and_unknown_ones_are_attribute_errors():
     import evotok_plugin
     import llava_ext

@@ -9,7 +9,7 @@ from evotok_plugin.errors import UserError
 
 def test_devices_are_resolved_or_rejected(monkeypatch):
     assert resolve_device("cpu") == torch.device("cpu")
-    for name in ("nowhere", "meta"):
+    for name in ("nowhere", "meta", "hpu"):
         with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
             resolve_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

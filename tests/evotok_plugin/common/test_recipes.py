@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from evotok_plugin.common.recipes import add_arguments, load_recipe, save_resolved
+from evotok_plugin.common.recipes import add_arguments, check_seed, load_recipe, save_resolved
 from evotok_plugin.errors import UserError
 
 
@@ -17,6 +17,13 @@ class Schema:
     flag: bool = False
     paths: list[str] = field(default_factory=list)
     sizes: dict = field(default_factory=dict)
+
+
+def test_seeds_that_no_generator_accepts_are_rejected():
+    check_seed(0), check_seed(2**32 - 1, bits=32)
+    for seed, bits in ((-1, 62), (10**30, 62), (2**32, 32)):
+        with pytest.raises(UserError, match=rf"seed must be from 0 to 2\*\*{bits} - 1, got"):
+            check_seed(seed, bits)
 
 
 def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_path):
@@ -43,6 +50,18 @@ def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_pa
         ("sizes: 3", "sizes: expected a mapping such as '{image_size: 64}', got 3"),
         ("- a\n- b", "expected 'key: value' lines"),
         ("a: [", "not valid YAML"),
+        ("name: 2020-13-45", "r.yaml: not valid YAML: month must be in 1..12"),
+        ("steps: !!int abc", "not valid YAML: invalid literal"),
+        ("name: !!timestamp abc", "not valid YAML"),
+        ("name: " + 5000 * "[", "not valid YAML: maximum recursion depth"),
+        ("1: 2", "expected names of settings as keys, got 1"),
+        ("name: [a, b]", r"name: expected text, got \['a', 'b'\]"),
+        ("name: 2020-01-02", "name: expected text, got datetime.date"),
+        ("steps: true", "steps: expected a whole number, got True"),
+        ("rate: false", "rate: expected a number, got False"),
+        ("rate: .nan", "rate: expected a number, got nan"),
+        ("sizes: {1: 2}", "sizes: expected a mapping"),
+        ("sizes: '{a: !!int b}'", "sizes: expected a mapping"),
     ],
 )
 def test_invalid_recipes_are_rejected(tmp_path, text, message):

@@ -171,7 +171,8 @@ def test_a_pickle_with_code_is_rejected_and_not_run(tmp_path, capsys, weights):
     ("content", "expected"),
     [
         ([1, 2], "expected a dict, got a list"),
-        ({"a": 1}, "expected tensors, or ema, model or state_dict, got 'a': int"),
+        ({"a": 1}, "expected named tensors, or ema, model or state_dict, got 'a': int"),
+        ({1: torch.zeros(1)}, "expected named tensors, or ema, model or state_dict, got 1: Tensor"),
         ({"ema": {"a": 1}, "model": {}}, "expected a dict of tensors in 'ema', got 'a': int"),
         ({"model": {}}, "expected a dict of tensors in 'model', got an empty dict"),
         ({"model": {"a": torch.zeros(1)}}, "sizes cannot be read; 10 missing: "),

@@ -104,6 +104,7 @@ def test_a_preview_shows_the_batch_and_overwrites_only_previews(draw, tmp_path):
         ([RING, "-n", 0], "--num_images must be at least 1, got 0"),
         ([RING, "--batch_size", 0], "--batch_size must be at least 1"),
         ([RING, "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
+        (["caf\udce9"], "the text is not valid Unicode at character"),
     ],
 )
 def test_bad_input_is_reported_in_one_line_and_nothing_is_written(draw, tmp_path, arguments, message):
@@ -111,6 +112,12 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(draw, tmp_path
     last = error.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and message in last
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_prompts_that_never_ends_is_rejected(draw, monkeypatch):
+    monkeypatch.setattr("llava_ext.commands.draw._LONGEST_PROMPTS", 1000)
+    code, error = draw("--prompts", "/dev/zero")
+    assert code == 2 and "--prompts /dev/zero is larger than" in error
 
 
 @pytest.mark.parametrize("flags", [["--guidance_schedule", "quadratic"], ["--temperature", "warm"]])

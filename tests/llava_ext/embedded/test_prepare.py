@@ -19,14 +19,26 @@ def test_only_embedded_recipes_need_preparation():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not valid YAML"), ("- a", "expected 'key: value' lines"), ("\xff", "valid YAML")]
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "expected 'key: value' lines"),
+        ("\xff", "valid YAML"),
+        ("a: 2020-13-45", "not valid YAML"),
+        ("\x01", "not valid YAML"),
+    ],
 )
 def test_a_damaged_recipe_is_named(tmp_path, capsys, content, message):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(content, encoding="latin-1")
     assert prepare.main(["--recipe", str(recipe), "--workspace", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "mine.yaml" in error and message in error
+    assert error.startswith(f"error: recipe {recipe}: ") and message in error
+
+
+def test_an_empty_recipe_name_is_unknown(capsys):
+    assert prepare.main(["--recipe", ""]) == 2
+    assert "unknown recipe ''" in capsys.readouterr().err
 
 
 def test_damaged_records_of_a_scene_folder_are_named(tmp_path):

@@ -129,6 +129,14 @@ def test_upload_limits_are_enforced(tmp_path):
         open_upload(path, UploadLimits(max_mb=0.0001))
     with pytest.raises(UserError, match="max_pixels of 1 or more"):
         UploadLimits(max_pixels=0)
+    with pytest.raises(UserError, match="max_upload_mb above 0"):
+        UploadLimits(max_mb=float("nan"))
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_ports_that_do_not_exist_are_rejected(port):
+    with pytest.raises(UserError, match=f"--port must be from 1 to 65535, got {port}"):
+        launch_demo(None, port=port)
 
 
 # Evolution -------------------------------------------------------------------------------------------------------

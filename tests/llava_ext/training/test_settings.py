@@ -167,6 +167,10 @@ def test_values_that_transformers_or_deepspeed_rejects_are_user_errors(given, me
         ({"prompt_dropout": -0.1}, "prompt_dropout must be at least 0 and below 1, got -0.1"),
         ({"bits": 8}, "bits must be 16, or 4 for QLoRA, got 8"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be from 1 to"),
+        ({"model_max_length": 10**30}, "model_max_length must be from 1 to"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1.0"),
+        ({"seed": 2**32}, r"seed must be from 0 to 2\*\*32 - 1, got 4294967296"),
     ],
 )
 def test_a_value_outside_its_range_is_rejected(given, message):
