@@ -1,5 +1,5 @@
-"""Packages whose import is cheap: public names that are imported on first use, and registration with transformers' Auto
-classes that waits until these are in use."""
+"""Packages that are fast to import: public names are imported on first use, and classes are registered with
+transformers' Auto classes only when these are imported."""
 
 import importlib.abc
 import importlib.machinery
@@ -47,16 +47,16 @@ def lazy_package(
 
 
 class _AutoClasses(importlib.abc.MetaPathFinder):
-    """Watches imports of transformers and of a package, and registers once the Auto classes are there.
+    """Watches imports of transformers and of a package, and registers as soon as the Auto classes are imported.
 
-    It acts after the outermost of these imports, because the modules that register import from both, and would find
-    modules that are half executed.
+    It waits for the outermost of these imports, in all threads: the modules that register their classes import from
+    transformers and from the package, and must not find modules that are only partly executed.
     """
 
     def __init__(self, package: str, register: Callable[[], None]) -> None:
         self._watched = ("transformers.", f"{package}.")
         self._register = register
-        self._nesting = threading.local()
+        self._lock, self._num_running = threading.Lock(), 0  # modules that are being executed, in all threads
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
         if not fullname.startswith(self._watched) or self not in sys.meta_path:
@@ -70,15 +70,23 @@ class _AutoClasses(importlib.abc.MetaPathFinder):
 
     def execute(self, loader: Any, module: ModuleType) -> None:
         """Execute a module by its own loader, then register if this was the outermost import."""
-        depth = getattr(self._nesting, "depth", 0)
-        self._nesting.depth = depth + 1
+        with self._lock:
+            self._num_running += 1
         try:
             loader.exec_module(module)
         finally:
-            self._nesting.depth = depth
-        if depth == 0 and _AUTO in sys.modules and self in sys.meta_path:
-            sys.meta_path.remove(self)
+            with self._lock:
+                self._num_running -= 1
+        if self._is_due():
             self._register()
+
+    def _is_due(self) -> bool:
+        """Whether to register now; True only once."""
+        with self._lock:
+            if self._num_running or _AUTO not in sys.modules or self not in sys.meta_path:
+                return False
+            sys.meta_path.remove(self)
+            return True
 
 
 class _Watched(importlib.abc.Loader):
