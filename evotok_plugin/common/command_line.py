@@ -26,17 +26,17 @@ def run(
     stopped: str = "stopped",
     translate: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> int:
-    """Parse flags, do the work, and translate how it ends.
+    """Parse flags, do the work, and turn its result or exception into an exit code.
 
-    A `UserError` becomes one line on stderr, Ctrl-C the line `stopped`; with `--debug` both follow their traceback. Any
-    other exception is a bug and keeps its traceback.
+    A `UserError` is shown as one line on stderr, Ctrl-C as the line `stopped`; with `--debug` the traceback comes first.
+    Any other exception is a bug and keeps its traceback.
 
     Args:
-        parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
-            given. Where it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
+        parser: its default `run` is the function that takes the parsed flags and returns an exit code or None. With a
+            default `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
         argv: the command line without the program, by default that of the process.
-        work: takes the place of the parser's `run`.
-        stopped: the line that Ctrl-C ends with.
+        work: replaces the parser's `run`.
+        stopped: the line that is printed after Ctrl-C.
         translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
@@ -52,15 +52,21 @@ def run_command(
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str] | None = None,
     stopped: str = "stopped",
+    needs_torchvision: bool = False,
 ) -> int:
     """`run` for a program of several commands.
 
     Args:
         commands: the help of every command by its name.
-        add: adds a command, by its name, with its flags. It is called for the command that `argv` names alone, so that
-            `--help` imports none.
+        add: adds a command, by its name, with its flags. It is called only for the command that `argv` names, so that
+            `--help` imports no command.
+        needs_torchvision: whether a command uses transformers' image processors based on torchvision.
     """
-    return _run(lambda: parser_of(prog, description, commands, add, _arguments(argv)), argv, None, stopped)
+
+    def make_parser() -> argparse.ArgumentParser:
+        return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision)
+
+    return _run(make_parser, argv, None, stopped, needs_torchvision=needs_torchvision)
 
 
 def parser_of(
@@ -69,6 +75,7 @@ def parser_of(
     commands: Mapping[str, str],
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str],
+    needs_torchvision: bool = False,
 ) -> argparse.ArgumentParser:
     """The parser of a program of several commands; only the command that `argv` names has its flags."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -76,7 +83,7 @@ def parser_of(
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
         if name == named:
-            _quiet_libraries()  # before the command imports them
+            _quiet_libraries(needs_torchvision)  # before the command imports them
             add(subparsers, name)
         else:
             subparsers.add_parser(name, help=text)
@@ -102,11 +109,12 @@ def _run(
     work: Work | None,
     stopped: str,
     translate: Callable[[Sequence[str]], Sequence[str]] = list,
+    needs_torchvision: bool = False,
 ) -> int:
     debug = "--debug" in _arguments(argv)
     try:
         arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
-        _quiet_libraries()
+        _quiet_libraries(needs_torchvision)
         return work(arguments) or 0
     except UserError as error:
         if debug:
@@ -121,9 +129,11 @@ def _run(
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
-    """The flags, and the work that they ask for."""
-    for each in _commands_of(parser) or [parser]:
+    """The parsed flags, and the work to do."""
+    commands = _commands_of(parser)
+    for each in [parser, *commands]:
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for each in commands or [parser]:
         each.set_defaults(flags=flags_of(each))
     arguments, rest = parser.parse_known_args(argv)
     values = vars(arguments)
@@ -137,7 +147,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | No
 
 
 def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers of all commands, those of commands within commands included."""
+    """The parsers of all commands, including commands within commands."""
     found: list[argparse.ArgumentParser] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -146,19 +156,20 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
     return found
 
 
-def _quiet_libraries() -> None:
-    """Leave the terminal to the command: warnings of libraries that a user cannot act on are not shown."""
-    transformers = _import_transformers()
+def _quiet_libraries(needs_torchvision: bool) -> None:
+    """Hide the warnings and progress bars of libraries, which a user cannot act on."""
+    transformers: Any = import_module("transformers") if needs_torchvision else _transformers_without_torchvision()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries
 
 
-def _import_transformers() -> Any:
-    """Import transformers such that it does not import torchvision, for image processors that no command uses.
+def _transformers_without_torchvision() -> Any:
+    """Import transformers such that it does not import torchvision, which no command needs for an image processor.
 
-    The metrics that need torchvision still import it themselves.
+    AutoImageProcessor and AutoProcessor would now choose processors based on PIL, whose pixels differ slightly. The
+    metrics that need torchvision still import it themselves.
     """
     if "torchvision" not in sys.modules:
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # how Python marks a module that is not installed

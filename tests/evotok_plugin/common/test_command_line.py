@@ -1,6 +1,9 @@
 """The end of every command line: exit codes, one line for what a user can fix, a traceback for everything else."""
 
 import argparse
+import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -73,9 +76,11 @@ def test_only_the_command_that_is_named_is_imported(capsys):
     commands = {"one": "the first", "two": "the second"}
     assert command_line.run_command("program", "Two commands.", commands, add, ["two"]) == 7
     assert added == ["two"]
+    assert command_line.run_command("program", "Two commands.", commands, add, ["--debug", "two", "--debug"]) == 7
+    assert added == ["two", "two"]
     with pytest.raises(SystemExit):
         command_line.run_command("program", "Two commands.", commands, add, ["--help"])
-    assert added == ["two"] and "the first" in (shown := capsys.readouterr().out) and "the second" in shown
+    assert added == ["two", "two"] and "the first" in (shown := capsys.readouterr().out) and "the second" in shown
 
 
 @pytest.mark.parametrize("module", ["evotok_plugin", "llava_ext", "eval_tasks"])
@@ -92,3 +97,17 @@ def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, 
     monkeypatch.setattr(command, "run", raising(UserError("fix it")))
     assert cli.main([names[module], *given[module]]) == 2
     assert capsys.readouterr().err == "error: fix it\n"
+
+
+@pytest.mark.parametrize(("module", "expected"), [("llava_ext", False), ("eval_tasks", True)])
+def test_only_commands_that_judge_use_image_processors_based_on_torchvision(module, expected):
+    names = {"llava_ext": "draw", "eval_tasks": "judge"}
+    code = (
+        f"import contextlib, io\nfrom {module} import cli\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    cli.main([{names[module]!r}, '--help'])\n"
+        "from transformers.utils import is_torchvision_available; print(is_torchvision_available())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    installed = importlib.util.find_spec("torchvision") is not None
+    assert done.stdout.strip() == str(expected and installed)
