@@ -139,9 +139,12 @@ class EvoTokConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_types(self, EvoTokConfig.__annotations__)
-        if not isinstance(self.decoder_channel_multipliers, (list, tuple)):
-            raise UserError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
-        self.decoder_channel_multipliers = list(self.decoder_channel_multipliers)
+        multipliers = self.decoder_channel_multipliers
+        if not isinstance(multipliers, (list, tuple)) or not all(type(one) is int and one > 0 for one in multipliers):
+            raise UserError(
+                f"decoder_channel_multipliers: expected a list of whole numbers above 0, got {multipliers!r}"
+            )
+        self.decoder_channel_multipliers = list(multipliers)
         self._check()
         super().__post_init__(**kwargs)
 
@@ -171,6 +174,15 @@ class EvoTokConfig(PreTrainedConfig):
             )
         if not 0 <= self.level_dropout <= 1:
             raise UserError(f"level_dropout must be between 0 and 1, got {self.level_dropout}")
+        for name in ("encoder_num_heads", "decoder_norm_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for multiplier in self.decoder_channel_multipliers:
+            if (width := self.decoder_channels * multiplier) % self.decoder_norm_groups:
+                raise UserError(
+                    f"{width} channels of the pixel decoder (decoder_channels {self.decoder_channels} x {multiplier}) "
+                    f"cannot be split into {self.decoder_norm_groups} groups (decoder_norm_groups); give a divisor"
+                )
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

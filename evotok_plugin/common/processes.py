@@ -53,7 +53,8 @@ class Processes:
             device: `auto` is the GPU of this process if CUDA is available, else the CPU.
 
         Raises:
-            UserError: the device is not available, or there are more processes than GPUs.
+            UserError: the device is not available, there are more processes than GPUs, or the environment variables
+                that torchrun sets are incomplete.
         """
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         chosen = resolve_device(device)
@@ -68,7 +69,12 @@ class Processes:
                 )
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo")
+            try:
+                dist.init_process_group("nccl" if use_cuda else "gloo")
+            except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing
+                raise UserError(
+                    f"WORLD_SIZE is {world_size}, but {error}; start the processes with torchrun"
+                ) from error
         return cls(rank, world_size, chosen)
 
     @classmethod

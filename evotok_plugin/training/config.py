@@ -64,6 +64,8 @@ class TokenizerTrainingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             self.data = [self.data]
+        if not self.data:
+            raise UserError("data names no images; give at least one folder, tar shard, parquet file or hf:NAME")
         if self.pixel_loss not in ("l1", "l2"):
             raise UserError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
         if self.report_to not in (*REPORTERS, "both", "none"):
@@ -77,6 +79,9 @@ class TokenizerTrainingConfig:
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "val_images", "kmeans_images", "num_workers", "seed"):
+            if not getattr(self, name) >= 0:  # also true for NaN
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_loss_growth <= 1:
             raise UserError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
         for name in ("val_fraction", "weights_ema"):

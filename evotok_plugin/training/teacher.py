@@ -105,10 +105,13 @@ def train_teacher(
         augment: random scale, crop and flip.
 
     Raises:
-        UserError: the captions are missing or malformed, or the loss is not finite.
+        UserError: a number is out of range, the captions are missing or malformed, or the loss is not finite.
     """
-    if max_steps < 1:
-        raise UserError(f"max_steps must be at least 1, got {max_steps}")
+    for name, value, least in (
+        ("max_steps", max_steps, 1), ("batch_size", batch_size, 1), ("learning_rate", learning_rate, 0), ("seed", seed, 0)
+    ):  # fmt: skip
+        if not value >= least:  # also true for NaN
+            raise UserError(f"{name} must be at least {least}, got {value}")
     pairs = captioned_images(data)
     tokenizer = open_tokenizer_folder(tokenizer_folder)
     length = max(len(ids) for ids in tokenizer([caption for _, caption in pairs])["input_ids"])
