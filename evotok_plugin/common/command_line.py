@@ -1,4 +1,4 @@
-"""The one way in which every command line of the project runs: flags, logging, errors and exit codes."""
+"""The entry point of every command line of the project: flags, logging, errors and exit codes."""
 
 import argparse
 import logging
@@ -28,8 +28,8 @@ def run(
 ) -> int:
     """Parse flags, do the work, and turn its result or exception into an exit code.
 
-    A `UserError` is shown as one line on stderr, Ctrl-C as the line `stopped`; with `--debug` the traceback comes first.
-    Any other exception is a bug and keeps its traceback.
+    A `UserError` is shown as one line on stderr, Ctrl-C as the line `stopped`; with `--debug`, after the traceback. Any
+    other exception is a bug and keeps its traceback.
 
     Args:
         parser: its default `run` is the function that takes the parsed flags and returns an exit code or None. With a
@@ -162,7 +162,7 @@ def _quiet_libraries(needs_torchvision: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between other libraries
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
 
 
 def _transformers_without_torchvision() -> Any:

@@ -1,4 +1,4 @@
-"""The end of every command line: exit codes, one line for what a user can fix, a traceback for everything else."""
+"""Command lines: exit codes, one line for a user error, a traceback for everything else."""
 
 import argparse
 import importlib.util
@@ -26,17 +26,17 @@ def raising(error):
 
 
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (1, 1)])
-def test_the_work_s_result_is_the_exit_code(result, code):
+def test_the_exit_code_is_the_result_of_the_work(result, code):
     assert command_line.run(parser_for(lambda arguments: result), []) == code
 
 
-def test_the_work_gets_its_flags_and_nothing_of_the_command_line_s_own():
+def test_the_work_gets_only_its_own_flags():
     seen = {}
     command_line.run(parser_for(lambda arguments: seen.update(vars(arguments))), ["--steps", "3", "--debug"])
     assert seen == {"steps": 3}
 
 
-def test_what_a_user_can_fix_is_one_line(capsys):
+def test_a_user_error_is_one_line(capsys):
     assert command_line.run(parser_for(raising(UserError("steps: expected 1, got 2"))), []) == 2
     assert capsys.readouterr().err == "error: steps: expected 1, got 2\n"
 
@@ -53,12 +53,12 @@ def test_every_other_error_keeps_its_traceback(error):
         command_line.run(parser_for(raising(error)), [])
 
 
-def test_ctrl_c_ends_with_130_and_a_line(capsys):
+def test_ctrl_c_prints_a_line_and_exits_with_130(capsys):
     assert command_line.run(parser_for(raising(KeyboardInterrupt())), [], stopped="stopped; resume") == 130
     assert capsys.readouterr().err == "stopped; resume\n"
 
 
-def test_unknown_flags_are_refused_unless_the_command_takes_them(capsys):
+def test_unknown_flags_are_rejected_unless_the_command_accepts_them(capsys):
     seen = []
     assert command_line.run(parser_for(seen.append), ["--stepz", "3"]) == 2
     assert "--stepz; did you mean --steps?" in capsys.readouterr().err and not seen
@@ -66,7 +66,7 @@ def test_unknown_flags_are_refused_unless_the_command_takes_them(capsys):
     assert seen[0].rest == ["--other", "3"]
 
 
-def test_only_the_command_that_is_named_is_imported(capsys):
+def test_only_the_named_command_is_imported(capsys):
     added = []
 
     def add(subparsers, name):
@@ -84,7 +84,7 @@ def test_only_the_command_that_is_named_is_imported(capsys):
 
 
 @pytest.mark.parametrize("module", ["evotok_plugin", "llava_ext", "eval_tasks"])
-def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, capsys):
+def test_ctrl_c_and_user_errors_are_handled_alike_by_all_programs(module, monkeypatch, capsys):
     from importlib import import_module
 
     cli = import_module(f"{module}.cli")
@@ -100,7 +100,7 @@ def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, 
 
 
 @pytest.mark.parametrize(("module", "expected"), [("llava_ext", False), ("eval_tasks", True)])
-def test_only_commands_that_judge_use_image_processors_based_on_torchvision(module, expected):
+def test_only_the_judge_uses_image_processors_based_on_torchvision(module, expected):
     names = {"llava_ext": "draw", "eval_tasks": "judge"}
     code = (
         f"import contextlib, io\nfrom {module} import cli\n"
