@@ -107,9 +107,8 @@ def train_teacher(
     Raises:
         UserError: a number is out of range, the captions are missing or malformed, or the loss is not finite.
     """
-    for name, value, least in (
-        ("max_steps", max_steps, 1), ("batch_size", batch_size, 1), ("learning_rate", learning_rate, 0), ("seed", seed, 0)
-    ):  # fmt: skip
+    limits = {"max_steps": (max_steps, 1), "batch_size": (batch_size, 1), "learning_rate": (learning_rate, 0)}
+    for name, (value, least) in {**limits, "seed": (seed, 0)}.items():
         if not value >= least:  # also true for NaN
             raise UserError(f"{name} must be at least {least}, got {value}")
     pairs = captioned_images(data)

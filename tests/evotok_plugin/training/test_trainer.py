@@ -545,7 +545,7 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
         ({"seed": -1}, "seed must be at least 0"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"val_images": -1}, "val_images must be at least 0"),
-        ({"model": {"decoder_norm_groups": 7}}, "128 channels .* cannot be split into 7 groups"),
+        ({"model": {"decoder_norm_groups": 7}}, "16 channels .* cannot be split into 7 groups"),
         ({"model": {"decoder_norm_groups": 0}}, "decoder_norm_groups must be at least 1"),
         ({"model": {"encoder_num_heads": 0}}, "encoder_num_heads must be at least 1"),
         ({"model": {"decoder_channel_multipliers": [1, 1, 2, 4, "8"]}}, "expected a list of whole numbers above 0"),
