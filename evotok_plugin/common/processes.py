@@ -82,7 +82,7 @@ class Processes:
         """The process group that this process has already joined, or this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, torch.device("cpu"))
-        on_gpu = dist.get_backend() == "nccl"
+        on_gpu = "nccl" in dist.get_backend()  # also in "cpu:gloo,cuda:nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
