@@ -16,9 +16,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     stopped = "stopped; rerun the command to resume"
-    return command_line.run_command(
-        "evotok-eval", DESCRIPTION, COMMANDS, command_line.add_from("eval_tasks.commands"), argv, stopped
-    )
+    add = command_line.add_from("eval_tasks.commands")
+    # `judge` opens image processors of transformers; without torchvision their pixels would differ slightly.
+    return command_line.run_command("evotok-eval", DESCRIPTION, COMMANDS, add, argv, stopped, needs_torchvision=True)
 
 
 if __name__ == "__main__":

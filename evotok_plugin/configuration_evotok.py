@@ -140,9 +140,12 @@ class EvoTokConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_types(self, EvoTokConfig.__annotations__)
-        if not isinstance(self.decoder_channel_multipliers, (list, tuple)):
-            raise UserError(f"decoder_channel_multipliers: expected a list, got {self.decoder_channel_multipliers!r}")
-        self.decoder_channel_multipliers = list(self.decoder_channel_multipliers)
+        multipliers = self.decoder_channel_multipliers
+        if not isinstance(multipliers, (list, tuple)) or not all(type(one) is int and one > 0 for one in multipliers):
+            raise UserError(
+                f"decoder_channel_multipliers: expected a list of whole numbers above 0, got {multipliers!r}"
+            )
+        self.decoder_channel_multipliers = list(multipliers)
         self._check()
         super().__post_init__(**kwargs)
 
@@ -185,6 +188,12 @@ class EvoTokConfig(PreTrainedConfig):
             least = 0 if name.endswith(("layers", "blocks")) else 1
             if not least <= getattr(self, name) < _LARGEST:
                 raise UserError(f"{name} must be from {least} to {_LARGEST - 1}, got {getattr(self, name)}")
+        for multiplier in self.decoder_channel_multipliers:
+            if (width := self.decoder_channels * multiplier) % self.decoder_norm_groups:
+                raise UserError(
+                    f"{width} channels of the pixel decoder (decoder_channels {self.decoder_channels} x {multiplier}) "
+                    f"cannot be split into {self.decoder_norm_groups} groups (decoder_norm_groups); give a divisor"
+                )
         if self.encoder_hidden_size % self.encoder_num_heads:
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"

@@ -25,9 +25,14 @@ class Teacher(nn.Module):
 
     @property
     def grid_size(self) -> int:
-        """Positions per side; pixels beyond the last complete patch are ignored."""
+        """Positions per side; pixels beyond the last complete patch are ignored.
+
+        Raises:
+            UserError: images or patches are not square.
+        """
         image_size, patch_size = self.config.image_size, self.config.patch_size
-        assert isinstance(image_size, int) and isinstance(patch_size, int), "SigLIP's images and patches are square"
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise UserError(f"the teacher's images and patches must be square, got {image_size} and {patch_size}")
         return image_size // patch_size
 
     def check_fits(self, config: EvoTokConfig, image_size: int | None = None) -> None:

@@ -60,6 +60,7 @@ def run_command(
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str] | None = None,
     stopped: str = "stopped",
+    needs_torchvision: bool = False,
 ) -> int:
     """`run` for a program of several commands.
 
@@ -67,8 +68,13 @@ def run_command(
         commands: the help of every command by its name.
         add: adds a command, by its name, with its flags. It is called only for the command that `argv` names, so that
             `--help` does not import the others.
+        needs_torchvision: whether a command uses transformers' image processors based on torchvision.
     """
-    return _run(lambda: parser_of(prog, description, commands, add, _arguments(argv)), argv, None, stopped)
+
+    def make_parser() -> argparse.ArgumentParser:
+        return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision)
+
+    return _run(make_parser, argv, None, stopped, needs_torchvision=needs_torchvision)
 
 
 def parser_of(
@@ -77,6 +83,7 @@ def parser_of(
     commands: Mapping[str, str],
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str],
+    needs_torchvision: bool = False,
 ) -> argparse.ArgumentParser:
     """The parser of a program of several commands; only the command that `argv` names has its flags."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -84,7 +91,7 @@ def parser_of(
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
         if name == named:
-            _quiet_libraries()  # before the command imports them
+            _quiet_libraries(needs_torchvision)  # before the command imports them
             add(subparsers, name)
         else:
             subparsers.add_parser(name, help=text)
@@ -110,12 +117,13 @@ def _run(
     work: Work | None,
     stopped: str,
     translate: Callable[[Sequence[str]], Sequence[str]] = list,
+    needs_torchvision: bool = False,
 ) -> int:
     debug = "--debug" in _arguments(argv)
     try:
         _print_any_name()
         arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
-        _quiet_libraries()
+        _quiet_libraries(needs_torchvision)
         code = work(arguments) or 0
         sys.stdout.flush()
         return code
@@ -162,8 +170,10 @@ def _print_any_name() -> None:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
     """The flags, and the function to run."""
-    for each in _commands_of(parser) or [parser]:
+    commands = _commands_of(parser)
+    for each in [parser, *commands]:
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for each in commands or [parser]:
         each.set_defaults(flags=flags_of(each))
     arguments, rest = parser.parse_known_args(argv)
     values = vars(arguments)
@@ -186,19 +196,20 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
     return found
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(needs_torchvision: bool) -> None:
     """Hide warnings and progress bars of libraries that a user cannot act on."""
-    transformers = _import_transformers()
+    transformers: Any = import_module("transformers") if needs_torchvision else _transformers_without_torchvision()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
 
 
-def _import_transformers() -> Any:
+def _transformers_without_torchvision() -> Any:
     """Import transformers without torchvision, which it would import for image processors that no command uses.
 
-    The metrics that need torchvision still import it themselves.
+    AutoImageProcessor and AutoProcessor would now choose processors based on PIL, whose pixels differ slightly. The
+    metrics that need torchvision still import it themselves.
     """
     if "torchvision" not in sys.modules:
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # how Python marks a module that is not installed

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -122,12 +123,14 @@ def writing(path: str | Path, advice: str = _ADVICE, temporary: Path | None = No
 
 
 def temporary_path(path: str | Path) -> Path:
-    """The file next to `path` that `write_whole` writes first."""
+    """The file next to `path` that `write_whole` writes first, unless several processes may write `path`."""
     path = Path(path)
     return path.with_name(f".{path.name}.part")
 
 
-def write_whole(path: str | Path, write: Callable[[Path], object], sync: bool = False, advice: str = _ADVICE) -> None:
+def write_whole(
+    path: str | Path, write: Callable[[Path], object], sync: bool = False, advice: str = _ADVICE, shared: bool = False
+) -> None:
     """Replace a file atomically: `write` gets a temporary path next to it, which is then renamed.
 
     A reader, or a run after a kill, finds the previous file or the new one, never a part. After an error the previous
@@ -136,11 +139,14 @@ def write_whole(path: str | Path, write: Callable[[Path], object], sync: bool = 
     Args:
         sync: flush the file to disk before it is renamed, and its folder afterwards, so that it survives a power loss.
         advice: what the user can do about an error; the end of its message.
+        shared: whether several processes, possibly on several machines, may write the file at the same time. Each then
+            has a temporary file with a random name, which a kill leaves behind; the last one to rename its file wins.
 
     Raises:
         UserError: the file system refuses; the message names the file.
     """
-    path, temporary = Path(path), temporary_path(path)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part") if shared else temporary_path(path)
     with writing(path, advice, temporary):
         try:
             temporary.unlink(missing_ok=True)  # left by a kill; it may be a hard link to another file
@@ -157,9 +163,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object], sync: bool = 
             _flush(path.parent)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, shared: bool = False) -> None:
     """Replace a file atomically with text in UTF-8 (see `write_whole`); names that are not Unicode are escaped."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"), shared=shared)
 
 
 def write_json(path: str | Path, value: Any) -> None:

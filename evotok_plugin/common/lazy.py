@@ -1,5 +1,5 @@
-"""Packages whose import is cheap: public names that are imported on first use, and registration with transformers' Auto
-classes that waits until these are in use."""
+"""Packages that are fast to import: public names are imported on first use, and classes are registered with
+transformers' Auto classes only when these are imported."""
 
 import importlib.abc
 import importlib.machinery
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,10 @@ def lazy_package(
 
     def get(name: str) -> Any:
         if name not in names:
+            if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+                return import_module(
+                    f"{package}.{name}"
+                )  # a module, as in `import evotok_plugin; evotok_plugin.encoder`
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         register()
         value = getattr(import_module(f"{package}.{names[name]}"), name)
@@ -47,15 +52,16 @@ def lazy_package(
 
 
 class _AutoClasses(importlib.abc.MetaPathFinder):
-    """Watches imports of transformers and of our packages, and registers once the Auto classes are there.
+    """Watches imports of transformers and of our packages, and registers as soon as the Auto classes are imported.
 
-    It acts after the outermost of these imports, because the modules that register import from all of them, and would
-    find modules that are half executed. For the same reason there is one watcher for all packages.
+    It waits for the outermost of these imports, in all threads: the modules that register their classes import from all
+    of these packages, and must not find modules that are only partly executed. For the same reason there is one watcher
+    for all packages.
     """
 
     def __init__(self) -> None:
         self._register: dict[str, Callable[[], None]] = {}  # by package
-        self._nesting = threading.local()
+        self._lock, self._num_running = threading.Lock(), 0  # modules that are being executed, in all threads
 
     def watch(self, package: str, register: Callable[[], None]) -> None:
         self._register[package] = register
@@ -75,16 +81,24 @@ class _AutoClasses(importlib.abc.MetaPathFinder):
 
     def execute(self, loader: Any, module: ModuleType) -> None:
         """Execute a module by its own loader, then register if this was the outermost import."""
-        depth = getattr(self._nesting, "depth", 0)
-        self._nesting.depth = depth + 1
+        with self._lock:
+            self._num_running += 1
         try:
             loader.exec_module(module)
         finally:
-            self._nesting.depth = depth
-        if depth == 0 and _AUTO in sys.modules and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            for register in self._register.values():
+            with self._lock:
+                self._num_running -= 1
+        if self._is_due():
+            for register in list(self._register.values()):
                 register()
+
+    def _is_due(self) -> bool:
+        """Whether to register now; True only once."""
+        with self._lock:
+            if self._num_running or _AUTO not in sys.modules or self not in sys.meta_path:
+                return False
+            sys.meta_path.remove(self)
+            return True
 
 
 class _Watched(importlib.abc.Loader):

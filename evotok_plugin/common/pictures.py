@@ -1,11 +1,13 @@
 """Image files, and images composed of others: grids and labeled rows."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from evotok_plugin.common.files import write_whole
+from evotok_plugin.errors import UserError
 
 _TEXT_HEIGHT = 16
 _TEXT, _MARK = "#222222", "#0072B2"
@@ -26,11 +28,17 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Write an image file atomically, in the format of its suffix.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses, or the format does not support images of this size.
     """
     path = Path(path)
     image_format = Image.registered_extensions()[path.suffix.lower()]
-    write_whole(path, lambda part: picture.save(part, format=image_format))
+    try:
+        write_whole(path, lambda part: picture.save(part, format=image_format))
+    except (ValueError, RuntimeError, struct.error) as error:  # raised by Pillow's encoders
+        if isinstance(error, UserError):
+            raise
+        size = f"{picture.width} x {picture.height} pixels"
+        raise UserError(f"{path}: {image_format} does not support this image of {size} ({error}); use .png") from error
 
 
 def picture_suffixes() -> list[str]:
@@ -67,10 +75,7 @@ def captioned_rows(
     width, height = rows[0][0].size
     text_size = min(24, max(10, width // 6))
     font = ImageFont.load_default(size=text_size)
-    line, below = (
-        round(1.4 * text_size),
-        round(0.35 * text_size),
-    )  # of a line, and its part below the baseline
+    line, below = round(1.4 * text_size), round(0.35 * text_size)  # height of a line, and its part below the baseline
     top, step = (2 if marked else 1) * line, height + line + gap
     canvas = Image.new("RGB", (len(headings) * (width + gap) - gap, top + len(rows) * step - gap), "white")
     pen = ImageDraw.Draw(canvas)

@@ -54,7 +54,8 @@ class Processes:
             device: `auto` is the GPU of this process if CUDA is available, else the CPU.
 
         Raises:
-            UserError: the device is not available, or there are more processes than GPUs.
+            UserError: the device is not available, there are more processes than GPUs, or the environment variables
+                that torchrun sets are incomplete.
         """
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         chosen = resolve_device(device)
@@ -69,7 +70,12 @@ class Processes:
                 )
             torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo")
+            try:
+                dist.init_process_group("nccl" if use_cuda else "gloo")
+            except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing
+                raise UserError(
+                    f"WORLD_SIZE is {world_size}, but {error}; start the processes with torchrun"
+                ) from error
         return cls(rank, world_size, chosen)
 
     @classmethod
@@ -77,7 +83,7 @@ class Processes:
         """The process group that this process has already joined, or this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, torch.device("cpu"))
-        on_gpu = dist.get_backend() == "nccl"
+        on_gpu = "nccl" in dist.get_backend()  # also in "cpu:gloo,cuda:nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), device)
 

@@ -20,7 +20,7 @@ class DatasetSource:
     base64. The stamp of an embedded string depends on its content, the stamp of a path on the state of its file.
 
     Raises:
-        UserError: the dataset has no image column.
+        UserError: the dataset has no image column, or its structs have no field `bytes`.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -35,6 +35,11 @@ class DatasetSource:
             raise UserError(f"{name!r} has no image column; its columns are {', '.join(dataset.features)}")
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(dataset.features[column], dict) and "bytes" not in dataset.features[column]:
+            raise UserError(
+                f"{name!r}: expected column {column!r} to hold bytes, strings, or structs of bytes and path, "
+                f"got structs of {', '.join(dataset.features[column])}"
+            )
         self._images = dataset.select_columns([column])
         self._column = column
         self._labels = dataset["label"] if "label" in dataset.features else None
@@ -53,9 +58,12 @@ class DatasetSource:
         return open_picture(self.content(index), f"{self.name} row {index}")
 
     def content(self, index: int) -> bytes:
-        content = self._images[int(index)][self._column]
+        try:
+            content = self._images[int(index)][self._column]
+        except Exception as error:  # pyarrow raises many types for damaged values
+            raise UserError(f"image of {self.name} row {index} cannot be read: {error}") from error
         if isinstance(content, dict):
-            content = content["bytes"] or content["path"]
+            content = content["bytes"] or content.get("path")
         if isinstance(content, str):
             return _content_of(content, f"{self.name} row {index}")
         if not isinstance(content, bytes):
@@ -69,7 +77,10 @@ class DatasetSource:
         place = f"{self._place}/{index}"
         if self._arrow is None:
             return stamp_of(place, self._state)
-        value = self._arrow[int(index)].column(0)[0].as_py()  # a path, or a missing image
+        try:
+            value = self._arrow[int(index)].column(0)[0].as_py()  # a path, or a missing image
+        except Exception:  # a damaged value; `content` says so
+            return stamp_of(place, self._state)
         text = (None if value.get("bytes") else value.get("path")) if isinstance(value, dict) else value
         if not isinstance(text, str):
             return stamp_of(place, self._state)

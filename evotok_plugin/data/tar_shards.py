@@ -163,10 +163,10 @@ def _cached(kind: str, shard: str, scan: Callable[[str], dict[str, Any]]) -> dic
         return json.loads(file.read_text())
     except (OSError, ValueError):  # missing, or damaged
         index = scan(shard)
-    # If the index cannot be stored, or another process is storing the same one, the next run scans the shard again.
+    # If the index cannot be stored, the next run scans the shard again.
     with contextlib.suppress(OSError, UserError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(index))
+        write_text(file, json.dumps(index), shared=True)
     return index
 
 
@@ -190,7 +190,7 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
                     places[member.name] = (member.offset_data, member.size)
                 target = member.linkname if member.islnk() else member.name
                 yield (member.name, *places.get(target, (-1, 0)))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError for damaged extended headers
         hint = "; compressed shards are not supported, decompress them to .tar" if _is_compressed(shard) else ""
         raise UserError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
 

@@ -1,11 +1,9 @@
 """Figures of a level-by-level evaluation: strips of reconstructions, curves and code usage."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from evotok_plugin.common.pictures import captioned_rows
@@ -14,6 +12,10 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.levels import Curve, Evolution
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
+
+if TYPE_CHECKING:  # matplotlib is an optional package
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LEFT, _RIGHT, _GRAY = "#0072B2", "#D55E00", "#555555"  # blue and vermilion, distinguishable with any color vision
 _STRIP_WIDTH = 2000  # largest width of a row in pixels

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evotok_plugin.common.files import apply_umask, write_whole
+from evotok_plugin.common.files import write_whole
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.errors import UserError
 
@@ -59,17 +59,13 @@ class FeatureStatistics:
         return (self.outer - torch.outer(self.total, self.mean())) / (self.count - 1)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file atomically.
+        """Write a safetensors file atomically; several processes may write the same one.
 
         Raises:
             UserError: the file cannot be written.
         """
-
-        def write(part: Path) -> None:
-            save_file({"count": self.count, "total": self.total, "outer": self.outer}, part)
-            apply_umask(part)
-
-        write_whole(path, write)
+        values = {"count": self.count, "total": self.total, "outer": self.outer}
+        write_whole(path, lambda part: save_file(values, part), shared=True)
 
     @classmethod
     def load(cls, path: Path, dim: int) -> "FeatureStatistics":

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
-from evotok_plugin.common.files import write_whole
+from evotok_plugin.common.files import write_whole, writing
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
@@ -87,14 +87,16 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
     """Write the checkpoint of a step, then remove all but the newest `keep`.
 
     Raises:
-        UserError: it cannot be written, for example because the disk is full; earlier checkpoints are kept.
+        UserError: it cannot be written, for example because the disk is full, and earlier checkpoints are kept; or one
+            of these cannot be deleted.
     """
     path, owned = folder / f"checkpoint-{step:09d}.safetensors", owned_folder(folder)
     values = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     advice = f"{newest_kept(folder)}; make room and run the same command again"
     owned.claim(path.name)
     write_whole(path, lambda part: save_file(values, part), sync=True, advice=advice)
-    owned.delete(*(old.name for old in checkpoints(folder)[:-keep]))
+    with writing(folder):
+        owned.delete(*(old.name for old in checkpoints(folder)[:-keep]))
     return path
 
 

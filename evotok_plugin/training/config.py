@@ -87,7 +87,7 @@ class TokenizerTrainingConfig:
             "semantic_weight", "gan_weight", "gan_start", "kmeans_images", "val_images", "num_workers",
             "max_bad_fraction",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # also true for NaN
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch_size >= LARGEST_COUNT:
             raise UserError(f"batch_size must be below {LARGEST_COUNT}, got {self.batch_size}")

@@ -108,7 +108,7 @@ def train_teacher(
         augment: random scale, crop and flip.
 
     Raises:
-        UserError: the captions are missing or malformed, or the loss is not finite.
+        UserError: a number is out of range, the captions are missing or malformed, or the loss is not finite.
     """
     for name, value in (("max_steps", max_steps), ("batch_size", batch_size)):
         if value < 1:

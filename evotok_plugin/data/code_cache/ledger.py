@@ -49,12 +49,12 @@ class Ledger:
             try:
                 stamps.append(_digests_of([*shard.stamps, *shard.known_stamps, *shard.broken_stamps]))
                 contents.append(_digests_of([*shard.contents, *shard.known_contents, *[""] * len(shard.broken)]))
-            except ValueError as error:
+                sizes.append(np.asarray(shard.sizes, np.uint32).reshape(len(shard.keys), 2))
+                keys.append(key_digests(shard.all_keys()))
+            except (ValueError, TypeError, AttributeError, OverflowError) as error:
                 raise UserError(f"{shard_name(number)}.json is damaged ({error}); {remedy(number)}") from error
-            keys.append(key_digests(shard.all_keys()))
             rows.append(np.arange(num_rows, num_rows + len(shard.keys)))
             rows += [np.full(len(shard.known_keys), _LOST), np.full(len(shard.broken), _BROKEN)]
-            sizes.append(np.asarray(shard.sizes, np.uint32).reshape(-1, 2))
             first_broken = entry_starts[-1] + len(shard) - len(shard.broken)
             self.reasons |= {first_broken + n: facts for n, facts in enumerate(shard.broken.items())}
             num_rows += len(shard.keys)

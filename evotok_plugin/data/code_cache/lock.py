@@ -18,20 +18,35 @@ _TEMPORARY = re.compile(rf"\.{_FILES}\.part|{_FILES}\.tmp")  # names of `write_w
 
 
 def together(processes: Processes, action: Callable[[], T]) -> T:
-    """Call a function in all processes; an error in one is raised in all, so that none waits for the others.
+    """Call a function in all processes; an error in one ends all, so that none waits for the others.
 
     Raises:
-        UserError: an OSError or UserError in any process.
+        UserError: an OSError or UserError in any process, or another exception in another process.
+        Exception: any other exception in this process, unchanged.
     """
-    problem = None
+    failure: Exception | None = None
     try:
         result = action()
-    except (UserError, OSError) as error:
-        problem = str(error)
-    problems = [text for text in processes.gather(problem) if text]
+    except Exception as error:
+        failure = error
+    problems = [text for text in processes.gather(_described(failure)) if text]
+    if failure is not None and not isinstance(failure, (UserError, OSError)):
+        raise failure
     if problems:
         raise UserError(problems[0])
     return result
+
+
+def _described(failure: Exception | None) -> str:
+    """The message of an error; empty without an error."""
+    if failure is None:
+        return ""
+    kind = type(failure).__name__
+    return (
+        str(failure) or kind
+        if isinstance(failure, (UserError, OSError))
+        else f"another process failed: {kind}: {failure}"
+    )
 
 
 @contextlib.contextmanager

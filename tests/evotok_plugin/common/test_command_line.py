@@ -1,7 +1,8 @@
-"""The end of every command line: exit codes, one line for what a user can fix, a traceback for everything else."""
+"""Command lines: exit codes, one line for a user error, a traceback for everything else."""
 
 import argparse
 import errno
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (1, 1)])
-def test_the_work_s_result_is_the_exit_code(result, code):
+def test_the_exit_code_is_the_result_of_the_work(result, code):
     assert command_line.run(parser_for(lambda arguments: result), []) == code
 
 
@@ -83,12 +84,12 @@ def test_a_full_or_closed_output_ends_without_a_traceback():
     assert process.stderr.read() == "" and process.wait() == command_line.OUTPUT_CLOSED
 
 
-def test_ctrl_c_ends_with_130_and_a_line(capsys):
+def test_ctrl_c_prints_a_line_and_exits_with_130(capsys):
     assert command_line.run(parser_for(raising(KeyboardInterrupt())), [], stopped="stopped; resume") == 130
     assert capsys.readouterr().err == "stopped; resume\n"
 
 
-def test_unknown_flags_are_refused_unless_the_command_takes_them(capsys):
+def test_unknown_flags_are_rejected_unless_the_command_accepts_them(capsys):
     seen = []
     assert command_line.run(parser_for(seen.append), ["--stepz", "3"]) == 2
     assert "--stepz; did you mean --steps?" in capsys.readouterr().err and not seen
@@ -96,7 +97,7 @@ def test_unknown_flags_are_refused_unless_the_command_takes_them(capsys):
     assert seen[0].rest == ["--other", "3"]
 
 
-def test_only_the_command_that_is_named_is_imported(capsys):
+def test_only_the_named_command_is_imported(capsys):
     added = []
 
     def add(subparsers, name):
@@ -106,13 +107,15 @@ def test_only_the_command_that_is_named_is_imported(capsys):
     commands = {"one": "the first", "two": "the second"}
     assert command_line.run_command("program", "Two commands.", commands, add, ["two"]) == 7
     assert added == ["two"]
+    assert command_line.run_command("program", "Two commands.", commands, add, ["--debug", "two", "--debug"]) == 7
+    assert added == ["two", "two"]
     with pytest.raises(SystemExit):
         command_line.run_command("program", "Two commands.", commands, add, ["--help"])
-    assert added == ["two"] and "the first" in (shown := capsys.readouterr().out) and "the second" in shown
+    assert added == ["two", "two"] and "the first" in (shown := capsys.readouterr().out) and "the second" in shown
 
 
 @pytest.mark.parametrize("module", ["evotok_plugin", "llava_ext", "eval_tasks"])
-def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, capsys):
+def test_ctrl_c_and_user_errors_are_handled_alike_by_all_programs(module, monkeypatch, capsys):
     from importlib import import_module
 
     cli = import_module(f"{module}.cli")
@@ -125,3 +128,17 @@ def test_ctrl_c_and_user_errors_end_alike_in_every_program(module, monkeypatch, 
     monkeypatch.setattr(command, "run", raising(UserError("fix it")))
     assert cli.main([names[module], *given[module]]) == 2
     assert capsys.readouterr().err == "error: fix it\n"
+
+
+@pytest.mark.parametrize(("module", "expected"), [("llava_ext", False), ("eval_tasks", True)])
+def test_only_the_judge_uses_image_processors_based_on_torchvision(module, expected):
+    names = {"llava_ext": "draw", "eval_tasks": "judge"}
+    code = (
+        f"import contextlib, io\nfrom {module} import cli\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    cli.main([{names[module]!r}, '--help'])\n"
+        "from transformers.utils import is_torchvision_available; print(is_torchvision_available())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    installed = importlib.util.find_spec("torchvision") is not None
+    assert done.stdout.strip() == str(expected and installed)

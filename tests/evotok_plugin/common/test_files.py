@@ -112,6 +112,18 @@ def test_the_leftover_of_a_killed_process_is_replaced_even_where_it_is_a_link(tm
     assert (tmp_path / "checkpoint").read_text() == "weights" and (tmp_path / "model").read_text() == "new"
 
 
+def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "cache.json"
+
+    def write(part):
+        part.write_text("first")
+        write_text(path, "second", shared=True)
+        assert part.read_text() == "first" and path.read_text() == "second"
+
+    write_whole(path, write, shared=True)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("name", ["file/x", "nowhere/x", "folder", "/proc/nowhere/x", "/proc/x"])
 def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
     (tmp_path / "file").touch()

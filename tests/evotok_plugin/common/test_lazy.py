@@ -1,7 +1,10 @@
 """Packages that are cheap to import and whose classes transformers' Auto classes still find."""
 
+import ast
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,8 +68,60 @@ def test_public_names_are_listed_and_unknown_ones_are_attribute_errors():
     for package in (evotok_plugin, llava_ext):
         assert set(package.__all__) <= set(dir(package))
         assert all(getattr(package, name).__name__ == name for name in package.__all__)
+        assert package.cli.__name__ == f"{package.__name__}.cli"  # a module that nothing has imported yet
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["evotok_plugin", "llava_ext"])
+def test_the_lists_of_public_names_agree(package):
+    """`__all__`, the imports for type checkers, and the table of lazy imports."""
+    path = Path(importlib.import_module(package).__file__)
+    body = ast.parse(path.read_text()).body
+    stubs = next(node.body for node in body if isinstance(node, ast.If))
+    modules = {alias.name: node.module for node in stubs for alias in node.names if alias.asname is None}
+    assigned = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
+    _, table = assigned["(__getattr__, __dir__)"].args
+    assert ast.literal_eval(assigned["__all__"]) == sorted(modules)
+    assert {name: f"{package}.{module}" for name, module in ast.literal_eval(table).items()} == modules
+    for name, module in modules.items():
+        assert getattr(importlib.import_module(package), name) is getattr(importlib.import_module(module), name)
+
+
+def test_classes_can_be_unpickled_before_anything_is_imported():
+    """As in a process that multiprocessing has spawned."""
+    code = (
+        "import pickle, multiprocessing\nfrom evotok_plugin import EvoTokConfig\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(EvoTokConfig.preset, ('tiny',)).image_size)"
+    )
+    assert python(code) == "48"
+
+
+def test_a_package_and_its_modules_can_be_reloaded():
+    code = (
+        "import importlib, evotok_plugin, evotok_plugin.errors\n"
+        "importlib.reload(evotok_plugin); importlib.reload(evotok_plugin.errors)\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('evotok').image_size, importlib.reload(evotok_plugin).EvoTokConfig.model_type)"
+    )
+    assert python(code) == "256 evotok"
+
+
+def test_several_threads_can_import_at_the_same_time():
+    code = (
+        "import evotok_plugin, threading\nfrom importlib import import_module\n"
+        "names = ['transformers.models.auto.modeling_auto', 'evotok_plugin.quantizer',\n"
+        "         'transformers.models.auto.configuration_auto']\n"
+        "failed = []\n"
+        "threading.excepthook = failed.append\n"
+        "threads = [threading.Thread(target=import_module, args=[name]) for name in names]\n"
+        "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('evotok').image_size, failed)"
+    )
+    assert python(code) == "256 []"
 
 
 def test_modules_keep_their_own_loaders():

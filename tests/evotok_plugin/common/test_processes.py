@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.common.processes import Processes, resolve_device
 from evotok_plugin.errors import UserError
 
 
@@ -20,3 +20,13 @@ def test_devices_are_resolved_or_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         resolve_device("cuda:2")
+
+
+def test_incomplete_variables_of_torchrun_are_reported(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        UserError, match="WORLD_SIZE is 2, but .* expected, but not set; start the processes with torchrun"
+    ):
+        Processes.join("cpu")

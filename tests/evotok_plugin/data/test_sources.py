@@ -191,6 +191,15 @@ def test_broken_shards_and_broken_images_are_distinguished(tmp_path):
     assert source.picture(1).getpixel((0, 0))[0] == 2
 
 
+def test_a_shard_with_a_damaged_extended_header_is_rejected(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("x.png")
+        member.pax_headers = {"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"}
+        archive.addfile(member)
+    with pytest.raises(UserError, match="s.tar' cannot be read as a tar file"):
+        open_source(tmp_path / "s.tar")
+
+
 def test_a_deleted_shard_is_reported(tmp_path):
     path = write_shard(tmp_path / "s.tar", [("x.png", png(1))])
     source = TarSource([path], "s")
@@ -236,6 +245,34 @@ def test_a_dataset_that_cannot_be_loaded_is_a_user_error(tmp_path):
         open_source(tmp_path / "broken.parquet")
     with pytest.raises(UserError, match="'hf:nobody/nothing' cannot be loaded"):
         open_source("hf:nobody/nothing")
+
+
+def write_parquet(path, column):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"image": column}), path)
+    return path
+
+
+def test_structs_without_bytes_are_rejected_and_without_a_path_accepted(tmp_path):
+    with pytest.raises(UserError, match="expected column 'image' to hold bytes, .* got structs of url"):
+        open_source(write_parquet(tmp_path / "urls.parquet", [{"url": "x"}, {"url": "y"}]))
+    source = open_source(write_parquet(tmp_path / "bytes.parquet", [{"bytes": png(4)}, {"bytes": None}]))
+    assert source.picture(0).getpixel((0, 0)) == (4, 4, 4)
+    with pytest.raises(UserError, match="image '000000001' .* is missing"):
+        source.picture(1)
+
+
+def test_a_damaged_string_in_a_dataset_is_a_broken_image(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    ends, text = np.array([0, 3, 3 + len("b.png")], np.int32), b"a\xff\xfe" + b"b.png"
+    column = pyarrow.StringArray.from_buffers(2, *(pyarrow.py_buffer(part) for part in (ends.tobytes(), text)))
+    source = open_source(write_parquet(tmp_path / "strings.parquet", column))
+    with pytest.raises(UserError, match="row 0 cannot be read: 'utf-8' codec"):
+        source.picture(0)
+    assert len({source.stamp(0), source.stamp(1)}) == 2
+    with pytest.raises(UserError, match="b.png' does not exist"):
+        source.picture(1)
 
 
 # Parts -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import runpy
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from evotok_plugin.common.pictures import captioned_rows
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_source
 from evotok_plugin.errors import UserError
+from evotok_plugin.evaluation import level_plots
 from evotok_plugin.evaluation.level_plots import draw_strips, plot_code_usage, plot_curves
 from evotok_plugin.evaluation.levels import measure_evolution
 from evotok_plugin.teacher import load_teacher
@@ -157,8 +159,8 @@ def test_a_model_in_training_mode_is_rejected_unchanged(tokenizer, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, r"width \(semantic_dim\) to be 128, got 64"),
-        ({"patch_size": 12}, "patch_size to be 16, got 12"),
+        ({"hidden_size": 64}, r"expected its width \(semantic_dim\) to be 128, got 64"),
+        ({"patch_size": 12}, "expected its patch_size to be 16, got 12"),
         ({"image_size": 64}, "number of positions per side to be 3, got 4"),
     ],
 )
@@ -267,6 +269,13 @@ def test_without_matplotlib_the_command_says_what_to_install(capsys, folder, tin
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = run(capsys, "evolve", folder, "-o", tmp_path, "--model", tiny_evotok_folder)
     assert code == 2 and "pip install matplotlib" in error and not any(tmp_path.iterdir())
+
+
+def test_the_module_of_the_plots_can_be_imported_without_matplotlib(monkeypatch):
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        runpy.run_path(level_plots.__file__)["check_plotting"]()
 
 
 # Pictures ----------------------------------------------------------------------------------------------------

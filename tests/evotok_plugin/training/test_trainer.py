@@ -546,6 +546,16 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
         ({"data": []}, "data names no images"),
         ({"data_weights": [1.0, 2.0]}, "expected 1 weights above 0, one per source"),
         ({"preset": "huge"}, "unknown preset"),
+        ({"data": []}, "data names no images"),
+        ({"learning_rate": -1e-4}, "learning_rate must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"val_images": -1}, "val_images must be at least 0"),
+        ({"model": {"decoder_norm_groups": 7}}, "16 channels .* cannot be split into 7 groups"),
+        ({"model": {"decoder_norm_groups": 0}}, "decoder_norm_groups must be at least 1"),
+        ({"model": {"encoder_num_heads": 0}}, "encoder_num_heads must be at least 1"),
+        ({"model": {"decoder_channel_multipliers": [1, 1, 2, 4, "8"]}}, "expected a list of whole numbers above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_rejected(scene_folder, tmp_path, options, message):

@@ -88,6 +88,20 @@ def test_errors_are_raised_in_all_processes(model, tmp_path):
         assert "of 20 samples are unusable" in (tmp_path / f"error{rank}").read_text()
 
 
+class Failing(Noise):
+    """Has a bug that only the second of two processes meets."""
+
+    def stamp(self, index: int) -> bytes:
+        if index >= 10:
+            raise RuntimeError("a bug")
+        return bytes(16)
+
+
+def test_a_bug_in_one_process_ends_the_others_and_keeps_its_traceback(model, tmp_path):
+    assert joined(two_processes(tmp_path / "codes", Failing(20), model)) == [0, 1]
+    assert (tmp_path / "error0").read_text() == "another process failed: RuntimeError: a bug"
+
+
 def test_a_second_run_is_rejected_until_the_first_has_ended(model, tmp_path):
     source = Noise(300, seconds=0.01)
     child = in_child(encode, tmp_path, source, model, num_workers=2)
