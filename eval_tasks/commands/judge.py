@@ -18,7 +18,6 @@ SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "judge",
-        help="judge images that were drawn before",
         description="Defaults come from EVOTOK_JUDGE_<OPTION>, then from the benchmark.",
     )
     parser.add_argument(

@@ -12,7 +12,7 @@ from evotok_plugin.common.files import check_output_folder, write_text, writing
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="results as one table and a plot, next to published figures")
+    parser = commands.add_parser("report")
     parser.add_argument(
         "runs",
         nargs="+",

@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("run", help="run tasks one after another in lmms-eval and report all results")
+    parser = commands.add_parser("run")
     parser.add_argument("--model", type=Path, help="output folder of scripts/finetune.sh (default: the newest)")
     parser.add_argument(
         "--tasks",

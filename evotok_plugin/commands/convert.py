@@ -10,7 +10,7 @@ from evotok_plugin.conversion.tokenizer import TokenizerOptions, convert_checkpo
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("convert", help="convert a research checkpoint to a model folder")
+    parser = commands.add_parser("convert")
     parser.add_argument("checkpoint", help="pickled checkpoint; no code in it is run")
     parser.add_argument("output", help="new folder for the model")
     add_arguments(parser, TokenizerOptions)

@@ -17,7 +17,6 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "encode",
         parents=[shared.model, shared.counting, shared.sizing],
-        help="write the codes of images into a cache; rerun to resume, or to encode new and changed images",
     )
     defaults = EncodingOptions()
     parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")

@@ -20,7 +20,6 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "evaluate",
         parents=[shared.model, shared.counting, shared.sizing],
-        help="rFID, PSNR, SSIM, LPIPS, code usage, semantic features",
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument(

@@ -18,7 +18,6 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "evolve",
         parents=[shared.model, shared.counting, shared.sizing],
-        help="images and features from 1, 2, 3, ... levels",
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="evolution", help="folder for pictures, plots and the CSV")

@@ -21,9 +21,7 @@ _BATCH_SIZE = 32
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser(
-        "reconstruct", parents=[shared.model, shared.sizing], help="a picture of originals over reconstructions"
-    )
+    parser = commands.add_parser("reconstruct", parents=[shared.model, shared.sizing])
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="reconstruction.png")
     parser.add_argument("--depth", type=int, help="number of levels to sum (default: pixel_depth)")

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("train", help="train a tokenizer")
+    parser = commands.add_parser("train")
     parser.add_argument("--recipe", help="YAML file, or the name of one of the tokenizer recipes")
     add_arguments(parser, TokenizerTrainingConfig)
     parser.set_defaults(run=run)

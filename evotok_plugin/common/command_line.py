@@ -93,6 +93,8 @@ def parser_of(
         if name == named:
             _quiet_libraries(needs_torchvision)  # before the command imports them
             add(subparsers, name)
+            command = subparsers.choices[name]
+            command.description = " ".join(filter(None, [f"{text[0].upper()}{text[1:]}.", command.description]))
         else:
             subparsers.add_parser(name, help=text)
     return parser

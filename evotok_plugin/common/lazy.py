@@ -35,9 +35,7 @@ def lazy_package(
     def get(name: str) -> Any:
         if name not in names:
             if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
-                return import_module(
-                    f"{package}.{name}"
-                )  # a module, as in `import evotok_plugin; evotok_plugin.encoder`
+                return import_module(f"{package}.{name}")  # as in `import evotok_plugin; evotok_plugin.encoder`
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         register()
         value = getattr(import_module(f"{package}.{names[name]}"), name)

@@ -40,7 +40,7 @@ _IMAGE = re.compile(
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("chat", parents=[shared.model, shared.drawing], help="ask about images, and draw")
+    parser = commands.add_parser("chat", parents=[shared.model, shared.drawing])
     parser.add_argument("question", nargs="?", help="a single question; without it, an interactive chat starts")
     parser.add_argument("--image", action="append", default=[], help="image file; can be given several times")
     parser.add_argument("--max_new_tokens", type=int, help="text tokens per answer (default: the model's, or 256)")

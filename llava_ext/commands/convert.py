@@ -12,7 +12,7 @@ from llava_ext.conversion import HeadOptions, convert_adapters
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("convert", help="convert research adapters to a model folder")
+    parser = commands.add_parser("convert")
     parser.add_argument("file", nargs="+", help="rqtransformer.bin, mm_projector.bin (for reading, for drawing)")
     parser.add_argument("--language_model", required=True, help="the text model the adapters were trained for")
     parser.add_argument("--vision_tower", required=True, help="tokenizer folder, created by `evotok convert`")

@@ -10,7 +10,6 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[shared.model],
-        help="serve a web page to chat, draw and rebuild images level by level",
         epilog="By default only this machine can open the page; with --host, anyone who can reach it can use it.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")

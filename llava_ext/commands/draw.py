@@ -27,7 +27,6 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "draw",
         parents=[shared.model, shared.drawing],
-        help="draw images for prompts",
         epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
         "images are also combined in PROMPT_grid.png. The PNG text records how each one was drawn: prompt, seed, "
         "model, settings. A file is replaced only by an image of the same prompt, seed, settings and weights; "

@@ -10,7 +10,6 @@ from llava_ext.commands.options import SharedOptions
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "estimate",
-        help="estimate the parameters, memory and tokens per step of a training run",
         epilog="All other flags of training are accepted as well, as in `scripts/finetune.sh`.",
     )
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")

@@ -10,7 +10,7 @@ from llava_ext.export.portable import export_model
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("export", help="write a self-contained model folder")
+    parser = commands.add_parser("export")
     parser.add_argument("folder", help="a trained model or a checkpoint of a run")
     parser.add_argument("-o", "--output", required=True, help="new folder")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the weights")

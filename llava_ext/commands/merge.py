@@ -8,7 +8,7 @@ from llava_ext.commands.options import SharedOptions
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("merge", help="merge a LoRA or QLoRA adapter into the model it was trained on")
+    parser = commands.add_parser("merge")
     parser.add_argument("base", help="the model folder that training started from, or the causal LM")
     parser.add_argument("adapter", help="adapter folder or a checkpoint of the run")
     parser.add_argument("--vision_tower", help="tokenizer folder, needed if the base is a causal LM")
