@@ -324,7 +324,7 @@ def test_flash_attention_gets_one_row_with_sample_boundaries(lively, rows, monke
 def test_segments_and_a_mask_together_are_rejected(lively, rows):
     model, processor = lively
     batch = PackedCollator(processor)(rows)
-    with pytest.raises(ValueError, match="without attention_mask"):
+    with pytest.raises(ValueError, match="segment_ids replace attention_mask"):
         model(**batch, attention_mask=(batch["segment_ids"] > 0).long())
 
 
