@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the test suite (12 minutes on 2 cores): bash scripts/test.sh [pytest arguments]
+# Run the test suite (15 minutes on 2 cores): bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"
 cd "$repository"
