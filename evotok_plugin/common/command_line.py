@@ -18,7 +18,7 @@ from evotok_plugin.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
-OUTPUT_CLOSED = 128 + signal.SIGPIPE
+OUTPUT_CLOSED = 141  # 128 + SIGPIPE, which not every system has
 # Refusals of the file system that a user can fix, whatever was read or written.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 _LONGEST_PATH = 200  # characters of a path in a message
