@@ -1,7 +1,7 @@
 """Questions about scenes with their answers, open-ended or multiple choice in MMBench's format."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,9 +85,12 @@ def _location_question(scene: Scene, rng: np.random.Generator) -> Question | Non
 
 
 def _relation_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    if len(scene.objects) != 2:
+    items = scene.objects
+    if len(items) > 2:  # the two are named by their shapes
+        items = tuple(item for item in items if item.shape in _unique([other.shape for other in items]))
+    if len(items) < 2:
         return None
-    first, second = (scene.objects[i] for i in rng.permutation(2))
+    first, second = (items[i] for i in rng.permutation(len(items))[:2])
     answer = relation(first, second)
     if answer is None or first.shape == second.shape:
         return None
@@ -106,21 +109,32 @@ def _existence_question(scene: Scene, rng: np.random.Generator) -> Question | No
     return Question("existence", f"Is there {with_article(str(rng.choice(absent)))}?", "no", ("yes",))
 
 
-_QUESTIONS = {
-    "color": (_color_question, 0.26),
-    "shape": (_shape_question, 0.22),
-    "counting": (_counting_question, 0.18),
-    "location": (_location_question, 0.13),
-    "relation": (_relation_question, 0.13),
-    "existence": (_existence_question, 0.08),
+_QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "color": _color_question,
+    "shape": _shape_question,
+    "counting": _counting_question,
+    "location": _location_question,
+    "relation": _relation_question,
+    "existence": _existence_question,
 }
+# Shares of the categories in the benchmark, and in training, where the kinds that are hard to learn occur more often.
+BENCHMARK_SHARES = {
+    "color": 0.26, "shape": 0.22, "counting": 0.18, "location": 0.13, "relation": 0.13, "existence": 0.08,
+}  # fmt: skip
+TRAINING_SHARES = {
+    "color": 0.17, "shape": 0.15, "counting": 0.16, "location": 0.2, "relation": 0.18, "existence": 0.14,
+}  # fmt: skip
 
 
-def sample_question(scene: Scene, rng: np.random.Generator) -> Question:
-    """Sample a question that the scene answers; categories have the fixed weights of the corpus."""
-    names, weights = list(_QUESTIONS), np.array([weight for _, weight in _QUESTIONS.values()])
+def sample_question(scene: Scene, rng: np.random.Generator, shares: Mapping[str, float] = BENCHMARK_SHARES) -> Question:
+    """Sample a question that the scene answers.
+
+    Args:
+        shares: relative frequencies of the categories; one that does not fit the scene is drawn again.
+    """
+    names, weights = list(_QUESTIONS), np.array([shares[name] for name in _QUESTIONS])
     while True:
-        question = _QUESTIONS[str(rng.choice(names, p=weights / weights.sum()))][0](scene, rng)
+        question = _QUESTIONS[str(rng.choice(names, p=weights / weights.sum()))](scene, rng)
         if question is not None:
             return question
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from evotok_plugin.scenes.captions import description, prompt_record, rich_prompt
-from evotok_plugin.scenes.questions import multiple_choice, options, sample_question
+from evotok_plugin.scenes.questions import TRAINING_SHARES, multiple_choice, options, sample_question
 from evotok_plugin.scenes.scene import SKILLS, Scene, sample_scene
 
 DESCRIBE_PROMPT = "Describe the image."
+# The instruction by which a model judges its own drawings (`llava_ext.generation.reading_score`).
+WRITE_PROMPT = "Write a prompt for this image."
 
 
 def _turns(*pairs: tuple[str, str]) -> list[dict]:
@@ -33,29 +35,47 @@ def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
 
 
 def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[tuple[str, str]]:
-    """Sample question and answer pairs, a third of them multiple choice.
+    """Sample question and answer pairs, a third of them multiple choice, none repeated in the same form.
 
     Open-ended questions teach as much in fewer tokens.
     """
-    pairs = []
+    pairs: dict[str, str] = {}
     for _ in range(num_questions):
-        question = sample_question(scene, rng)
+        question = sample_question(scene, rng, TRAINING_SHARES)
         if rng.random() < 0.34:
             text = multiple_choice(question.text, options(question, rng)[0])
         else:
             text = question.text
-        pairs.append((text, question.answer))
-    return pairs
+        pairs.setdefault(text, question.answer)
+    return list(pairs.items())
 
 
 def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """One record with several questions about the image and three that draw it: the instruction data of stage 2."""
-    pairs = question_turns(scene, rng, num_questions=3)
-    pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
+    """The instruction data of stage 2: several questions about the image, a prompt for it, and drawings of it."""
     bare = prompt_record(scene, skill)["prompt"]
     prompts = {"draw": bare, "draw-again": bare, "draw-rich": rich_prompt(scene, skill, rng)}
     drawings = [_record(name, kind, _turns((prompt, "<image>"))) for kind, prompt in prompts.items()]
-    return [_record(name, "read", _turns(*pairs)), *drawings]
+    written = bare if rng.random() < 0.5 else rich_prompt(scene, skill, rng)
+    return [
+        _record(name, "read", _questions(scene, rng, num_questions=4)),
+        _record(name, "prompt", _turns((f"<image>\n{WRITE_PROMPT}", written))),
+        *drawings,
+    ]
+
+
+def _questions(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[dict]:
+    (first, answer), *others = question_turns(scene, rng, num_questions)
+    return _turns((f"<image>\n{first}", answer), *others)
+
+
+def mixed_records(scene: Scene, name: str, rng: np.random.Generator) -> list[dict]:
+    """Records of a mixed scene (`sample_mixed_scene`): questions, its description, and a drawing of it."""
+    full = description(scene)
+    return [
+        _record(name, "read", _questions(scene, rng, num_questions=6)),
+        _record(name, "describe", _turns((f"<image>\n{DESCRIBE_PROMPT}", full))),
+        _record(name, "draw", _turns((f"a photo of {full}", "<image>"))),
+    ]
 
 
 @dataclass(frozen=True)

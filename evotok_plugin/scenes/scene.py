@@ -121,6 +121,24 @@ def sample_scene(rng: np.random.Generator, skill: str) -> Scene:
     return Scene(tuple(place(rng, s, c, cell) for (s, c), cell in zip(kinds, cells, strict=True)))
 
 
+def sample_mixed_scene(rng: np.random.Generator) -> Scene:
+    """Sample a scene of two to four objects that all differ in color or shape, in any cells.
+
+    A question about one of them cannot be answered without telling it from the others, which scenes of a single object
+    and of equal shapes do not teach.
+    """
+    count = int(rng.integers(2, 5))
+    kinds = rng.choice(len(SHAPES) * len(COLORS), size=count, replace=False).tolist()
+    cells = rng.choice(GRID * GRID, size=count, replace=False).tolist()
+    colors = list(COLORS)
+    return Scene(
+        tuple(
+            place(rng, SHAPES[kind % len(SHAPES)], colors[kind // len(SHAPES)], cell)
+            for kind, cell in zip(kinds, cells, strict=True)
+        )
+    )
+
+
 def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, background: tuple[int, int, int]) -> None:
     fill, half = COLORS[item.color], item.size / 2
     left, top, right, bottom = ((v * side) for v in (item.x - half, item.y - half, item.x + half, item.y + half))

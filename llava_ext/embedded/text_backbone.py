@@ -60,7 +60,9 @@ def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
         UserError: the records of the scene folder cannot be read.
     """
     yield from _turns_of(records)
-    for file in (scene_folder / "train" / name for name in ("pretrain.json", "finetune.json")):
+    required, optional = ("pretrain", "finetune"), ("mixed", "other")  # older corpora lack the latter
+    files = [scene_folder / "train" / f"{name}.json" for name in (*required, *optional)]
+    for file in (file for file in files if file.stem in required or file.exists()):
         with reading(str(file), "choose another --workspace, or delete the folder of the scenes to draw them again"):
             turns = _turns_of(json.loads(file.read_text()))
         yield from turns

@@ -64,13 +64,53 @@ def test_counting_questions_count(rng):
 
 def test_the_corpus_depends_only_on_its_seed(tmp_path):
     for name in ("a", "b"):
-        corpus.write_corpus(tmp_path / name, num_train=7, num_val=2, seed=5)
-    corpus.write_corpus(tmp_path / "c", num_train=7, num_val=2, seed=6)
+        corpus.write_corpus(tmp_path / name, num_train=9, num_val=2, seed=5)
+    corpus.write_corpus(tmp_path / "c", num_train=9, num_val=2, seed=6)
     read = lambda name, file: (tmp_path / name / "train" / file).read_bytes()  # noqa: E731
-    for file in ("finetune.json", "pretrain.json", "interleaved.json", "images/000003.png"):
+    files = ("finetune.json", "pretrain.json", "mixed.json", "interleaved.json", "other.json", "prompts.jsonl")
+    for file in (*files, "images/000003.png"):
         assert read("a", file) == read("b", file) != read("c", file)
-    kinds = [record["id"].split("-")[1] for record in json.loads(read("a", "finetune.json"))]
-    assert kinds == ["read", "draw", "draw", "draw"] * 7
+    kinds = {
+        file: [record["id"].split("-", 1)[1] for record in json.loads(read("a", file))]
+        for file in ("finetune.json", "mixed.json")
+    }
+    assert kinds["finetune.json"] == ["read", "prompt", "draw", "draw-again", "draw-rich"] * 6
+    assert kinds["mixed.json"] == ["read", "describe", "draw"] * 3
+
+
+def test_prompts_of_the_corpus_are_held_out_by_their_text(tmp_path):
+    corpus.write_corpus(tmp_path, num_train=180, num_val=360, seed=0, image_size=8)
+    train, val = (
+        {row["prompt"]: row["tag"] for row in map(json.loads, (tmp_path / split / "prompts.jsonl").open())}
+        for split in ("train", "val")
+    )
+    assert {*train.values()} == {*val.values()} == {*scenes.SKILLS, corpus.DETAILED}
+    shared = train.keys() & val.keys()
+    assert shared and {train[prompt] for prompt in shared} <= {"single_object", "colors", "counting"}
+
+
+def test_mixed_scenes_hold_different_objects_in_different_cells(rng):
+    for _ in range(200):
+        items = scenes.sample_mixed_scene(rng).objects
+        assert 2 <= len(items) <= 4
+        assert len({item.kind for item in items}) == len({item.cell for item in items}) == len(items)
+
+
+def test_relations_are_asked_between_objects_named_by_their_shapes(rng):
+    asked = 0
+    for _ in range(300):
+        scene = scenes.sample_mixed_scene(rng)
+        question = questions.sample_question(
+            scene, rng, {**dict.fromkeys(questions.TRAINING_SHARES, 0.2), "relation": 9}
+        )
+        if question.category == "relation":
+            named = [s for s in scenes.SHAPES if s in question.text]
+            first, second = sorted(named, key=question.text.index)
+            found = {item.shape: item for item in scene.objects}
+            assert [item.shape for item in scene.objects].count(first) == 1
+            assert scenes.relation(found[first], found[second]) == question.answer
+            asked += 1
+    assert asked > 100
 
 
 def test_scene_prompts_are_distinct_and_limited_to_those_that_exist(rng):
