@@ -15,6 +15,7 @@ from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
 from llava_ext.generation import Choice, SelectionOptions
+from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
 from llava_ext.rewards import WeightedRewards, load_rewards
 from llava_ext.serving.image_files import Provenance, file_name, read_png_text, write_drawn, write_png
@@ -22,8 +23,6 @@ from llava_ext.serving.image_files import Provenance, file_name, read_png_text, 
 _GRID_COLUMNS = 4
 _GRID_IMAGE = 256  # small images are enlarged to about this many pixels per side
 _LONGEST_PROMPTS = 100_000_000  # characters of a file of prompts
-_READING = "reading"  # the recorded judge where the model itself selects
-_SCORE_DIGITS = 3
 _PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
 
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     opened = open_selected_model(arguments)
     settings = options.for_model(opened.model).settings()
     best_of = selection.for_model(opened.model).best_of
-    selected = {"best_of": best_of, "judge": arguments.judge or _READING} if best_of > 1 else {}
+    selected = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
 
@@ -87,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     try:
         for job, image, choice in _draw(opened, jobs, settings, best_of, judge, arguments):
-            write(image, f"_seed{job.seed}", job, **_record(choice))
+            write(image, f"_seed{job.seed}", job, **choice.record())
             images.append(image)
     except KeyboardInterrupt:
         print(f"{len(images)} of {len(jobs)} images were drawn and are kept", file=sys.stderr)
@@ -95,15 +94,6 @@ def run(arguments: argparse.Namespace) -> None:
     for first in range(0, len(jobs) if arguments.num_images > 1 else 0, arguments.num_images):
         group = images[first : first + arguments.num_images]
         write(_grid(group), "_grid", jobs[first], num_images=len(group))
-
-
-def _record(choice: Choice) -> dict[str, Any]:
-    """The part of a provenance that says which candidate was kept; empty without a selection."""
-    if choice.score is None:
-        return {}
-    # A rounded score is the same for every batch, so that the same image replaces its file.
-    chosen = {"candidate": choice.candidate.number, "candidate_seed": choice.candidate.seed}
-    return {**chosen, "score": round(choice.score, _SCORE_DIGITS)}
 
 
 def _draw(

@@ -5,6 +5,7 @@ R candidates drawn together, N positions, L levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from llava_ext.generation.reading_score import PromptReader
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.rewards import Reward, WeightedRewards
 
+READING = "reading"  # what image files record as the judge where the model's own reading selects
+_SCORE_DIGITS = 3
 Scorer = Callable[[list[str], Tensor], list[float]]  # prompts and codes (R, N, L) to R scores
 
 
@@ -42,6 +45,14 @@ class Choice:
     candidate: Candidate
     codes: Tensor
     score: float | None
+
+    def record(self) -> dict[str, Any]:
+        """The candidate and its score, as image files record them; empty without a selection."""
+        if self.score is None:
+            return {}
+        # A rounded score does not depend on the batch, so that the same image replaces its file.
+        chosen = {"candidate": self.candidate.number, "candidate_seed": self.candidate.seed}
+        return {**chosen, "score": round(self.score, _SCORE_DIGITS)}
 
 
 def candidate_seed(seed: int, number: int) -> int:
