@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")
     parser.add_argument("-n", "--num_images", type=int, default=1, help="images per prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the images")
-    parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
+    parser.add_argument("--batch_size", type=int, default=16, help="images (with --best_of, candidates) drawn at once")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="PNG file that shows the images in progress")
     parser.add_argument("--preview_every", type=int, default=16, metavar="N", help="positions between two previews")
     parser.add_argument(
@@ -106,6 +106,7 @@ def _draw(
 ) -> Iterator[tuple[_Job, Image.Image, Choice]]:
     """Draw batch by batch under a progress bar; yield each job with its image and the choice among its candidates."""
     positions = opened.model.config.vision_config.num_positions * best_of  # of an image
+    together = max(1, arguments.batch_size // best_of)  # images whose candidates are drawn at once
     finished = 0  # positions of all batches before the current one
 
     def on_progress(done: int, total: int) -> None:
@@ -115,8 +116,8 @@ def _draw(
         write_png(_grid(images), arguments.preview, _PREVIEW)
 
     with progress_bar(total=len(jobs) * positions, desc="drawing", unit="position") as bar:
-        for start in range(0, len(jobs), arguments.batch_size):
-            batch, finished = jobs[start : start + arguments.batch_size], start * positions
+        for start in range(0, len(jobs), together):
+            batch, finished = jobs[start : start + together], start * positions
             choices: list[Choice] = []
             drawn = opened.model.generate_images(
                 [job.prompt for job in batch],

@@ -80,8 +80,8 @@ class ImageGenerationMixin(ModelInterface):
             `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
-            UserError: a prompt is missing or too long, a setting is invalid, or the number of seeds is not that of the
-                images.
+            UserError: a prompt is missing or too long, a setting is invalid, the number of seeds is not that of the
+                images, or a judge has no candidates to choose from.
         """
         self.config.check_processor(processor)
         prompts = _checked_prompts(prompt)

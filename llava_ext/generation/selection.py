@@ -88,7 +88,8 @@ class Selector:
     def __init__(self, best_of: int, score: Scorer | None) -> None:
         self._best_of, self._score = best_of, score
         self._scores: dict[tuple[int, bytes], float] = {}  # of the images that are not complete, by image and codes
-        self._best: Choice | None = None
+        self._best: Choice | None = None  # among the candidates so far of the image that is not complete
+        self._best_score = 0.0
 
     def add(self, candidates: Sequence[Candidate], codes: Tensor) -> list[Choice]:
         """Add candidates with their codes (R, N, L); returns the choices for the images that are now complete."""
@@ -101,8 +102,8 @@ class Selector:
         complete: list[Choice] = []
         for one, own, key in zip(candidates, codes, keys, strict=True):
             score = self._scores[key]
-            if self._best is None or self._best.score is None or score > self._best.score:
-                self._best = Choice(one, own, score)
+            if self._best is None or score > self._best_score:
+                self._best, self._best_score = Choice(one, own, score), score
             if one.number == self._best_of - 1:
                 complete.append(self._best)
                 self._best = None
