@@ -1,7 +1,7 @@
 """Measure the selection among drawn candidates: accuracy by skill when the best of N = 1, 2, 4, 8 images is kept.
 
     python scripts/benchmark/best_of.py                          # the included model
-    python scripts/benchmark/best_of.py --model outputs/finetune --prompts_per_skill 64 --threads 1
+    python scripts/benchmark/best_of.py --model outputs/finetune --prompts_per_skill 200 --seed 1
 
 Prompts and judge are those of `geneval_scenes`, with other prompts than the task's. Eight candidates are drawn per
 prompt; the first N of them are those that `generate_images(best_of=N)` draws. Three selections are compared: by the
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from measuring import device_name
 from PIL import Image
+from scipy.stats import rankdata
 
 from eval_tasks.judging.rules import evaluate
 from eval_tasks.judging.scene_detector import SceneDetector
@@ -37,6 +38,7 @@ NUMBERS = (1, 2, 4, 8)
 SELECTIONS = ("reading", "reading, encoded again", "judge (oracle)")
 _STREAM = 7_002  # of random numbers for prompts; `geneval_scenes` uses 7_001
 _BATCH_SIZE = 64
+_DIGITS = 3
 T = TypeVar("T")
 
 
@@ -63,7 +65,7 @@ class Candidates:
     Attributes:
         skills: skill of each prompt.
         correct: the judge's verdicts (P, 8).
-        scores: scores (P, 8) by selection.
+        scores: scores (P, 8) by selection, rounded so that equal drawings have equal scores.
         drawing, reading: time of all candidates.
     """
 
@@ -112,7 +114,7 @@ def draw_and_score(opened: OpenModel, instruction: str, prompts_per_skill: int, 
     return Candidates(
         np.array([record["tag"] for record in records]),
         np.array(correct).reshape(-1, most),
-        {name: np.array(values).reshape(-1, most) for name, values in scores.items()},
+        {name: np.array(values).round(_DIGITS).reshape(-1, most) for name, values in scores.items()},
         drawing,
         reading,
     )
@@ -154,11 +156,12 @@ def agreement(found: Candidates) -> str:
     """How the two readings rank the candidates."""
     codes, images = (found.scores[name] for name in SELECTIONS[:2])
     same = np.mean(codes.argmax(axis=1) == images.argmax(axis=1))
-    ranks = [np.argsort(np.argsort(scores, axis=1), axis=1) for scores in (codes, images)]
-    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
+    ranks = [rankdata(scores, axis=1) for scores in (codes, images)]
+    varied = [(a, b) for a, b in zip(*ranks, strict=True) if len({*a}) > 1 and len({*b}) > 1]
+    correlation = np.mean([np.corrcoef(a, b)[0, 1] for a, b in varied])
     return (
         f"The two readings keep the same of {codes.shape[1]} candidates for {same:.0%} of the prompts; the mean rank "
-        f"correlation of their scores is {np.mean(correlations):.2f}."
+        f"correlation of their scores is {correlation:.2f}."
     )
 
 
@@ -168,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Measure the accuracy of the best of N drawn scenes, selected by the model's reading."
     )
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
-    parser.add_argument("--prompts_per_skill", type=int, default=40, help="repeated where a skill has fewer prompts")
+    parser.add_argument("--prompts_per_skill", type=int, default=80, help="repeated where a skill has fewer prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--instruction", help="the user's text under an image (default: the model's setting)")
