@@ -6,12 +6,14 @@ from typing import Any
 
 from eval_tasks.registration import GivenKwargs
 from evotok_plugin.errors import UserError
+from llava_ext.generation.selection_options import MOST_CANDIDATES
 
 # Type, minimum and maximum of each number; options for drawing may be lists with one value per level.
 _NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_new_tokens": (int, 1, float("inf")),
     "num_beams": (int, 1, float("inf")),
     "num_images": (int, 1, float("inf")),
+    "best_of": (int, 1, MOST_CANDIDATES),
     "seed": (int, float("-inf"), float("inf")),
     "guidance_scale": (float, 1, float("inf")),
     "temperature": (float, 0, float("inf")),

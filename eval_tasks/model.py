@@ -29,6 +29,7 @@ from eval_tasks.requests import (
     ReconstructionOptions,
     Request,
     TextOptions,
+    drawn_with,
     image_seed,
     sample_numbers,
     to_conversation,
@@ -40,7 +41,7 @@ from evotok_plugin.common.files import user_path
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
-from llava_ext.generation import DrawingOptions
+from llava_ext.generation import DrawingOptions, SelectionOptions
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import OpenModel, default_model_folder
 from llava_ext.serving.image_files import read_png_text, write_png
@@ -76,6 +77,8 @@ class EvoTokLmms(lmms):
         guidance_scale, guidance_schedule, negative_prompt, temperature, top_k, top_p, min_p: defaults for drawing,
             overridden by a task's `generation_kwargs` and `--gen_kwargs`; without them the model's own settings apply
             (`image_generation` in its generation_config.json).
+        best_of: candidates per image, of which the model keeps the one whose prompt it reads best in it; overridden and
+            defaulted in the same way (`image_selection`).
         seed: for drawing; an image depends only on the seed, its task, its document and its sample number.
         load: replaces `load_checkpoint` in tests.
 
@@ -100,6 +103,7 @@ class EvoTokLmms(lmms):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        best_of: int | None = None,
         seed: int = 0,
         load: Callable[[str, torch.dtype | str, torch.device], OpenModel] = load_checkpoint,
         **unknown: Any,
@@ -111,7 +115,7 @@ class EvoTokLmms(lmms):
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"--model_args: unknown argument {name!r}; {hint}")
         numbers = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        check_values({**numbers, "min_p": min_p, "seed": seed}, "--model_args")
+        check_values({**numbers, "min_p": min_p, "best_of": best_of, "seed": seed}, "--model_args")
         self._batch_size = parse_batch_size(batch_size, max_batch_size, _AUTO_BATCH_SIZE)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -135,6 +139,7 @@ class EvoTokLmms(lmms):
         self._model, self._processor, self._fingerprint = loaded.model, loaded.processor, loaded.fingerprint
         own = model_settings(getattr(self._model, "generation_config", None))
         self.drawing = drawing.completed(own).settings()
+        self.best_of = SelectionOptions(None if best_of is None else int(best_of)).for_model(self._model).best_of
         self.images_dir = user_path(str(images_dir or "") or self._default_images_dir(pretrained)).resolve()
         self._warned_tasks: set[str] = set()
         key_by_weights()
@@ -151,7 +156,7 @@ class EvoTokLmms(lmms):
     def _default_images_dir(self, pretrained: str) -> Path:
         """A folder for this model and these settings, so that runs with other settings keep their images."""
         folder = user_path(pretrained).resolve()
-        settings = json.dumps([str(folder), self.seed, self.drawing], sort_keys=True)
+        settings = json.dumps([str(folder), self.seed, drawn_with(self.drawing, self.best_of)], sort_keys=True)
         name = "__".join(folder.parts[-2:]).replace("/", "")
         return Path("outputs/lmms_eval_images") / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
@@ -225,7 +230,7 @@ class EvoTokLmms(lmms):
             if modality == "text":
                 return TextOptions.from_gen_kwargs(gen_kwargs)
             if modality == "image":
-                return ImageOptions.from_gen_kwargs(gen_kwargs, self.drawing)
+                return ImageOptions.from_gen_kwargs(gen_kwargs, {**self.drawing, "best_of": self.best_of})
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         return ReconstructionOptions()
@@ -241,8 +246,8 @@ class EvoTokLmms(lmms):
         for options in dict.fromkeys(request.options for request in requests):
             group = [request for request in requests if request.options == options]
             group.sort(key=lambda request: -len(request.context))
-            num_images = options.num_images if isinstance(options, ImageOptions) else 1
-            size = max(1, self.batch_size // num_images)
+            num_drawn = options.num_images * options.best_of if isinstance(options, ImageOptions) else 1
+            size = max(1, self.batch_size // num_drawn)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
@@ -273,7 +278,7 @@ class EvoTokLmms(lmms):
 
     def _draw(self, batch: Sequence[Request], options: ImageOptions) -> list[str]:
         """Draw the images that do not exist yet; those of an interrupted run are reused."""
-        settings = options.drawing.settings()
+        settings = options.settings()
         planned = [
             [self._plan(request, sample, settings) for sample in sample_numbers(request, options.num_images)]
             for request in batch
@@ -286,7 +291,8 @@ class EvoTokLmms(lmms):
                 num_images=1,
                 seed=[image.seed for image in missing],
                 batch_size=self.batch_size,
-                **settings,
+                **options.drawing.settings(),
+                best_of=options.best_of,
             )
             for image, picture in zip(missing, drawn, strict=True):
                 write_png(picture, image.path, image.chunks)

@@ -64,21 +64,31 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """The number of images of a request, and complete options for drawing them."""
+    """The number of images of a request, complete options for drawing them, and the number of candidates per image."""
 
     drawing: DrawingOptions
     num_images: int = 1
+    best_of: int = 1
 
     @classmethod
     def from_gen_kwargs(cls, gen_kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> "ImageOptions":
         """Select the options among a task's `generation_kwargs`.
 
         Args:
-            defaults: the complete settings of the model (`DrawingOptions.settings`).
+            defaults: the complete settings of the model (`DrawingOptions.settings`), and `best_of`.
         """
-        known = _select(gen_kwargs, OPTION_NAMES["image"])
-        num_images = int(known.pop("num_images", cls.num_images))
-        return cls(drawing=DrawingOptions(**{**defaults, **known}).completed(), num_images=num_images)
+        known = {**defaults, **_select(gen_kwargs, OPTION_NAMES["image"])}
+        num_images, best_of = (int(known.pop(name, getattr(cls, name))) for name in ("num_images", "best_of"))
+        return cls(drawing=DrawingOptions(**known).completed(), num_images=num_images, best_of=best_of)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that an image depends on besides its prompt and seed, as its PNG file records them."""
+        return drawn_with(self.drawing.settings(), self.best_of)
+
+
+def drawn_with(settings: Mapping[str, Any], best_of: int) -> dict[str, Any]:
+    """Drawing settings with the number of candidates, which images drawn without a selection do not record."""
+    return {**settings, "best_of": best_of} if best_of > 1 else dict(settings)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class ReconstructionOptions:
 Options = TextOptions | ImageOptions | ReconstructionOptions
 OPTION_NAMES: dict[str, frozenset[str]] = {
     "text": frozenset(field.name for field in fields(TextOptions)),
-    "image": frozenset({"num_images", *DrawingOptions().completed().settings()}),
+    "image": frozenset({"num_images", "best_of", *DrawingOptions().completed().settings()}),
     "reconstruction": frozenset(),
 }
 

@@ -19,15 +19,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, Transformers
 
 from evotok_plugin import DepthTransformerHead, EvoTokModel
 from evotok_plugin.common.files import apply_umask_to_weights
-from evotok_plugin.common.weight_files import read_json
 from evotok_plugin.errors import UserError
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead
 from llava_ext.folding import FoldedSequence, count_learned, fold_residual_tokens, merge_features
 from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
-from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions
-from llava_ext.generation.saved_settings import settings_to_save
+from llava_ext.generation.saved_settings import restore_settings, settings_to_save
 from llava_ext.image_heads import build_image_head
 from llava_ext.new_token_rows import NewTokenRows
 from llava_ext.packed_attention import separate_samples
@@ -129,23 +127,15 @@ class EvoTokLlavaForConditionalGeneration(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, and check the model's drawing settings.
+        """Load as transformers does, and check the model's drawing and selection settings.
 
         Raises:
-            UserError: invalid drawing settings in generation_config.json.
+            UserError: invalid settings in generation_config.json.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         file = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""), GENERATION_CONFIG_NAME)
-        if model.generation_config._from_model_config and file.is_file():
-            # With `_from_model_config` in the file, transformers drops the entries that it does not know.
-            values = read_json(file).get(IMAGE_GENERATION)
-            if values is not None:
-                setattr(model.generation_config, IMAGE_GENERATION, values)
-        try:
-            DrawingOptions().for_model(model)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
+        restore_settings(model, file)
         return loaded
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,8 @@ from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
-from llava_ext.generation import AnswerOptions, Event, ImageDrawn, ImageStarted, TextDelta
+from llava_ext.generation import AnswerOptions, Event, ImageDrawn, ImageStarted, SelectionOptions, TextDelta
+from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving.image_files import Provenance, file_name, write_drawn
 from llava_ext.serving.session import ChatSession
@@ -45,18 +46,22 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--image", action="append", default=[], help="image file; can be given several times")
     parser.add_argument("--max_new_tokens", type=int, help="text tokens per answer (default: the model's, or 256)")
     parser.add_argument("--max_images", type=int, default=4, help="images per answer")
+    parser.add_argument(
+        "--best_of", type=int, default=1, metavar="N", help="candidates of /draw, of which the best one is kept"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for drawn images")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer one question, or read a conversation line by line if none is given."""
+    SelectionOptions(arguments.best_of)  # checks the range
     pending = [open_chat_image(path) for path in arguments.image]
     options = AnswerOptions(arguments.max_new_tokens, arguments.max_images, drawing=drawing_options(arguments))
     check_output_folder(arguments.output)
     opened = open_selected_model(arguments)
     options = replace(options, drawing=options.drawing.for_model(opened.model))
-    chat = Chat(opened, options, arguments.seed, arguments.output, pending)
+    chat = Chat(opened, options, arguments.seed, arguments.output, pending, arguments.best_of)
     if arguments.question is not None:
         chat.ask(*extract_images(arguments.question))
         return
@@ -138,6 +143,7 @@ class Chat:
         seed: seed of the first turn's images; every later turn adds 1.
         output: folder for drawn images.
         pending: images for the next question.
+        best_of: candidates of an image that `/draw` draws.
         in_line: whether the output has not ended its current line.
         ended: whether the user has quit.
     """
@@ -147,6 +153,7 @@ class Chat:
     seed: int
     output: Path
     pending: list[Image.Image]
+    best_of: int = 1
     session: ChatSession = field(default_factory=ChatSession)
     in_line: bool = False
     ended: bool = False
@@ -216,6 +223,8 @@ class Chat:
             self._end_line()
             seed += event.index
             settings = self.options.drawing.settings() | {"turn": self.session.num_turns + 1}
+            if event.choice is not None:
+                settings |= {"best_of": self.best_of, "judge": READING, **event.choice.record()}
             provenance = Provenance(question, seed, self.opened.name, settings, self.opened.fingerprint)
             path = write_drawn(event.image, self.output, f"{file_name(question)}_seed{seed}", provenance)
             print(f"[image: {path}]", flush=True)
@@ -226,7 +235,7 @@ class Chat:
         self.in_line = False
 
     def _draw(self, prompt: str) -> None:
-        self.ask(prompt, options=replace(self.options, image_first=True))
+        self.ask(prompt, options=replace(self.options, image_first=True, best_of=self.best_of))
 
     def _add_image(self, path: str) -> None:
         self._add_pending([open_chat_image(_unquote(path))])

@@ -14,7 +14,10 @@ from evotok_plugin.common.pictures import image_grid
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
+from llava_ext.generation import Choice, SelectionOptions
+from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
+from llava_ext.rewards import WeightedRewards, load_rewards
 from llava_ext.serving.image_files import Provenance, file_name, read_png_text, write_drawn, write_png
 
 _GRID_COLUMNS = 4
@@ -29,16 +32,30 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         parents=[shared.model, shared.drawing],
         epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
         "images are also combined in PROMPT_grid.png. The PNG text records how each one was drawn: prompt, seed, "
-        "model, settings. A file is replaced only by an image of the same prompt, seed, settings and weights; "
-        "otherwise the new file gets a number. Ctrl-C keeps the images of finished batches.",
+        "model, settings, and with --best_of the candidate that was kept. A file is replaced only by an image of the "
+        "same prompt, seed, settings and weights; otherwise the new file gets a number. Ctrl-C keeps the images of "
+        "finished batches.",
     )
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")
     parser.add_argument("-n", "--num_images", type=int, default=1, help="images per prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the images")
-    parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
+    parser.add_argument("--batch_size", type=int, default=16, help="images (with --best_of, candidates) drawn at once")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="PNG file that shows the images in progress")
     parser.add_argument("--preview_every", type=int, default=16, metavar="N", help="positions between two previews")
+    parser.add_argument(
+        "--best_of",
+        type=int,
+        metavar="N",
+        help="draw N candidates per image and keep the one whose prompt the model reads best in it (default: the "
+        "model's setting, or 1)",
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="SPEC",
+        help="keep the candidate that these rewards score best, instead of the model's reading: NAME, or "
+        "NAME=WEIGHT,NAME=WEIGHT, where a NAME is a registered reward or package.module:object",
+    )
     parser.set_defaults(run=run)
 
 
@@ -54,19 +71,22 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw the images and write each one as soon as its batch is finished."""
     prompts = _prompts(arguments)
     _check(arguments)
-    options = drawing_options(arguments)
+    options, selection = drawing_options(arguments), SelectionOptions(arguments.best_of)
+    judge = load_rewards(arguments.judge) if arguments.judge else None
     opened = open_selected_model(arguments)
     settings = options.for_model(opened.model).settings()
+    best_of = selection.for_model(opened.model).best_of
+    selected = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
 
-    def write(image: Image.Image, ending: str, job: _Job, **more: int) -> None:
-        provenance = Provenance(job.prompt, job.seed, opened.name, settings | more, opened.fingerprint)
+    def write(image: Image.Image, ending: str, job: _Job, **more: Any) -> None:
+        provenance = Provenance(job.prompt, job.seed, opened.name, settings | selected | more, opened.fingerprint)
         print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
-        for job, image in _draw(opened, jobs, settings, arguments):
-            write(image, f"_seed{job.seed}", job)
+        for job, image, choice in _draw(opened, jobs, settings, best_of, judge, arguments):
+            write(image, f"_seed{job.seed}", job, **choice.record())
             images.append(image)
     except KeyboardInterrupt:
         print(f"{len(images)} of {len(jobs)} images were drawn and are kept", file=sys.stderr)
@@ -77,10 +97,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(
-    opened: OpenModel, jobs: Sequence[_Job], settings: Mapping[str, Any], arguments: argparse.Namespace
-) -> Iterator[tuple[_Job, Image.Image]]:
-    """Draw batch by batch under a progress bar; yield each job with its image."""
-    positions = opened.model.config.vision_config.num_positions
+    opened: OpenModel,
+    jobs: Sequence[_Job],
+    settings: Mapping[str, Any],
+    best_of: int,
+    judge: WeightedRewards | None,
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[_Job, Image.Image, Choice]]:
+    """Draw batch by batch under a progress bar; yield each job with its image and the choice among its candidates."""
+    positions = opened.model.config.vision_config.num_positions * best_of  # of an image
+    together = max(1, arguments.batch_size // best_of)  # images whose candidates are drawn at once
     finished = 0  # positions of all batches before the current one
 
     def on_progress(done: int, total: int) -> None:
@@ -90,19 +116,23 @@ def _draw(
         write_png(_grid(images), arguments.preview, _PREVIEW)
 
     with progress_bar(total=len(jobs) * positions, desc="drawing", unit="position") as bar:
-        for start in range(0, len(jobs), arguments.batch_size):
-            batch, finished = jobs[start : start + arguments.batch_size], start * positions
+        for start in range(0, len(jobs), together):
+            batch, finished = jobs[start : start + together], start * positions
+            choices: list[Choice] = []
             drawn = opened.model.generate_images(
                 [job.prompt for job in batch],
                 opened.processor,
                 seed=[job.seed for job in batch],
-                batch_size=len(batch),
+                batch_size=arguments.batch_size,
+                best_of=best_of,
+                judge=judge,
+                on_choice=choices.extend,
                 on_progress=on_progress,
                 on_preview=on_preview,
                 preview_every=arguments.preview_every if arguments.preview else 0,
                 **settings,
             )
-            yield from zip(batch, drawn, strict=True)
+            yield from zip(batch, drawn, choices, strict=True)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -4,10 +4,15 @@ from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePrevie
 from llava_ext.generation.images import ImageGenerationMixin
 from llava_ext.generation.interleaved import AnswerOptions, InterleavedGenerationMixin
 from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.reading_score import PromptReader, ReadingJudge, ReadingScores
+from llava_ext.generation.selection import Candidate, Choice
+from llava_ext.generation.selection_options import SelectionOptions
 from llava_ext.generation.text import TextGenerationMixin
 
 __all__ = [
     "AnswerOptions",
+    "Candidate",
+    "Choice",
     "DrawingOptions",
     "Event",
     "Finished",
@@ -16,6 +21,10 @@ __all__ = [
     "ImagePreview",
     "ImageStarted",
     "InterleavedGenerationMixin",
+    "PromptReader",
+    "ReadingJudge",
+    "ReadingScores",
+    "SelectionOptions",
     "TextDelta",
     "TextGenerationMixin",
 ]

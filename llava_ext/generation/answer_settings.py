@@ -18,6 +18,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import IMAGE_GENERATION
+from llava_ext.generation.selection_options import IMAGE_SELECTION
 
 GREEDY = SamplingOptions(temperature=0)
 MAX_NEW_TOKENS = 256  # the default if no setting is given
@@ -29,13 +30,14 @@ _PROCESSORS = {
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
     "renormalize_logits",
 }  # fmt: skip
-# These do not affect which tokens are chosen here: cache layout, candidates of assisted decoding, metadata.
+# These do not affect which tokens are chosen here: cache layout, candidates of assisted decoding, metadata, and the
+# selection among the candidates of `generate_images`.
 _WITHOUT_EFFECT = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
     "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
     "early_stopping", "length_penalty", "low_memory", "bos_token_id", "decoder_start_token_id", "transformers_version",
-    "continuous_batching_config",
+    "continuous_batching_config", IMAGE_SELECTION,
 }  # fmt: skip
 
 

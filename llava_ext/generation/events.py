@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from PIL.Image import Image
 from torch import Tensor
 
+from llava_ext.generation.selection import Choice
+
 
 @dataclass(frozen=True)
 class TextDelta:
@@ -38,12 +40,13 @@ class ImagePreview:
 
 @dataclass(frozen=True)
 class ImageDrawn:
-    """A finished image and its codes (N, L)."""
+    """A finished image and its codes (N, L), with the choice among its candidates if there were several."""
 
     row: int
     index: int
     image: Image
     codes: Tensor
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
+from llava_ext.generation.selection import Choice, candidates_for, make_selector
+from llava_ext.generation.selection_options import SelectionOptions
 from llava_ext.generation.steps import Steps, can_use_fixed_steps, check_room
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+from llava_ext.rewards import Reward
 
 
 class ImageGenerationMixin(ModelInterface):
@@ -44,6 +47,9 @@ class ImageGenerationMixin(ModelInterface):
         preview_every: int = 0,
         output_type: str = "pil",
         use_graphs: bool = False,
+        best_of: int | None = None,
+        judge: Reward | None = None,
+        on_choice: Callable[[list[Choice]], None] | None = None,
     ) -> list[Image] | Tensor:
         """Draw images for prompts.
 
@@ -56,20 +62,26 @@ class ImageGenerationMixin(ModelInterface):
             seed: an int (image i gets seed + i) or one int per image; an image depends only on its prompt, its seed and
                 the settings.
             temperature, top_k, top_p, min_p: as in `SamplingOptions`, each one number or one per level.
-            batch_size: images drawn together.
-            on_progress: called with (positions drawn, total positions).
+            batch_size: images drawn together; with `best_of`, candidates.
+            on_progress: called with (positions drawn, total positions); with `best_of`, those of all candidates.
             on_preview: called after every `preview_every` positions with previews of the images being drawn, in which
-                missing positions are gray.
+                missing positions are gray; with `best_of`, of the candidates being drawn.
             output_type: "pil", or "pt" for a tensor of pixels (images, 3, H, W) in [-1, 1].
             use_graphs: on CUDA, record one step and replay it, which saves the time to launch its kernels. Needs a
                 backbone with full attention in every layer, computed by PyTorch's SDPA; it has no effect on others.
+            best_of: candidates drawn per image, of which the best one is kept: the one under which the model's own
+                reading makes the prompt most likely (`PromptReader`). Candidate 0 has the image's own seed, so 1 draws
+                each image once; the first candidates are the same for every `best_of`. None takes the model's setting
+                (`generation_config.image_selection`), or 1.
+            judge: scores the candidates instead of the model's reading; of equal scores the first counts.
+            on_choice: called with the choices for images, in order, when all their candidates are drawn.
 
         Returns:
             `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
-            UserError: a prompt is missing or too long, a setting is invalid, or the number of seeds is not that of the
-                images.
+            UserError: a prompt is missing or too long, a setting is invalid, the number of seeds is not that of the
+                images, or a judge has no candidates to choose from.
         """
         self.config.check_processor(processor)
         prompts = _checked_prompts(prompt)
@@ -91,16 +103,23 @@ class ImageGenerationMixin(ModelInterface):
         ).for_model(self)
         rows = [p for p in prompts for _ in range(num_images)]
         seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
+        count = SelectionOptions(best_of).for_model(self).best_of
+        candidates, selector = candidates_for(rows, seeds, count), make_selector(self, processor, count, judge)
         positions, batches = self.config.vision_config.num_positions, []
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            for codes in self.draw_codes(rows[part], processor, seeds[part], options, use_graphs):
+        for start in range(0, len(candidates), batch_size):
+            part = candidates[start : start + batch_size]
+            texts, own_seeds = [one.prompt for one in part], [one.seed for one in part]
+            for codes in self.draw_codes(texts, processor, own_seeds, options, use_graphs):
                 drawn = codes.shape[1]
                 if on_progress is not None:
-                    on_progress(start * positions + drawn * codes.shape[0], len(rows) * positions)
+                    on_progress(start * positions + drawn * codes.shape[0], len(candidates) * positions)
                 if on_preview is not None and preview_every and drawn % preview_every == 0 and drawn < positions:
                     on_preview(preview(self.vision_tower, processor, codes))
-            batches.append(self.vision_tower.decode_pixels(codes))
+            choices = selector.add(part, codes)
+            if choices:
+                batches.append(self.vision_tower.decode_pixels(torch.stack([one.codes for one in choices])))
+                if on_choice is not None:
+                    on_choice(choices)
         pixels = torch.cat(batches)
         return pixels if output_type == "pt" else processor.image_processor.to_pil(pixels)
 

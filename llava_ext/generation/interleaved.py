@@ -18,12 +18,14 @@ from transformers.generation import LogitsProcessorList
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions, sample, uniform_noise
 from llava_ext.generation.answer_settings import MAX_NEW_TOKENS, TextSettings, process_logits, text_settings
+from llava_ext.generation.best_answers import best_answers
 from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
 from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
 from llava_ext.generation.previews import preview
+from llava_ext.generation.selection_options import SelectionOptions
 from llava_ext.generation.steps import Steps, check_room
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
@@ -44,9 +46,11 @@ class AnswerOptions:
             `do_sample`.
         drawing: settings of images that differ from the model's own.
         preview_every: positions between two previews of an image; 0 disables previews.
+        best_of: candidates drawn for an answer that is one image (`image_first`), of which the best one is kept, as in
+            `generate_images`. Answers in which the model decides when to draw have no candidates.
 
     Raises:
-        UserError: a number is negative, or the options allow neither text nor images.
+        UserError: a number is out of its range, or the options allow neither text nor images.
     """
 
     max_new_tokens: int | None = None
@@ -55,8 +59,14 @@ class AnswerOptions:
     text: SamplingOptions | None = None
     drawing: DrawingOptions = field(default_factory=DrawingOptions)
     preview_every: int = 0
+    best_of: int = 1
 
     def __post_init__(self) -> None:
+        SelectionOptions(self.best_of)  # checks the range
+        if self.best_of > 1 and not self.image_first:
+            raise UserError(
+                f'best_of={self.best_of} needs answers that are one image: image_first, or modalities="image"'
+            )
         for name in ("max_new_tokens", "max_images", "preview_every"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -325,6 +335,7 @@ class InterleavedGenerationMixin(ModelInterface):
         processor: EvoTokLlavaProcessor,
         options: AnswerOptions | None = None,
         seed: int | Sequence[int] = 0,
+        prompts: Sequence[str] | None = None,
     ) -> Iterator[Event]:
         """Answer conversations with text and images; yields events as they occur.
 
@@ -332,11 +343,12 @@ class InterleavedGenerationMixin(ModelInterface):
             inputs: result of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)`, B rows.
             options: options that differ from the model's `generation_config` and the default of four images.
             seed: one per row, or an int: row b gets seed + b. Image i of a row is drawn with the row's seed + i.
+            prompts: for `best_of` above 1, one per row: what its image should show.
 
         Raises:
             UserError: as `generate`.
         """
-        yield from self._answer(inputs, processor, options or AnswerOptions(), text_settings(self), seed)
+        yield from self._answer(inputs, processor, options or AnswerOptions(), text_settings(self), seed, prompts)
 
     @torch.no_grad()
     def _answer(
@@ -346,6 +358,7 @@ class InterleavedGenerationMixin(ModelInterface):
         options: AnswerOptions,
         settings: TextSettings,
         seed: int | Sequence[int],
+        prompts: Sequence[str] | None,
     ) -> Iterator[Event]:
         """Complete the options from the settings and from the model, then yield the events of the answers."""
         self.config.check_processor(processor)
@@ -359,7 +372,12 @@ class InterleavedGenerationMixin(ModelInterface):
         text = settings.sampling if options.text is None else options.text
         drawing = options.drawing.for_model(self)
         options = replace(options, max_new_tokens=max_new_tokens, text=text, drawing=drawing)
-        yield from Answers(evaluation_view(self), processor, inputs, options, settings, seeds).run()
+        view = evaluation_view(self)
+
+        def run(inputs: dict[str, Tensor], seeds: Sequence[int]) -> Iterator[Event]:
+            return Answers(view, processor, inputs, options, settings, seeds).run()
+
+        yield from best_answers(run, self, processor, inputs, seeds, options.best_of, prompts)
 
     def generate(self, *args: Any, modalities: str = "text", **kwargs: Any) -> Any:
         """Generate text with transformers' `generate`, or with `modalities` also images.
@@ -368,7 +386,8 @@ class InterleavedGenerationMixin(ModelInterface):
             modalities: "text" is transformers' own method with all its options; it never writes image tokens. With
                 "auto" the model chooses, with "image" it draws one image. Both take `processor`, `seed`, `max_images`,
                 `drawing` (`DrawingOptions`), and transformers' settings of length, sampling and logits processors, as
-                keywords, in `generation_config` or in the model's; any other setting is an error.
+                keywords, in `generation_config` or in the model's; any other setting is an error. "image" also takes
+                `best_of` (`AnswerOptions`) and `prompts` (`stream`).
 
         Returns:
             Ids (B, T) of prompt and answer: text, delimiters and residual tokens; short answers are padded on the
@@ -396,6 +415,8 @@ class InterleavedGenerationMixin(ModelInterface):
         max_images: int = 4,
         drawing: DrawingOptions | None = None,
         seed: int | Sequence[int] = 0,
+        best_of: int = 1,
+        prompts: Sequence[str] | None = None,
         generation_config: GenerationConfig | None = None,
         **text: Any,
     ) -> Tensor:
@@ -403,15 +424,14 @@ class InterleavedGenerationMixin(ModelInterface):
             raise UserError("generate with images needs the model's processor; pass processor=...")
         settings = text_settings(self, generation_config, text)
         own = read_settings(getattr(generation_config, IMAGE_GENERATION, None) or {})
-        options = AnswerOptions(
-            text.get("max_new_tokens"), max_images, image_first, drawing=(drawing or DrawingOptions()).above(own)
-        )
+        drawing = (drawing or DrawingOptions()).above(own)
+        options = AnswerOptions(text.get("max_new_tokens"), max_images, image_first, drawing=drawing, best_of=best_of)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         images = {"pixel_values": pixel_values, "image_codes": image_codes}
         inputs |= {name: value for name, value in images.items() if value is not None}
         answers: dict[int, Tensor] = {}
-        for event in self._answer(inputs, processor, options, settings, seed):
+        for event in self._answer(inputs, processor, options, settings, seed, prompts):
             if isinstance(event, Finished):
                 answers[event.row] = event.ids
         pad = processor.pad_id if settings.pad_token_id is None else settings.pad_token_id

@@ -3,11 +3,32 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.weight_files import describe_error, read_json
 from evotok_plugin.errors import UserError
 from llava_ext.generation.model_interface import ModelInterface
-from llava_ext.generation.options import store_settings
+from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
+from llava_ext.generation.selection_options import IMAGE_SELECTION, SelectionOptions
+
+
+def restore_settings(model: ModelInterface, file: Path) -> None:
+    """Give a loaded model the drawing and selection settings in its generation_config.json, and check them.
+
+    Raises:
+        UserError: the settings are invalid; it names the file.
+    """
+    if model.generation_config._from_model_config and file.is_file():
+        # With `_from_model_config` in the file, transformers drops the entries that it does not know.
+        values = read_json(file)
+        for name in (IMAGE_GENERATION, IMAGE_SELECTION):
+            if values.get(name) is not None:
+                setattr(model.generation_config, name, values[name])
+    try:
+        DrawingOptions().for_model(model)
+        SelectionOptions().for_model(model)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 @contextmanager

@@ -118,6 +118,16 @@ class TextGenerationMixin(ModelInterface):
         )
         return ids, model_kwargs | images
 
+    def expand_rows(self, inputs: dict[str, Tensor], expand_size: int) -> dict[str, Tensor]:
+        """Repeat each of B rows of inputs, with its images, `expand_size` times: (B E, ...).
+
+        Raises:
+            UserError: the number of images does not match the placeholders.
+        """
+        others: dict[str, Any] = {name: value for name, value in inputs.items() if name != "input_ids"}
+        ids, others = self._expand_inputs_for_generation(expand_size, input_ids=inputs["input_ids"], **others)
+        return {"input_ids": ids, **others}
+
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> LogitsProcessorList:

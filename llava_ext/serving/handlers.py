@@ -25,6 +25,7 @@ from llava_ext.generation import (
     ImageStarted,
     TextDelta,
 )
+from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving.image_files import Provenance
 from llava_ext.serving.level_view import level_by_level
@@ -47,6 +48,7 @@ class DemoLimits:
         max_images: images per message.
         max_chars: characters per message, and of a negative prompt.
         max_new_tokens: largest number of tokens that can be requested.
+        max_candidates: largest number of candidates of an image.
         max_waiting: requests that can wait for the model; further requests are rejected.
     """
 
@@ -54,6 +56,7 @@ class DemoLimits:
     max_images: int = 4
     max_chars: int = 4000
     max_new_tokens: int = 1024
+    max_candidates: int = 16
     max_waiting: int = 16
 
 
@@ -110,8 +113,11 @@ class PageHandlers:
             asked = {"role": "user", "content": [*map(_image_part, pictures), *_text_parts(text)]}
             drawing = options.drawing.settings()
 
-            def provenance(index: int) -> Provenance:
-                return Provenance(text, seed + index, self.opened.name, drawing, self.opened.fingerprint)
+            def provenance(drawn: ImageDrawn) -> Provenance:
+                chosen = {}
+                if drawn.choice is not None:
+                    chosen = {"best_of": options.best_of, "judge": READING, **drawn.choice.record()}
+                return Provenance(text, seed + drawn.index, self.opened.name, drawing | chosen, self.opened.fingerprint)
 
             answer = _ShownAnswer(provenance)
             shown = [*chat.shown, asked, {"role": "assistant", "content": answer.content}]
@@ -134,7 +140,7 @@ class PageHandlers:
         Raises:
             UserError: a value is missing or out of its range.
         """
-        answer, tokens, guidance, schedule, negative, seed, *sampling = settings
+        answer, tokens, guidance, schedule, negative, seed, candidates, *sampling = settings
         model = self.opened.model
         own = DrawingOptions().for_model(model).sampling
         given = dict(zip(vars(own), sampling, strict=True))
@@ -151,6 +157,7 @@ class PageHandlers:
             image_first=answer == IMAGE_ANSWER,
             drawing=drawing,
             preview_every=-(-num_positions // _PREVIEWS),
+            best_of=int(candidates) if answer == IMAGE_ANSWER else 1,
         )
         return options, int(seed)
 
@@ -189,12 +196,12 @@ class _ShownAnswer:
     """An answer in progress as the page shows it.
 
     Attributes:
-        provenance: creates the provenance of the image with this index.
+        provenance: creates the provenance of a finished image.
         content: the `content` of a message for `gr.Chatbot`.
         drawing: whether the last part is a placeholder of an unfinished image.
     """
 
-    provenance: Callable[[int], Provenance]
+    provenance: Callable[[ImageDrawn], Provenance]
     content: list[dict[str, Any]] = field(default_factory=list)
     drawing: bool = False
 
@@ -213,7 +220,7 @@ class _ShownAnswer:
         elif isinstance(event, ImageDrawn):
             self.drawing = False
             image = event.image.copy()
-            image.info.update(self.provenance(event.index).as_png_text())
+            image.info.update(self.provenance(event).as_png_text())
             self.content[-1] = _image_part(image)
 
     def end(self) -> None:

@@ -154,6 +154,9 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
     schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
     negative = gr.Textbox("", label="Negative prompt", info="prompt that guidance steers away from", max_lines=2)
     seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later answer adds 1")
+    best_of = gr.Slider(
+        1, limits.max_candidates, 1, step=1, label="Candidates", info='answers with "an image": best of'
+    )
     with gr.Accordion("Sampling of images", open=True):
         sampling = [
             _sampling_setting(getattr(drawing.sampling, name), label, *limits)
@@ -164,7 +167,7 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
                 ("min_p", "Min-p", (0, 1, 0.01)),
             )
         ]
-    return [answer, tokens, guidance, schedule, negative, seed, *sampling]
+    return [answer, tokens, guidance, schedule, negative, seed, best_of, *sampling]
 
 
 def _sampling_setting(value: float | tuple[float, ...], label: str, *limits: float) -> gr.components.Component:

@@ -31,7 +31,7 @@ class ChatSession:
         options: AnswerOptions,
         seed: int,
     ) -> Generator[Event, None, None]:
-        """Ask a question and stream the answer.
+        """Ask a question and stream the answer; with `options.best_of`, candidates are scored for `text`.
 
         Question and answer are added to the conversation when the answer ends. If the caller stops early (closes the
         generator), they are added with the part of the answer so far. After an error the conversation is unchanged.
@@ -50,7 +50,7 @@ class ChatSession:
         inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
         parts: list[dict[str, Any]] = []
         try:
-            for event in model.stream(inputs, processor, options, seed):
+            for event in model.stream(inputs, processor, options, seed, [text]):
                 _append(parts, event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):

@@ -205,6 +205,26 @@ def test_model_args(make_lm):
         make_lm(dtype="fp7")
 
 
+def test_candidates_are_drawn_and_recorded(make_lm, instance, tmp_path):
+    def drawn(gen_kwargs, **model_args):
+        lm = make_lm(batch_size=8, **model_args)
+        requests = [instance(lm, "a", number, "a ring", {**DRAW, **gen_kwargs}) for number in range(3)]
+        answers = [json.loads(answer) for answer in lm.generate_until(requests)]
+        texts = [Image.open(path).text for answer in answers for path in answer["images"]]
+        calls = [(len(call["prompt"]), call["best_of"]) for call in lm._model.draw_kwargs]
+        return calls, {json.loads(text["settings"]).get("best_of") for text in texts}
+
+    assert drawn({}) == ([(6, 1)], {None})
+    assert drawn({}, best_of=1) == ([], {None})  # the same images, which exist
+    assert drawn({}, best_of=2.0) == ([(4, 2), (2, 2)], {2})
+    assert drawn({}, best_of=2) == ([], {2})
+    assert drawn({"best_of": 3}, best_of=2) == ([(2, 3), (2, 3), (2, 3)], {3})
+    with pytest.raises(ValueError, match="--model_args: best_of must be from 1 to 1024, got 0"):
+        make_lm(best_of=0)
+    with pytest.raises(ValueError, match="a: generation_kwargs: best_of must be a whole number, got 1.5"):
+        drawn({"best_of": 1.5})
+
+
 def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
     from eval_tasks.model import EvoTokLmms
     from llava_ext.model_folder import OpenModel
@@ -226,6 +246,8 @@ def test_dtype_and_default_images_dir(lmms_eval_tasks, tmp_path, monkeypatch):
     assert plain.images_dir.parent == tmp_path / "outputs/lmms_eval_images"
     assert plain.images_dir.name.startswith("runs__finetune-")
     assert plain.images_dir == bf16.images_dir != guided.images_dir
+    several = build(device="cpu", best_of=4)
+    assert plain.images_dir == build(device="cpu", best_of=1).images_dir != several.images_dir
     assert not plain.images_dir.exists()  # not created before the first image
 
 

@@ -201,3 +201,10 @@ def test_paths_in_a_line_are_recognized(picture, tmp_path, monkeypatch):
 def test_a_file_url_of_another_host_is_rejected(picture):
     with pytest.raises(UserError, match="only local files are read"):
         open_chat_image(f"file://server{picture}")
+
+
+def test_the_best_candidate_of_a_drawing_is_kept(chat, tmp_path):
+    chat(["/draw a photo of a ring"], "--best_of", 3)
+    (path,) = (tmp_path / "drawn").iterdir()
+    settings = json.loads(Image.open(path).text["settings"])
+    assert (settings["best_of"], settings["judge"]) == (3, "reading") and settings["candidate"] in (0, 1, 2)

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,10 +92,48 @@ def test_a_preview_shows_the_batch_and_overwrites_only_previews(draw, tmp_path):
     assert code == 2 and "exists and was not written as a preview" in error
 
 
+def test_the_best_candidate_is_kept_and_recorded(draw, tmp_path):
+    for batch_size in (16, 2):
+        assert draw(RING, "-n", 2, "--best_of", 3, "--batch_size", batch_size)[0] == 0
+    names = ["a_photo_of_a_ring_grid.png", "a_photo_of_a_ring_seed0.png", "a_photo_of_a_ring_seed1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names  # the second run replaced the files
+    for seed in (0, 1):
+        settings = json.loads(Image.open(tmp_path / f"a_photo_of_a_ring_seed{seed}.png").text["settings"])
+        assert (settings["best_of"], settings["judge"]) == (3, "reading")
+        assert settings["candidate"] in (0, 1, 2) and round(settings["score"], 3) == settings["score"]
+        assert (settings["candidate_seed"] == seed) == (settings["candidate"] == 0)
+        alone = tmp_path / str(seed)
+        draw(RING, "--seed", settings["candidate_seed"], "-o", alone)
+        (path,) = alone.iterdir()
+        drawn = pixels(tmp_path / f"a_photo_of_a_ring_seed{seed}.png").astype(int)
+        np.testing.assert_allclose(drawn, pixels(path).astype(int), atol=1)
+    grid = json.loads(Image.open(tmp_path / names[0]).text["settings"])
+    assert grid["best_of"] == 3 and "candidate" not in grid
+
+
+class Darkness:
+    """A reward: minus the mean of the pixels."""
+
+    def __call__(self, prompts, images):
+        return [-float(np.asarray(image).mean()) for image in images]
+
+
+def test_a_judge_selects(draw, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "test_rewards", SimpleNamespace(Darkness=Darkness))
+    spec = "test_rewards:Darkness=2"
+    assert draw(RING, "--best_of", 4, "--judge", spec)[0] == 0
+    (path,) = tmp_path.iterdir()
+    settings = json.loads(Image.open(path).text["settings"])
+    assert settings["judge"] == spec and settings["score"] == pytest.approx(-2 * pixels(path).mean(), abs=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "at least one prompt"),
+        ([RING, "--best_of", 0], "best_of must be a whole number from 1 to 1024, got 0"),
+        ([RING, "--judge", "absent", "--best_of", 2], "unknown reward 'absent'"),
+        ([RING, "--judge", "builtins:print"], "a judge has no effect with best_of=1"),
         ([" "], "none empty"),
         (["ring " * 40000], "shorten the prompt"),
         ([RING, "--guidance_scale", 0.5], "guidance_scale must be at least 1 and at most 1000, got 0.5"),

@@ -31,7 +31,7 @@ from llava_ext.serving.uploads import UploadLimits, open_upload
 TIMEOUT_S = 600  # only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
 SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant", "negative": "", "seed": 0}
-SETTINGS |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SETTINGS |= {"candidates": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def free_port():
@@ -168,6 +168,14 @@ def test_a_drawn_image_records_its_provenance(ask):
     assert json.loads(image.text["settings"])["top_k"] == 5 and image.text["model"] == "tiny"
 
 
+def test_the_best_candidate_is_shown_and_recorded(ask):
+    (part,) = ask("a photo of a ring", seed=7, candidates=3)["content"]
+    settings = json.loads(Image.open(part["file"]).text["settings"])
+    assert (settings["best_of"], settings["judge"]) == (3, "reading") and settings["candidate"] in (0, 1, 2)
+    answer = ask("What is it?", candidates=3, answer="text or images, as the model sees fit")
+    assert answer["role"] == "assistant"
+
+
 def test_it_answers_about_an_upload(ask, tmp_path):
     answer = ask("What is it?", write(tmp_path), answer="text or images, as the model sees fit")
     assert answer["role"] == "assistant" and answer["content"]
@@ -222,6 +230,7 @@ def test_stopping_keeps_the_answer_so_far(client, tiny_mllm, monkeypatch):
         ("a ring", {"guidance": 0.5}, "guidance_scale must be at least 1 and at most 1000, got 0.5"),
         ("a ring", {"guidance": None}, "a setting is empty"),
         ("a ring", {"top_k": -1}, "top_k"),
+        ("a ring", {"candidates": 0}, "less than minimum value 1"),
         ("a ring", {"seed": -5}, "the seed must be between 0"),
         ("a ring", {"answer": "music"}, "music"),
         ("a ring", {"schedule": "quadratic"}, "quadratic"),
