@@ -163,17 +163,27 @@ def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
     return window
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The objects of an image in arbitrary order, and the number of visible regions that are not objects."""
+
+    instances: list[Instance]
+    num_leftovers: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class SceneDetector:
     """Detects the shapes and colors of `evotok_plugin.scenes.scene`; scores are overlaps with the templates.
 
     Attributes:
         min_area: area of the smallest object, as a fraction of the image.
+        max_speck_area: area of the largest connected speck that `read` ignores, as a fraction of the image.
         min_score: minimum overlap of an object with its template.
         max_color_distance: maximum L*a*b* distance to a named color; beyond it an instance has no color.
     """
 
     min_area: float = 0.01
+    max_speck_area: float = 0.002
     min_score: float = 0.75
     max_color_distance: float = 30.0
 
@@ -189,17 +199,30 @@ class SceneDetector:
 
     def detect(self, image: Image.Image) -> list[Instance]:
         """Detect all shapes of an RGB image with their colors, in arbitrary order."""
+        return self.read(image).instances
+
+    def read(self, image: Image.Image) -> Reading:
+        """Detect all shapes as `detect`, and count what else is visible: regions that fit no shape, and blobs that are
+        too small for an object but too large for a speck."""
         pixels = np.asarray(as_picture(image), dtype=np.float64)
         border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
         coverage, colors = unmix(pixels, np.median(border, axis=0))
         regions = self._regions(coverage, colors)
-        found = []
+        found, num_leftovers = [], self._num_fragments(coverage, regions)
         for number in range(1, regions.max() + 1):
             for mask, fit in self._objects(regions == number, regions, coverage):
                 if fit.score >= self.min_score:
                     color = self._color(pixels, coverage, mask)
                     found.append(Instance(fit.shape, fit.score, fit.box, mask, color))
-        return found
+                else:
+                    num_leftovers += 1
+        return Reading(found, num_leftovers)
+
+    def _num_fragments(self, coverage: np.ndarray, regions: np.ndarray) -> int:
+        """The number of connected blobs outside all regions that are larger than a speck."""
+        blobs, _ = ndimage.label((coverage >= 0.5) & (regions == 0))
+        areas = np.bincount(blobs.ravel())[1:]
+        return int((areas > self.max_speck_area * coverage.size).sum())
 
     def detect_batch(self, images: Sequence[Image.Image]) -> list[list[Instance]]:
         """Apply `detect` to each image."""
