@@ -12,18 +12,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from eval_tasks.judging.rules import Box, Instance, Rules
+from eval_tasks.judging.rules import Instance, Rules
+from eval_tasks.judging.shape_fitting import Fit, fit_shape
 from evotok_plugin.common import command_line
 from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
-from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, Scene, SceneObject, render, sample_scene
+from evotok_plugin.scenes.scene import COLORS, SHAPES, SKILLS, render, sample_scene
 
 _NAMES = tuple(COLORS)
 _RGB = np.array([COLORS[name] for name in _NAMES], dtype=np.float64)  # (colors, 3)
@@ -60,20 +60,29 @@ def unmix(pixels: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarra
         ground: (3,).
 
     Returns:
-        The coverage (H, W) in [0, 1], and the index (H, W) of the color with the nearest line.
+        The coverage (H, W) in [0, 1], 0 where it is faint, and the index (H, W) of the color with the nearest line.
     """
     lines = _RGB - ground  # (colors, 3)
-    offsets = pixels - ground
-    share = np.clip(offsets @ lines.T / np.maximum((lines**2).sum(axis=1), 1e-9), 0.0, 1.0)  # (H, W, colors)
-    errors = np.linalg.norm(offsets[..., None, :] - share[..., None] * lines, axis=-1)
-    nearest = errors.argmin(axis=-1)
-    share, error = (np.take_along_axis(values, nearest[..., None], axis=-1)[..., 0] for values in (share, errors))
-    distance = np.linalg.norm(offsets, axis=-1)
-    return np.where(error > _UNNAMED, np.clip(distance / _FULL_CONTRAST, 0.0, 1.0), share), nearest
+    lengths = np.maximum((lines**2).sum(axis=1), 1e-9)  # squared
+    offsets = (pixels - ground).reshape(-1, 3)
+    distances = (offsets**2).sum(axis=1)  # squared
+    # A share is at most the distance to the background over the length of the line, so the other pixels are noise.
+    strong = np.flatnonzero(distances >= 0.99 * _FAINT**2 * lengths.min())
+    offsets, distances = offsets[strong].T, distances[strong]  # (3, P), (P,)
+    shares = np.clip(lines @ offsets / lengths[:, None], 0.0, 1.0)  # (colors, P)
+    errors = sum((offsets[c] - shares * lines[:, c, None]) ** 2 for c in range(3))
+    best = errors.argmin(axis=0)
+    share, error = (np.take_along_axis(values, best[None], axis=0)[0] for values in (shares, errors))
+    share = np.where(error > _UNNAMED**2, np.clip(np.sqrt(distances) / _FULL_CONTRAST, 0.0, 1.0), share)
+    coverage, nearest = np.zeros(pixels.shape[:2]), np.zeros(pixels.shape[:2], dtype=int)
+    coverage.flat[strong], nearest.flat[strong] = share, best
+    return coverage, nearest
 
 
 def _absorb(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Assign every pixel of `where` to the nearest numbered part; 0 is not a part."""
+    """Assign every pixel of `where` to the nearest numbered part; 0 is not a part, and all parts are in `where`."""
+    if parts[where].all():
+        return parts
     index = ndimage.distance_transform_edt(parts == 0, return_distances=False, return_indices=True)
     return np.where(where, parts[tuple(index)], 0)
 
@@ -82,85 +91,64 @@ def _drop_small(parts: np.ndarray, min_area: float) -> np.ndarray:
     return np.where(np.bincount(parts.ravel())[parts] >= min_area, parts, 0)
 
 
+def _dilated(mask: np.ndarray) -> np.ndarray:
+    """The mask with all pixels that touch it along an edge."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """The median over the first axis; faster than numpy's for few values."""
+    ordered, middle = np.sort(values, axis=0), len(values) // 2
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+_AROUND = 2  # pixels around an object that its faint edge may cover
 _LARGEST_IMAGE = 4096  # pixels per side, of `measure` on the command line
 
 
+def _numbered(where: np.ndarray, colors: np.ndarray, min_pixels: float) -> np.ndarray:
+    """Number the regions of one color in a connected blob `where` from 1 on, each of `min_pixels` or more."""
+    present = np.unique(colors[where])
+    if len(present) == 1:
+        return where.astype(int)
+    parts = np.zeros(where.shape, dtype=int)
+    for color in present:
+        labeled, _ = ndimage.label(where & (colors == color))
+        parts = np.where(labeled > 0, labeled + parts.max(), parts)
+    large = _drop_small(parts, min_pixels)
+    if not large.any():
+        return where.astype(int)
+    grown = _absorb(large, where)
+    numbers = np.unique(grown[where])
+    return np.where(where, 1 + np.searchsorted(numbers, grown), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The part of an image around a region: numbered regions and coverage (H, W), and its position in the image."""
+
+    regions: np.ndarray
+    coverage: np.ndarray
+    x_start: int
+    y_start: int
+
+    def fit(self, mask: np.ndarray, regions: np.ndarray) -> Fit:
+        """Fit the coverage by one object: its mask, and the faint pixels around it that belong to no other region."""
+        around = _dilated(_dilated(mask)) & ((regions == 0) | mask) & (self.coverage >= _FAINT)
+        return fit_shape(np.where(around, self.coverage, 0.0), self.x_start, self.y_start)
+
+
 @dataclass(frozen=True)
-class _Fit:
-    """The best template for a region; `score` is its overlap (soft intersection over union)."""
+class Reading:
+    """The objects of an image in arbitrary order, and the number of visible regions that are not objects."""
 
-    shape: str
-    score: float
-    box: Box
-
-
-def _edges(profile: np.ndarray) -> tuple[float, float]:
-    """The start and end of a coverage profile with subpixel precision, from its partly covered end pixels."""
-    inside = np.flatnonzero(profile >= 0.5)
-    first, last = int(inside[0]), int(inside[-1])
-    before = profile[first - 1] if first else 0.0
-    after = profile[last + 1] if last + 1 < len(profile) else 0.0
-    return first + 1 - profile[first] - before, last + profile[last] + after
-
-
-def _draw(shape: str, x: float, y: float, size: float, side: int) -> np.ndarray:
-    """Render the coverage (side, side) of one shape; center and size in pixels."""
-    item = SceneObject(shape, "white", x / side, y / side, size / side)
-    return np.asarray(render(Scene((item,), background=(0, 0, 0)), side))[..., 0] / COLORS["white"][0]
-
-
-@cache
-def _moments(shape: str) -> tuple[float, float, float]:
-    """The area of a shape of size 1, and its centroid relative to the center of its box."""
-    size = 64.0
-    drawn = _draw(shape, size, size, size, side=128)
-    y, x = ndimage.center_of_mass(drawn)
-    return float(drawn.sum() / size**2), (x + 0.5) / size - 1, (y + 0.5) / size - 1
-
-
-def _overlap(coverage: np.ndarray, template: np.ndarray) -> float:
-    return float(np.minimum(coverage, template).sum() / max(np.maximum(coverage, template).sum(), 1e-9))
-
-
-def fit_shape(coverage: np.ndarray) -> _Fit:
-    """Find the shape that best matches the coverage (H, W) of one object.
-
-    Templates are placed by the box of the coverage, and by its area and centroid (which blur does not move). They are
-    rendered sharp and with several degrees of blur; the best overlap counts.
-    """
-    (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
-    box = (left, top, right, bottom)
-    margin = 3
-    x0, y0 = int(left) - margin, int(top) - margin
-    side = int(np.ceil(max(right - left, bottom - top))) + 2 * margin + 1
-    window = _window(coverage, x0, y0, side)
-    mass = window.sum()
-    y_mean, x_mean = (value + 0.5 for value in ndimage.center_of_mass(window))
-    scores = {}
-    for shape in SHAPES:
-        area, x_shift, y_shift = _moments(shape)
-        size = np.sqrt(mass / area)
-        places = (
-            ((left + right) / 2 - x0, (top + bottom) / 2 - y0, max(right - left, bottom - top)),
-            (x_mean - x_shift * size, y_mean - y_shift * size, float(size)),
-        )
-        drawings = [_draw(shape, x, y, size, side) for x, y, size in places]
-        scores[shape] = max(
-            _overlap(window, ndimage.gaussian_filter(drawn, blur) if blur else drawn)
-            for drawn in drawings
-            for blur in _BLURS
-        )
-    best = max(scores, key=scores.__getitem__)
-    return _Fit(best, scores[best], box)
-
-
-def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
-    """A (side, side) crop of (H, W) values, padded with 0 beyond the image."""
-    window = np.zeros((side, side))
-    height, width = values.shape
-    rows, columns = slice(max(y0, 0), min(y0 + side, height)), slice(max(x0, 0), min(x0 + side, width))
-    window[rows.start - y0 : rows.stop - y0, columns.start - x0 : columns.stop - x0] = values[rows, columns]
-    return window
+    instances: list[Instance]
+    num_leftovers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +157,13 @@ class SceneDetector:
 
     Attributes:
         min_area: area of the smallest object, as a fraction of the image.
+        max_speck_area: area of the largest connected speck that `read` ignores, as a fraction of the image.
         min_score: minimum overlap of an object with its template.
         max_color_distance: maximum L*a*b* distance to a named color; beyond it an instance has no color.
     """
 
     min_area: float = 0.01
+    max_speck_area: float = 0.002
     min_score: float = 0.75
     max_color_distance: float = 30.0
 
@@ -189,17 +179,34 @@ class SceneDetector:
 
     def detect(self, image: Image.Image) -> list[Instance]:
         """Detect all shapes of an RGB image with their colors, in arbitrary order."""
+        return self.read(image).instances
+
+    def read(self, image: Image.Image) -> Reading:
+        """Detect all shapes as `detect`, and count what else is visible: regions that fit no shape, and blobs that are
+        too small for an object but too large for a speck."""
         pixels = np.asarray(as_picture(image), dtype=np.float64)
         border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-        coverage, colors = unmix(pixels, np.median(border, axis=0))
+        coverage, colors = unmix(pixels, _median(border))
         regions = self._regions(coverage, colors)
-        found = []
-        for number in range(1, regions.max() + 1):
-            for mask, fit in self._objects(regions == number, regions, coverage):
+        found, num_leftovers = [], self._num_fragments(coverage, regions)
+        for number, box in enumerate(ndimage.find_objects(regions), start=1):
+            around = tuple(slice(max(side.start - _AROUND, 0), side.stop + _AROUND) for side in box)
+            part = _Part(regions[around], coverage[around], around[1].start, around[0].start)
+            for own, fit in self._objects(part, number, self.min_area * regions.size):
                 if fit.score >= self.min_score:
-                    color = self._color(pixels, coverage, mask)
+                    color = self._color(pixels[around], part.coverage, own)
+                    mask = np.zeros(regions.shape, dtype=bool)
+                    mask[around] = own
                     found.append(Instance(fit.shape, fit.score, fit.box, mask, color))
-        return found
+                else:
+                    num_leftovers += 1
+        return Reading(found, num_leftovers)
+
+    def _num_fragments(self, coverage: np.ndarray, regions: np.ndarray) -> int:
+        """The number of connected blobs outside all regions that are larger than a speck."""
+        blobs, _ = ndimage.label((coverage >= 0.5) & (regions == 0))
+        areas = np.bincount(blobs.ravel())[1:]
+        return int((areas > self.max_speck_area * coverage.size).sum())
 
     def detect_batch(self, images: Sequence[Image.Image]) -> list[list[Instance]]:
         """Apply `detect` to each image."""
@@ -211,56 +218,57 @@ class SceneDetector:
         Pixels of another color inside or along the edge of an object are assigned to the nearest large region.
         """
         foreground = coverage >= 0.5
-        blobs, num_blobs = ndimage.label(foreground)
+        blobs, _ = ndimage.label(foreground)
         min_pixels = self.min_area * foreground.size
         regions, total = np.zeros_like(blobs), 0
-        for blob in range(1, num_blobs + 1):
-            where = blobs == blob
+        for blob, box in enumerate(ndimage.find_objects(blobs), start=1):
+            where = blobs[box] == blob
             if where.sum() < min_pixels:
                 continue
-            parts = np.zeros_like(blobs)
-            for color in np.unique(colors[where]):
-                labeled, count = ndimage.label(where & (colors == color))
-                parts = np.where(labeled > 0, labeled + parts.max(), parts)
-            large = _drop_small(parts, min_pixels)
-            grown = _absorb(large, where) if large.any() else where.astype(int)
-            numbers = np.unique(grown[where])
-            regions[where] = total + 1 + np.searchsorted(numbers, grown[where])
-            total += len(numbers)
+            numbered = _numbered(where, colors[box], min_pixels)
+            regions[box][where] = total + numbered[where]
+            total += int(numbered.max())
         return regions
 
-    def _objects(self, mask: np.ndarray, regions: np.ndarray, coverage: np.ndarray) -> list[tuple[np.ndarray, _Fit]]:
-        """Fit a region as one object, or as several touching objects of one color if that fits better."""
-        whole = fit_shape(self._own_coverage(mask, regions, coverage))
-        best = [(mask, whole)]
-        if whole.score >= 0.85:
+    def _objects(self, part: _Part, number: int, min_pixels: float) -> list[tuple[np.ndarray, Fit]]:
+        """Fit a region as one object, or as several touching objects of one color if that fits better.
+
+        Returns:
+            The mask (H, W) of each object within the part of the image, and its fit.
+        """
+        mask = part.regions == number
+        whole = part.fit(mask, part.regions)
+        best, least = [(mask, whole)], whole.score
+        if least >= 0.85:
             return best
         # The bridge between two objects is fainter or narrower than the objects.
         depth = ndimage.distance_transform_edt(mask)
-        candidates = [coverage >= share for share in (0.6, 0.7, 0.8, 0.9)] + [depth > pixels for pixels in (1, 2, 3)]
-        for candidate in candidates:
-            cores = _drop_small(ndimage.label(mask & candidate)[0], self.min_area * mask.size / 4)
+        cuts = [mask & (part.coverage >= share) for share in (0.6, 0.7, 0.8, 0.9)]
+        cuts += [depth > pixels for pixels in (1, 2, 3)]
+        for cut in cuts:
+            labeled, num_cores = ndimage.label(cut)
+            if num_cores < 2:
+                continue
+            cores = _drop_small(labeled, min_pixels / 4)
             numbers = np.unique(cores[cores > 0])
             if len(numbers) < 2:
                 continue
             grown = _absorb(cores, mask)
-            parts = [grown == number for number in numbers]
-            others = np.where(mask, grown + regions.max(), regions)
-            fits = [fit_shape(self._own_coverage(part, others, coverage)) for part in parts]
-            if min(fit.score for fit in fits) > min(fit.score for _, fit in best):
-                best = list(zip(parts, fits, strict=True))
+            others = np.where(mask, grown + part.regions.max(), part.regions)
+            fits: list[tuple[np.ndarray, Fit]] = []
+            for core in numbers:
+                own = grown == core
+                fits.append((own, part.fit(own, others)))
+                if fits[-1][1].score <= least:
+                    break
+            else:
+                best, least = fits, min(fit.score for _, fit in fits)
         return best
-
-    @staticmethod
-    def _own_coverage(mask: np.ndarray, regions: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-        """The coverage by one region: its pixels, and the faint pixels around it that belong to no other region."""
-        around = ndimage.binary_dilation(mask, iterations=2) & ((regions == 0) | mask) & (coverage >= _FAINT)
-        return np.where(around, coverage, 0.0)
 
     def _color(self, pixels: np.ndarray, coverage: np.ndarray, mask: np.ndarray) -> str | None:
         """The named color nearest to the region's fully covered pixels; None beyond `max_color_distance`."""
-        core = mask & (coverage >= np.quantile(coverage[mask], 0.5))
-        distances = np.linalg.norm(_LAB - lab(np.median(pixels[core], axis=0)), axis=-1)
+        core = mask & (coverage >= _median(coverage[mask]))
+        distances = np.linalg.norm(_LAB - lab(_median(pixels[core])), axis=-1)
         nearest = int(distances.argmin())
         return _NAMES[nearest] if distances[nearest] <= self.max_color_distance else None
 

@@ -4,7 +4,9 @@ A `Scene` is a small value from which images, captions, questions and judgements
 in its own cell of a 3x3 grid, slightly off the cell's center, so objects never overlap.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,10 +29,11 @@ CELL_NAMES = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
+SUPERSAMPLE = 4  # images are drawn this many times larger, then averaged
+Fill = int | tuple[int, int, int]  # a gray level or a color
 
 _JITTER = 0.01  # of the image side; with the sizes below an object stays inside its cell
 _SIZES = (0.26, 0.30)
-_SUPERSAMPLE = 4
 
 
 @dataclass(frozen=True)
@@ -139,32 +142,53 @@ def sample_mixed_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, background: tuple[int, int, int]) -> None:
-    fill, half = COLORS[item.color], item.size / 2
-    left, top, right, bottom = ((v * side) for v in (item.x - half, item.y - half, item.x + half, item.y + half))
-    if item.shape == "circle":
-        draw.ellipse((left, top, right, bottom), fill=fill)
-    elif item.shape == "square":
-        draw.rectangle((left, top, right, bottom), fill=fill)
-    elif item.shape == "triangle":
-        draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=fill)
-    elif item.shape == "cross":
+class Outline(NamedTuple):
+    """A figure to fill: its kind and the coordinates (x, y, x, y, ...) of its box or vertices.
+
+    A `hole` is filled with the background instead of the color.
+    """
+
+    kind: Literal["ellipse", "rectangle", "polygon"]
+    corners: tuple[float, ...]
+    hole: bool = False
+
+
+def outlines(shape: str, box: tuple[float, float, float, float]) -> tuple[Outline, ...]:
+    """The figures that a shape consists of, in drawing order; `box` is (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    if shape == "circle":
+        return (Outline("ellipse", box),)
+    if shape == "square":
+        return (Outline("rectangle", box),)
+    if shape == "triangle":
+        return (Outline("polygon", ((left + right) / 2, top, right, bottom, left, bottom)),)
+    if shape == "cross":
         arm = 0.33 * (right - left)
-        draw.rectangle((left + arm, top, right - arm, bottom), fill=fill)
-        draw.rectangle((left, top + arm, right, bottom - arm), fill=fill)
-    elif item.shape == "ring":
-        draw.ellipse((left, top, right, bottom), fill=fill)
+        return (
+            Outline("rectangle", (left + arm, top, right - arm, bottom)),
+            Outline("rectangle", (left, top + arm, right, bottom - arm)),
+        )
+    if shape == "ring":
         inset = 0.25 * (right - left)
-        draw.ellipse((left + inset, top + inset, right - inset, bottom - inset), fill=background)
-    else:
-        raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")
+        inner = (left + inset, top + inset, right - inset, bottom - inset)
+        return (Outline("ellipse", box), Outline("ellipse", inner, hole=True))
+    raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+
+
+def draw_outlines(draw: ImageDraw.ImageDraw, figures: Sequence[Outline], fill: Fill, background: Fill) -> None:
+    """Fill the figures in order."""
+    for figure in figures:
+        paint = {"ellipse": draw.ellipse, "rectangle": draw.rectangle, "polygon": draw.polygon}[figure.kind]
+        paint(figure.corners, fill=background if figure.hole else fill)
 
 
 def render(scene: Scene, image_size: int = 48) -> Image.Image:
     """Draw a scene, anti-aliased, as an RGB image of `image_size` x `image_size` pixels."""
-    side = image_size * _SUPERSAMPLE
+    side = image_size * SUPERSAMPLE
     canvas = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
-        _draw_shape(draw, item, side, scene.background)
+        half = item.size / 2
+        left, top, right, bottom = (v * side for v in (item.x - half, item.y - half, item.x + half, item.y + half))
+        draw_outlines(draw, outlines(item.shape, (left, top, right, bottom)), COLORS[item.color], scene.background)
     return canvas.resize((image_size, image_size), Image.Resampling.BOX)
