@@ -203,18 +203,23 @@ def model_settings(config: GenerationConfig | None) -> DrawingOptions:
     return DEFAULTS if values is None else read_settings(values).completed()
 
 
+def to_entry(options: DrawingOptions) -> dict[str, Any]:
+    """Convert complete options to the entry `image_generation` of a generation_config.json."""
+    settings = options.settings()
+    return {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
+
+
 def store_settings(config: GenerationConfig, options: DrawingOptions | None = None) -> None:
     """Store complete settings in a generation config; `options` override the ones it has.
 
     Raises:
         UserError: as `read_settings`.
     """
-    settings = (options or DrawingOptions()).completed(model_settings(config)).settings()
+    options = (options or DrawingOptions()).completed(model_settings(config))
     # transformers refuses to save a config with questionable values unless it is unchanged since loading; this addition
     # must not count as a change.
     unchanged = getattr(config, "_original_object_hash", None) == hash(config)
-    plain = {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
-    setattr(config, IMAGE_GENERATION, plain)
+    setattr(config, IMAGE_GENERATION, to_entry(options))
     config._from_model_config = False  # otherwise transformers drops unknown entries when it reads the file
     if unchanged:
         config._original_object_hash = hash(config)
