@@ -18,8 +18,9 @@ _VARIED_SAMPLING = ((1.0, 0.1), (0.5, 0.2))
 _VARIED_SCALES = (1.5, 2.0, 3.0)
 _VARIATIONS: tuple[dict[str, Any], ...] = (
     {"guidance_rescale": 0.7},
+    {"guidance_interval": (0.0, 0.125)},
+    {"guidance_interval": (0.0, 0.25)},
     {"guidance_interval": (0.0, 0.5)},
-    {"guidance_interval": (0.25, 1.0)},
 )
 
 

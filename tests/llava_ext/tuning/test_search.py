@@ -87,7 +87,7 @@ def test_the_default_candidates_start_with_the_current_settings():
     assert space[0] == Candidate(CURRENT, current) and len(space) > 40
     assert len({one.name for one in space}) == len({one.options for one in space}) == len(space)
     assert all(one.options.sampling.top_k == 9 for one in space)
-    assert {one.cost for one in space} == {0.0, 0.5, 1.0}
+    assert {one.cost for one in space} == {0.0, 0.125, 0.25, 0.5, 1.0}
     per_level = {one.options.guidance_scale for one in space if isinstance(one.options.guidance_scale, tuple)}
     assert per_level == {(scale, scale, 1.0, 1.0) for scale in (1.5, 2.0, 3.0)}
     assert len(search_space(current, num_levels=1)) == len(space) - 6
