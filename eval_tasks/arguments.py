@@ -16,14 +16,35 @@ _NUMBERS: dict[str, tuple[type, float, float]] = {
     "best_of": (int, 1, MOST_CANDIDATES),
     "seed": (int, float("-inf"), float("inf")),
     "guidance_scale": (float, 1, float("inf")),
+    "guidance_interval": (float, 0, 1),
+    "guidance_rescale": (float, 0, 1),
     "temperature": (float, 0, float("inf")),
     "top_k": (int, 0, float("inf")),
     "top_p": (float, 0, 1),
     "min_p": (float, 0, 1),
     "repetition_penalty": (float, 1e-6, float("inf")),
 }
+_LISTS = ("guidance_scale", "guidance_interval", "temperature", "top_k", "top_p", "min_p")  # of numbers
 _SAMPLING = ("temperature", "top_k", "top_p")
 MODALITIES = ("text", "image", "reconstruction")
+
+
+def split_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert texts such as "0:0.5" to lists of numbers: lmms-eval separates options, not values, by commas.
+
+    Only options for drawing are converted; a text that is not of this form is left for `check_values`.
+    """
+    return {name: _numbers(value) if name in _LISTS else value for name, value in values.items()}
+
+
+def _numbers(value: Any) -> Any:
+    if not isinstance(value, str) or ":" not in value:
+        return value
+    try:
+        numbers = [float(part) for part in value.split(":")]
+    except ValueError:
+        return value
+    return [int(number) if number.is_integer() else number for number in numbers]
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:

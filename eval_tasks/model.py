@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args
+from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args, split_lists
 from eval_tasks.loading import choose_device, choose_dtype, load_checkpoint
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
@@ -74,9 +74,10 @@ class EvoTokLmms(lmms):
         batch_size: number of questions or images per batch; "auto" and "auto:N" mean `max_batch_size` (default 16).
         images_dir: folder for drawn images, `<task>/<document>_<sample>.png`; by default a folder in
             `./outputs/lmms_eval_images` for this model and these settings.
-        guidance_scale, guidance_schedule, negative_prompt, temperature, top_k, top_p, min_p: defaults for drawing,
-            overridden by a task's `generation_kwargs` and `--gen_kwargs`; without them the model's own settings apply
-            (`image_generation` in its generation_config.json).
+        guidance_scale, guidance_schedule, guidance_interval, guidance_rescale, negative_prompt, temperature, top_k,
+            top_p, min_p: defaults for drawing, overridden by a task's `generation_kwargs` and `--gen_kwargs`; without
+            them the model's own settings apply (`image_generation` in its generation_config.json). Several numbers are
+            separated by colons: guidance_interval=0:0.5.
         best_of: candidates per image, of which the model keeps the one whose prompt it reads best in it; overridden and
             defaulted in the same way (`image_selection`).
         seed: for drawing; an image depends only on the seed, its task, its document and its sample number.
@@ -96,13 +97,15 @@ class EvoTokLmms(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         images_dir: str | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | str | None = None,
         guidance_schedule: str | None = None,
+        guidance_interval: str | Sequence[float] | None = None,
+        guidance_rescale: float | None = None,
         negative_prompt: str | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        temperature: float | str | None = None,
+        top_k: int | str | None = None,
+        top_p: float | str | None = None,
+        min_p: float | str | None = None,
         best_of: int | None = None,
         seed: int = 0,
         load: Callable[[str, torch.dtype | str, torch.device], OpenModel] = load_checkpoint,
@@ -114,22 +117,24 @@ class EvoTokLmms(lmms):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"--model_args: unknown argument {name!r}; {hint}")
-        numbers = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        check_values({**numbers, "min_p": min_p, "best_of": best_of, "seed": seed}, "--model_args")
+        numbers = split_lists(
+            {
+                "guidance_scale": guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_rescale": guidance_rescale,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+            }
+        )
+        check_values({**numbers, "best_of": best_of, "seed": seed}, "--model_args")
         self._batch_size = parse_batch_size(batch_size, max_batch_size, _AUTO_BATCH_SIZE)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = choose_device(device, self.accelerator)
         self.seed = int(seed)
-        drawing = DrawingOptions(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            negative_prompt=negative_prompt,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-        )
+        drawing = DrawingOptions(guidance_schedule=guidance_schedule, negative_prompt=negative_prompt, **numbers)
         pretrained = str(pretrained)
         if not pretrained:
             pretrained = str(default_model_folder())
@@ -222,7 +227,7 @@ class EvoTokLmms(lmms):
         return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
 
     def _options(self, gen_kwargs: dict[str, Any], task: str) -> Options:
-        where = f"{task}: generation_kwargs"
+        where, gen_kwargs = f"{task}: generation_kwargs", split_lists(gen_kwargs)
         check_values(gen_kwargs, where)
         modality = gen_kwargs.get("modality") or "text"
         self._warn_of_unused(set(gen_kwargs) - OPTION_NAMES[modality] - {"modality", "until"}, task)

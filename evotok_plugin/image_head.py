@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from evotok_plugin.errors import UserError
+from evotok_plugin.guidance import Scale, guided_logits, scale_at_level
 from evotok_plugin.kernels.thin_linear import thin_linear
 from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from evotok_plugin.sampling import SamplingOptions, sample
@@ -195,8 +196,9 @@ class DepthTransformerHead(nn.Module):
         codebooks: Tensor,
         noise: Tensor,
         options: SamplingOptions | None = None,
-        guidance_scale: float | Tensor = 1.0,
+        guidance_scale: Scale = 1.0,
         cache: LevelCache | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Tensor:
         """Draw the codes of one position per row, all levels once: (R, L).
 
@@ -208,8 +210,9 @@ class DepthTransformerHead(nn.Module):
                 only on its hidden state and its noise.
             options: how codes are chosen; by default drawn from the full distribution.
             guidance_scale: weight of the difference between the logits with and without the prompt; ignored with one
-                hidden state per row. A number, or a float32 tensor with one element.
+                hidden state per row. One number or one per level, also as a float32 tensor.
             cache: from `new_cache`, with as many rows as there are hidden states; by default a new one.
+            guidance_rescale: as in `guided_logits`.
 
         Raises:
             ValueError: rows and noise do not match, or the codebooks do not match the configuration.
@@ -232,8 +235,7 @@ class DepthTransformerHead(nn.Module):
         for level in range(config.num_levels):
             logits = self.step(level, conditioning, cache)
             if guided:
-                conditional, unconditional = logits.float().chunk(2)  # the difference would be lost in half precision
-                logits = torch.lerp(unconditional, conditional, guidance_scale)
+                logits = guided_logits(logits, scale_at_level(guidance_scale, level), guidance_rescale)
             codes.append(sample(logits, options.at_level(level), noise[:, level]))
             drawn = F.embedding(codes[-1], codebooks[level])
             total = drawn if total is None else total + drawn  # the sum stays in float32

@@ -11,6 +11,7 @@ DESCRIPTION = "Use a trained model, prepare it for others, or estimate a trainin
 COMMANDS = {
     "draw": "draw images for prompts",
     "chat": "ask about images, and draw",
+    "tune-sampling": "search the settings of drawing with a judge, and write the best to a model",
     "demo": "open a web page to chat, draw and watch an image evolve",
     "convert": "convert research adapters into a model folder",
     "merge": "merge a LoRA or QLoRA adapter into the model it was trained on",
@@ -22,7 +23,7 @@ COMMANDS = {
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
     from llava_ext.commands.options import shared_options
 
-    import_module(f"llava_ext.commands.{name}").add(subparsers, shared_options())
+    import_module(f"llava_ext.commands.{name.replace('-', '_')}").add(subparsers, shared_options())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,17 @@ def named_weights(folder: str | Path) -> Iterator[tuple[str, Any, Callable[[], T
             raise UserError(f"{path} cannot be read: {describe_error(error)}") from error
 
 
-def folder_fingerprint(folder: str | Path) -> str:
+def folder_fingerprint(folder: str | Path, without: Collection[str] = ()) -> str:
     """sha256 of all files that the text and images of a model depend on: weights, configuration, tokenizer, templates.
+
+    Args:
+        without: names of files to leave out.
 
     Raises:
         UserError: the folder has no weights, or a file cannot be read.
     """
-    folder = Path(folder)
-    files = sorted([*weight_files(folder), *(path for name in _RELEVANT if (path := folder / name).is_file())])
+    folder, names = Path(folder), [name for name in _RELEVANT if name not in without]
+    files = sorted([*weight_files(folder), *(path for name in names if (path := folder / name).is_file())])
     try:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             digests = list(pool.map(_digest, files))

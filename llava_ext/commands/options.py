@@ -30,9 +30,24 @@ def shared_options() -> SharedOptions:
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the first image; each further image adds 1")
     group.add_argument(
-        "--guidance_scale", type=float, help="how closely images follow the prompt; 1 turns guidance off"
+        "--guidance_scale",
+        type=_numbers(float),
+        metavar="NUMBER",
+        help="how closely images follow the prompt; 1 turns guidance off",
     )
     group.add_argument("--guidance_schedule", choices=SCHEDULES, help="schedule of the guidance scale over the image")
+    group.add_argument(
+        "--guidance_interval",
+        type=_numbers(float),
+        metavar="START,END",
+        help="guide only between these fractions of the positions: 0,0.5 is the first half; 0,1 the whole image",
+    )
+    group.add_argument(
+        "--guidance_rescale",
+        type=float,
+        metavar="SHARE",
+        help="share of the guided logits that keeps the standard deviation of unguided ones, 0 to 1; 0: off",
+    )
     group.add_argument("--negative_prompt", metavar="TEXT", help="prompt that guidance steers away from")
     for name, kind, explanation in (
         ("temperature", float, "0 always picks the most likely code"),

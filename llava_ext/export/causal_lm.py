@@ -233,10 +233,11 @@ def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProc
     settings = DrawingOptions().for_model(model).settings()
     # transformers takes one value of each setting, ours may have one per level or position.
     single = {name: value[0] if isinstance(value, tuple) else value for name, value in settings.items()}
+    uniform = {"guidance_schedule": "constant", "guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
     varying = {
         name: value
         for name, value in settings.items()
-        if isinstance(value, tuple) or (name == "guidance_schedule" and value != "constant")
+        if value != uniform.get(name, value) or (isinstance(value, tuple) and name not in uniform)
     }
     return open_template("llava_ext.export", "causal_lm_card.md.jinja").render(
         first_id=vocabulary.offset,

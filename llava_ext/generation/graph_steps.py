@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.head_steps import ImageHeadStepper
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.steps import Steps
@@ -28,14 +27,17 @@ class SingleSteps:
         self._stepper, self._steps, self._noise, self._options = stepper, steps, noise, options
 
     def __iter__(self) -> Iterator[Tensor]:
-        stepper, count, sampling = self._stepper, self._stepper.steps_per_image, _sampling(self._options)
+        stepper, count = self._stepper, self._stepper.steps_per_image
+        scales = [stepper.scales_at(index, self._options) for index in range(count)]
+        last = max((index for index in range(count) if any(scale != 1 for scale in scales[index])), default=-1)
         for index in range(count):
-            scale = stepper.scale_at(index, self._options)
-            codes = stepper.draw(self._steps.hidden, index, self._noise[:, index], sampling, scale)
+            codes = stepper.draw(self._steps.hidden, index, self._noise[:, index], self._options, scales[index])
             yield codes
             if index + 1 < count:
+                if index >= last:  # the unconditional rows are not read any more
+                    self._steps.select(list(range(self._noise.shape[0])))
                 embeddings = stepper.embed(codes, index, index // stepper.steps_per_position)
-                self._steps.step(_for_all_rows(embeddings, self._options))
+                self._steps.step(_for_all_rows(embeddings, self._steps.num_rows))
 
 
 class GraphSteps:
@@ -48,11 +50,10 @@ class GraphSteps:
     def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
         """As `SingleSteps`."""
         self._stepper, self._steps, self._options = stepper, steps.to_fixed(), options
-        self._sampling = _sampling(options)
         self._all_noise = noise
         self._noise = noise[:, 0].clone()
         self._position = torch.zeros((), dtype=torch.long, device=noise.device)
-        self._scale = torch.ones((), device=noise.device)
+        self._scales = torch.ones(stepper.codes_per_step, device=noise.device)
         self._codes: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -61,7 +62,7 @@ class GraphSteps:
             position, kind = divmod(index, self._stepper.steps_per_position)
             self._noise.copy_(self._all_noise[:, index])
             self._position.fill_(position)
-            self._scale.fill_(self._stepper.scale_at(index, self._options))
+            self._scales.copy_(torch.tensor(self._stepper.scales_at(index, self._options)))
             yield self._step(kind).clone()
 
     def _step(self, kind: int) -> Tensor:
@@ -75,9 +76,10 @@ class GraphSteps:
         return self._codes[kind]
 
     def _run(self, kind: int) -> None:
-        codes = self._stepper.draw(self._steps.hidden, kind, self._noise, self._sampling, self._scale)
+        codes = self._stepper.draw(self._steps.hidden, kind, self._noise, self._options, self._scales)
         self._codes[kind] = codes
-        self._steps.step(_for_all_rows(self._stepper.embed(codes, kind, self._position), self._options))
+        embeddings = self._stepper.embed(codes, kind, self._position)
+        self._steps.step(_for_all_rows(embeddings, self._steps.hidden.shape[0]))
 
     def _record(self, kind: int) -> None:
         """Run the step once so that libraries initialize themselves, restore the state, and record the step."""
@@ -97,11 +99,6 @@ class GraphSteps:
         self._graphs[kind] = graph
 
 
-def _sampling(options: DrawingOptions) -> SamplingOptions:
-    assert options.sampling is not None, "complete the options first"
-    return options.sampling
-
-
-def _for_all_rows(embeddings: Tensor, options: DrawingOptions) -> Tensor:
-    """Repeat the embeddings (R, D) for the unconditional rows (G, D): both rows of an image read the same codes."""
-    return torch.cat([embeddings, embeddings]) if options.guided else embeddings
+def _for_all_rows(embeddings: Tensor, num_rows: int) -> Tensor:
+    """Repeat the embeddings (R, D) for unconditional rows (G, D): both rows of an image read the same codes."""
+    return torch.cat([embeddings, embeddings]) if num_rows > embeddings.shape[0] else embeddings

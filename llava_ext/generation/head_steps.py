@@ -4,11 +4,13 @@ R rows, G = 2 R with guidance (conditional rows first), N positions, L levels, D
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from evotok_plugin import DepthTransformerHead
+from evotok_plugin.guidance import guided_logits, scale_at_level
 from evotok_plugin.image_head import LevelCache
 from evotok_plugin.sampling import SamplingOptions, sample
 from llava_ext.flat_head import FlatHead
@@ -33,15 +35,22 @@ class ImageHeadStepper(ABC):
     def steps_per_image(self) -> int:
         return self.num_positions * self.steps_per_position
 
-    def scale_at(self, step: int, options: DrawingOptions) -> float:
-        """Return the guidance scale in a step of an image, which is the same for all levels of a position."""
-        return options.scale_at(step // self.steps_per_position, self.num_positions)
+    def scales_at(self, step: int, options: DrawingOptions) -> list[float]:
+        """Return the guidance scales of the codes of a step, one per code."""
+        position, kind = divmod(step, self.steps_per_position)
+        levels = range(kind, kind + 1) if self.codes_per_step == 1 else range(self.codes_per_step)
+        return [options.scale_at(position, self.num_positions, level) for level in levels]
 
     @abstractmethod
     def draw(
-        self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
+        self, hidden: Tensor, step: int, noise: Tensor, options: DrawingOptions, scales: Sequence[float] | Tensor
     ) -> Tensor:
-        """Draw the codes of a step: hidden (R, D) or (G, D), noise (R, codes_per_step) -> (R, codes_per_step)."""
+        """Draw the codes of a step: hidden (R, D) or (G, D), noise (R, codes_per_step) -> (R, codes_per_step).
+
+        Args:
+            options: complete.
+            scales: the guidance scales of the codes (`scales_at`), as numbers or as a float32 tensor.
+        """
 
     @abstractmethod
     def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
@@ -63,12 +72,13 @@ class DepthHeadStepper(ImageHeadStepper):
         self._cache: LevelCache | None = None
 
     def draw(
-        self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
+        self, hidden: Tensor, step: int, noise: Tensor, options: DrawingOptions, scales: Sequence[float] | Tensor
     ) -> Tensor:
         codebooks = self._model.vision_tower.quantizer.codebooks
         if self._cache is None or self._cache.keys.shape[1] != hidden.shape[0]:
             self._cache = self._head.new_cache(hidden.shape[0])
-        return self._head.sample(hidden, codebooks, noise, sampling, scale, self._cache)
+        sampling, rescale = _complete(options)
+        return self._head.sample(hidden, codebooks, noise, sampling, scales, self._cache, rescale)
 
     def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
         positions = torch.as_tensor(position, device=codes.device).expand(codes.shape[0])
@@ -86,19 +96,25 @@ class FlatHeadStepper(ImageHeadStepper):
         self._rows: dict[int, Tensor] = {}  # rows of the classifiers by level
 
     def draw(
-        self, hidden: Tensor, step: int, noise: Tensor, sampling: SamplingOptions, scale: float | Tensor
+        self, hidden: Tensor, step: int, noise: Tensor, options: DrawingOptions, scales: Sequence[float] | Tensor
     ) -> Tensor:
         level = step % self.steps_per_position
         if level not in self._rows:
             self._rows[level] = self._head.classifier_rows(level, self._codebooks)
         logits = self._head.states(hidden, level) @ self._rows[level].T
+        sampling, rescale = _complete(options)
         if hidden.shape[0] == 2 * noise.shape[0]:
-            conditional, unconditional = logits.float().chunk(2)
-            logits = torch.lerp(unconditional, conditional, scale)
+            logits = guided_logits(logits, scale_at_level(scales, 0), rescale)
         return sample(logits, sampling.at_level(level), noise[:, 0])[:, None]
 
     def embed(self, codes: Tensor, step: int, position: int | Tensor) -> Tensor:
         return self._head.embed_level(codes[:, 0], step % self.steps_per_position, self._codebooks)
+
+
+def _complete(options: DrawingOptions) -> tuple[SamplingOptions, float]:
+    """The sampling and `guidance_rescale` of complete options."""
+    assert options.sampling is not None and options.guidance_rescale is not None, "complete the options first"
+    return options.sampling, options.guidance_rescale
 
 
 def stepper_for(model: ModelInterface) -> ImageHeadStepper:

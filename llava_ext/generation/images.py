@@ -33,7 +33,7 @@ class ImageGenerationMixin(ModelInterface):
         prompt: str | Sequence[str],
         processor: EvoTokLlavaProcessor,
         num_images: int = 1,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_schedule: str | None = None,
         negative_prompt: str | None = None,
         seed: int | Sequence[int] = 0,
@@ -41,6 +41,8 @@ class ImageGenerationMixin(ModelInterface):
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
         min_p: float | Sequence[float] | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float | None = None,
         batch_size: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
         on_preview: Callable[[list[Image]], None] | None = None,
@@ -57,8 +59,9 @@ class ImageGenerationMixin(ModelInterface):
             prompt: one prompt or several.
             processor: the model's `EvoTokLlavaProcessor`.
             num_images: images per prompt.
-            guidance_scale, guidance_schedule, negative_prompt: as in `DrawingOptions`. Where these or the four sampling
-                values are None, the model's own settings apply (`generation_config.image_generation`).
+            guidance_scale, guidance_schedule, guidance_interval, guidance_rescale, negative_prompt: as in
+                `DrawingOptions`. Where these or the four sampling values are None, the model's own settings apply
+                (`generation_config.image_generation`).
             seed: an int (image i gets seed + i) or one int per image; an image depends only on its prompt, its seed and
                 the settings.
             temperature, top_k, top_p, min_p: as in `SamplingOptions`, each one number or one per level.
@@ -100,6 +103,8 @@ class ImageGenerationMixin(ModelInterface):
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
         ).for_model(self)
         rows = [p for p in prompts for _ in range(num_images)]
         seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")

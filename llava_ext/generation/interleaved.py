@@ -119,9 +119,8 @@ class Answers:
             model: in evaluation mode.
             options: complete, as `InterleavedGenerationMixin._answer` makes them.
         """
-        assert options.max_new_tokens is not None and options.text is not None and options.drawing.sampling is not None
+        assert options.max_new_tokens is not None and options.text is not None
         self._max_new_tokens, self._text_sampling = options.max_new_tokens, options.text
-        self._image_sampling = options.drawing.sampling
         self._model, self._processor, self._options = model, processor, options
         self._stepper, self._limit = stepper_for(model), model.config.max_positions
         embeddings, mask = model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
@@ -297,9 +296,9 @@ class Answers:
             numbers = [row.number for row in together]
             partners = [len(self._rows) + n for n in numbers] if self._has_partners else []
             noise = torch.stack([row.image_noise[step] for row in together if row.image_noise is not None])
-            scale = self._stepper.scale_at(step, self._options.drawing)
+            scales = self._stepper.scales_at(step, self._options.drawing)
             hidden = self._steps.hidden[numbers + partners]
-            codes = self._stepper.draw(hidden, step, noise, self._image_sampling, scale)
+            codes = self._stepper.draw(hidden, step, noise, self._options.drawing, scales)
             embeddings = self._stepper.embed(codes, step, step // self._stepper.steps_per_position)
             for index, row in enumerate(together):
                 row.drawn.append(codes[index : index + 1])

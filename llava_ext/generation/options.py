@@ -17,11 +17,16 @@ _LARGEST_SCALE = 1000  # far above useful values, far below overflow
 SCHEDULES = ("constant", "linear", "cosine")
 IMAGE_GENERATION = "image_generation"  # the entry of generation_config.json that holds a model's settings
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-MODEL_SETTINGS = ("guidance_scale", "guidance_schedule", *_SAMPLING)  # the keys of that entry
+_GUIDANCE = ("guidance_scale", "guidance_schedule", "guidance_interval", "guidance_rescale")
+MODEL_SETTINGS = (*_GUIDANCE, *_SAMPLING)  # the keys of that entry
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _as_numbers(value: Any, kind: type) -> Any:
+    return tuple(map(kind, value)) if isinstance(value, tuple) else kind(value)
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,24 @@ class DrawingOptions:
     Options are complete if no setting is None and all four sampling values are in `sampling`; see `completed`.
 
     Attributes:
-        guidance_scale: scale of classifier-free guidance; 1 draws from the prompt alone at half the cost, larger
-            values follow the prompt more closely.
+        guidance_scale: scale of classifier-free guidance, one number or one per level; 1 draws from the prompt alone at
+            half the cost, larger values follow the prompt more closely.
         guidance_schedule: "constant", or how the scale rises from 1 at the first position to `guidance_scale` at the
             last: "linear", or "cosine", which is slow at both ends.
         negative_prompt: the prompt that guidance steers away from; None or "" is the empty prompt.
         sampling: all four sampling values at once; or give some of them by name:
         temperature, top_k, top_p, min_p: values of `SamplingOptions`, each one number or one per level.
+        guidance_interval: two fractions (start, end) of the positions of an image; guidance applies at position p of N
+            if start <= p / N < end, elsewhere the scale is 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724, there over
+            noise levels). (0, 1) is the whole image.
+        guidance_rescale: 0 to 1, the share of the guided logits that is scaled to the standard deviation of those with
+            the prompt (`guided_logits`); 0 is off.
 
     Raises:
         UserError: a value is out of its range, or `sampling` is given together with one of the four.
     """
 
-    guidance_scale: float | None = None
+    guidance_scale: float | Sequence[float] | None = None
     guidance_schedule: str | None = None
     negative_prompt: str | None = None
     sampling: SamplingOptions | None = None
@@ -51,14 +61,26 @@ class DrawingOptions:
     top_k: int | Sequence[int] | None = None
     top_p: float | Sequence[float] | None = None
     min_p: float | Sequence[float] | None = None
+    guidance_interval: Sequence[float] | None = None
+    guidance_rescale: float | None = None
 
     def __post_init__(self) -> None:
         scale = self.guidance_scale
-        if scale is not None and not (_is_number(scale) and 1 <= scale <= _LARGEST_SCALE):
+        scales = scale if isinstance(scale, (list, tuple)) else (1 if scale is None else scale,)
+        if not scales or not all(_is_number(one) and 1 <= one <= _LARGEST_SCALE for one in scales):
             raise UserError(
                 f"guidance_scale must be at least 1 and at most {_LARGEST_SCALE}, got {scale!r}; 1 draws from the "
                 "prompt alone"
             )
+        interval = (0, 1) if self.guidance_interval is None else self.guidance_interval
+        is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(_is_number, interval))
+        if not is_pair or not 0 <= interval[0] < interval[1] <= 1:
+            raise UserError(
+                f"guidance_interval: expected two fractions of the positions, 0 <= start < end <= 1, got {interval!r}"
+            )
+        rescale = 0 if self.guidance_rescale is None else self.guidance_rescale
+        if not _is_number(rescale) or not 0 <= rescale <= 1:
+            raise UserError(f"guidance_rescale must be from 0 to 1, got {rescale!r}; 0 turns it off")
         if self.guidance_schedule not in (None, *SCHEDULES):
             raise UserError(f"guidance_schedule: expected {', '.join(SCHEDULES)}, got {self.guidance_schedule!r}")
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
@@ -66,8 +88,9 @@ class DrawingOptions:
         if self._given and self.sampling is not None:
             raise UserError(f"give either sampling or {', '.join(self._given)}, and not both")
         SamplingOptions(**self._given)  # checks the ranges
-        for name, value in self._given.items():
-            if isinstance(value, Sequence):
+        for name in (*_GUIDANCE, *_SAMPLING):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
                 object.__setattr__(self, name, tuple(value))
 
     @property
@@ -86,11 +109,9 @@ class DrawingOptions:
         defaults = defaults or DEFAULTS
         sampling = self.sampling or defaults.sampling
         assert sampling is not None, "the defaults are incomplete"
+        guidance = {name: getattr(defaults if getattr(self, name) is None else self, name) for name in _GUIDANCE}
         return DrawingOptions(
-            defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
-            defaults.guidance_schedule if self.guidance_schedule is None else self.guidance_schedule,
-            self.negative_prompt or "",
-            replace(sampling, **self._given),
+            negative_prompt=self.negative_prompt or "", sampling=replace(sampling, **self._given), **guidance
         )
 
     def for_model(self, model: ModelInterface) -> "DrawingOptions":
@@ -101,42 +122,48 @@ class DrawingOptions:
         """
         options = self.completed(model_settings(getattr(model, "generation_config", None)))
         assert options.sampling is not None
-        options.sampling.check_levels(model.config.vision_config.pixel_depth)
+        num_levels = model.config.vision_config.pixel_depth
+        options.sampling.check_levels(num_levels)
+        scale = options.guidance_scale
+        if isinstance(scale, tuple) and len(scale) != num_levels:
+            raise UserError(
+                f"guidance_scale has {len(scale)} values, but {num_levels} levels are drawn; give one per level"
+            )
         return options
 
     def settings(self) -> dict[str, Any]:
         """Return complete options as one flat mapping with the parameter names of `generate_images`."""
-        values = vars(self.sampling)
-        kinds = {name: int if name == "top_k" else float for name in _SAMPLING}
-        sampling = {
-            name: tuple(map(kind, values[name])) if isinstance(values[name], tuple) else kind(values[name])
-            for name, kind in kinds.items()
+        assert self.guidance_scale is not None and self.sampling is not None, "complete the options first"
+        values = {**vars(self), **vars(self.sampling)}
+        texts = ("guidance_schedule", "negative_prompt")
+        return {
+            name: values[name] if name in texts else _as_numbers(values[name], int if name == "top_k" else float)
+            for name in (*_GUIDANCE, "negative_prompt", *_SAMPLING)
         }
-        schedule = {"guidance_scale": float(self._scale), "guidance_schedule": self.guidance_schedule}
-        return {**schedule, "negative_prompt": self.negative_prompt, **sampling}
 
     @property
     def guided(self) -> bool:
         """Whether each image needs an unconditional row next to the conditional one; for complete options."""
-        return self._scale != 1
+        scale = self.guidance_scale
+        assert scale is not None and self.sampling is not None, "complete the options first"
+        return any(one != 1 for one in scale) if isinstance(scale, Sequence) else scale != 1
 
-    @property
-    def _scale(self) -> float:
-        assert self.guidance_scale is not None and self.sampling is not None, "complete the options first"
-        return self.guidance_scale
-
-    def scale_at(self, step: int, num_steps: int) -> float:
-        """Return the guidance scale at step 0 ... num_steps - 1 of an image."""
+    def scale_at(self, step: int, num_steps: int, level: int = 0) -> float:
+        """Return the guidance scale of a level at step 0 ... num_steps - 1 of an image."""
         assert self.guidance_scale is not None, "complete the options first"
-        fraction = step / max(1, num_steps - 1)
+        scale = self.guidance_scale[level] if isinstance(self.guidance_scale, Sequence) else self.guidance_scale
+        start, end = self.guidance_interval or (0, 1)
+        if not start <= step / num_steps < end:
+            return 1.0
         if self.guidance_schedule in (None, "constant"):
-            return self.guidance_scale
+            return scale
+        fraction = step / max(1, num_steps - 1)
         rise = fraction if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * fraction)) / 2
-        return 1 + (self.guidance_scale - 1) * rise
+        return 1 + (scale - 1) * rise
 
 
 # Used where a model's generation_config has no settings.
-DEFAULTS = DrawingOptions(3.0, "constant", "", SamplingOptions())
+DEFAULTS = DrawingOptions(3.0, "constant", "", SamplingOptions(), guidance_interval=(0.0, 1.0), guidance_rescale=0.0)
 
 
 # A model's own settings --------------------------------------------------------------------------------------
@@ -176,18 +203,23 @@ def model_settings(config: GenerationConfig | None) -> DrawingOptions:
     return DEFAULTS if values is None else read_settings(values).completed()
 
 
+def to_entry(options: DrawingOptions) -> dict[str, Any]:
+    """Convert complete options to the entry `image_generation` of a generation_config.json."""
+    settings = options.settings()
+    return {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
+
+
 def store_settings(config: GenerationConfig, options: DrawingOptions | None = None) -> None:
     """Store complete settings in a generation config; `options` override the ones it has.
 
     Raises:
         UserError: as `read_settings`.
     """
-    settings = (options or DrawingOptions()).completed(model_settings(config)).settings()
+    options = (options or DrawingOptions()).completed(model_settings(config))
     # transformers refuses to save a config with questionable values unless it is unchanged since loading; this addition
     # must not count as a change.
     unchanged = getattr(config, "_original_object_hash", None) == hash(config)
-    plain = {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
-    setattr(config, IMAGE_GENERATION, plain)
+    setattr(config, IMAGE_GENERATION, to_entry(options))
     config._from_model_config = False  # otherwise transformers drops unknown entries when it reads the file
     if unchanged:
         config._original_object_hash = hash(config)

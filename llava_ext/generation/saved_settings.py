@@ -1,14 +1,17 @@
 """The settings of a model as its files contain them."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from evotok_plugin.common.files import write_text
 from evotok_plugin.common.weight_files import describe_error, read_json
 from evotok_plugin.errors import UserError
+from evotok_plugin.model_folder import GENERATION_CONFIG
 from llava_ext.generation.model_interface import ModelInterface
-from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings
+from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, store_settings, to_entry
 from llava_ext.generation.selection_options import IMAGE_SELECTION, SelectionOptions
 
 
@@ -60,3 +63,18 @@ def settings_to_save(model: ModelInterface) -> Iterator[None]:
         model.generation_config = generation_config
         for config in without_cache:
             config.use_cache = False
+
+
+def write_settings(folder: str | Path, options: DrawingOptions) -> None:
+    """Replace the drawing settings in the generation_config.json of a model folder atomically; the rest is unchanged.
+
+    Args:
+        options: complete.
+
+    Raises:
+        UserError: the file is damaged or cannot be written.
+    """
+    path = Path(folder) / GENERATION_CONFIG
+    values = read_json(path) if path.exists() else {}
+    values[IMAGE_GENERATION] = to_entry(options)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

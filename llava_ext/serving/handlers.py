@@ -140,17 +140,19 @@ class PageHandlers:
         Raises:
             UserError: a value is missing or out of its range.
         """
-        answer, tokens, guidance, schedule, negative, seed, candidates, *sampling = settings
+        answer, tokens, guidance, schedule, start, end, rescale, negative, seed, candidates, *sampling = settings
         model = self.opened.model
-        own = DrawingOptions().for_model(model).sampling
-        given = dict(zip(vars(own), sampling, strict=True))
-        needed = [value for name, value in given.items() if not isinstance(getattr(own, name), tuple)]
-        if any(value is None for value in (answer, tokens, guidance, schedule, negative, seed, *needed)):
+        own = DrawingOptions().for_model(model)
+        given = {"guidance_scale": guidance, **dict(zip(vars(own.sampling), sampling, strict=True))}
+        needed = [value for name, value in given.items() if not isinstance(own.settings()[name], tuple)]
+        others = (answer, tokens, schedule, start, end, rescale, negative, seed, candidates)
+        if any(value is None for value in (*others, *needed)):
             raise UserError("a setting is empty; every one needs a value")
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed must be between 0 and 2**32 - 1, got {seed}")
         self._check_length("the negative prompt", negative)
-        drawing = DrawingOptions(guidance, schedule, negative, **given).for_model(model)
+        guided = {"guidance_schedule": schedule, "guidance_interval": (start, end), "guidance_rescale": rescale}
+        drawing = DrawingOptions(negative_prompt=negative, **guided, **given).for_model(model)
         num_positions = model.config.vision_config.num_positions
         options = AnswerOptions(
             max_new_tokens=int(tokens),

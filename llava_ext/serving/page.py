@@ -1,6 +1,7 @@
 """The web page: its components, and the server for them."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -148,10 +149,15 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
     """
     answer = gr.Radio([ANY_ANSWER, IMAGE_ANSWER], value=ANY_ANSWER, label="Answer with")
     tokens = gr.Slider(1, limits.max_new_tokens, min(256, limits.max_new_tokens), step=1, label="Text: maximum tokens")
-    guidance = gr.Number(
-        drawing.guidance_scale, label="Guidance scale", info="1 or more; larger values follow the prompt more closely"
-    )
+    guidance = _guidance_scale(drawing)
     schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
+    start, end = drawing.guidance_interval or (0, 1)
+    with gr.Accordion("Limits of guidance", open=False):
+        limits_of_guidance = [
+            gr.Slider(0, 1, start, step=0.01, label="Start", info="fraction of the positions"),
+            gr.Slider(0, 1, end, step=0.01, label="End", info="fraction of the positions"),
+            gr.Slider(0, 1, drawing.guidance_rescale, step=0.05, label="Guidance rescale", info="0: off"),
+        ]
     negative = gr.Textbox("", label="Negative prompt", info="prompt that guidance steers away from", max_lines=2)
     seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later answer adds 1")
     best_of = gr.Slider(
@@ -167,7 +173,15 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
                 ("min_p", "Min-p", (0, 1, 0.01)),
             )
         ]
-    return [answer, tokens, guidance, schedule, negative, seed, best_of, *sampling]
+    return [answer, tokens, guidance, schedule, *limits_of_guidance, negative, seed, best_of, *sampling]
+
+
+def _guidance_scale(drawing: DrawingOptions) -> gr.components.Component:
+    """Create the component of the guidance scale; a model's own scale with a value per level leaves it empty."""
+    scale, label = drawing.guidance_scale, "Guidance scale"
+    if isinstance(scale, Sequence):
+        return gr.Number(None, label=label, info=f"empty: the model's own, {', '.join(map(str, scale))} per level")
+    return gr.Number(scale, label=label, info="1 or more; larger values follow the prompt more closely")
 
 
 def _sampling_setting(value: float | tuple[float, ...], label: str, *limits: float) -> gr.components.Component:

@@ -133,6 +133,9 @@ def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance
     plain = recorded("a", {})
     assert plain["guidance_scale"] == 1.5 and plain["temperature"] == [0.5, 1.0, 1.0, 1.0] and plain["top_p"] == 1.0
     assert recorded("b", {}, guidance_scale=3, top_k=0) == {**plain, "guidance_scale": 3.0, "top_k": 0}
+    limited = {"guidance_scale": [3.0, 2.0, 1.0, 1.0], "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.5}
+    given = {"guidance_scale": "3:2:1:1", "guidance_interval": "0:0.5", "guidance_rescale": 0.5}
+    assert recorded("e", {}, **given) == recorded("f", given) == recorded("g", limited) == {**plain, **limited}
     levels = [1, 0.5, 0.5, 0.5]
     assert recorded("c", {"temperature": levels, "top_k": 2.0}) == {**plain, "temperature": levels, "top_k": 2}
     with pytest.raises(ValueError, match="top_k must be a whole number, got '2'"):
@@ -291,6 +294,10 @@ def test_a_real_model_answers_the_same_in_any_batch(lmms_eval_tasks, instance, t
     [
         ("guidance_scale=abc", "guidance_scale must be a number, got 'abc'"),
         ("guidance_scale=0.5", "guidance_scale must be at least 1, got 0.5"),
+        ("guidance_scale=2:wide", "guidance_scale must be a number, got '2:wide'"),
+        ("guidance_interval=0:1.5", "guidance_interval must be from 0 to 1, got 1.5"),
+        ("guidance_interval=0.5", "guidance_interval: expected two fractions of the positions"),
+        ("guidance_rescale=2", "guidance_rescale must be from 0 to 1, got 2"),
         ("temperature=-1", "temperature must be at least 0"),
         ("top_k=0.5", "top_k must be a whole number"),
         ("top_p=2", "top_p must be from 0 to 1"),

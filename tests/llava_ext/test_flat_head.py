@@ -168,17 +168,17 @@ def test_a_drawing_that_is_read_again_takes_as_many_steps_as_any_image_that_is_r
 
 
 @torch.no_grad()
-def greedy(model, processor, prompt):
-    """Codes (N, L) of an image; each step runs the complete sequence before it."""
+def greedy(model, processor, prompt, guide=lambda position, level, with_prompt, without: with_prompt):
+    """Codes (N, L) of an image; each step runs the complete sequences before it, with the prompt and without."""
     vision, books = model.config.vision_config, model.vision_tower.quantizer.codebooks
-    ids = processor.drawing_prompts([prompt])["input_ids"]
-    embeddings, codes = model.get_input_embeddings()(ids)[0], []
+    rows = [model.get_input_embeddings()(processor.drawing_prompts([text])["input_ids"])[0] for text in (prompt, "")]
+    codes = []
     for step in range(vision.num_positions * vision.pixel_depth):
-        level = step % vision.pixel_depth
-        hidden = model.language_model(inputs_embeds=embeddings[None]).last_hidden_state[:, -1]
-        code = model.image_head.logits(hidden, level, books).argmax(-1)
+        position, level = divmod(step, vision.pixel_depth)
+        hidden = [model.language_model(inputs_embeds=row[None]).last_hidden_state[:, -1] for row in rows]
+        code = guide(position, level, *(model.image_head.logits(one, level, books) for one in hidden)).argmax(-1)
         codes.append(code)
-        embeddings = torch.cat([embeddings, model.image_head.embed_level(code, level, books)])
+        rows = [torch.cat([row, model.image_head.embed_level(code, level, books)]) for row in rows]
     return torch.cat(codes).view(vision.num_positions, vision.pixel_depth)
 
 
@@ -195,6 +195,25 @@ def test_drawing_equals_a_loop_without_cache(flat_mllm):
     options = {"guidance_scale": 1.0, "sampling": SamplingOptions(temperature=0)}
     expected = torch.stack([greedy(model, processor, prompt) for prompt in prompts])
     assert torch.equal(drawn_codes(model, processor, prompts, **options), expected)
+
+
+def test_guided_drawing_equals_a_loop_without_cache(flat_mllm):
+    model, processor = flat_mllm
+    vision = model.config.vision_config
+    scales, start, end = [60.0, 1.0, 30.0, 20.0][: vision.pixel_depth], 0.2, 0.7
+
+    def guide(position, level, with_prompt, without):
+        inside = start <= position / vision.num_positions < end
+        guided = without + scales[level] * (with_prompt - without)
+        rescaled = 0.5 * guided + 0.5 * guided * with_prompt.std() / guided.std()
+        return rescaled if inside else with_prompt
+
+    options = {"guidance_scale": scales, "guidance_interval": (start, end), "guidance_rescale": 0.5, "temperature": 0}
+    expected = greedy(model, processor, "a ring", guide)
+    assert torch.equal(drawn_codes(model, processor, ["a ring"], **options)[0], expected)
+    *_, fixed = model.draw_codes(["a ring"], processor, [0], DrawingOptions(**options), use_graphs=True)
+    assert torch.equal(fixed[0], expected)
+    assert not torch.equal(expected, greedy(model, processor, "a ring"))
 
 
 def test_guidance_of_1_equals_the_conditional_model(flat_mllm):

@@ -168,7 +168,7 @@ def test_the_snippet_uses_the_settings_of_the_model(tiny_backbone_folder, tiny_e
         assert f"\n    {line}" in card
     assert "'guidance_schedule': 'cosine'" in card and "@" not in card
     saved = json.loads((tmp_path / "out/generation_config.json").read_text())["image_generation"]
-    assert saved == {"top_k": 0, "top_p": 1.0, **own}
+    assert saved == {"top_k": 0, "top_p": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, **own}
 
 
 def test_a_model_with_a_depth_transformer_is_rejected(tiny_mllm, tmp_path, capsys):

@@ -106,7 +106,13 @@ def naive_codes(model, processor, prompt, options, seed):
             latents = torch.zeros(2, 4, before.shape[1])
             latents[:, : len(drawn)] = before[: len(drawn)]
             conditional, unconditional = head(torch.cat(hidden), latents)[level]
-            logits = unconditional + options.scale_at(position, 9) * (conditional - unconditional)
+            scale, (start, end) = options.guidance_scale, options.guidance_interval
+            scale = options.scale_at(position, 9) if isinstance(scale, float) else scale[level]
+            logits = conditional
+            if start <= position / 9 < end:
+                logits = unconditional + scale * (conditional - unconditional)
+                spread = logits * conditional.std() / logits.std()
+                logits = options.guidance_rescale * spread + (1 - options.guidance_rescale) * logits
             drawn.append(
                 int(sample(logits[None], options.sampling.at_level(level), noise[position, level : level + 1]))
             )
@@ -122,8 +128,10 @@ def naive_codes(model, processor, prompt, options, seed):
         DrawingOptions(3.0),
         DrawingOptions(5.0, "linear", "a photo of a blue cross and nothing else that anyone could name"),
         DrawingOptions(2.0, "cosine", sampling=SamplingOptions([1.0, 0.5, 0.0, 2.0], [0, 5, 0, 3], 0.9, 0.01)),
+        DrawingOptions(5.0, guidance_interval=(1 / 3, 2 / 3)),
+        DrawingOptions([4.0, 1.0, 2.0, 1.0], guidance_rescale=0.7, guidance_interval=(0.3, 1)),
     ],
-    ids=["plain", "linear, negative", "cosine, a setting per level"],
+    ids=["plain", "linear, negative", "cosine, a setting per level", "interval", "scale per level, rescale, interval"],
 )
 def test_a_batch_equals_the_naive_loop(tiny_mllm, options):
     model, processor = tiny_mllm
@@ -137,6 +145,32 @@ def test_the_guidance_scale_follows_its_schedule():
     assert scales["constant"] == [5.0] * 4
     assert scales["linear"] == [1.0, 2.0, 3.0, 5.0]
     assert scales["cosine"] == pytest.approx([1.0, 1 + 4 * 0.1464466, 3.0, 5.0])
+
+
+def test_guidance_applies_only_in_its_interval():
+    options = DrawingOptions([5.0, 3.0], "linear", guidance_interval=(0.25, 0.75))
+    assert [options.scale_at(step, 9, level=0) for step in (2, 3, 4, 6, 7)] == [1.0, 2.5, 3.0, 4.0, 1.0]
+    assert [options.scale_at(step, 9, level=1) for step in (2, 4, 7)] == [1.0, 2.0, 1.0]
+
+
+def test_positions_outside_the_interval_are_drawn_from_the_prompt_alone(tiny_mllm):
+    model, processor = tiny_mllm
+    plain = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(1.0))
+    late = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(9.0, guidance_interval=(2 / 3, 1)))
+    assert torch.equal(late[:, :6], plain[:, :6]) and not torch.equal(late[:, 6:], plain[:, 6:])
+    never = drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(9.0, guidance_interval=(0.5, 0.51)))
+    assert torch.equal(never, plain)
+
+
+def test_unconditional_rows_end_with_the_interval(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    seen = []
+    forward = model.language_model.forward
+    monkeypatch.setattr(
+        model.language_model, "forward", lambda **inputs: seen.append(len(inputs["inputs_embeds"])) or forward(**inputs)
+    )
+    drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_interval=(0, 1 / 3)))
+    assert seen[1:] == [4, 4, 2, 2, 2, 2, 2, 2]  # after the prompts
 
 
 def test_previews_are_gray_at_missing_positions(tiny_mllm):
@@ -173,7 +207,14 @@ def test_every_prompt_is_run_once(tiny_mllm, monkeypatch):
     assert seen[0][0] == 3 and [shape[:2] for shape in seen[1:]] == [(16, 1)] * 8  # two prompts and none; 8 images
 
 
-@pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
+FIXED = {
+    "guided": DrawingOptions(3.0, "linear"),
+    "not": DrawingOptions(1.0),
+    "per level": DrawingOptions([3.0, 2.0, 1.0, 1.0], guidance_interval=(0.2, 0.7), guidance_rescale=0.5),
+}
+
+
+@pytest.mark.parametrize("options", FIXED.values(), ids=FIXED)
 def test_fixed_steps_draw_the_same(tiny_mllm, options):
     model, processor = tiny_mllm
     expected = drawn(model, processor, PROMPTS, [1, 2], options)
@@ -181,7 +222,7 @@ def test_fixed_steps_draw_the_same(tiny_mllm, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [DrawingOptions(3.0, "linear"), DrawingOptions(1.0)], ids=["guided", "not"])
+@pytest.mark.parametrize("options", FIXED.values(), ids=FIXED)
 def test_replayed_graphs_draw_the_same(tiny_mllm, options):
     model, processor = tiny_mllm
     model = copy.deepcopy(model).to("cuda")

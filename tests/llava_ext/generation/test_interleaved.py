@@ -72,8 +72,9 @@ def naive_image(model, processor, ids, drawing, seed, pixel_values=None):
         hidden = hidden_after(model, ids, pixel_values, drawn)
         if drawing.guided:
             hidden = torch.cat([hidden, hidden_after(model, unprompted, None, drawn)])
-        scale = drawing.scale_at(place, 9)
-        drawn.append(model.image_head.sample(hidden, codebooks, noise[None], drawing.sampling, scale))
+        scales, rescale = [drawing.scale_at(place, 9, level) for level in range(4)], drawing.guidance_rescale
+        sample = model.image_head.sample(hidden, codebooks, noise[None], drawing.sampling, scales, None, rescale)
+        drawn.append(sample)
     return processor.vocabulary.to_ids(torch.cat(drawn)).flatten()
 
 
@@ -99,6 +100,7 @@ def naive(model, processor, ids, drawing, max_new_tokens, max_images, seed):
 DRAWINGS = {
     "plain": DrawingOptions(guidance_scale=1.0),
     "guided": DrawingOptions(guidance_scale=4.0, sampling=SamplingOptions(top_k=9)),
+    "limited": DrawingOptions((5.0, 3.0, 1.0, 1.0), guidance_interval=(0.2, 0.6), guidance_rescale=0.5),
     "away": DrawingOptions(4.0, "cosine", "a long description of things that are not to be seen at all, none of them"),
 }
 

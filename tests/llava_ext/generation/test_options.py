@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from llava_ext.generation.events import ImageDrawn
 from llava_ext.model_folder import load_model
 
 OWN = {
-    "guidance_scale": 1.5, "guidance_schedule": "linear", "temperature": [0.2, 0.4, 0.6, 0.8], "top_k": 7,
-    "top_p": 0.9, "min_p": 0.05,
+    "guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_interval": [0.0, 0.75], "guidance_rescale": 0.5,
+    "temperature": [0.2, 0.4, 0.6, 0.8], "top_k": 7, "top_p": 0.9, "min_p": 0.05,
 }  # fmt: skip
-AS_OPTIONS = DrawingOptions(1.5, "linear", "", SamplingOptions((0.2, 0.4, 0.6, 0.8), 7, 0.9, 0.05))
+GUIDANCE = {"guidance_interval": (0.0, 0.75), "guidance_rescale": 0.5}
+AS_OPTIONS = DrawingOptions(1.5, "linear", "", SamplingOptions((0.2, 0.4, 0.6, 0.8), 7, 0.9, 0.05), **GUIDANCE)
 LIBRARY = {
-    "guidance_scale": 3.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    "guidance_scale": 3.0, "guidance_schedule": "constant", "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0,
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
 }  # fmt: skip
+LIBRARY_SETTINGS = {**LIBRARY, "guidance_interval": (0.0, 1.0), "negative_prompt": ""}
 
 
 def settings_in(folder):
@@ -63,11 +67,19 @@ def test_models_without_settings_use_the_documented_defaults(model_folder, tmp_p
     shutil.copytree(model_folder, tmp_path / "old")
     rewrite(tmp_path / "old", image_generation=None)
     model, processor = load_model(tmp_path / "old")
-    assert DrawingOptions().for_model(model).settings() == {**LIBRARY, "negative_prompt": ""}
+    assert DrawingOptions().for_model(model).settings() == LIBRARY_SETTINGS
     assert torch.equal(codes_of(model, processor), codes_of(model, processor, DrawingOptions(3.0, "constant", "")))
     rewrite(tmp_path / "old", image_generation={"guidance_scale": 2})
     model, _ = load_model(tmp_path / "old")
-    assert DrawingOptions().for_model(model).settings() == {**LIBRARY, "guidance_scale": 2.0, "negative_prompt": ""}
+    assert DrawingOptions().for_model(model).settings() == {**LIBRARY_SETTINGS, "guidance_scale": 2.0}
+
+
+def test_settings_that_a_file_leaves_out_are_off(own_folder):
+    """Files of earlier versions have neither an interval nor a rescale of guidance."""
+    older = {name: value for name, value in OWN.items() if name not in GUIDANCE}
+    rewrite(own_folder, image_generation=older)
+    settings = DrawingOptions().for_model(load_model(own_folder)[0]).settings()
+    assert (settings["guidance_interval"], settings["guidance_rescale"]) == ((0.0, 1.0), 0.0)
 
 
 def test_settings_are_read_from_files_marked_as_from_a_model_config(own_folder):
@@ -112,14 +124,16 @@ def test_explicit_values_take_precedence_even_if_they_are_defaults(own_folder):
     model.eval()
     plain = SamplingOptions()
     for given, options in (
-        ({"guidance_scale": 3.0}, DrawingOptions(3.0, "linear", "", AS_OPTIONS.sampling)),
-        ({"guidance_schedule": "constant"}, DrawingOptions(1.5, "constant", "", AS_OPTIONS.sampling)),
-        ({"temperature": 1.0}, DrawingOptions(1.5, "linear", "", SamplingOptions(1.0, 7, 0.9, 0.05))),
+        ({"guidance_scale": 3.0}, replace(AS_OPTIONS, guidance_scale=3.0)),
+        ({"guidance_schedule": "constant"}, replace(AS_OPTIONS, guidance_schedule="constant")),
+        ({"guidance_interval": (0, 1)}, replace(AS_OPTIONS, guidance_interval=(0, 1))),
+        ({"guidance_rescale": 0}, replace(AS_OPTIONS, guidance_rescale=0)),
+        ({"temperature": 1.0}, replace(AS_OPTIONS, sampling=SamplingOptions(1.0, 7, 0.9, 0.05))),
         (
             {"top_k": 0, "top_p": 1.0},
-            DrawingOptions(1.5, "linear", "", SamplingOptions(OWN["temperature"], 0, 1, 0.05)),
+            replace(AS_OPTIONS, sampling=SamplingOptions(OWN["temperature"], 0, 1, 0.05)),
         ),
-        ({"sampling": plain, "negative_prompt": None}, DrawingOptions(1.5, "linear", "", plain)),
+        ({"sampling": plain, "negative_prompt": None}, replace(AS_OPTIONS, sampling=plain)),
     ):
         assert DrawingOptions(**given).for_model(model) == options
     (drawn,) = model.generate_images("a ring", processor, temperature=0, guidance_scale=1.0, negative_prompt=None)
@@ -148,7 +162,14 @@ def test_settings_of_text_are_independent(own_folder):
         ({"temperature": [1.0, 0.5]}, "temperature has 2 values, but 4 levels are drawn"),
         ({"top_k": True}, "top_k=True"),
         ({"guidance_scale": "3"}, "guidance_scale must be at least 1"),
+        ({"guidance_scale": [3.0, 1.0]}, "guidance_scale has 2 values, but 4 levels are drawn"),
+        ({"guidance_scale": []}, "guidance_scale must be at least 1"),
         ({"guidance_schedule": "steep"}, "guidance_schedule: expected constant, linear, cosine"),
+        ({"guidance_interval": [0.5, 0.5]}, "guidance_interval: expected two fractions of the positions"),
+        ({"guidance_interval": [0, 1.5]}, "guidance_interval: .*0 <= start < end <= 1, got .*1.5"),
+        ({"guidance_interval": 0.5}, "guidance_interval: .*got 0.5"),
+        ({"guidance_rescale": -0.1}, "guidance_rescale must be from 0 to 1, got -0.1"),
+        ({"guidance_rescale": "off"}, "guidance_rescale must be from 0 to 1, got 'off'"),
         ({"min_p": None}, "min_p has no value"),
         ("fast", "expected a mapping"),
         ([], "expected a mapping"),
@@ -192,3 +213,13 @@ def test_commands_use_the_models_settings_as_defaults(own_folder, tmp_path, caps
     )
     assert plain == {**OWN, "negative_prompt": ""}
     assert some == {**plain, "top_p": 1.0, "top_k": 0}
+
+
+def test_commands_take_every_setting_of_guidance(own_folder, tmp_path):
+    from llava_ext.cli import main
+
+    given = ["--guidance_scale", "3,2,1,1", "--guidance_interval", "0,0.5", "--guidance_rescale", "0.25"]
+    assert main(["draw", "a ring", "--model", str(own_folder), "-o", str(tmp_path), *given]) == 0
+    settings = json.loads(Image.open(next(tmp_path.glob("*.png"))).text["settings"])
+    expected = {"guidance_scale": [3.0, 2.0, 1.0, 1.0], "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.25}
+    assert settings == {**OWN, **expected, "negative_prompt": ""}

@@ -30,7 +30,8 @@ from llava_ext.serving.uploads import UploadLimits, open_upload
 
 TIMEOUT_S = 600  # only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
-SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant", "negative": "", "seed": 0}
+SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant"}
+SETTINGS |= {"start": 0.0, "end": 1.0, "rescale": 0.0, "negative": "", "seed": 0}
 SETTINGS |= {"candidates": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -234,6 +235,7 @@ def test_stopping_keeps_the_answer_so_far(client, tiny_mllm, monkeypatch):
         ("a ring", {"seed": -5}, "the seed must be between 0"),
         ("a ring", {"answer": "music"}, "music"),
         ("a ring", {"schedule": "quadratic"}, "quadratic"),
+        ("a ring", {"start": 0.6, "end": 0.4}, "guidance_interval: expected two fractions"),
     ],
 )
 def test_bad_messages_are_reported_and_the_page_keeps_working(ask, text, settings, message):
