@@ -9,6 +9,8 @@ from llava_ext.generation.options import DrawingOptions
 from llava_ext.rewards.loading import read_weights
 from llava_ext.training.config import RESUME, StageConfig
 
+READING = "reading"  # the second judge that needs no other model: the reading of the starting model
+
 
 def _help(text: str, resume: str = "rejected", required: bool = False) -> dict[str, Any]:
     return {"help": text, RESUME: resume, REQUIRED: required}
@@ -34,7 +36,10 @@ class ReinforceConfig(StageConfig):
         ),
     )
     second_judge: str | None = field(
-        default=None, metadata=_help("a reward that is only logged, to detect reward hacking", "irrelevant")
+        default=None,
+        metadata=_help(
+            f"a reward that is only logged, or {READING!r}: the reading of the starting model", "irrelevant"
+        ),
     )
     prompts_per_step: int = field(default=18, metadata=_help("prompts per step, over all processes"))
     drawings_per_prompt: int = field(default=8, metadata=_help("drawings per prompt, which are compared"))

@@ -11,11 +11,12 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.data.prompt_files import Prompt, read_prompts
-from llava_ext.rewards import load_rewards
+from llava_ext.rewards import WeightedRewards, load_rewards
 from llava_ext.training.build_model import make_trainable
 from llava_ext.training.deepspeed_config import zero_stage
-from llava_ext.training.reinforcement.config import ReinforceConfig
-from llava_ext.training.reinforcement.trainer import ReinforceTrainer, Task
+from llava_ext.training.parameter_groups import plain_model
+from llava_ext.training.reinforcement.config import READING, ReinforceConfig
+from llava_ext.training.reinforcement.trainer import ReinforceTrainer, Task, frozen_copy
 from llava_ext.training.settings import stage_values
 from llava_ext.training.train import (
     Stage,
@@ -82,21 +83,26 @@ def prompts_fingerprint(prompts: list[Prompt]) -> str:
 
 def prepare(config: ReinforceConfig, values: dict[str, Any]) -> tuple[ReinforceTrainer, dict[str, Any]]:
     """The trainer and the facts that identify its inputs, as in `train.prepare_training`; `prompts` is one of them."""
-    task = Task(
-        prompts=read_prompts(config.prompts),
-        heldout=read_prompts(config.heldout_prompts) if config.heldout_prompts else [],
-        rewards=load_rewards(config.rewards),
-        second_judge=load_rewards(config.second_judge) if config.second_judge else None,
-    )
+    prompts = read_prompts(config.prompts)
+    heldout = read_prompts(config.heldout_prompts) if config.heldout_prompts else []
+    rewards, second_judge = load_rewards(config.rewards), None
+    if config.second_judge not in (None, READING):
+        second_judge = load_rewards(config.second_judge)
     model, processor = open_model(config, values)
-    facts = {"prompts": prompts_fingerprint(list(task.prompts)), **model_facts(config, model)}
+    facts = {"prompts": prompts_fingerprint(prompts), **model_facts(config, model)}
     dataset = open_data(config, model, processor) if config.replays else None
     if dataset is not None:
         facts |= data_facts(dataset)
     trained = make_trainable(model, config)
     log_model(trained, config, dataset)
+    reference = frozen_copy(plain_model(trained))
+    if config.second_judge == READING:
+        from llava_ext.generation.reading_score import ReadingJudge
+
+        second_judge = WeightedRewards({READING: ReadingJudge(reference, processor)}, {READING: 1.0})
+    task = Task(prompts, heldout, rewards, second_judge)
     arguments = trainer_arguments(config, processor, dataset)
-    return ReinforceTrainer(trained, config, task=task, **arguments), facts
+    return ReinforceTrainer(trained, config, task=task, reference=reference, **arguments), facts
 
 
 REINFORCEMENT = Stage(

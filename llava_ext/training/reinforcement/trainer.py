@@ -50,10 +50,16 @@ class Task:
 
 @dataclass(frozen=True)
 class _Part:
-    """Groups of a step that are learned at once: their drawings, and the advantages (G, n) of these."""
+    """Groups of a step that are learned at once.
+
+    Attributes:
+        advantages: (G, n).
+        num_left_out: further groups, whose advantages and gradients are 0.
+    """
 
     groups: DrawnGroups
     advantages: Tensor
+    num_left_out: int
 
 
 def frozen_copy(model: EvoTokLlavaForConditionalGeneration) -> EvoTokLlavaForConditionalGeneration:
@@ -69,6 +75,9 @@ class ReinforceTrainer(EvoTokTrainer):
     """Reinforces the drawings of a model, next to the supervised training of `EvoTokTrainer`.
 
     Prompts are divided over the processes, and the drawings of a prompt stay on one.
+
+    Args:
+        reference: the starting model, from `frozen_copy`.
     """
 
     args: ReinforceConfig
@@ -80,10 +89,14 @@ class ReinforceTrainer(EvoTokTrainer):
         args: ReinforceConfig,
         *,
         task: Task,
+        reference: EvoTokLlavaForConditionalGeneration,
         **kwargs: Any,
     ) -> None:
-        self._reference = frozen_copy(plain_model(model))
+        if not args.replays:
+            # DDP would look for unused parameters in the forward pass, which lacks the image head and the anchor.
+            args.ddp_find_unused_parameters = False
         super().__init__(model, args, **kwargs)
+        self._reference = reference
         self._reference.to(args.device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
         self._task, self._order = task, PromptOrder(task.prompts, args.seed)
         self._parts: list[_Part] = []
@@ -141,7 +154,14 @@ class ReinforceTrainer(EvoTokTrainer):
         self._record(prompts, rewards, scores, codes)
         self._means.add("drawing_seconds", [drawn - started])
         self._means.add("judging_seconds", [judged - drawn])
-        return self._parts_of(prompts, codes, group_advantages(rewards))
+        return self._parts_of(prompts, codes, rewards)
+
+    def _measures(self) -> bool:
+        """Whether all groups of the step are computed, with their divergence from the reference.
+
+        Without a weight of the divergence, this is only done in steps that are logged.
+        """
+        return self.args.kl_weight > 0 or (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, list[Image]]:
         """Codes (R, N, L) and images of R prompts."""
@@ -153,13 +173,18 @@ class ReinforceTrainer(EvoTokTrainer):
     def _processor(self) -> Any:
         return self.processing_class
 
-    def _parts_of(self, prompts: Sequence[Prompt], codes: Tensor, advantages: Tensor) -> list[_Part]:
+    def _parts_of(self, prompts: Sequence[Prompt], codes: Tensor, rewards: Tensor) -> list[_Part]:
+        """Divide groups: codes (G, n, N, L), rewards (G, n). The number of parts is the same on all processes."""
         size, parts = max(1, self.args.drawing_batch_size // self.args.drawings_per_prompt), []
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            inputs = self._processor.drawing_prompts([prompt.text for prompt in prompts[part]]).to(codes.device)
-            groups = DrawnGroups(inputs["input_ids"], inputs["attention_mask"], codes[part])
-            parts.append(_Part(groups, advantages[part].to(codes.device)))
+        advantages, mixed = group_advantages(rewards), is_mixed(rewards)
+        order = mixed.int().argsort(descending=True, stable=True)  # equal rewards last: few parts have to learn
+        for chosen in order.split(size):
+            learned = chosen if self._measures() else chosen[mixed[chosen]]
+            learned = learned if len(learned) else chosen[:1]
+            texts = [prompts[index].text for index in learned.tolist()]
+            inputs = self._processor.drawing_prompts(texts).to(codes.device)
+            groups = DrawnGroups(inputs["input_ids"], inputs["attention_mask"], codes[learned.to(codes.device)])
+            parts.append(_Part(groups, advantages[learned].to(codes.device), len(chosen) - len(learned)))
         return parts
 
     def _record(
@@ -201,9 +226,7 @@ class ReinforceTrainer(EvoTokTrainer):
 
     def _learn(self, model: nn.Module, part: _Part, is_last: bool) -> Tensor:
         """Add the gradient of a part; returns its loss."""
-        args, plain = self.args, plain_model(self.model)
-        # Without a weight, the divergence is only computed where it is logged.
-        measures = args.kl_weight > 0 or (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+        args, plain, measures = self.args, plain_model(self.model), self._measures()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             found = policy_loss(
                 plain,
@@ -217,17 +240,18 @@ class ReinforceTrainer(EvoTokTrainer):
             share = len(part.advantages) * self._processes.world_size / args.prompts_per_step
             loss = loss * share  # gradients are averaged over processes
             if is_last:
-                # Every process reduces the gradients of all parameters, also of those that drawings do not use.
+                # An anchor: gradients of all parameters are exchanged, also of those that drawings do not use.
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 loss = loss + 0.0 * sum(parameter.flatten()[:1].sum() for parameter in trained)
         self._policy_losses.append(loss.detach())
-        self._means.add("policy_loss", [float(found.policy.detach())] * len(part.advantages))
+        count = len(part.advantages)
+        self._means.add("policy_loss", [float(found.policy.detach())] * count + [0.0] * part.num_left_out)
         if measures:
-            self._means.add("kl", [float(found.divergence.detach())] * len(part.advantages))
-        levels = found.entropy.tolist()
-        self._means.add("entropy", levels * len(part.advantages))
-        for level, entropy in enumerate(levels):
-            self._means.add(f"entropy/level_{level}", [entropy] * len(part.advantages))
+            levels = found.entropy.tolist()
+            self._means.add("kl", [float(found.divergence.detach())] * count)
+            self._means.add("entropy", levels * count)
+            for level, entropy in enumerate(levels):
+                self._means.add(f"entropy/level_{level}", [entropy] * count)
         options: dict[str, Any] = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
             options["learning_rate"] = self._get_learning_rate()
