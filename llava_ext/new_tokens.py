@@ -101,6 +101,16 @@ def put_rows_into_tables(model: EvoTokLlavaForConditionalGeneration, weights: di
     return whole
 
 
+@torch.no_grad()
+def show_rows_in_table(model: EvoTokLlavaForConditionalGeneration) -> None:
+    """Copy the trained input rows to the frozen embedding table, which generation reads during training."""
+    rows = model.new_token_rows
+    if rows is not None:
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        weight[rows.token_ids] = rows.inputs.to(weight.dtype)
+
+
 def merge_new_token_rows(model: EvoTokLlavaForConditionalGeneration) -> None:
     """Write the trained rows into the model's tables and remove `model.new_token_rows`."""
     if model.new_token_rows is None:

@@ -15,17 +15,21 @@ from evotok_plugin.common.interruption import StopSignals
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 
-_LOSSES = ("loss", "text_loss", "image_loss")
+LOSSES = ("loss", "text_loss", "image_loss")
 
 
 class ProgressBar(TrainerCallback):
     """A bar with the steps, the speed, the time left and the latest losses, on the first process.
 
     Where stderr is not a terminal, it prints at most one state per `progress_interval()`, and the last one at the end.
+
+    Args:
+        metrics: names of the logged numbers that it shows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Sequence[str] = LOSSES) -> None:
         self._bar: tqdm | None = None
+        self._metrics = metrics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,7 +50,7 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._bar is not None and logs:
-            shown = {name: f"{logs[name]:.4f}" for name in _LOSSES if name in logs}
+            shown = {name: f"{logs[name]:.4f}" for name in self._metrics if name in logs}
             if shown:
                 self._bar.set_postfix(shown, refresh=False)  # shown with the next step that is printed
 

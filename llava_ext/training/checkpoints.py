@@ -38,6 +38,7 @@ _RUN_FILES = (
     *REPORTS,
     *PENDING_REPORTS,
     "tensorboard/**/events.out.tfevents.*",
+    "samples/step_*.png",
 )
 _MODEL_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",

@@ -1,8 +1,8 @@
 """The settings of a training stage: Hugging Face's TrainingArguments and the settings that LLaVA adds to them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
@@ -13,6 +13,8 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import IMAGE_HEADS, RESIDUAL_EMBEDDINGS, check_choice
 from llava_ext.generation.options import read_settings
+
+RESUME = "resume"  # key in the metadata of a field that a stage adds: its rule for resuming (see `resume_rules`)
 
 
 def _help(text: str, required: bool = False) -> dict[str, Any]:
@@ -30,6 +32,8 @@ class StageConfig(TrainingArguments):
 
     `{workspace}` in a path is replaced by the value of `workspace`.
     """
+
+    learns_from_drawings: ClassVar[bool] = False  # whether the stage also trains on drawings of its own
 
     workspace: str = field(default="outputs", metadata=_help("folder that replaces `{workspace}` in paths"))
     model_name_or_path: str = field(
@@ -180,6 +184,17 @@ class StageConfig(TrainingArguments):
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
 
+    def input_paths(self) -> dict[str, list[str]]:
+        """Paths that the run reads, by their settings."""
+        given: dict[str, list[str | None]] = {
+            "model_name_or_path": [self.model_name_or_path],
+            "vision_tower": [self.vision_tower],
+            "data_path": [*self.data_path],
+            "image_folder": [self.image_folder],
+            "code_cache": [self.code_cache],
+        }
+        return {name: [path for path in paths if path and not path.startswith("hf:")] for name, paths in given.items()}
+
     @property
     def processes(self) -> Processes:
         """This process among those of the run, once `launch.prepare_processes` has been called."""
@@ -192,11 +207,10 @@ def check_required(config: StageConfig) -> None:
     Raises:
         UserError: one is missing.
     """
-    for name in ("model_name_or_path", "output_dir"):
-        if not getattr(config, name):
-            raise UserError(f"{name} is not set; pass --{name} or put it into the recipe")
-    if not config.data_path:
-        raise UserError("data_path is not set; pass --data_path FILE.json or put it into the recipe")
+    for setting in fields(config):
+        if setting.metadata.get(REQUIRED) and not getattr(config, setting.name):
+            value = " FILE.json" if setting.name == "data_path" else ""
+            raise UserError(f"{setting.name} is not set; pass --{setting.name}{value} or put it into the recipe")
 
 
 def check_reporting(values: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape)
     config.processes.barrier()
     check_outputs(folder, config.lora_enable)
     if config.overwrite:
-        check_replaceable(folder, _inputs(config))
+        check_replaceable(folder, config.input_paths())
         return Plan()
     return _plan_resume(config, values, shape)
 
@@ -112,7 +112,7 @@ def _compare_settings(plan: Plan, config: StageConfig, values: Mapping[str, Any]
     saved = recipe_to_compare(folder, state, config.processes.is_first)
     if saved is None:
         return False
-    rejected, plan.applied, plan.moved = compare(saved, values)
+    rejected, plan.applied, plan.moved = compare(saved, values, type(config))
     reject(rejected, folder, state)
     return True
 
@@ -125,18 +125,6 @@ def _asks_for_more(applied: list[Change], steps: int) -> bool:
         if change.name == "num_train_epochs":
             return change.now > change.before
     return False
-
-
-def _inputs(config: StageConfig) -> dict[str, list[str]]:
-    """Paths that the run reads, by their settings."""
-    given: dict[str, list[str | None]] = {
-        "model_name_or_path": [config.model_name_or_path],
-        "vision_tower": [config.vision_tower],
-        "data_path": [*config.data_path],
-        "image_folder": [config.image_folder],
-        "code_cache": [config.code_cache],
-    }
-    return {name: [path for path in paths if path and not path.startswith("hf:")] for name, paths in given.items()}
 
 
 def _check_asked_checkpoint(config: StageConfig, found: Path | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from evotok_plugin.training.resume import Change, changed_contents, changes, sample_contents
 from llava_ext.data.record_table import RecordTable
 from llava_ext.data.records import KINDS
-from llava_ext.training.config import StageConfig
+from llava_ext.training.config import RESUME, StageConfig
 from llava_ext.training.settings import DEPTH_HEAD_SETTINGS
 from llava_ext.training.supported_arguments import UNSUPPORTED
 
@@ -50,15 +50,20 @@ REJECTED = frozenset(
 _DIGESTED_RECORDS = 20_000
 
 
-def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a stage, those without a value at their defaults; the paths `BY_CONTENT` are absolute."""
+def settings_with_rule(schema: type[StageConfig], rule: str) -> frozenset[str]:
+    """Settings that a stage adds to `StageConfig` with this `RESUME` rule: "irrelevant", "by_content" or "rejected"."""
+    return frozenset(field.name for field in fields(schema) if field.metadata.get(RESUME) == rule)
+
+
+def with_defaults(values: Mapping[str, Any], schema: type[StageConfig] = StageConfig) -> dict[str, Any]:
+    """All settings of a stage, those without a value at their defaults; paths compared by content are absolute."""
     complete: dict[str, Any] = {}
-    for field in fields(StageConfig):
+    for field in fields(schema):
         if field.init:
             complete[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
     complete |= values
     workspace = complete["workspace"]
-    for name in BY_CONTENT:
+    for name in BY_CONTENT | settings_with_rule(schema, "by_content"):
         value = complete[name]
         if isinstance(value, str):
             complete[name] = _absolute_path(value, workspace)
@@ -72,14 +77,18 @@ def _absolute_path(path: str, workspace: str) -> str:
     return path if path.startswith("hf:") else os.path.abspath(path)
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[Change], list[Change], list[Change]]:
+def compare(
+    before: Mapping[str, Any], now: Mapping[str, Any], schema: type[StageConfig] = StageConfig
+) -> tuple[list[Change], list[Change], list[Change]]:
     """Settings that differ from those of the run so far: to be rejected, applied, and decided by content."""
     is_flat = before.get("image_head") == now.get("image_head") == "flat"
     irrelevant = IRRELEVANT | set(DEPTH_HEAD_SETTINGS if is_flat else ())  # earlier versions accepted them there
-    found = changes(with_defaults(before), with_defaults(now), irrelevant)
-    by_content = [change for change in found if change.name in BY_CONTENT]
+    irrelevant |= settings_with_rule(schema, "irrelevant")
+    content = BY_CONTENT | settings_with_rule(schema, "by_content")
+    found = changes(with_defaults(before, schema), with_defaults(now, schema), irrelevant)
+    by_content = [change for change in found if change.name in content]
     applied = [change for change in found if change.name in APPLIED]
-    rejected = [change for change in found if change.name not in APPLIED | BY_CONTENT]
+    rejected = [change for change in found if change.name not in APPLIED | content]
     return rejected, applied, by_content
 
 
@@ -97,7 +106,12 @@ def content_changes(
     model = "sha256" if "sha256" in before else "weights"  # runs of earlier versions recorded a sample of the weights
     different = [
         Change(what, before[key], now.get(key))
-        for key, what in (("data", "data"), (model, "model_name_or_path"), ("tower", "vision_tower"))
+        for key, what in (
+            ("data", "data"),
+            (model, "model_name_or_path"),
+            ("tower", "vision_tower"),
+            ("prompts", "prompts"),
+        )
         if is_known and key in before and before[key] != now.get(key)
     ]
     if not is_known or not before:

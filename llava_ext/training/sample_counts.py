@@ -65,7 +65,8 @@ def counts_in_words(samples: Samples) -> str:
 def check_groups_have_samples(model: nn.Module, config: StageConfig, samples: Samples) -> None:
     """Check that every parameter group that is set to train gets a gradient from some sample.
 
-    A group with learning rate 0 is not set to train. A loss with weight 0 gives no gradient.
+    A group with learning rate 0 is not set to train. A loss with weight 0 gives no gradient. Drawings of the stage
+    itself, if it learns from them, train all groups but the read projector.
 
     Raises:
         UserError: a group gets none.
@@ -84,7 +85,11 @@ def check_groups_have_samples(model: nn.Module, config: StageConfig, samples: Sa
     starved = [
         group
         for group, usable in with_gradient.items()
-        if trained[group] and rates[group] and (group == LANGUAGE_MODEL or hasattr(model, group)) and not usable.any()
+        if (group == READ_PROJECTOR or not config.learns_from_drawings)
+        and trained[group]
+        and rates[group]
+        and (group == LANGUAGE_MODEL or hasattr(model, group))
+        and not usable.any()
     ]
     if not starved:
         return

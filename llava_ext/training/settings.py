@@ -24,7 +24,10 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], dict[str, tuple[Any, ...]]], ...] = 
 
 
 def stage_values(
-    recipe: str, overrides: dict[str, Any], notify: Callable[[str], None] = lambda line: None
+    recipe: str,
+    overrides: dict[str, Any],
+    notify: Callable[[str], None] = lambda line: None,
+    schema: type[StageConfig] = StageConfig,
 ) -> dict[str, Any]:
     """The settings of a stage by name: those of the recipe, then the overrides.
 
@@ -32,11 +35,12 @@ def stage_values(
 
     Args:
         notify: called with a line for every setting that is replaced by another.
+        schema: the settings that the stage has.
 
     Raises:
         UserError: the recipe does not exist, or a setting is unknown, has a wrong type or would have no effect.
     """
-    values = recipe_values(recipe, StageConfig, overrides)
+    values = recipe_values(recipe, schema, overrides)
     for first, second, unset in (("max_steps", "num_train_epochs", -1), ("warmup_steps", "warmup_ratio", 0)):
         if first not in values or second not in values or values[first] == unset or values[second] is None:
             continue
@@ -51,14 +55,14 @@ def stage_values(
             del values[second]
         else:
             raise UserError(f"{first} {values[first]} and {second} {values[second]} exclude each other; set one")
-    check_supported(values, StageConfig)
-    _check_requirements(values, overrides)
+    check_supported(values, schema)
+    _check_requirements(values, overrides, schema)
     return values
 
 
-def _check_requirements(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+def _check_requirements(values: dict[str, Any], overrides: dict[str, Any], schema: type[StageConfig]) -> None:
     for flags, needed in _REQUIREMENTS:
-        if any(values.get(name, getattr(StageConfig, name)) in fitting for name, fitting in needed.items()):
+        if any(values.get(name, getattr(schema, name)) in fitting for name, fitting in needed.items()):
             continue
         for flag in flags:
             if flag in overrides and values[flag] not in (None, False):  # switching it off changes nothing

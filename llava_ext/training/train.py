@@ -6,8 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from llava_ext.data.record_table import RecordTable
 from llava_ext.generation.options import DrawingOptions, read_settings, store_settings
 from llava_ext.model_folder import base_fingerprints
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import describe_base, merge
 from llava_ext.training.build_data import build_dataset
 from llava_ext.training.build_model import build_model, check_tower, make_trainable, training_method
@@ -66,9 +67,33 @@ from llava_ext.training.trainer import EvoTokTrainer
 logger = logging.getLogger("llava_ext")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A kind of training stage.
+
+    Attributes:
+        description: of its command.
+        schema: its settings.
+        read_values: reads a recipe and overrides like `settings.stage_values`.
+        check: checks a config for which `launch.prepare_processes` has been called, before anything is loaded.
+        prepare: makes its trainer like `prepare_training`.
+    """
+
+    description: str
+    schema: type[StageConfig]
+    read_values: Callable[[str, dict[str, Any], Callable[[str], None]], dict[str, Any]]
+    check: Callable[[Any], None]
+    prepare: Callable[[Any, dict[str, Any]], tuple[EvoTokTrainer, dict[str, Any]]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a stage; the exit code is 2 for a user error, 130 or 143 if Ctrl-C or SIGTERM stopped it."""
-    return command_line.run(_parser(), argv, _run, translate=_translate)
+    return run_command(SUPERVISED, argv)
+
+
+def run_command(stage: Stage, argv: list[str] | None = None) -> int:
+    """Run the command of a kind of stage; returns its exit code, see `main`."""
+    return command_line.run(_parser(stage), argv, lambda arguments: _run(stage, arguments), translate=_translate)
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
@@ -77,17 +102,17 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: an unknown flag, or a flag of LLaVA that is not supported.
     """
-    parser = _parser()
+    parser = _parser(SUPERVISED)
     arguments, rest = parser.parse_known_args(_translate(argv))
     reject_unknown_flags(rest, flags_of(parser))
-    return _recipe_and_overrides(arguments)
+    return _recipe_and_overrides(SUPERVISED, arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(stage: Stage) -> argparse.ArgumentParser:
     # --debug is a field of TrainingArguments that a stage does not support; on the command line it shows tracebacks.
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, conflict_handler="resolve")
+    parser = argparse.ArgumentParser(description=stage.description, allow_abbrev=False, conflict_handler="resolve")
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
-    add_arguments(parser, StageConfig)
+    add_arguments(parser, stage.schema)
     return parser
 
 
@@ -95,15 +120,15 @@ def _translate(argv: Sequence[str]) -> list[str]:
     return translate(argv, print_on_first_process)
 
 
-def _recipe_and_overrides(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _recipe_and_overrides(stage: Stage, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     given = vars(arguments)
-    names = {field.name for field in fields(StageConfig)} - {"debug"}
+    names = {field.name for field in fields(stage.schema)} - {"debug"}
     return arguments.recipe, {name: value for name, value in given.items() if name in names}
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(stage: Stage, arguments: argparse.Namespace) -> None:
     try:
-        run_stage(*_recipe_and_overrides(arguments))
+        run_stage(*_recipe_and_overrides(stage, arguments), stage)
     except UserError as error:
         raise UserError(_message_of(error)) from error
 
@@ -123,24 +148,27 @@ def print_on_first_process(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def run_stage(recipe: str, overrides: dict[str, Any]) -> None:
+def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None) -> None:
     """Run a stage: settings, model, data, training, model folder.
 
     Args:
-        overrides: fields of `StageConfig` that take precedence over the recipe.
+        overrides: settings that take precedence over the recipe.
+        stage: the kind of stage; by default supervised training.
 
     Raises:
         UserError: wrong settings, files or data, or a loss that is NaN or infinite; saved checkpoints are kept.
         SystemExit: a signal stopped the run; its last step is saved.
     """
     started = time.monotonic()
-    values = stage_values(recipe, overrides, print_on_first_process)
+    stage = stage or SUPERVISED
+    values = stage.read_values(recipe, overrides, print_on_first_process)
     check_reporting(values)
-    config = StageConfig(**values)
+    config = stage.schema(**values)
     check_required(config)
     prepare_processes(config)
     configure_logging(config)
     check_data_paths(config)
+    stage.check(config)
     check_length(config.model_name_or_path, config.model_max_length)
     plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), training_method(config)))
     if plan.finished_steps:
@@ -152,11 +180,11 @@ def run_stage(recipe: str, overrides: dict[str, Any]) -> None:
         for change in plan.applied:
             logger.info("  %s (no effect on a finished run)", change)
         return
-    trainer, facts = prepare_training(config, values)
+    trainer, facts = stage.prepare(config, values)
     check_inputs(plan, config, facts)
     num_steps, checkpoint = total_steps(trainer), plan.checkpoint
     check_checkpoints(config.output_dir, num_steps)
-    log_length(trainer, num_steps)
+    logger.info("  %s", trainer.describe_length(num_steps))
     prepare_output(config, values, plan, facts)
     trainer.add_callback(ReplacedRun())
     try:
@@ -178,6 +206,18 @@ def prepare_training(config: StageConfig, values: dict[str, Any]) -> tuple[EvoTo
     The facts are `data` and `images` (fingerprints of records and images), `tower` (fingerprint of the tokenizer), and
     `weights` and `sha256` of the model that training starts from, if it is a folder.
     """
+    model, processor = open_model(config, values)
+    dataset = open_data(config, model, processor)
+    facts = {**data_facts(dataset), **model_facts(config, model)}
+    trained = make_trainable(model, config)
+    log_model(trained, config, dataset)
+    return EvoTokTrainer(trained, config, **trainer_arguments(config, processor, dataset)), facts
+
+
+def open_model(
+    config: StageConfig, values: dict[str, Any]
+) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
+    """The model that a stage starts from, with the drawing settings of the stage, and its processor."""
     set_seed(config.seed)
     model, processor = build_model(config)
     source = config.model_name_or_path
@@ -188,29 +228,48 @@ def prepare_training(config: StageConfig, values: dict[str, Any]) -> tuple[EvoTo
     model.config.check_processor(processor)
     store_settings(model.generation_config, read_settings(config.image_generation or {}))
     DrawingOptions().for_model(model)  # checks the number of values of settings per level
+    return model, processor
+
+
+def open_data(
+    config: StageConfig, model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor
+) -> ConversationDataset:
+    """The samples of `data_path`, which every parameter group that trains can learn from."""
     dataset = build_dataset(config, model, processor)
     check_groups_have_samples(model, config, dataset)
+    return dataset
+
+
+def data_facts(dataset: ConversationDataset) -> dict[str, Any]:
+    """Facts that identify the records and the images of a run."""
     assert isinstance(dataset.records, RecordTable)
-    facts: dict[str, Any] = {
+    return {
         "data": records_fingerprint(dataset.records, dataset.kinds, dataset.lengths),
         "images": image_fingerprints(dataset.records),
-        "tower": model.vision_tower.fingerprint(),
     }
-    fingerprints = base_fingerprints(source)
+
+
+def model_facts(config: StageConfig, model: EvoTokLlavaForConditionalGeneration) -> dict[str, Any]:
+    """Facts that identify the model that a run starts from."""
+    facts: dict[str, Any] = {"tower": model.vision_tower.fingerprint()}
+    fingerprints = base_fingerprints(config.model_name_or_path)
     if fingerprints["sha256"] is not None:
         facts |= {"weights": fingerprints["fingerprint"], "sha256": fingerprints["sha256"]}
-    trained = make_trainable(model, config)
-    log_model(trained, config, dataset)
-    trainer = EvoTokTrainer(
-        model=trained,
-        args=config,
-        train_dataset=PackedDataset(dataset) if config.packing else dataset,
-        data_collator=(PackedCollator if config.packing else Collator)(processor),
-        processing_class=processor,
-        shape=RunShape(config.world_size, zero_stage(config), training_method(config)),
-        base=describe_base(config, fingerprints) if config.lora_enable else None,
-    )
-    return trainer, facts
+    return facts
+
+
+def trainer_arguments(
+    config: StageConfig, processor: EvoTokLlavaProcessor, dataset: ConversationDataset | None
+) -> dict[str, Any]:
+    """Arguments of `EvoTokTrainer` next to the model and the config."""
+    base = describe_base(config, base_fingerprints(config.model_name_or_path)) if config.lora_enable else None
+    return {
+        "train_dataset": PackedDataset(dataset) if dataset is not None and config.packing else dataset,
+        "data_collator": (PackedCollator if config.packing else Collator)(processor),
+        "processing_class": processor,
+        "shape": RunShape(config.world_size, zero_stage(config), training_method(config)),
+        "base": base,
+    }
 
 
 def check_data_paths(config: StageConfig) -> None:
@@ -236,20 +295,6 @@ def total_steps(trainer: EvoTokTrainer) -> int:
         return config.max_steps
     steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / config.gradient_accumulation_steps)
     return math.ceil(config.num_train_epochs * max(1, steps_per_epoch))
-
-
-def log_length(trainer: EvoTokTrainer, num_steps: int) -> None:
-    """Log steps, epochs and the global batch size."""
-    config = trainer.args
-    parts = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size)
-    batches = max(1, len(trainer.get_train_dataloader()))
-    logger.info(
-        "  %d steps (%.2f epochs) of %d samples (%d per device x %d accumulated x %d processes)",
-        num_steps,
-        num_steps * config.gradient_accumulation_steps / batches,
-        math.prod(parts),
-        *parts,
-    )
 
 
 def train(trainer: EvoTokTrainer, config: StageConfig, checkpoint: Path | None) -> Path:
@@ -302,23 +347,25 @@ def configure_logging(config: StageConfig) -> None:
 
 
 def log_model(
-    model: EvoTokLlavaForConditionalGeneration | PeftModel, config: StageConfig, dataset: ConversationDataset
+    model: EvoTokLlavaForConditionalGeneration | PeftModel, config: StageConfig, dataset: ConversationDataset | None
 ) -> None:
     """Log what trains, at which learning rate and on how many samples, and what will be saved."""
     tower = sum(parameter.numel() for parameter in plain_model(model).vision_tower.parameters())
     logger.info("  %-16s %10.2f M parameters  frozen", "vision_tower", tower / 1e6)
-    samples = samples_of_groups(dataset)
+    samples = {} if dataset is None else samples_of_groups(dataset)
     for group, rate in learning_rates(config).items():
         members = [parameter for name, parameter in model.named_parameters() if group_of(name) == group]
         if not members:
             continue
         total = sum(map(numel_of, members))
         trained = sum(numel_of(parameter) for parameter in members if parameter.requires_grad)
-        state = f"learning rate {rate:g}, {samples[group]} samples" if trained else "frozen"
+        count = f", {samples[group]} samples" if samples else ""
+        state = f"learning rate {rate:g}{count}" if trained else "frozen"
         if 0 < trained < total:
             state += f", {trained / 1e6:.2f} M of them"
         logger.info("  %-16s %10.2f M parameters  %s", group, total / 1e6, state)
-    logger.info("  %d samples (%s); %d process(es)", len(dataset), counts_in_words(dataset), config.world_size)
+    if dataset is not None:
+        logger.info("  %d samples (%s); %d process(es)", len(dataset), counts_in_words(dataset), config.world_size)
     saved = {
         "full": "the whole model",
         "lora": "adapters and other trained modules; at the end also the merged model",
@@ -340,6 +387,14 @@ def check_engine(trainer: EvoTokTrainer, config: StageConfig) -> None:
             raise UserError(f"DeepSpeed was asked for but the engine is {kind}; check the launcher")
         logger.info("engine: %s, ZeRO stage %d", kind, engine.zero_optimization_stage())
 
+
+SUPERVISED = Stage(
+    description=__doc__,
+    schema=StageConfig,
+    read_values=stage_values,
+    check=lambda config: None,
+    prepare=prepare_training,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

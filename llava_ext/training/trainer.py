@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with a learning rate per parameter group, separate losses and complete checkpoints."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from llava_ext.model_folder import save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
-from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopOnSignal, on_any_process
+from llava_ext.training.callbacks import LOSSES, MetricsFile, ProgressBar, StopOnSignal, on_any_process
 from llava_ext.training.checkpoints import (
     RunShape,
     checkpoint_folder,
@@ -52,6 +53,7 @@ class EvoTokTrainer(Trainer):
     """
 
     args: StageConfig
+    shown_metrics: tuple[str, ...] = LOSSES  # in the progress bar
     model: EvoTokLlavaForConditionalGeneration | PeftModel
 
     def __init__(
@@ -74,7 +76,7 @@ class EvoTokTrainer(Trainer):
         self.interruption = StopOnSignal(self._processes)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
-        for callback in (StepChecks(self), self.interruption, ProgressBar(), MetricsFile()):
+        for callback in (StepChecks(self), self.interruption, ProgressBar(self.shown_metrics), MetricsFile()):
             self.add_callback(callback)
 
     # Steps ---------------------------------------------------------------------------------------------------
@@ -196,13 +198,30 @@ class EvoTokTrainer(Trainer):
             UserError: a log file cannot be written.
         """
         if "loss" in logs:
-            window = self.accelerator.reduce(self._logged, "sum").double().cpu()
-            self._logged, self._total = torch.zeros_like(self._logged), self._total + window
-            logs.update(self._losses_of(window))
+            logs.update(self.window_metrics())
         if "train_loss" in logs and bool(self._total[1].any()):
             logs["train_loss"] = self._losses_of(self._total)["loss"]
         with writing(self.args.output_dir):
             super().log(logs, *args, **kwargs)
+
+    def window_metrics(self) -> dict[str, float]:
+        """Metrics of all processes since the last call, which begins a new window; called on all processes."""
+        window = self.accelerator.reduce(self._logged, "sum").double().cpu()
+        self._logged, self._total = torch.zeros_like(self._logged), self._total + window
+        return self._losses_of(window)
+
+    def describe_length(self, num_steps: int) -> str:
+        """Steps, epochs and the global batch size in words."""
+        parts = (
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+            self.args.world_size,
+        )
+        epochs = num_steps * self.args.gradient_accumulation_steps / max(1, len(self.get_train_dataloader()))
+        return (
+            f"{num_steps} steps ({epochs:.2f} epochs) of {math.prod(parts)} samples "
+            "({} per device x {} accumulated x {} processes)".format(*parts)
+        )
 
     def _losses_of(self, sums_and_counts: Tensor) -> dict[str, float]:
         """Losses from (2, 2) sums and counts of text tokens and image positions; a mean over nothing is left out."""

@@ -55,8 +55,13 @@ launch() {
 
 # train_stage DEFAULT_RECIPE ARGUMENTS...: prepare the inputs of the embedded default if the recipe uses it, then train.
 train_stage() {
-  local recipe="$1"
-  shift
+  run_stage llava_ext.training.train "$@"
+}
+
+# run_stage MODULE DEFAULT_RECIPE ARGUMENTS...: train_stage with the command of another kind of stage.
+run_stage() {
+  local module="$1" recipe="$2"
+  shift 2
   local rest=()
   while [ $# -gt 0 ]; do
     case "$1" in
@@ -66,7 +71,7 @@ train_stage() {
     esac
   done
   python -m llava_ext.embedded.prepare --recipe "$recipe" ${rest[@]+"${rest[@]}"}
-  launch llava_ext.training.train --recipe "$recipe" ${rest[@]+"${rest[@]}"}
+  launch "$module" --recipe "$recipe" ${rest[@]+"${rest[@]}"}
 }
 
 use_environment

@@ -18,6 +18,7 @@ from llava_ext.training import train
 from llava_ext.training.config import StageConfig
 from llava_ext.training.launch import prepare_processes
 from llava_ext.training.parameter_groups import group_of
+from llava_ext.training.reinforcement.train import REINFORCEMENT
 from llava_ext.training.settings import stage_values
 from llava_ext.training.trainer import EvoTokTrainer
 
@@ -119,14 +120,19 @@ def run(recipe: Path, output: Path, overrides: dict | None = None) -> None:
     train.run_stage(str(recipe), {"output_dir": str(output), **(overrides or {})})
 
 
-def stage_exit(recipe: Path, output: Path, flags: list[str]) -> tuple[int, str]:
-    """Exit code of the training command and the last line on its stderr."""
+def reinforce(recipe: Path, output: Path, overrides: dict | None = None) -> None:
+    """Run reinforcement as its command does."""
+    train.run_stage(str(recipe), {"output_dir": str(output), **(overrides or {})}, REINFORCEMENT)
+
+
+def stage_exit(recipe: Path, output: Path, flags: list[str], main: Callable = train.main) -> tuple[int, str]:
+    """Exit code of a training command and the last line on its stderr."""
     import contextlib
     import io
 
     captured = io.StringIO()
     with contextlib.redirect_stderr(captured):
-        code = train.main(["--recipe", str(recipe), "--output_dir", str(output), *flags])
+        code = main(["--recipe", str(recipe), "--output_dir", str(output), *flags])
     return code, captured.getvalue().strip().splitlines()[-1]
 
 

@@ -8,6 +8,7 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from llava_ext.training.config import StageConfig
 from llava_ext.training.deepspeed_config import find_deepspeed_config, read_deepspeed_config
+from llava_ext.training.reinforcement.config import ReinforceConfig
 
 RECIPES = sorted(recipes_folder("llava_ext").glob("*.yaml"))
 
@@ -17,7 +18,8 @@ TOKENIZER_RECIPES = sorted(recipes_folder("evotok_plugin").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_a_stage_fits_its_schema(path):
-    assert find_deepspeed_config(recipe_values(path, StageConfig, {})["deepspeed"]).is_file()
+    schema = ReinforceConfig if path.stem == "reinforce" else StageConfig
+    assert find_deepspeed_config(recipe_values(path, schema, {})["deepspeed"]).is_file()
 
 
 @pytest.mark.parametrize("name", ["tiny", "photos", "base", "paper", "paper_384"])
