@@ -13,13 +13,14 @@ from PIL import Image
 
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import write_whole_folder
+from evotok_plugin.common.pictures import enlarged
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
 from llava_ext.generation import AnswerOptions, Event, ImageDrawn, ImageStarted, TextDelta
 from llava_ext.model_folder import OpenModel
-from llava_ext.serving.image_files import Provenance, file_name, write_drawn
+from llava_ext.serving.image_files import Provenance, file_name, file_scale, write_drawn
 from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
@@ -56,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     opened = open_selected_model(arguments)
     options = replace(options, drawing=options.drawing.for_model(opened.model))
-    chat = Chat(opened, options, arguments.seed, arguments.output, pending)
+    scale = file_scale(opened.model.config.vision_config.image_size, arguments.scale)
+    chat = Chat(opened, options, arguments.seed, arguments.output, scale, pending)
     if arguments.question is not None:
         chat.ask(*extract_images(arguments.question))
         return
@@ -137,6 +139,7 @@ class Chat:
     Attributes:
         seed: seed of the first turn's images; every later turn adds 1.
         output: folder for drawn images.
+        scale: factor by which the files of drawn images are enlarged.
         pending: images for the next question.
         in_line: whether the output has not ended its current line.
         ended: whether the user has quit.
@@ -146,6 +149,7 @@ class Chat:
     options: AnswerOptions
     seed: int
     output: Path
+    scale: int
     pending: list[Image.Image]
     session: ChatSession = field(default_factory=ChatSession)
     in_line: bool = False
@@ -216,8 +220,10 @@ class Chat:
             self._end_line()
             seed += event.index
             settings = self.options.drawing.settings() | {"turn": self.session.num_turns + 1}
-            provenance = Provenance(question, seed, self.opened.name, settings, self.opened.fingerprint)
-            path = write_drawn(event.image, self.output, f"{file_name(question)}_seed{seed}", provenance)
+            provenance = Provenance(question, seed, self.opened.name, settings, self.opened.fingerprint, self.scale)
+            path = write_drawn(
+                enlarged(event.image, self.scale), self.output, f"{file_name(question)}_seed{seed}", provenance
+            )
             print(f"[image: {path}]", flush=True)
 
     def _end_line(self) -> None:

@@ -10,15 +10,21 @@ from typing import Any
 from PIL import Image
 
 from evotok_plugin.common.files import check_output_file, check_output_folder
-from evotok_plugin.common.pictures import image_grid
+from evotok_plugin.common.pictures import enlarged, image_grid
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
 from llava_ext.model_folder import OpenModel
-from llava_ext.serving.image_files import Provenance, file_name, read_png_text, write_drawn, write_png
+from llava_ext.serving.image_files import (
+    Provenance,
+    file_name,
+    file_scale,
+    read_png_text,
+    write_drawn,
+    write_png,
+)
 
 _GRID_COLUMNS = 4
-_GRID_IMAGE = 256  # small images are enlarged to about this many pixels per side
 _LONGEST_PROMPTS = 100_000_000  # characters of a file of prompts
 _PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
@@ -28,9 +34,10 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         "draw",
         parents=[shared.model, shared.drawing],
         epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
-        "images are also combined in PROMPT_grid.png. The PNG text records how each one was drawn: prompt, seed, "
-        "model, settings. A file is replaced only by an image of the same prompt, seed, settings and weights; "
-        "otherwise the new file gets a number. Ctrl-C keeps the images of finished batches.",
+        "images are also combined in PROMPT_grid.png. Small images are enlarged to at least 256 pixels (--scale), in "
+        "grids always. The PNG text records how each one was drawn: prompt, seed, model, settings, scale. A file is "
+        "replaced only by an image of the same prompt, seed, settings, scale and weights; otherwise the new file gets "
+        "a number. Ctrl-C keeps the images of finished batches.",
     )
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")
@@ -59,21 +66,22 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.for_model(opened.model).settings()
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
+    scale = file_scale(opened.model.config.vision_config.image_size, arguments.scale)
 
-    def write(image: Image.Image, ending: str, job: _Job, **more: int) -> None:
-        provenance = Provenance(job.prompt, job.seed, opened.name, settings | more, opened.fingerprint)
+    def write(image: Image.Image, ending: str, job: _Job, scale: int, **more: int) -> None:
+        provenance = Provenance(job.prompt, job.seed, opened.name, settings | more, opened.fingerprint, scale)
         print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
         for job, image in _draw(opened, jobs, settings, arguments):
-            write(image, f"_seed{job.seed}", job)
+            write(enlarged(image, scale), f"_seed{job.seed}", job, scale)
             images.append(image)
     except KeyboardInterrupt:
         print(f"{len(images)} of {len(jobs)} images were drawn and are kept", file=sys.stderr)
         raise
     for first in range(0, len(jobs) if arguments.num_images > 1 else 0, arguments.num_images):
         group = images[first : first + arguments.num_images]
-        write(_grid(group), "_grid", jobs[first], num_images=len(group))
+        write(_grid(group), "_grid", jobs[first], file_scale(group[0].width), num_images=len(group))
 
 
 def _draw(
@@ -145,5 +153,5 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _grid(images: Sequence[Image.Image]) -> Image.Image:
-    scale = max(1, _GRID_IMAGE // images[0].width)
-    return image_grid(images, columns=min(_GRID_COLUMNS, len(images)), scale=scale)
+    """A grid of images, each enlarged to at least 256 pixels."""
+    return image_grid(images, columns=min(_GRID_COLUMNS, len(images)), scale=file_scale(images[0].width))
