@@ -1,10 +1,14 @@
 """Configuration of the EvoTok tokenizer, and its presets."""
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin.errors import UserError
+from evotok_plugin.training.resume import read_recipe
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # For 48x48 scenes, the embedded default: a hundred steps take seconds on two CPU cores.
@@ -83,6 +87,22 @@ def check_types(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
             raise UserError(f"{name}: expected {_NUMBERS[kind]}, got {value!r}")
 
 
+def recorded_semantics(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> bool | None:
+    """Whether the semantic decoder in a tokenizer folder was trained, by its records.
+
+    Args:
+        values: the content of its config.json. Without the field `semantic_decoder_trained`, which early versions did
+            not write, the settings of the training run decide (`recipe.yaml`).
+
+    Returns:
+        None if neither is recorded.
+    """
+    if "semantic_decoder_trained" in values:
+        return bool(values["semantic_decoder_trained"])
+    weight = (read_recipe(Path(folder)) or {}).get("semantic_weight")
+    return weight > 0 if isinstance(weight, int | float) else None
+
+
 class EvoTokConfig(PreTrainedConfig):
     """Sizes of encoder, quantizer and both decoders; the defaults are the paper's (arXiv 2603.12108).
 
@@ -103,7 +123,8 @@ class EvoTokConfig(PreTrainedConfig):
         ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: see `ResidualVectorQuantizer`.
         level_dropout: share of a training batch that the decoders see at a random depth.
         semantic_decoder_trained: False if the tokenizer was trained without a teacher, which leaves its semantic
-            decoder at random weights. Images can then be encoded and reconstructed, but not understood.
+            decoder at random weights. Images can then be encoded and reconstructed, but not understood. In folders
+            without this field it follows from the training settings in the folder; without those it is True.
     """
 
     model_type = "evotok"
@@ -198,6 +219,17 @@ class EvoTokConfig(PreTrainedConfig):
             raise UserError(
                 f"encoder_hidden_size {self.encoder_hidden_size} is not a multiple of {self.encoder_num_heads} heads"
             )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; a missing `semantic_decoder_trained` is taken from `recorded_semantics`."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == EvoTokConfig.model_type and "semantic_decoder_trained" not in values:
+            if (trained := recorded_semantics(pretrained_model_name_or_path, values)) is not None:
+                values["semantic_decoder_trained"] = trained
+        return values, kwargs
 
     def require_semantics(self, what: str = "this tokenizer") -> None:
         """Reject a tokenizer whose semantic decoder was not trained.

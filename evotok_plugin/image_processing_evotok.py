@@ -40,7 +40,8 @@ class EvoTokImageProcessor(BaseImageProcessor):
 
     Accepts PIL images of any mode, paths, base64 data URIs, file contents as bytes, arrays and tensors.
     `evotok_plugin.data.images.as_picture` applies the EXIF orientation, puts transparent images on white and scales
-    values by their dtype. The shorter side is resized to `size` (bicubic), then the center is cropped.
+    values by their dtype. The shorter side is resized to `size` (bicubic), then the center is cropped. A square image
+    that is enlarged by a whole factor without smoothing is reduced exactly.
     """
 
     model_input_names = ["pixel_values"]
@@ -118,6 +119,8 @@ class EvoTokImageProcessor(BaseImageProcessor):
         picture = picture if picture.mode == "RGB" and not picture.info else as_picture(picture)
         if picture.size == (size, size):
             return picture
+        if (original := _reduced_exactly(picture, size)) is not None:
+            return original
         return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)  # crops before it resizes
 
     @staticmethod
@@ -125,6 +128,25 @@ class EvoTokImageProcessor(BaseImageProcessor):
         """Convert pixels (B, 3, H, W), clamped to [-1, 1], to PIL images."""
         values = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _reduced_exactly(picture: Image.Image, size: int) -> Image.Image | None:
+    """The picture of `size` x `size` pixels whose enlargement by a whole factor, without smoothing, is `picture`.
+
+    Bicubic filtering would change its pixels, and so the codes of an image that this project has drawn and enlarged.
+
+    Returns:
+        None if `picture` is not such an enlargement.
+    """
+    factor = picture.width // size
+    if factor < 2 or picture.size != (factor * size, factor * size):
+        return None
+    blocks = np.asarray(picture).reshape(size, factor, size, factor, 3)
+    corners = blocks[:, :1, :, :1]
+    # The first row of blocks rejects nearly all other pictures.
+    if (blocks[:1] == corners[:1]).all() and (blocks == corners).all():
+        return Image.fromarray(corners.reshape(size, size, 3))
+    return None
 
 
 def side_of(size: int | dict[str, int]) -> int:

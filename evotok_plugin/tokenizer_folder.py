@@ -1,14 +1,17 @@
 """Loading of tokenizer folders: the model and its image processor."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from evotok_plugin.common.processes import resolve_device
-from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.configuration_evotok import EvoTokConfig, recorded_semantics
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_processor
+from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_processor, read_config
 from evotok_plugin.modeling_evotok import EvoTokModel
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
@@ -24,6 +27,12 @@ def load_tokenizer(folder: str | Path, **options: Any) -> EvoTokModel:
     kind = model_type_of(folder)
     if kind != EvoTokConfig.model_type:
         raise UserError(f"{str(folder)!r} holds a {kind or 'nameless'} model, expected {EvoTokConfig.model_type}")
+    if recorded_semantics(folder, read_config(folder)) is None:
+        logger.warning(
+            "%s does not record whether its semantic decoder was trained; it counts as trained. If it was trained "
+            'without a teacher, add "semantic_decoder_trained": false to its config.json',
+            folder,
+        )
     return load_whole(EvoTokModel, folder, **options)
 
 

@@ -7,18 +7,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import write_json, write_text, writing
 from evotok_plugin.common.pictures import labeled_rows
+from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import scene_prompts
 from evotok_plugin.scenes.scene import SKILLS
 
 WORKSPACE = Path("outputs/quickstart")
 TASKS = ("mmbench_scenes", "geneval_scenes")
+STAGE_SEED = 42  # transformers' default
 FAST_STEPS = {"pretrain": 20, "finetune": 40}
 EVAL_LIMIT_FAST = 12
 # Everything that a run writes to the workspace.
@@ -44,24 +47,40 @@ def read(file: Path, convert: Callable[[Any], T], remedy: str) -> T:
         raise UserError(f"{file} is damaged or missing ({error!r}); {remedy}") from error
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run.
+
+    Attributes:
+        workspace: folder for everything that the run writes.
+        fast: far fewer steps.
+        seed: seed of the corpus and of the preparation; the training stages have 42 + `seed`.
+    """
+
+    workspace: Path = WORKSPACE
+    fast: bool = False
+    seed: int = 0
+
+
 class Quickstart:
     """The stages of a run and their durations, recorded so that an interrupted run can be resumed."""
 
-    def __init__(self, fast: bool) -> None:
-        self.fast = fast
-        self._state_file = WORKSPACE / "run.json"
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._state_file = settings.workspace / "run.json"
         self.seconds: dict[str, float] = {}
         self._begin()
 
     def _begin(self) -> None:
         """Resume an unfinished run of the same kind; move the files of any other run to a new folder."""
         state = self._read_state()
-        if state.get("fast") == self.fast and not state.get("finished"):
+        same = state.get("fast") == self.settings.fast and state.get("seed", 0) == self.settings.seed
+        if same and not state.get("finished"):
             self.seconds = state["seconds"]
             print(f"resuming after: {', '.join(self.seconds) or 'nothing'}", flush=True)
         else:
-            with writing(WORKSPACE):
-                WORKSPACE.mkdir(parents=True, exist_ok=True)
+            with writing(self.settings.workspace):
+                self.settings.workspace.mkdir(parents=True, exist_ok=True)
                 if state:
                     self._move_previous()
         self._write_state(finished=False)
@@ -78,17 +97,18 @@ class Quickstart:
         return read(self._state_file, state_of, "delete it to start a new run")
 
     def _move_previous(self) -> None:
-        number = 1
-        while (previous := WORKSPACE / f"previous-{number}").exists():
+        number, workspace = 1, self.settings.workspace
+        while (previous := workspace / f"previous-{number}").exists():
             number += 1
         previous.mkdir()
         for name in OUTPUTS:
-            if (WORKSPACE / name).exists():
-                os.replace(WORKSPACE / name, previous / name)
-        print(f"moved the previous run from {WORKSPACE} to {previous}; delete it if you do not need it", flush=True)
+            if (workspace / name).exists():
+                os.replace(workspace / name, previous / name)
+        print(f"moved the previous run from {workspace} to {previous}; delete it if you do not need it", flush=True)
 
     def _write_state(self, finished: bool) -> None:
-        write_json(self._state_file, {"fast": self.fast, "seconds": self.seconds, "finished": finished})
+        state = {"fast": self.settings.fast, "seed": self.settings.seed}
+        write_json(self._state_file, {**state, "seconds": self.seconds, "finished": finished})
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
         """Run a stage unless it is finished, and record its duration."""
@@ -117,93 +137,95 @@ def run(*command: str) -> None:
 # Stages --------------------------------------------------------------------------------------------------------
 
 
-def prepare(fast: bool) -> None:
+def prepare(settings: Settings) -> None:
     """Render the corpus, and train the text tokenizer, the teacher and the image tokenizer."""
     run(
-        sys.executable, "-m", "llava_ext.embedded.prepare", "--workspace", str(WORKSPACE), *(["--fast"] if fast else [])
-    )
+        sys.executable, "-m", "llava_ext.embedded.prepare", "--workspace", str(settings.workspace),
+        "--preparation_seed", str(settings.seed), *(["--fast"] if settings.fast else []),
+    )  # fmt: skip
 
 
-def prepared_seconds() -> dict[str, float]:
+def prepared_seconds(workspace: Path) -> dict[str, float]:
     """The duration of each step of `prepare`."""
     from llava_ext.embedded.prepare import DONE, STEPS
 
     seconds = {}
     for name in STEPS:
-        file = WORKSPACE / name / DONE
-        remedy = f"delete {WORKSPACE / name} and {WORKSPACE / 'run.json'} to start again"
+        file = workspace / name / DONE
+        remedy = f"delete {workspace / name} and {workspace / 'run.json'} to start again"
         seconds[name] = read(file, lambda content: float(content["seconds"]), remedy)
     return seconds
 
 
-def train(stage: str, fast: bool) -> None:
+def train(stage: str, settings: Settings) -> None:
     """Run a training stage of the MLLM."""
-    steps = ["--max_steps", str(FAST_STEPS[stage])] if fast else []
-    run("bash", f"scripts/{stage}.sh", "--workspace", str(WORKSPACE), *steps)
+    steps = ["--max_steps", str(FAST_STEPS[stage])] if settings.fast else []
+    seed = ["--seed", str(STAGE_SEED + settings.seed)]
+    run("bash", f"scripts/{stage}.sh", "--workspace", str(settings.workspace), *seed, *steps)
 
 
-def reconstruct() -> None:
+def reconstruct(workspace: Path) -> None:
     """Measure the tokenizer on held-out scenes, and show reconstructions and the contribution of each level."""
-    images = WORKSPACE / "scenes" / "val" / "images"
-    tokenizer = str(WORKSPACE / "evotok")
+    images = workspace / "scenes" / "val" / "images"
+    tokenizer = str(workspace / "evotok")
     evotok = (sys.executable, "-m", "evotok_plugin.cli")
-    run(*evotok, "evaluate", str(images), "--model", tokenizer, "-o", str(WORKSPACE / "reconstruction.json"))
+    run(*evotok, "evaluate", str(images), "--model", tokenizer, "-o", str(workspace / "reconstruction.json"))
     some = sorted(images.glob("*.png"))[:12]
-    run(*evotok, "reconstruct", *map(str, some), "--model", tokenizer, "-o", str(WORKSPACE / "reconstruction.png"))
-    teacher, evolution = str(WORKSPACE / "teacher"), str(WORKSPACE / "evolution")
+    run(*evotok, "reconstruct", *map(str, some), "--model", tokenizer, "-o", str(workspace / "reconstruction.png"))
+    teacher, evolution = str(workspace / "teacher"), str(workspace / "evolution")
     run(*evotok, "evolve", str(images), "--model", tokenizer, "--teacher", teacher, "-o", evolution)
 
 
-def draw_skills() -> None:
+def draw_skills(workspace: Path) -> None:
     """Draw four images for one prompt of each skill."""
     import numpy as np
 
     from llava_ext.model_folder import load_model
 
-    model, processor = load_model(WORKSPACE / "finetune")
+    model, processor = load_model(workspace / "finetune")
     rng = np.random.default_rng(7)
     prompts = [scene_prompts(skill, 1, rng)[0]["prompt"] for skill in SKILLS]
     images = model.generate_images(prompts, processor=processor, num_images=4, batch_size=24, seed=0)
     rows = {prompt: images[4 * i : 4 * i + 4] for i, prompt in enumerate(prompts)}
-    labeled_rows(rows, scale=3).save(WORKSPACE / "drawn.png")
+    labeled_rows(rows, scale=3).save(workspace / "drawn.png")
 
 
-def evaluate(fast: bool) -> None:
+def evaluate(settings: Settings) -> None:
     """Evaluate both tasks with lmms-eval, and check its results, since it exits with 0 even on failure."""
     from eval_tasks.reporting.results import read_results
 
-    started = time.time()
-    limit = ["--limit", str(EVAL_LIMIT_FAST)] if fast else []
+    workspace, started = settings.workspace, time.time()
+    limit = ["--limit", str(EVAL_LIMIT_FAST)] if settings.fast else []
     run(
         sys.executable, "-m", "lmms_eval", "--model", "evotok",
-        "--model_args", f"pretrained={WORKSPACE / 'finetune'},images_dir={WORKSPACE / 'geneval_images'}",
+        "--model_args", f"pretrained={workspace / 'finetune'},images_dir={workspace / 'geneval_images'}",
         "--tasks", ",".join(TASKS), "--batch_size", "64",
-        "--output_path", str(WORKSPACE / "lmms_eval"), "--log_samples", *limit,
+        "--output_path", str(workspace / "lmms_eval"), "--log_samples", *limit,
     )  # fmt: skip
-    read_results(WORKSPACE / "lmms_eval", TASKS, not_before=started)
+    read_results(workspace / "lmms_eval", TASKS, not_before=started)
 
 
 # Results -------------------------------------------------------------------------------------------------------
 
 
-def collect(seconds: dict[str, float]) -> dict[str, Any]:
+def collect(workspace: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Collect all results and write them to results.json."""
     from eval_tasks.reporting.results import read_results
 
-    scores = read_results(WORKSPACE / "lmms_eval", TASKS)
-    file = WORKSPACE / "reconstruction.json"
-    psnr = read(file, lambda content: float(content["psnr"]), f"delete {WORKSPACE / 'run.json'} to start again")
+    scores = read_results(workspace / "lmms_eval", TASKS)
+    file = workspace / "reconstruction.json"
+    psnr = read(file, lambda content: float(content["psnr"]), f"delete {workspace / 'run.json'} to start again")
     results = {
         "reconstruction": {"psnr": psnr},
         "mmbench_scenes": scores["mmbench_scenes"],
         "geneval_scenes": scores["geneval_scenes"],
         "seconds": seconds,
     }
-    write_text(WORKSPACE / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(workspace / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(workspace: Path, results: dict[str, Any]) -> None:
     """Print the results, the durations, and the paths of the pictures."""
     understanding, drawing = results["mmbench_scenes"], results["geneval_scenes"]
     print("\n| metric | score | baseline |")
@@ -216,12 +238,12 @@ def print_table(results: dict[str, Any]) -> None:
     total = sum(results["seconds"].values())
     stages = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
     print(f"\n{total:.0f} s in total: {stages}")
-    print(f"results:         {WORKSPACE / 'results.json'}")
-    print(f"reconstructions: {WORKSPACE / 'reconstruction.png'}")
-    print(f"evolution:       {WORKSPACE / 'evolution' / 'evolution.png'}")
-    print(f"drawn images:    {WORKSPACE / 'drawn.png'}")
+    print(f"results:         {workspace / 'results.json'}")
+    print(f"reconstructions: {workspace / 'reconstruction.png'}")
+    print(f"evolution:       {workspace / 'evolution' / 'evolution.png'}")
+    print(f"drawn images:    {workspace / 'drawn.png'}")
     prompt = "a photo of a red circle above a blue square"
-    print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {WORKSPACE / "finetune"}')
+    print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {workspace / "finetune"}')
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -229,16 +251,18 @@ def print_table(results: dict[str, Any]) -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Run all stages that are not finished, and print the results."""
-    fast = arguments.fast
-    quickstart = Quickstart(fast)
-    quickstart.stage("prepare", lambda: prepare(fast))
-    quickstart.stage("pretrain", lambda: train("pretrain", fast))
-    quickstart.stage("finetune", lambda: train("finetune", fast))
-    quickstart.stage("reconstruction", reconstruct)
-    quickstart.stage("drawing", draw_skills)
-    quickstart.stage("lmms_eval", lambda: evaluate(fast))
+    check_seed(arguments.seed, bits=31)
+    settings = Settings(arguments.workspace, arguments.fast, arguments.seed)
+    workspace = settings.workspace
+    quickstart = Quickstart(settings)
+    quickstart.stage("prepare", lambda: prepare(settings))
+    quickstart.stage("pretrain", lambda: train("pretrain", settings))
+    quickstart.stage("finetune", lambda: train("finetune", settings))
+    quickstart.stage("reconstruction", lambda: reconstruct(workspace))
+    quickstart.stage("drawing", lambda: draw_skills(workspace))
+    quickstart.stage("lmms_eval", lambda: evaluate(settings))
     seconds = {name: value for name, value in quickstart.seconds.items() if name != "prepare"}
-    print_table(collect({**prepared_seconds(), **seconds}))
+    print_table(workspace, collect(workspace, {**prepared_seconds(workspace), **seconds}))
     quickstart.finish()
 
 
@@ -247,6 +271,8 @@ def main() -> int:
     parser.add_argument(
         "--fast", action="store_true", help="far fewer steps: the models learn little, but every stage runs"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus and of all training (0)")
+    parser.add_argument("--workspace", type=Path, default=WORKSPACE, help=f"folder for all results ({WORKSPACE})")
     return command_line.run(parser, work=run_all, stopped="stopped; rerun the command to resume")
 
 

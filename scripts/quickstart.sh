@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all stages on the embedded default, without downloads and without a GPU: draw the scene corpus, train teacher,
 # tokenizer and MLLM, evaluate with lmms-eval, and write a table and images to outputs/quickstart.
-#   bash scripts/quickstart.sh [--fast]
+#   bash scripts/quickstart.sh [--fast] [--seed N] [--workspace DIR]
 set -euo pipefail
 . "$(dirname "$0")/lib/environment.sh"
 cd "$repository"

@@ -79,6 +79,6 @@ def test_a_damaged_record_of_the_quickstart_is_named(tmp_path, monkeypatch, cont
     (tmp_path / quickstart["WORKSPACE"]).mkdir(parents=True)
     (tmp_path / quickstart["WORKSPACE"] / "run.json").write_text(content)
     with pytest.raises(UserError, match="run.json is damaged or missing .* delete it to start a new run"):
-        quickstart["Quickstart"](fast=False)
+        quickstart["Quickstart"](quickstart["Settings"]())
     with pytest.raises(UserError, match="scenes/done.json is damaged or missing"):
-        quickstart["prepared_seconds"]()
+        quickstart["prepared_seconds"](quickstart["WORKSPACE"])

@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_plotting()
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
-    teacher = load_teacher(arguments.teacher).to(model.device) if arguments.teacher else None
+    has_semantics = model.config.semantic_decoder_trained
+    teacher = load_teacher(arguments.teacher).to(model.device) if arguments.teacher and has_semantics else None
     source, out = open_sources(arguments.source), Path(arguments.output)
     bad = BadSamples(out / "bad_images.jsonl", arguments.max_bad_fraction)
     evolution = measure_evolution(
@@ -48,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     _print_table(evolution)
-    if evolution.cosine_own is None:
-        print("no curve of features: the semantic decoder was not trained, because the tokenizer had no teacher")
+    if not has_semantics:
+        print(
+            "no semantic curve: the semantic decoder was not trained, because the tokenizer had no teacher"
+            + (f"; --teacher {arguments.teacher} is not used" if arguments.teacher else "")
+        )
     for name, reason in bad.reasons.items():
         print(f"left out: {name}: {reason}")
     _write(evolution, out)

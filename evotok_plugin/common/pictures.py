@@ -13,6 +13,13 @@ _TEXT_HEIGHT = 16
 _TEXT, _MARK = "#222222", "#0072B2"
 
 
+def enlarged(image: Image.Image, scale: int) -> Image.Image:
+    """Enlarge an image by a whole factor without smoothing."""
+    if scale == 1:
+        return image
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+
+
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 4) -> Image.Image:
     """Images of one size, arranged row by row on white; `scale` enlarges small ones without smoothing."""
     width, height = images[0].width * scale, images[0].height * scale
@@ -20,7 +27,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap:
     canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
         place = ((index % columns) * (width + gap), (index // columns) * (height + gap))
-        canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+        canvas.paste(enlarged(image, scale), place)
     return canvas
 
 

@@ -155,15 +155,18 @@ def _without_untrained(metrics: list[str], options: EvaluationOptions, model: Ev
     """Remove the metrics of semantic features if the semantic decoder was not trained.
 
     Raises:
-        UserError: such a metric was requested by name, or a teacher was given.
+        UserError: such a metric was requested by name.
     """
     if model.config.semantic_decoder_trained:
         return metrics
     semantic = [metric for metric in ("cosine", "probes") if metric in metrics]
-    if options.teacher is not None or set(semantic) & set(options.metrics or ()):
+    if set(semantic) & set(options.metrics or ()):
         model.config.require_semantics()
     if semantic:
-        logger.warning("not measured: %s; the semantic decoder was not trained", ", ".join(semantic))
+        logger.warning(
+            "not measured: %s; the semantic decoder was not trained, because the tokenizer had no teacher",
+            ", ".join(semantic),
+        )
     return [metric for metric in metrics if metric not in semantic]
 
 

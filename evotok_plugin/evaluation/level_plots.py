@@ -114,9 +114,12 @@ def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: in
 
 
 def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
-    """Draw vertical lines at the depths of the decoders, with labels above the frame."""
+    """Draw vertical lines at the depths of the trained decoders, with labels above the frame."""
     close = abs(config.pixel_depth - config.semantic_depth) < 0.3 * config.num_quantizers
-    for name, depth, height in (("pixel", config.pixel_depth, 1.01), ("semantic", config.semantic_depth, 1.01)):
+    depths = [("pixel", config.pixel_depth, 1.01)]
+    if config.semantic_decoder_trained:
+        depths.append(("semantic", config.semantic_depth, 1.01))
+    for name, depth, height in depths:
         axes.axvline(depth, color=_GRAY, linestyle=":", linewidth=1.5, zorder=0)
         if name == "semantic" and close:
             height += 0.05  # one line above the other label

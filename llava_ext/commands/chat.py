@@ -13,6 +13,7 @@ from PIL import Image
 
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import write_whole_folder
+from evotok_plugin.common.pictures import enlarged
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError
@@ -20,7 +21,7 @@ from llava_ext.commands.options import SharedOptions, drawing_options, open_sele
 from llava_ext.generation import AnswerOptions, Event, ImageDrawn, ImageStarted, SelectionOptions, TextDelta
 from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
-from llava_ext.serving.image_files import Provenance, file_name, write_drawn
+from llava_ext.serving.image_files import Provenance, file_name, file_scale, write_drawn
 from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
@@ -61,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     opened = open_selected_model(arguments)
     options = replace(options, drawing=options.drawing.for_model(opened.model))
-    chat = Chat(opened, options, arguments.seed, arguments.output, pending, arguments.best_of)
+    scale = file_scale(opened.model.config.vision_config.image_size, arguments.scale)
+    chat = Chat(opened, options, arguments.seed, arguments.output, scale, pending, arguments.best_of)
     if arguments.question is not None:
         chat.ask(*extract_images(arguments.question))
         return
@@ -142,6 +144,7 @@ class Chat:
     Attributes:
         seed: seed of the first turn's images; every later turn adds 1.
         output: folder for drawn images.
+        scale: factor by which the files of drawn images are enlarged.
         pending: images for the next question.
         best_of: candidates of an image that `/draw` draws.
         in_line: whether the output has not ended its current line.
@@ -152,6 +155,7 @@ class Chat:
     options: AnswerOptions
     seed: int
     output: Path
+    scale: int
     pending: list[Image.Image]
     best_of: int = 1
     session: ChatSession = field(default_factory=ChatSession)
@@ -225,8 +229,10 @@ class Chat:
             settings = self.options.drawing.settings() | {"turn": self.session.num_turns + 1}
             if event.choice is not None:
                 settings |= {"best_of": self.best_of, "judge": READING, **event.choice.record()}
-            provenance = Provenance(question, seed, self.opened.name, settings, self.opened.fingerprint)
-            path = write_drawn(event.image, self.output, f"{file_name(question)}_seed{seed}", provenance)
+            provenance = Provenance(question, seed, self.opened.name, settings, self.opened.fingerprint, self.scale)
+            path = write_drawn(
+                enlarged(event.image, self.scale), self.output, f"{file_name(question)}_seed{seed}", provenance
+            )
             print(f"[image: {path}]", flush=True)
 
     def _end_line(self) -> None:

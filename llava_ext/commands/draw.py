@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from evotok_plugin.common.files import check_output_file, check_output_folder
-from evotok_plugin.common.pictures import image_grid
+from evotok_plugin.common.pictures import enlarged, image_grid
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
@@ -18,10 +18,16 @@ from llava_ext.generation import Choice, SelectionOptions
 from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
 from llava_ext.rewards import WeightedRewards, load_rewards
-from llava_ext.serving.image_files import Provenance, file_name, read_png_text, write_drawn, write_png
+from llava_ext.serving.image_files import (
+    Provenance,
+    file_name,
+    file_scale,
+    read_png_text,
+    write_drawn,
+    write_png,
+)
 
 _GRID_COLUMNS = 4
-_GRID_IMAGE = 256  # small images are enlarged to about this many pixels per side
 _LONGEST_PROMPTS = 100_000_000  # characters of a file of prompts
 _PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
@@ -31,10 +37,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         "draw",
         parents=[shared.model, shared.drawing],
         epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
-        "images are also combined in PROMPT_grid.png. The PNG text records how each one was drawn: prompt, seed, "
-        "model, settings, and with --best_of the candidate that was kept. A file is replaced only by an image of the "
-        "same prompt, seed, settings and weights; otherwise the new file gets a number. Ctrl-C keeps the images of "
-        "finished batches.",
+        "images are also combined in PROMPT_grid.png. Small images are enlarged to at least 256 pixels (--scale), in "
+        "grids always. The PNG text records how each one was drawn: prompt, seed, model, settings, scale, and with "
+        "--best_of the candidate that was kept. A file is replaced only by an image of the same prompt, seed, "
+        "settings, scale and weights; otherwise the new file gets a number. Ctrl-C keeps the images of finished "
+        "batches.",
     )
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")
@@ -79,21 +86,23 @@ def run(arguments: argparse.Namespace) -> None:
     selected = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
+    scale = file_scale(opened.model.config.vision_config.image_size, arguments.scale)
 
-    def write(image: Image.Image, ending: str, job: _Job, **more: Any) -> None:
-        provenance = Provenance(job.prompt, job.seed, opened.name, settings | selected | more, opened.fingerprint)
+    def write(image: Image.Image, ending: str, job: _Job, scale: int, **more: Any) -> None:
+        recorded = settings | selected | more
+        provenance = Provenance(job.prompt, job.seed, opened.name, recorded, opened.fingerprint, scale)
         print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
         for job, image, choice in _draw(opened, jobs, settings, best_of, judge, arguments):
-            write(image, f"_seed{job.seed}", job, **choice.record())
+            write(enlarged(image, scale), f"_seed{job.seed}", job, scale, **choice.record())
             images.append(image)
     except KeyboardInterrupt:
         print(f"{len(images)} of {len(jobs)} images were drawn and are kept", file=sys.stderr)
         raise
     for first in range(0, len(jobs) if arguments.num_images > 1 else 0, arguments.num_images):
         group = images[first : first + arguments.num_images]
-        write(_grid(group), "_grid", jobs[first], num_images=len(group))
+        write(_grid(group), "_grid", jobs[first], file_scale(group[0].width), num_images=len(group))
 
 
 def _draw(
@@ -175,5 +184,5 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _grid(images: Sequence[Image.Image]) -> Image.Image:
-    scale = max(1, _GRID_IMAGE // images[0].width)
-    return image_grid(images, columns=min(_GRID_COLUMNS, len(images)), scale=scale)
+    """A grid of images, each enlarged to at least 256 pixels."""
+    return image_grid(images, columns=min(_GRID_COLUMNS, len(images)), scale=file_scale(images[0].width))

@@ -56,6 +56,12 @@ def shared_options() -> SharedOptions:
         ("min_p", float, "drop codes below this fraction of the highest probability; 0: none"),
     ):
         group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=explanation)
+    group.add_argument(
+        "--scale",
+        type=int,
+        metavar="N",
+        help="image files show images enlarged N times, pixel by pixel; 1: raw size (default: 256 pixels wide or more)",
+    )
     return SharedOptions(model, drawing)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder, write_json
 from evotok_plugin.common.folders import write_whole_folder
-from evotok_plugin.common.recipes import find_recipe, read_recipe
+from evotok_plugin.common.recipes import check_seed, find_recipe, read_recipe
 from evotok_plugin.errors import UserError
 
 DONE = "done.json"
@@ -33,7 +33,6 @@ class EmbeddedSizes:
 
 FULL = EmbeddedSizes(num_train=16000, num_val=240, backbone_steps=120, teacher_steps=900, tokenizer_steps=1200)
 FAST = EmbeddedSizes(num_train=960, num_val=48, backbone_steps=30, teacher_steps=20, tokenizer_steps=60)
-SEED = 0
 
 
 def check_place(folder: Path, usable: Callable[[Path], bool]) -> str:
@@ -102,25 +101,25 @@ USABLE: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def make_scenes(workspace: Path, sizes: EmbeddedSizes) -> None:
+def make_scenes(workspace: Path, sizes: EmbeddedSizes, seed: int) -> None:
     from evotok_plugin.scenes.corpus import write_corpus
 
     make(
         workspace / "scenes",
         f"drawing {sizes.num_train} scenes",
-        lambda out: write_corpus(out, sizes.num_train, sizes.num_val, SEED),
+        lambda out: write_corpus(out, sizes.num_train, sizes.num_val, seed),
         USABLE["scenes"],
     )
 
 
-def make_text_backbone(workspace: Path, sizes: EmbeddedSizes) -> None:
+def make_text_backbone(workspace: Path, sizes: EmbeddedSizes, seed: int) -> None:
     def build(out: Path) -> None:
         from evotok_plugin.scenes.records import text_records
         from llava_ext.embedded.text_backbone import corpus_texts, train_backbone, train_text_tokenizer
 
-        texts = corpus_texts(workspace / "scenes", text_records(2000, SEED))
+        texts = corpus_texts(workspace / "scenes", text_records(2000, seed))
         tokenizer = train_text_tokenizer(texts, out)
-        train_backbone(tokenizer, out, sizes.backbone_steps, SEED)
+        train_backbone(tokenizer, out, sizes.backbone_steps, seed)
 
     make(workspace / "backbone", "training the BPE and the text backbone", build, USABLE["backbone"])
 
@@ -129,27 +128,27 @@ def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def make_teacher(workspace: Path, sizes: EmbeddedSizes) -> None:
+def make_teacher(workspace: Path, sizes: EmbeddedSizes, seed: int) -> None:
     make(
         workspace / "teacher",
         "training the SigLIP teacher",
         lambda out: _run(
             "evotok_plugin.training.teacher", "--data", str(workspace / "scenes" / "train"),
             "--tokenizer", str(workspace / "backbone"), "--output_dir", str(out),
-            "--max_steps", str(sizes.teacher_steps),
+            "--max_steps", str(sizes.teacher_steps), "--seed", str(seed),
         ),
         USABLE["teacher"],
     )  # fmt: skip
 
 
-def make_evotok(workspace: Path, sizes: EmbeddedSizes) -> None:
+def make_evotok(workspace: Path, sizes: EmbeddedSizes, seed: int) -> None:
     make(
         workspace / "evotok",
         "training the EvoTok tokenizer",
         lambda out: _run(
             "evotok_plugin.cli", "train", "--recipe", "tiny", "--data", str(workspace / "scenes" / "train"),
             "--teacher", str(workspace / "teacher"), "--output_dir", str(out),
-            "--max_steps", str(sizes.tokenizer_steps),
+            "--max_steps", str(sizes.tokenizer_steps), "--seed", str(seed),
         ),
         USABLE["evotok"],
     )  # fmt: skip
@@ -194,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workspace", default="outputs", help="folder for all results")
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
+    parser.add_argument(  # not --seed, which is a setting of the training stage that may follow
+        "--preparation_seed", type=int, default=0, metavar="SEED", help="seed of the scenes and of all steps (0)"
+    )
     parser.add_argument("--only", choices=STEPS, help="run only this step")
     parser.add_argument("--recipe", help="do nothing unless this training recipe uses the embedded default")
     parser.set_defaults(takes_rest=True)
@@ -204,6 +206,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None and not uses_embedded_default(arguments.recipe, arguments.rest):
         return 0
     workspace = Path(arguments.workspace)
+    check_seed(arguments.preparation_seed)
     try:
         if arguments.recipe is not None and not all((workspace / name / DONE).is_file() for name in STEPS):
             check_stage([f"--recipe={arguments.recipe}", f"--workspace={workspace}", *arguments.rest])
@@ -211,7 +214,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         for name in wanted:
             check_place(workspace / name, USABLE[name])  # all before the first, which takes minutes
         for name in wanted:
-            STEPS[name](workspace, FAST if arguments.fast else FULL)
+            STEPS[name](workspace, FAST if arguments.fast else FULL, arguments.preparation_seed)
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

@@ -14,6 +14,7 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from evotok_plugin.common.pictures import enlarged
 from evotok_plugin.errors import UserError
 from evotok_plugin.teacher import Teacher
 from llava_ext.generation import (
@@ -27,7 +28,7 @@ from llava_ext.generation import (
 )
 from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
-from llava_ext.serving.image_files import Provenance
+from llava_ext.serving.image_files import Provenance, file_scale
 from llava_ext.serving.level_view import level_by_level
 from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
@@ -112,12 +113,14 @@ class PageHandlers:
             events = chat.session.ask(self.opened.model, self.opened.processor, text, pictures, options, seed)
             asked = {"role": "user", "content": [*map(_image_part, pictures), *_text_parts(text)]}
             drawing = options.drawing.settings()
+            scale = file_scale(self.opened.model.config.vision_config.image_size)
 
             def provenance(drawn: ImageDrawn) -> Provenance:
                 chosen = {}
                 if drawn.choice is not None:
                     chosen = {"best_of": options.best_of, "judge": READING, **drawn.choice.record()}
-                return Provenance(text, seed + drawn.index, self.opened.name, drawing | chosen, self.opened.fingerprint)
+                recorded, fingerprint = drawing | chosen, self.opened.fingerprint
+                return Provenance(text, seed + drawn.index, self.opened.name, recorded, fingerprint, scale)
 
             answer = _ShownAnswer(provenance)
             shown = [*chat.shown, asked, {"role": "assistant", "content": answer.content}]
@@ -221,8 +224,9 @@ class _ShownAnswer:
             self.content[-1] = _image_part(event.image)
         elif isinstance(event, ImageDrawn):
             self.drawing = False
-            image = event.image.copy()
-            image.info.update(self.provenance(event).as_png_text())
+            provenance = self.provenance(event)
+            image = enlarged(event.image, provenance.scale).copy()
+            image.info.update(provenance.as_png_text())
             self.content[-1] = _image_part(image)
 
     def end(self) -> None:

@@ -13,6 +13,8 @@ from PIL import Image, PngImagePlugin
 from evotok_plugin.common.files import write_whole
 from evotok_plugin.errors import UserError
 
+_SMALLEST_WIDTH, _LARGEST_SIDE = 256, 16_384  # pixels of an image file
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -24,6 +26,7 @@ class Provenance:
         model: name of the model's folder, without its path.
         settings: all other settings that the image depends on.
         weights: fingerprint of the content of the model's folder (`folder_fingerprint`).
+        scale: whole factor by which the image in the file was enlarged.
     """
 
     prompt: str
@@ -31,12 +34,31 @@ class Provenance:
     model: str
     settings: Mapping[str, Any]
     weights: str
+    scale: int = 1
 
     def as_png_text(self) -> dict[str, str]:
         """Text chunks by their keywords, which are the names of the attributes; `settings` as JSON."""
         settings = json.dumps(self.settings, ensure_ascii=False, sort_keys=True)
         texts = {"prompt": self.prompt, "seed": str(self.seed), "model": self.model, "settings": settings}
-        return {**texts, "weights": self.weights}
+        return {**texts, "weights": self.weights, "scale": str(self.scale)}
+
+
+def file_scale(side: int, scale: int | None = None) -> int:
+    """The factor by which files enlarge drawn images of `side` x `side` pixels.
+
+    Args:
+        scale: the requested factor; by default the smallest whole factor that makes images 256 pixels wide or wider.
+
+    Raises:
+        UserError: the factor is below 1, or makes images larger than 16384 pixels per side.
+    """
+    if scale is None:
+        return -(-_SMALLEST_WIDTH // side)
+    if not 1 <= scale <= _LARGEST_SIDE // side:
+        raise UserError(
+            f"--scale must be at least 1 and at most {_LARGEST_SIDE // side} for images of {side} pixels, got {scale}"
+        )
+    return scale
 
 
 def write_drawn(image: Image.Image, folder: Path, name: str, provenance: Provenance) -> Path:

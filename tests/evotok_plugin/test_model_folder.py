@@ -301,12 +301,34 @@ def pixels_only(tiny_evotok_folder, tmp_path_factory):
     return folder
 
 
-def test_semantic_decoders_of_older_folders_count_as_trained(tiny_evotok_folder, tmp_path):
+@pytest.fixture
+def older_folder(tiny_evotok_folder, tmp_path):
+    """A tokenizer folder that does not say whether its semantic decoder was trained."""
     folder = copy(tiny_evotok_folder, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config.pop("semantic_decoder_trained", None)
     (folder / "config.json").write_text(json.dumps(config))
-    assert EvoTokModel.from_pretrained(folder).config.semantic_decoder_trained
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [None, "- not settings", "max_steps: 3", "semantic_weight: often"])
+def test_semantic_decoders_of_older_folders_count_as_trained(older_folder, recipe, caplog):
+    if recipe:
+        (older_folder / "recipe.yaml").write_text(recipe)
+    assert EvoTokModel.from_pretrained(older_folder).config.semantic_decoder_trained
+    assert open_tokenizer(str(older_folder), "cpu")[0].config.semantic_decoder_trained
+    assert "does not record whether its semantic decoder was trained" in caplog.text
+
+
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_the_training_settings_tell_whether_an_older_semantic_decoder_was_trained(older_folder, weight, caplog):
+    (older_folder / "recipe.yaml").write_text(f"teacher: null\nsemantic_weight: {weight}\n")
+    for model in (EvoTokModel.from_pretrained(older_folder), open_tokenizer(str(older_folder), "cpu")[0]):
+        assert model.config.semantic_decoder_trained is (weight > 0)
+    assert "does not record" not in caplog.text
+    if not weight:
+        with pytest.raises(UserError, match="was not trained"):
+            EvoTokVisionModel.from_pretrained(older_folder)
 
 
 def test_an_untrained_semantic_decoder_is_rejected(pixels_only):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 import evotok_plugin
@@ -230,6 +230,19 @@ def test_image_processor_settings_are_saved_and_checked(tmp_path):
     assert again.size == 24 and again(Image.new("RGB", (9, 9))).pixel_values.min() == 0
     with pytest.raises(UserError, match="'nonsense'"):
         EvoTokImageProcessor(size=16, nonsense=1)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 6, 11])
+def test_an_exact_enlargement_is_reduced_exactly(factor, rng):
+    processor = EvoTokImageProcessor(size=16)
+    pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    large = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    assert torch.equal(processor(Image.fromarray(large)).pixel_values, processor(Image.fromarray(pixels)).pixel_values)
+    for row, column in ((0, 1), (-1, -1)):  # any other picture is filtered
+        other = large.copy()
+        other[row, column] ^= 255
+        bicubic = ImageOps.fit(Image.fromarray(other), (16, 16), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.asarray(processor.crop(Image.fromarray(other))), np.asarray(bicubic))
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (30_000, 5)])

@@ -1,6 +1,7 @@
 """Conversion of research checkpoints made from small random models, and errors for everything that does not fit."""
 
 import argparse
+import json
 import os
 
 import pytest
@@ -65,6 +66,7 @@ def test_a_model_is_restored_from_the_research_layout(tmp_path, capsys, sizes, f
     assert code == 0 and f"{len(model.state_dict())} weights" in text, text
     loaded, processor = open_tokenizer(str(tmp_path / "out"), "cpu")
     assert processor.size == sizes["image_size"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["semantic_decoder_trained"] is True
     pixel_values = torch.rand(2, 3, *[sizes["image_size"]] * 2) * 2 - 1
     with torch.no_grad():
         for name, value in model(pixel_values).items():

@@ -1,5 +1,6 @@
 """`evotok evolve`: scores against naive computations, broken images, and the content of strips and plots."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -364,16 +365,29 @@ def test_the_usage_plot_shows_the_values_of_uniform_draws(tokenizer, folder):
 
 
 def test_without_a_trained_semantic_decoder_only_pixels_are_scored(
-    capsys, folder, tiny_evotok_folder, teacher_folder, tmp_path
+    capsys, caplog, folder, tiny_evotok_folder, teacher_folder, tmp_path
 ):
     model = shutil.copytree(tiny_evotok_folder, tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"semantic_decoder_trained": False}))
     arguments = ["evolve", str(folder), "-o", str(tmp_path / "out"), "--model", str(model)]
     assert main(arguments) == 0
-    assert "no curve of features" in capsys.readouterr().out
+    assert "no semantic curve: the semantic decoder was not trained" in capsys.readouterr().out
+    assert main([*arguments, "--teacher", str(teacher_folder)]) == 0
+    assert f"--teacher {teacher_folder} is not used" in capsys.readouterr().out
     header = (tmp_path / "out" / "evolution.csv").read_text().splitlines()[0]
     assert "psnr" in header and "cosine" not in header
-    for command in (arguments, ["evaluate", str(folder), "--model", str(model), "--num_workers", "0"]):
-        assert main([*command, "--teacher", str(teacher_folder)]) == 2
-        assert "semantic decoder of this tokenizer was not trained" in capsys.readouterr().err
+    command = ["evaluate", str(folder), "--model", str(model), "--num_workers", "0", "--teacher", str(teacher_folder)]
+    assert main(command) == 0
+    assert "not measured: cosine; the semantic decoder was not trained" in caplog.text
+    assert "cosine" not in capsys.readouterr().out
+    assert main([*command, "--metrics", "cosine"]) == 2
+    assert "semantic decoder of this tokenizer was not trained" in capsys.readouterr().err
+
+
+def test_the_plot_of_an_untrained_semantic_decoder_shows_only_pixels(evolution):
+    config = copy.deepcopy(evolution.config)
+    config.semantic_decoder_trained = False
+    (axes,) = plot_curves(dataclasses.replace(evolution, config=config, cosine_own=None, cosine_teacher=None)).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert any("pixel depth" in text for text in texts) and not any("semantic" in text for text in texts)

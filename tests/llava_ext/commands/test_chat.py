@@ -123,6 +123,9 @@ def test_a_drawn_image_is_saved_and_shown_as_a_path(chat, tmp_path):
     assert out.splitlines() == [f"[image: {path}]" for path in paths]
     text = Image.open(paths[1]).text
     assert (text["prompt"], text["seed"]) == ("a photo of a ring", "6") and json.loads(text["settings"])["turn"] == 2
+    assert Image.open(paths[1]).size == (288, 288) and text["scale"] == "6"
+    (path,) = (line[8:-1] for line in chat(["/draw a photo of a ring"], "--seed", 5, "--scale", 1).out.splitlines())
+    assert Image.open(path).size == (48, 48) and path.endswith("seed5_2.png")
 
 
 def test_a_conversation_is_saved_with_its_images(chat, picture, tmp_path):

@@ -38,6 +38,23 @@ def test_png_text_records_how_an_image_was_drawn(draw, tmp_path, model_folder):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_small_images_are_enlarged_by_a_whole_factor(draw, tmp_path, tiny_mllm):
+    draw(RING, "-n", 2)
+    for scale in (1, 3):
+        draw(RING, "-n", 2, "--scale", scale, "-o", tmp_path / str(scale))
+    name = "a_photo_of_a_ring_seed0.png"
+    raw, enlarged = pixels(tmp_path / "1" / name), pixels(tmp_path / name)
+    assert raw.shape == (48, 48, 3) and enlarged.shape == (288, 288, 3)  # the least multiple from 256 on
+    np.testing.assert_array_equal(enlarged, raw.repeat(6, axis=0).repeat(6, axis=1))
+    np.testing.assert_array_equal(pixels(tmp_path / "3" / name), raw.repeat(3, axis=0).repeat(3, axis=1))
+    assert [Image.open(tmp_path / part / name).text["scale"] for part in (".", "1", "3")] == ["6", "1", "3"]
+    assert pixels(tmp_path / "a_photo_of_a_ring_grid.png").shape == (288, 2 * 288 + 4, 3)
+    model, processor = tiny_mllm
+    read = processor.image_processor([tmp_path / part / name for part in (".", "1", "3")]).pixel_values
+    codes = model.vision_tower.encode(read).codes
+    assert (codes == codes[:1]).all()
+
+
 def test_only_the_same_image_is_overwritten(draw, tmp_path):
     for _ in range(2):
         draw(RING)
@@ -143,6 +160,8 @@ def test_a_judge_selects(draw, tmp_path, monkeypatch):
         ([RING, "--temperature", "1,0.5"], "temperature has 2 values, but 4 levels"),
         ([RING, "-n", 0], "--num_images must be at least 1, got 0"),
         ([RING, "--batch_size", 0], "--batch_size must be at least 1"),
+        ([RING, "--scale", 0], "--scale must be at least 1 and at most 341 for images of 48 pixels, got 0"),
+        ([RING, "--scale", 342], "--scale must be at least 1 and at most 341"),
         ([RING, "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
         (["caf\udce9"], "the text is not valid Unicode at character"),
     ],

@@ -165,7 +165,8 @@ def test_an_image_evolves_level_by_level(tiny_mllm):
 def test_a_drawn_image_records_its_provenance(ask):
     (part,) = ask("a photo of a ring", seed=7, top_k=5)["content"]
     image = Image.open(part["file"])
-    assert image.size == (48, 48) and (image.text["prompt"], image.text["seed"]) == ("a photo of a ring", "7")
+    assert image.size == (288, 288) and (image.text["prompt"], image.text["seed"]) == ("a photo of a ring", "7")
+    assert image.text["scale"] == "6"
     assert json.loads(image.text["settings"])["top_k"] == 5 and image.text["model"] == "tiny"
 
 
