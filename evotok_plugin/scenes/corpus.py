@@ -15,10 +15,12 @@ from evotok_plugin.scenes.records import (
     interleaved_records,
     mixed_records,
     pretrain_records,
+    question_records,
 )
 from evotok_plugin.scenes.scene import SKILLS, Scene, render, sample_mixed_scene, sample_scene
 
 MIXED = 3  # mixed scenes after every scene of each skill
+QUESTIONS = 6  # per scene
 _HELD_OUT_EVERY = 5  # one of so many prompts is only in `val/prompts.jsonl`
 _FEW_PROMPTS = ("single_object", "colors", "counting")  # skills with too few prompts to hold some out
 DETAILED = "detailed"  # the tag of prompts with more detail than a skill requires
@@ -28,17 +30,20 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
     """Write the corpus that the embedded default model trains on.
 
     `folder/train/` and `folder/val/` contain `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` per line)
-    and LLaVA records: `pretrain.json` (descriptions, read and drawn), `finetune.json` (questions and GenEval prompts),
-    `mixed.json` (the same about scenes of several different objects), `interleaved.json` (conversations that read and
-    draw) and `other.json` (text outside the domain). `prompts.jsonl` has drawing prompts with the skill as their tag;
-    those of `val` do not occur in `train`, except those of skills with few prompts.
+    and LLaVA records: `pretrain.json` (descriptions, read and drawn), `finetune.json` (GenEval prompts, drawn and
+    written), `questions.json`, `mixed.json` (scenes of several different objects, described and drawn),
+    `interleaved.json` (conversations that read and draw) and `other.json` (text outside the domain). `prompts.jsonl`
+    has drawing prompts with the skill as their tag; those of `val` do not occur in `train`, except those of skills with
+    few prompts.
     """
     for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
         root = Path(folder) / split
         (root / "images").mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([seed, stream])
         captions: list[dict] = []
-        records: dict[str, list[dict]] = {name: [] for name in ("pretrain", "finetune", "mixed", "interleaved")}
+        records: dict[str, list[dict]] = {
+            name: [] for name in ("pretrain", "finetune", "questions", "mixed", "interleaved")
+        }
         scenes: list[tuple[Scene, str]] = []
         previous: SceneImage | None = None
         for n in range(count):
@@ -47,7 +52,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
             if kind >= len(SKILLS):
                 scene = sample_mixed_scene(rng)
                 captions.append({"image": name, "captions": [description(scene)]})
-                records["mixed"] += mixed_records(scene, name, rng)
+                records["mixed"] += mixed_records(scene, name)
             else:
                 skill = SKILLS[kind]
                 scene = sample_scene(rng, skill)
@@ -58,6 +63,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
                 records["interleaved"] += interleaved_records(this, previous or this, rng)
                 scenes.append((scene, skill))
                 previous = this
+            records["questions"] += question_records(scene, name, QUESTIONS, rng)
             render(scene, image_size).save(root / name, compress_level=1)
         _write_lines(root / "captions.jsonl", captions)
         for file, rows in records.items():

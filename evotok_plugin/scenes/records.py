@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from evotok_plugin.scenes.captions import description, prompt_record, rich_prompt
+from evotok_plugin.scenes.other_topics import drawing_request, other_topic_turns
 from evotok_plugin.scenes.questions import TRAINING_SHARES, multiple_choice, options, sample_question
 from evotok_plugin.scenes.scene import SKILLS, Scene, sample_scene
 
 DESCRIBE_PROMPT = "Describe the image."
 # The instruction by which a model judges its own drawings (`llava_ext.generation.reading_score`).
 WRITE_PROMPT = "Write a prompt for this image."
+_MULTIPLE_CHOICE = 0.2  # share of the questions
+_OTHER_TOPIC = 0.1  # share of the images that are also asked something outside the domain
 
 
 def _turns(*pairs: tuple[str, str]) -> list[dict]:
@@ -35,14 +38,14 @@ def pretrain_records(scene: Scene, skill: str, name: str, rng: np.random.Generat
 
 
 def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[tuple[str, str]]:
-    """Sample question and answer pairs, a third of them multiple choice, none repeated in the same form.
+    """Sample question and answer pairs, a fifth of them multiple choice, none repeated in the same form.
 
     Open-ended questions teach as much in fewer tokens.
     """
     pairs: dict[str, str] = {}
     for _ in range(num_questions):
         question = sample_question(scene, rng, TRAINING_SHARES)
-        if rng.random() < 0.34:
+        if rng.random() < _MULTIPLE_CHOICE:
             text = multiple_choice(question.text, options(question, rng)[0])
         else:
             text = question.text
@@ -50,29 +53,35 @@ def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -
     return list(pairs.items())
 
 
-def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
-    """The instruction data of stage 2: several questions about the image, a prompt for it, and drawings of it."""
-    bare = prompt_record(scene, skill)["prompt"]
-    prompts = {"draw": bare, "draw-again": bare, "draw-rich": rich_prompt(scene, skill, rng)}
-    drawings = [_record(name, kind, _turns((prompt, "<image>"))) for kind, prompt in prompts.items()]
-    written = bare if rng.random() < 0.5 else rich_prompt(scene, skill, rng)
+def question_records(scene: Scene, name: str, num_questions: int, rng: np.random.Generator) -> list[dict]:
+    """Records of one question each about the image.
+
+    A small model learns to look up an object far faster from single questions than from conversations of several, where
+    earlier answers distract and the image is at changing distances.
+    """
+    pairs = question_turns(scene, rng, num_questions)
+    if rng.random() < _OTHER_TOPIC:
+        pairs.append(other_topic_turns(rng))
     return [
-        _record(name, "read", _questions(scene, rng, num_questions=4)),
-        _record(name, "prompt", _turns((f"<image>\n{WRITE_PROMPT}", written))),
-        *drawings,
+        _record(name, f"question-{n}", _turns((f"<image>\n{question}", answer)))
+        for n, (question, answer) in enumerate(pairs)
     ]
 
 
-def _questions(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[dict]:
-    (first, answer), *others = question_turns(scene, rng, num_questions)
-    return _turns((f"<image>\n{first}", answer), *others)
+def finetune_records(scene: Scene, skill: str, name: str, rng: np.random.Generator) -> list[dict]:
+    """The instruction data of stage 2 besides questions: a prompt for the image, and drawings of it."""
+    bare, rich = prompt_record(scene, skill)["prompt"], rich_prompt(scene, skill, rng)
+    thing = (bare if rng.random() < 0.5 else rich).removeprefix("a photo of ")
+    prompts = {"draw": bare, "draw-rich": rich, "draw-asked": drawing_request(thing, rng)}
+    drawings = [_record(name, kind, _turns((prompt, "<image>"))) for kind, prompt in prompts.items()]
+    written = bare if rng.random() < 0.5 else rich
+    return [_record(name, "prompt", _turns((f"<image>\n{WRITE_PROMPT}", written))), *drawings]
 
 
-def mixed_records(scene: Scene, name: str, rng: np.random.Generator) -> list[dict]:
-    """Records of a mixed scene (`sample_mixed_scene`): questions, its description, and a drawing of it."""
+def mixed_records(scene: Scene, name: str) -> list[dict]:
+    """Records of a mixed scene (`sample_mixed_scene`) besides questions: its description, and a drawing of it."""
     full = description(scene)
     return [
-        _record(name, "read", _questions(scene, rng, num_questions=6)),
         _record(name, "describe", _turns((f"<image>\n{DESCRIBE_PROMPT}", full))),
         _record(name, "draw", _turns((f"a photo of {full}", "<image>"))),
     ]

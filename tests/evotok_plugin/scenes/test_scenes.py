@@ -67,15 +67,23 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         corpus.write_corpus(tmp_path / name, num_train=9, num_val=2, seed=5)
     corpus.write_corpus(tmp_path / "c", num_train=9, num_val=2, seed=6)
     read = lambda name, file: (tmp_path / name / "train" / file).read_bytes()  # noqa: E731
-    files = ("finetune.json", "pretrain.json", "mixed.json", "interleaved.json", "other.json", "prompts.jsonl")
+    files = (
+        "finetune.json",
+        "pretrain.json",
+        "questions.json",
+        "mixed.json",
+        "interleaved.json",
+        "other.json",
+        "prompts.jsonl",
+    )
     for file in (*files, "images/000003.png"):
         assert read("a", file) == read("b", file) != read("c", file)
     kinds = {
         file: [record["id"].split("-", 1)[1] for record in json.loads(read("a", file))]
         for file in ("finetune.json", "mixed.json")
     }
-    assert kinds["finetune.json"] == ["read", "prompt", "draw", "draw-again", "draw-rich"] * 6
-    assert kinds["mixed.json"] == ["read", "describe", "draw"] * 3
+    assert kinds["finetune.json"] == ["prompt", "draw", "draw-rich", "draw-asked"] * 6
+    assert kinds["mixed.json"] == ["describe", "draw"] * 3
 
 
 def test_prompts_of_the_corpus_are_held_out_by_their_text(tmp_path):
