@@ -30,7 +30,9 @@ from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 TOWER = "vision_tower."  # prefix of the tokenizer's weights in a model folder
 INCLUDED_MODEL = Path(__file__).parent / "pretrained" / "scenes"
-DEFAULT_MODELS = ("outputs/finetune", "outputs/quickstart/finetune")
+DEFAULT_MODELS = tuple(
+    f"{workspace}/{stage}" for workspace in ("outputs", "outputs/quickstart") for stage in ("finetune", "reinforce")
+)
 
 
 def load_model(

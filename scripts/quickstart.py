@@ -22,11 +22,12 @@ from evotok_plugin.scenes.scene import SKILLS
 WORKSPACE = Path("outputs/quickstart")
 TASKS = ("mmbench_scenes", "geneval_scenes")
 STAGE_SEED = 42  # transformers' default
-FAST_STEPS = {"pretrain": 20, "finetune": 40}
+FAST_STEPS = {"pretrain": 20, "finetune": 40, "reinforce": 2}
+MODEL = "reinforce"  # the folder of the last stage
 EVAL_LIMIT_FAST = 12
 # Everything that a run writes to the workspace.
 OUTPUTS = (
-    "scenes", "backbone", "teacher", "evotok", "codes", "pretrain", "finetune", "reconstruction.json",
+    "scenes", "backbone", "teacher", "evotok", "codes", "pretrain", "finetune", "reinforce", "reconstruction.json",
     "reconstruction.png", "bad_samples.jsonl", "evolution", "drawn.png", "geneval_images", "lmms_eval", "results.json",
     "run.json",
 )  # fmt: skip
@@ -182,7 +183,7 @@ def draw_skills(workspace: Path) -> None:
 
     from llava_ext.model_folder import load_model
 
-    model, processor = load_model(workspace / "finetune")
+    model, processor = load_model(workspace / MODEL)
     rng = np.random.default_rng(7)
     prompts = [scene_prompts(skill, 1, rng)[0]["prompt"] for skill in SKILLS]
     images = model.generate_images(prompts, processor=processor, num_images=4, batch_size=24, seed=0)
@@ -198,7 +199,7 @@ def evaluate(settings: Settings) -> None:
     limit = ["--limit", str(EVAL_LIMIT_FAST)] if settings.fast else []
     run(
         sys.executable, "-m", "lmms_eval", "--model", "evotok",
-        "--model_args", f"pretrained={workspace / 'finetune'},images_dir={workspace / 'geneval_images'}",
+        "--model_args", f"pretrained={workspace / MODEL},images_dir={workspace / 'geneval_images'}",
         "--tasks", ",".join(TASKS), "--batch_size", "64",
         "--output_path", str(workspace / "lmms_eval"), "--log_samples", *limit,
     )  # fmt: skip
@@ -243,7 +244,7 @@ def print_table(workspace: Path, results: dict[str, Any]) -> None:
     print(f"evolution:       {workspace / 'evolution' / 'evolution.png'}")
     print(f"drawn images:    {workspace / 'drawn.png'}")
     prompt = "a photo of a red circle above a blue square"
-    print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {workspace / "finetune"}')
+    print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {workspace / MODEL}')
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -258,6 +259,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     quickstart.stage("prepare", lambda: prepare(settings))
     quickstart.stage("pretrain", lambda: train("pretrain", settings))
     quickstart.stage("finetune", lambda: train("finetune", settings))
+    quickstart.stage("reinforce", lambda: train("reinforce", settings))
     quickstart.stage("reconstruction", lambda: reconstruct(workspace))
     quickstart.stage("drawing", lambda: draw_skills(workspace))
     quickstart.stage("lmms_eval", lambda: evaluate(settings))
