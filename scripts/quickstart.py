@@ -1,4 +1,4 @@
-"""Run every stage of the embedded default in order, then show the results: one table and three pictures."""
+"""Run every stage of the embedded default in order, then show the results: one table and two pictures."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ EVAL_LIMIT_FAST = 12
 # Everything that a run writes to the workspace.
 OUTPUTS = (
     "scenes", "backbone", "teacher", "evotok", "codes", "pretrain", "finetune", "reinforce", "reconstruction.json",
-    "reconstruction.png", "bad_samples.jsonl", "evolution", "drawn.png", "geneval_images", "lmms_eval", "results.json",
+    "reconstruction.png", "bad_samples.jsonl", "drawn.png", "geneval_images", "lmms_eval", "results.json",
     "run.json",
 )  # fmt: skip
 
@@ -166,15 +166,13 @@ def train(stage: str, settings: Settings) -> None:
 
 
 def reconstruct(workspace: Path) -> None:
-    """Measure the tokenizer on held-out scenes, and show reconstructions and the contribution of each level."""
+    """Measure the tokenizer on held-out scenes, and show reconstructions."""
     images = workspace / "scenes" / "val" / "images"
     tokenizer = str(workspace / "evotok")
     evotok = (sys.executable, "-m", "evotok_plugin.cli")
     run(*evotok, "evaluate", str(images), "--model", tokenizer, "-o", str(workspace / "reconstruction.json"))
     some = sorted(images.glob("*.png"))[:12]
     run(*evotok, "reconstruct", *map(str, some), "--model", tokenizer, "-o", str(workspace / "reconstruction.png"))
-    teacher, evolution = str(workspace / "teacher"), str(workspace / "evolution")
-    run(*evotok, "evolve", str(images), "--model", tokenizer, "--teacher", teacher, "-o", evolution)
 
 
 def draw_skills(workspace: Path) -> None:
@@ -241,7 +239,6 @@ def print_table(workspace: Path, results: dict[str, Any]) -> None:
     print(f"\n{total:.0f} s in total: {stages}")
     print(f"results:         {workspace / 'results.json'}")
     print(f"reconstructions: {workspace / 'reconstruction.png'}")
-    print(f"evolution:       {workspace / 'evolution' / 'evolution.png'}")
     print(f"drawn images:    {workspace / 'drawn.png'}")
     prompt = "a photo of a red circle above a blue square"
     print(f'\ntry: evotok-llava draw "{prompt}" -n 4 -o out/ --model {workspace / MODEL}')

@@ -39,7 +39,7 @@ def talker(tiny_mllm):
     model, processor = tiny_mllm
     model = copy.deepcopy(model)
     spread = model.lm_head.weight.norm(dim=1).mean()
-    bias = torch.randn(model.lm_head.weight.shape[0], generator=torch.Generator().manual_seed(4)) * spread
+    bias = torch.randn(model.lm_head.weight.shape[0], generator=torch.Generator().manual_seed(5)) * spread
     bias[processor.image_start_id] = 4.1 * spread
     bias[model.generation_config.eos_token_id] = -1e9
     model.lm_head = BiasedLayer(model.lm_head, bias)
