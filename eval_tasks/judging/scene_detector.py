@@ -60,17 +60,23 @@ def unmix(pixels: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarra
         ground: (3,).
 
     Returns:
-        The coverage (H, W) in [0, 1], and the index (H, W) of the color with the nearest line.
+        The coverage (H, W) in [0, 1], 0 where it is faint, and the index (H, W) of the color with the nearest line.
     """
     lines = _RGB - ground  # (colors, 3)
-    offsets = (pixels - ground).reshape(-1, 3).T  # (3, pixels)
-    share = np.clip(lines @ offsets / np.maximum((lines**2).sum(axis=1), 1e-9)[:, None], 0.0, 1.0)  # (colors, pixels)
-    errors = sum((offsets[c] - share * lines[:, c, None]) ** 2 for c in range(3))
-    nearest = errors.argmin(axis=0)
-    share, error = (np.take_along_axis(values, nearest[None], axis=0)[0] for values in (share, errors))
-    distance = np.sqrt((offsets**2).sum(axis=0))
-    coverage = np.where(error > _UNNAMED**2, np.clip(distance / _FULL_CONTRAST, 0.0, 1.0), share)
-    return coverage.reshape(pixels.shape[:2]), nearest.reshape(pixels.shape[:2])
+    lengths = np.maximum((lines**2).sum(axis=1), 1e-9)  # squared
+    offsets = (pixels - ground).reshape(-1, 3)
+    distances = (offsets**2).sum(axis=1)  # squared
+    # A share is at most the distance to the background over the length of the line, so the other pixels are noise.
+    strong = np.flatnonzero(distances >= 0.99 * _FAINT**2 * lengths.min())
+    offsets, distances = offsets[strong].T, distances[strong]  # (3, P), (P,)
+    shares = np.clip(lines @ offsets / lengths[:, None], 0.0, 1.0)  # (colors, P)
+    errors = sum((offsets[c] - shares * lines[:, c, None]) ** 2 for c in range(3))
+    best = errors.argmin(axis=0)
+    share, error = (np.take_along_axis(values, best[None], axis=0)[0] for values in (shares, errors))
+    share = np.where(error > _UNNAMED**2, np.clip(np.sqrt(distances) / _FULL_CONTRAST, 0.0, 1.0), share)
+    coverage, nearest = np.zeros(pixels.shape[:2]), np.zeros(pixels.shape[:2], dtype=int)
+    coverage.flat[strong], nearest.flat[strong] = share, best
+    return coverage, nearest
 
 
 def _absorb(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -198,7 +204,10 @@ class SceneDetector:
 
     def _num_fragments(self, coverage: np.ndarray, regions: np.ndarray) -> int:
         """The number of connected blobs outside all regions that are larger than a speck."""
-        blobs, _ = ndimage.label((coverage >= 0.5) & (regions == 0))
+        outside = (coverage >= 0.5) & (regions == 0)
+        if not outside.any():
+            return 0
+        blobs, _ = ndimage.label(outside)
         areas = np.bincount(blobs.ravel())[1:]
         return int((areas > self.max_speck_area * coverage.size).sum())
 

@@ -84,21 +84,26 @@ def _window(values: np.ndarray, x0: int, y0: int, side: int) -> np.ndarray:
 
 def _overlaps(window: np.ndarray, templates: np.ndarray) -> np.ndarray:
     """The overlap of the window (S, S) with each template of (S, T, S) at its best degree of blur: (T,)."""
-    # Blur preserves the sum of a template.
-    sums = window.sum() + np.einsum("rtc->t", templates)
-    blurred = (templates, *_blurred(templates))
-    common = np.stack([np.einsum("rtc->t", np.minimum(window[:, None], drawn)) for drawn in blurred])  # (B, T)
+    drawings = _with_blur(templates)
+    sums = window.sum() + np.einsum("rtc->t", templates)  # blur preserves the sum of a template
+    common = np.einsum("brtc->bt", np.minimum(drawings, window[:, None], out=drawings))
     return (common / np.maximum(sums - common, 1e-9)).max(axis=0)
 
 
-def _blurred(templates: np.ndarray) -> np.ndarray:
-    """The templates (S, T, S) with each degree of blur: (B, S, T, S)."""
+def _with_blur(templates: np.ndarray) -> np.ndarray:
+    """The templates (S, T, S), sharp and with each degree of blur: (1 + B, S, T, S)."""
     side, number, _ = templates.shape
+    drawings = np.empty((1 + len(_BLURS), *templates.shape))
+    drawings[0] = templates
     if side > _LARGEST_MATRIX:
-        return np.stack([_blur(_blur(templates, blur, axis=0), blur, axis=2) for blur in _BLURS])
+        for drawing, blur in zip(drawings[1:], _BLURS, strict=True):
+            drawing[:] = _blur(_blur(templates, blur, axis=0), blur, axis=2)
+        return drawings
     rows, columns = _blur_matrices(side)
     by_rows = rows @ templates.reshape(side, number * side)  # (B * S, T * S)
-    return (by_rows.reshape(len(_BLURS), side * number, side) @ columns).reshape(len(_BLURS), side, number, side)
+    by_rows = by_rows.reshape(len(_BLURS), side * number, side)
+    np.matmul(by_rows, columns, out=drawings[1:].reshape(len(_BLURS), side * number, side))
+    return drawings
 
 
 def _blur(values: np.ndarray, blur: float, axis: int) -> np.ndarray:
