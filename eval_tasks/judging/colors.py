@@ -11,13 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval_tasks.judging.clip import load_clip
 from eval_tasks.judging.rules import Instance
 from eval_tasks.judging.vocabulary import COLORS
-from eval_tasks.judging.weights import require_weights
-from evotok_plugin.common.weight_files import damage_of
-from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import check_values, reading
 
+WHAT = "the color classifier"  # in messages
 _GROUND = "#999"
 _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 
@@ -57,20 +55,8 @@ class ColorClassifier:
         Raises:
             UserError: the folder is missing, incomplete or damaged, or open_clip is not installed.
         """
-        require_weights(folder, "the color classifier's weights", "open_clip_config.json")
-        try:
-            import open_clip
-        except ImportError as error:
-            raise UserError("judging colors needs open_clip: pip install open_clip_torch") from error
-        for file in (folder / "open_clip_config.json", *sorted(folder.glob("*.safetensors"))):
-            if cause := damage_of(file):
-                raise UserError(f"{file} {cause}")
-        name = f"local-dir:{folder.resolve()}"
-        with reading(f"the color classifier in {str(folder)!r}", "download the folder again"):
-            model, transform = open_clip.create_model_from_pretrained(name, precision="fp32")
-            tokenizer = open_clip.get_tokenizer(name)
-        check_values(model.state_dict(), f"the color classifier in {str(folder)!r}")
-        return cls(model, transform, tokenizer, device)
+        clip = load_clip(folder, WHAT)
+        return cls(clip.model, clip.transform, clip.tokenizer, device)
 
     def prepare(self, image: Image.Image, instance: Instance) -> Crop:
         """Crop an instance by its mask, which is not needed afterwards."""

@@ -15,6 +15,7 @@ from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, open_config, open_processor
 
+VQA_SCORE_QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 _WHAT = "the VQA judge's weights"
 
 

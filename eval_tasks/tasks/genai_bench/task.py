@@ -14,7 +14,7 @@ from typing import Any
 
 from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.scores import Judgement, Stopwatch
-from eval_tasks.judging.vqa import YesNoJudge, find_judges, open_vqa
+from eval_tasks.judging.vqa import VQA_SCORE_QUESTION, YesNoJudge, find_judges, open_vqa
 from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.judged_task import JudgedTask
 from eval_tasks.tasks.prompt_files import column, read_rows, whole_number
@@ -27,7 +27,6 @@ ADVANCED = ("counting", "comparison", "differentiation", "negation", "universal"
 _GROUPS = ("basic", "advanced")
 _KNOWN = (*_GROUPS, *BASIC, *ADVANCED)
 _PROMPTS_FILE, _SKILLS_FILE = "genai_image.json", "genai_skills.json"
-_QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
 
 class VqaScoreJudge:
@@ -39,7 +38,7 @@ class VqaScoreJudge:
     def judge(self, batches: Iterator[Batch]) -> Iterator[Judgement]:
         """Judge images of documents with `prompt` and `skills`."""
         for batch in batches:
-            questions = [_QUESTION.format(prompt=drawn.document["prompt"]) for drawn, _ in batch]
+            questions = [VQA_SCORE_QUESTION.format(prompt=drawn.document["prompt"]) for drawn, _ in batch]
             with self.stopwatch:
                 answers = self.vqa.ask([image for _, image in batch], questions)
             for (drawn, _), answer in zip(batch, answers, strict=True):

@@ -14,16 +14,22 @@ import numpy as np
 from eval_tasks.judging.vocabulary import CLASSES, COLORS
 from evotok_plugin.errors import UserError
 
-_POSITIONS = ("left of", "right of", "above", "below")
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
+POSITIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PERSON = CLASSES.index("person")  # never has a color
 
 SEED, DRAWS = 43, 100
 _SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
+    """Prepend the indefinite article: "an apple"."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(label: str) -> str:
+    """Form the plural as GenEval does, without exceptions: "buses", "sheeps"."""
+    return f"{label}{'es' if label.endswith('s') else 's'}"
 
 
 def _colorable(index: int) -> str:
@@ -36,7 +42,7 @@ def _two_object(rng: np.random.Generator) -> dict:
     return {
         "tag": "two_object",
         "include": [{"class": first, "count": 1}, {"class": second, "count": 1}],
-        "prompt": f"a photo of {_article(first)} and {_article(second)}",
+        "prompt": f"a photo of {article(first)} and {article(second)}",
     }
 
 
@@ -47,7 +53,7 @@ def _counting(rng: np.random.Generator) -> dict:
         "tag": "counting",
         "include": [{"class": label, "count": count}],
         "exclude": [{"class": label, "count": count + 1}],
-        "prompt": f"a photo of {_NUMBERS[count]} {label}{'es' if label.endswith('s') else 's'}",
+        "prompt": f"a photo of {NUMBERS[count]} {plural(label)}",
     }
 
 
@@ -57,17 +63,17 @@ def _colors(rng: np.random.Generator) -> dict:
     return {
         "tag": "colors",
         "include": [{"class": label, "count": 1, "color": color}],
-        "prompt": f"a photo of {_article(color)} {label}",
+        "prompt": f"a photo of {article(color)} {label}",
     }
 
 
 def _position(rng: np.random.Generator) -> dict:
     first, second = (CLASSES[index] for index in rng.choice(len(CLASSES), size=2, replace=False))
-    position = _POSITIONS[rng.choice(len(_POSITIONS))]
+    position = POSITIONS[rng.choice(len(POSITIONS))]
     return {
         "tag": "position",
         "include": [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [position, 0]}],
-        "prompt": f"a photo of {_article(first)} {position} {_article(second)}",
+        "prompt": f"a photo of {article(first)} {position} {article(second)}",
     }
 
 
@@ -77,7 +83,7 @@ def _color_attr(rng: np.random.Generator) -> dict:
     return {
         "tag": "color_attr",
         "include": [{"class": first, "count": 1, "color": color}, {"class": second, "count": 1, "color": other}],
-        "prompt": f"a photo of {_article(color)} {first} and {_article(other)} {second}",
+        "prompt": f"a photo of {article(color)} {first} and {article(other)} {second}",
     }
 
 
@@ -88,7 +94,7 @@ def draw_records(seed: int, draws: int) -> list[dict]:
     """Every class once as a single object, then `draws` records of each other skill, without exact duplicates."""
     rng = np.random.default_rng(seed)
     records = [
-        {"tag": "single_object", "include": [{"class": label, "count": 1}], "prompt": f"a photo of {_article(label)}"}
+        {"tag": "single_object", "include": [{"class": label, "count": 1}], "prompt": f"a photo of {article(label)}"}
         for label in (CLASSES[index] for index in rng.choice(len(CLASSES), size=len(CLASSES), replace=False))
     ]
     records += [draw(rng) for draw in _DRAWN for _ in range(draws)]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from eval_tasks.judging.clip import find_clip
+from eval_tasks.judging.colors import WHAT as COLOR_CLASSIFIER
 from eval_tasks.judging.colors import ColorClassifier, Crop
 from eval_tasks.judging.detectors import Detector, Mask2FormerDetector
 from eval_tasks.judging.drawn_run import Drawn
@@ -25,7 +27,6 @@ from evotok_plugin.errors import UserError
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SCENES = "scenes"
-_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json", "*.txt")
 
 
 @dataclass(eq=False)
@@ -127,10 +128,8 @@ def _names(options: JudgeOptions) -> dict[str, str]:
 
 def _folders(options: JudgeOptions) -> dict[str, Path]:
     detector = fetch(options.detector or MASK2FORMER, "the detector's weights", variable("detector"))
-    clip = fetch(options.clip, "the color classifier's weights", variable("clip"), _CLIP_FILES)
     require_weights(detector, "the detector's weights")
-    require_weights(clip, "the color classifier's weights", "open_clip_config.json")
-    return {"detector": detector, "clip": clip}
+    return {"detector": detector, "clip": find_clip(options, COLOR_CLASSIFIER)}
 
 
 def find_judges(options: JudgeOptions) -> dict[str, str]:
