@@ -204,7 +204,10 @@ class SceneDetector:
 
     def _num_fragments(self, coverage: np.ndarray, regions: np.ndarray) -> int:
         """The number of connected blobs outside all regions that are larger than a speck."""
-        blobs, _ = ndimage.label((coverage >= 0.5) & (regions == 0))
+        outside = (coverage >= 0.5) & (regions == 0)
+        if not outside.any():
+            return 0
+        blobs, _ = ndimage.label(outside)
         areas = np.bincount(blobs.ravel())[1:]
         return int((areas > self.max_speck_area * coverage.size).sum())
 
