@@ -1,0 +1,84 @@
+"""The parts of the benchmark scripts that compute figures."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evotok_plugin.scenes.captions import prompt_record
+from evotok_plugin.scenes.scene import Scene, place, render, sample_scene
+
+FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "benchmark"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(name)` returns the names that a script defines."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+
+
+def test_a_detected_scene_has_the_objects_of_the_rendered_one(script, rng):
+    detected_scene = script("drawn_scenes")["detected_scene"]
+    for _ in range(20):
+        scene = sample_scene(rng, "counting")
+        found = detected_scene(render(scene))
+        assert sorted((i.kind, i.cell) for i in found.objects) == sorted((i.kind, i.cell) for i in scene.objects)
+        assert all(0.22 < item.size < 0.34 for item in found.objects)
+    assert detected_scene(render(Scene(()))) is None
+
+
+def test_questions_of_dialogues_have_the_wanted_kind(script, rng):
+    dialogues = script("dialogues")
+    scene = sample_scene(rng, "position")
+    for kind, categories in dialogues["KINDS"].items():
+        question = dialogues["question_about"](scene, kind, rng)
+        assert question.category in categories and question.answer in dialogues["ANSWERS"]
+    same = Scene(tuple(place(rng, "ring", "red", cell) for cell in (0, 4)))
+    assert dialogues["question_about"](same, "color", rng) is None
+    five = Scene(tuple(place(rng, "ring", "red", cell) for cell in range(5)))
+    assert dialogues["question_about"](five, "number", rng) is None
+
+
+def test_entropy_is_summed_over_variables(script):
+    entropy = script("diversity")["entropy"]
+    measured = entropy([{"cell": [k % 4], "color": ["red"], "size": [k % 2]} for k in range(8)])
+    assert measured.plain == pytest.approx(2 + 0 + 1)
+    assert measured.corrected == pytest.approx(3 + (3 + 1) / (2 * 8 * np.log(2)))
+
+
+@pytest.mark.parametrize(
+    ("skill", "names"),
+    [
+        ("single_object", {"cell 0", "size 0", "color 0"}),
+        ("colors", {"cell 0", "size 0"}),
+        ("color_attr", {"cell 0", "size 0", "cell 1", "size 1", "relation"}),
+        ("position", {"cell 0", "size 0", "color 0", "cell 1", "size 1", "color 1"}),
+    ],
+)
+def test_variables_are_what_a_prompt_leaves_open(script, rng, skill, names):
+    open_variables = script("diversity")["open_variables"]
+    scene = sample_scene(rng, skill)
+    record = prompt_record(scene, skill)
+    assert set(open_variables(scene, record)) == names
+    extra = Scene((*scene.objects, scene.objects[0]))
+    assert open_variables(extra, record) is None
+
+
+def test_the_summary_of_seeds_has_a_row_per_figure(script):
+    seeds = script("quickstart_seeds")
+    runs = [seeds["figures"]({"psnr": value, "drawing": {"overall": value / 2, "note": "x"}}) for value in (1, 2, 3)]
+    assert seeds["summary"](runs) == [
+        ["psnr", "3", "2.000", "1.000", "1.000", "3.000"],
+        ["drawing/overall", "3", "1.000", "0.500", "0.500", "1.500"],
+    ]
+    assert seeds["summary"](runs[:1])[0][3] == "-"
+
+
+def test_only_finished_runs_of_the_same_kind_are_skipped(script, tmp_path):
+    is_finished = script("quickstart_seeds")["is_finished"]
+    assert not is_finished(tmp_path, fast=False)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"fast": false, "seconds": {}, "finished": true}')
+    assert is_finished(tmp_path, fast=False) and not is_finished(tmp_path, fast=True)
