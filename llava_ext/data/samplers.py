@@ -112,9 +112,9 @@ class ModalityGroupedSampler(Sampler[int]):
 class PackingSampler(Sampler[list[int]]):
     """Rows of samples for a `PackedDataset`: the order of an epoch, packed, in shuffled rows.
 
-    All epochs have as many rows as the first. The order of a later epoch can need more or fewer, with weighted sources:
-    the rows of all orders then form one sequence that is divided evenly into epochs, so that no sample is lost. Rows
-    depend only on the arguments and the epoch, so a resumed run continues at the right row.
+    All epochs have as many rows as the first. The order of a later epoch can need a few more or fewer: the rows of all
+    orders form one sequence that is divided evenly into epochs, so that no sample is lost. Rows depend only on the
+    arguments and the epoch, so a resumed run continues at the right row.
 
     Args:
         lengths: LLM steps of each sample (len,).

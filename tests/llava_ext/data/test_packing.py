@@ -23,9 +23,9 @@ KINDS = list(CONVERSATIONS)
 
 
 def naive_best_fit(lengths, capacity):
-    """Best-fit decreasing that tries every row for every sample."""
+    """Best fit that tries every row for every sample."""
     rows, room = [], []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in range(len(lengths)):
         fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
         if not fitting:
             rows.append([])
@@ -38,7 +38,7 @@ def naive_best_fit(lengths, capacity):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_packing_equals_a_naive_best_fit_decreasing(seed):
+def test_packing_equals_a_naive_best_fit(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, size=300)
     rows = pack_lengths(lengths, 100)
@@ -48,10 +48,12 @@ def test_packing_equals_a_naive_best_fit_decreasing(seed):
     assert sums == sorted(int(lengths[row].sum()) for row in naive_best_fit(lengths.tolist(), 100))
 
 
-def test_the_number_of_rows_does_not_depend_on_the_order(rng):
-    lengths = rng.integers(1, 100, size=500)
-    counts = {len(pack_lengths(rng.permutation(lengths), 128)) for _ in range(10)}
-    assert len(counts) == 1
+def test_rows_of_a_shuffled_order_are_mixtures_of_all_lengths(rng):
+    lengths = rng.permutation(np.repeat([20, 25, 45, 61], 500))
+    rows = pack_lengths(lengths, 1024)
+    assert lengths.sum() > 0.98 * 1024 * len(rows)
+    mixed = [len({*lengths[row]}) == 4 for row in rows]
+    assert np.mean(mixed) > 0.95
 
 
 def test_lengths_that_fill_rows_exactly_leave_no_padding():
@@ -69,12 +71,13 @@ def rows_of(lengths, epoch, seed=0, capacity=64):
     return list(PackingSampler(lengths, capacity, seed, lambda: epoch))
 
 
-def test_epochs_have_the_same_number_of_rows_and_every_sample_once(rng):
+def test_epochs_have_the_same_number_of_rows_and_every_sample_equally_often(rng):
     lengths = rng.integers(5, 40, size=200)
     epochs = [rows_of(lengths, epoch) for epoch in range(3)]
-    for rows in epochs:
-        assert sorted(index for row in rows for index in row) == list(range(200))
-        assert len(rows) == len(PackingSampler(lengths, 64, 0, lambda: 0))
+    assert sorted(index for row in epochs[0] for index in row) == list(range(200))
+    assert {len(rows) for rows in epochs} == {len(PackingSampler(lengths, 64, 0, lambda: 0))}
+    times = np.bincount([index for rows in epochs for row in rows for index in row], minlength=200)
+    assert times.min() >= 2 and times.max() <= 4 and np.mean(times == 3) > 0.9
     assert len({frozenset(map(frozenset, rows)) for rows in epochs}) == 3
     assert epochs[0] != rows_of(lengths, 0, seed=1)
 
@@ -136,7 +139,7 @@ def lively(any_mllm):
     with torch.no_grad():
         for module in model.language_model.layers.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight.mul_(8)
+                module.weight.mul_(12)
     return model, processor
 
 
