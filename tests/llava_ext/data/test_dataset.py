@@ -169,9 +169,7 @@ def test_a_data_set_is_built_and_no_image_is_encoded_twice(tiny_mllm, config_of,
     again = build_dataset(config, *tiny_mllm)
     assert torch.equal(again[0].input_ids, dataset[0].input_ids)
     images = {name for record in dataset.records for name in record.images}
-    assert 0 < len(CodeCache(config.code_cache)) == len(images) < len(dataset), (
-        "no image is encoded twice"
-    )
+    assert 0 < len(CodeCache(config.code_cache)) == len(images) < len(dataset), "no image is encoded twice"
 
 
 def test_cached_codes_are_those_of_the_images(tiny_mllm, config_of, scene_folder):
