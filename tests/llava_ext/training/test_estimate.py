@@ -1,9 +1,11 @@
 """`evotok-llava estimate` compared with real models and runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from stage_runs import run_forked, train_one_step, write_recipe
 from torch import nn
 
@@ -41,7 +43,9 @@ def test_parameters_and_model_states_are_those_of_a_real_run(recipe, model_folde
 def test_the_count_of_a_model_to_be_assembled_is_that_of_the_model(recipe, tiny_mllm):
     model, _ = tiny_mllm
     counted = sum(every for every, _ in estimate_run(str(recipe), {}, 1).parameters.values())
-    added = model.lm_head.out_features - 436  # rows for the tokenizer, unknown to the configuration
+    backbone = Path(yaml.safe_load(Path(recipe).read_text())["model_name_or_path"])
+    rows = json.loads((backbone / "config.json").read_text())["vocab_size"]
+    added = model.lm_head.out_features - rows  # rows for the tokenizer, unknown to the configuration
     assert counted == sum(p.numel() for p in model.parameters()) - 2 * 32 * added
 
 
