@@ -62,7 +62,7 @@ def test_it_draws_the_prompts(included):
     for number, image in enumerate(images):
         color, shape = wanted[number // 4]
         right += any((found.color, found.label) == (color, shape) for found in detector.detect(image))
-    assert right >= 14
+    assert right >= 15
 
 
 def test_it_answers_questions_about_unseen_scenes(included):
@@ -74,7 +74,7 @@ def test_it_answers_questions_about_unseen_scenes(included):
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = sum(answer.strip() == q.answer for answer, q in zip(answers, questions, strict=True))
-    assert right >= 40
+    assert right >= 50
 
 
 def test_it_answers_questions_about_its_own_drawings(included):

@@ -202,7 +202,7 @@ def only(recipe, scene_folder, tmp_path):
 def test_a_head_without_drawings_stops_the_run_before_the_first_step(recipe, only, tmp_path, head):
     flags = ["--data_path", only("read"), "--tune_language_model", "false", "--image_head", head]
     code, line = run_forked(stage_exit, recipe, tmp_path / "out", flags)
-    assert code == 2 and "image_head" in line and "24 read, 0 draw, 0 text" in line
+    assert code == 2 and "image_head" in line and "18 read, 0 draw, 0 text" in line
     assert ("write_projector" in line) == (head == "depth")
     assert "--tune_image_head false" in line and "--caption_task draw or both" in line
     assert not list((tmp_path / "out").glob("checkpoint-*"))
@@ -242,7 +242,7 @@ def test_conversations_that_draw_and_read_train_both_groups(recipe, only, tmp_pa
     assert run_forked(_prepared, recipe, {"data_path": [str(tmp_path / "both.json")]}) == {
         "text": 0,
         "read": 0,
-        "draw": 24,
+        "draw": 18,
     }
 
 
