@@ -150,7 +150,7 @@ def test_an_unsupported_flag_of_llava_is_a_user_error(capsys):
 
 
 def test_other_exceptions_than_user_errors_are_not_caught(monkeypatch):
-    def fail(recipe, overrides):
+    def fail(recipe, overrides, stage):
         raise ValueError(f"{recipe} {overrides}")
 
     monkeypatch.setattr(train, "run_stage", fail)
@@ -197,7 +197,7 @@ def test_trained_groups_learning_rates_and_outputs_are_logged(recipe, tmp_path):
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "frozen" in lines["vision_tower"] and "learning rate 0.001" in lines["language_model"]
     assert "learning rate 2e-05, " in lines["read_projector"]
-    assert "learning rate 0.001, 72 samples" in lines["image_head"]
+    assert "learning rate 0.001, 54 samples" in lines["image_head"]
     assert "the whole model" in lines["saved"]
 
 
