@@ -169,21 +169,34 @@ DEFAULTS = DrawingOptions(3.0, "constant", "", SamplingOptions(), guidance_inter
 # A model's own settings --------------------------------------------------------------------------------------
 
 
+def checked_entry(entry: str, values: Any, known: Sequence[str]) -> Mapping[str, Any]:
+    """Return an entry of a generation_config.json, after a check that it maps known names to values.
+
+    Args:
+        entry: its name, for the error.
+
+    Raises:
+        UserError: it is not a mapping, has an unknown key, or a key without a value.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{entry}: expected a mapping of {', '.join(known)}, got {values!r}")
+    for name, value in values.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+            raise UserError(f"{entry}: unknown setting {name!r}; {hint}")
+        if value is None:
+            raise UserError(f"{entry}: {name} has no value; set one or remove the key")
+    return values
+
+
 def read_settings(values: Any) -> DrawingOptions:
     """Parse the entry `image_generation` of a generation_config.json; settings that it leaves out are None.
 
     Raises:
         UserError: it is not a mapping, has an unknown key, or a value is out of its range.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{IMAGE_GENERATION}: expected a mapping of {', '.join(MODEL_SETTINGS)}, got {values!r}")
-    for name, value in values.items():
-        if name not in MODEL_SETTINGS:
-            near = get_close_matches(str(name), MODEL_SETTINGS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(MODEL_SETTINGS)}"
-            raise UserError(f"{IMAGE_GENERATION}: unknown setting {name!r}; {hint}")
-        if value is None:
-            raise UserError(f"{IMAGE_GENERATION}: {name} has no value; set one or remove the key")
+    for name, value in checked_entry(IMAGE_GENERATION, values, MODEL_SETTINGS).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if name in _SAMPLING and not all(map(_is_number, numbers)):
             raise UserError(f"{IMAGE_GENERATION}: expected one number or one per level, got {name}={value!r}")

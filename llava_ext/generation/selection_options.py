@@ -1,8 +1,6 @@
 """Settings of the selection among drawn candidates: those of a call, and the model's own in generation_config.json."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +8,7 @@ from transformers import GenerationConfig
 
 from evotok_plugin.errors import UserError
 from llava_ext.generation.model_interface import ModelInterface
+from llava_ext.generation.options import checked_entry
 
 IMAGE_SELECTION = "image_selection"  # the entry of generation_config.json that holds a model's settings
 MOST_CANDIDATES = 1024
@@ -71,17 +70,9 @@ def read_selection(values: Any) -> SelectionOptions:
     Raises:
         UserError: it is not a mapping, has an unknown key, or a value is out of its range.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{IMAGE_SELECTION}: expected a mapping of {', '.join(_KEYS)}, got {values!r}")
-    for name, value in values.items():
-        if name not in _KEYS:
-            near = get_close_matches(str(name), _KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_KEYS)}"
-            raise UserError(f"{IMAGE_SELECTION}: unknown setting {name!r}; {hint}")
-        if value is None:
-            raise UserError(f"{IMAGE_SELECTION}: {name} has no value; set one or remove the key")
+    given = checked_entry(IMAGE_SELECTION, values, _KEYS)
     try:
-        return SelectionOptions(**values)
+        return SelectionOptions(**given)
     except UserError as error:
         raise UserError(f"{IMAGE_SELECTION}: {error}") from None
 

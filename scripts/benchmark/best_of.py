@@ -153,7 +153,7 @@ def cost_per_candidate(found: Candidates, best_of: int) -> tuple[float, float]:
 
 
 def agreement(found: Candidates) -> str:
-    """How the two readings rank the candidates."""
+    """Compare the ranks that the two readings give to the candidates, in a sentence."""
     codes, images = (found.scores[name] for name in SELECTIONS[:2])
     same = np.mean(codes.argmax(axis=1) == images.argmax(axis=1))
     ranks = [rankdata(scores, axis=1) for scores in (codes, images)]

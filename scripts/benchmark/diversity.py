@@ -45,7 +45,7 @@ def named_objects(scene: Scene, record: dict) -> list[list[SceneObject]] | None:
 
 
 def open_variables(scene: Scene, record: dict) -> Variables | None:
-    """What the prompt of a record leaves open, for one scene; None if the scene does not match its objects."""
+    """List the variables of a scene that the prompt of a record leaves open; None if the scene has other objects."""
     groups = named_objects(scene, record)
     if groups is None:
         return None
