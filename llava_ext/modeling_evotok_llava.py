@@ -117,7 +117,9 @@ class EvoTokLlavaForConditionalGeneration(
         if isinstance(module, DepthTransformerHead):
             nn.init.normal_(module.level_embedding, std=self.config.initializer_range)
         elif isinstance(module, Projector):
-            nn.init.normal_(module.position_embedding, std=self.config.initializer_range)
+            # About as large as projected features: next to much larger ones, a model hardly learns where objects are.
+            width = module.position_embedding.shape[-1]
+            nn.init.normal_(module.position_embedding, std=0.35 * self.config.initializer_range * width**0.5)
 
     def train(self, mode: bool = True) -> "EvoTokLlavaForConditionalGeneration":
         """Set the mode of all parts but the tokenizer, which stays in evaluation mode: its codebooks are fixed."""

@@ -28,6 +28,12 @@ def description(scene: Scene) -> str:
     return ", ".join(f"{with_article(item.kind)} in the {CELL_NAMES[item.cell]}" for item in ordered)
 
 
+def places(scene: Scene) -> str:
+    """List all objects with their cells in reading order: "red circle top left, blue ring center"."""
+    ordered = sorted(scene.objects, key=lambda item: item.cell)
+    return ", ".join(f"{item.kind} {CELL_NAMES[item.cell]}" for item in ordered)
+
+
 def prompt_record(scene: Scene, skill: str) -> dict:
     """Describe the scene as a GenEval record: `tag`, `include`, `exclude` (counting only) and `prompt`."""
     items = scene.objects
