@@ -83,7 +83,18 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         for file in ("finetune.json", "mixed.json")
     }
     assert kinds["finetune.json"] == ["prompt", "draw", "draw-rich", "draw-asked"] * 6
-    assert kinds["mixed.json"] == ["describe", "draw"] * 3
+    # Four of the six skills have several objects.
+    assert kinds["mixed.json"] == ["places"] * 4 + ["describe", "draw", "places"] * 3
+
+
+def test_places_list_every_object_once_in_reading_order():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        scene = scenes.sample_mixed_scene(rng)
+        listed = captions.places(scene).split(", ")
+        assert sorted(listed) == sorted(f"{item.kind} {scenes.CELL_NAMES[item.cell]}" for item in scene.objects)
+        cells = [scenes.CELL_NAMES.index(text.split(" ", 2)[2]) for text in listed]
+        assert cells == sorted(cells)
 
 
 def test_prompts_of_the_corpus_are_held_out_by_their_text(tmp_path):
