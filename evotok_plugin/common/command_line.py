@@ -205,6 +205,12 @@ def _quiet_libraries(needs_torchvision: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
+    warnings.formatwarning = _one_line
+
+
+def _one_line(message: Warning | str, *place: Any, **line: Any) -> str:
+    """Format a warning without its place in the code, which a user of a command cannot act on."""
+    return f"warning: {message}\n"
 
 
 def _transformers_without_torchvision() -> Any:

@@ -1,6 +1,7 @@
 """Settings of image generation: those of a call, and the model's own in its generation_config.json."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -117,10 +118,13 @@ class DrawingOptions:
     def for_model(self, model: ModelInterface) -> "DrawingOptions":
         """Fill every setting that is None from the model's `generation_config`.
 
+        Warns about given settings of guidance where its scale is 1.
+
         Raises:
             UserError: a setting has values for another number of levels, or the model's own settings are invalid.
         """
-        options = self.completed(model_settings(getattr(model, "generation_config", None)))
+        defaults = model_settings(getattr(model, "generation_config", None))
+        options = self.completed(defaults)
         assert options.sampling is not None
         num_levels = model.config.vision_config.pixel_depth
         options.sampling.check_levels(num_levels)
@@ -129,7 +133,18 @@ class DrawingOptions:
             raise UserError(
                 f"guidance_scale has {len(scale)} values, but {num_levels} levels are drawn; give one per level"
             )
+        if not options.guided and (unused := self._settings_of_guidance(defaults)):
+            warnings.warn(
+                f"{', '.join(unused)} without effect: guidance_scale is 1, which draws from the prompt alone; pass a "
+                "larger guidance_scale",
+                stacklevel=1,  # a drawing completes its options several times, but is warned about once
+            )
         return options
+
+    def _settings_of_guidance(self, defaults: "DrawingOptions") -> list[str]:
+        """Names of settings that differ from the defaults and change a drawing only with guidance."""
+        names = ("guidance_schedule", "guidance_interval", "guidance_rescale", "negative_prompt")
+        return [name for name in names if getattr(self, name) not in (None, "", getattr(defaults, name))]
 
     def settings(self) -> dict[str, Any]:
         """Return complete options as one flat mapping with the parameter names of `generate_images`."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -146,11 +147,22 @@ def test_settings_of_text_are_independent(own_folder):
     """Text is sampled with transformers' settings, independently of the settings of drawing."""
     model, processor = load_model(own_folder)
     inputs, settings = processor("a ring"), {"do_sample": True, "max_new_tokens": 5}
-    model.generation_config.temperature = 1e-3
+    model.generation_config.temperature = 1e-6
     greedy = model.generate(**inputs, do_sample=False, max_new_tokens=5)
     assert torch.equal(model.generate(**inputs, **settings), greedy)
     assert torch.equal(model.generate(**inputs, **settings, temperature=5.0, top_k=1), greedy)
     assert DrawingOptions().for_model(model) == AS_OPTIONS
+
+
+def test_settings_of_guidance_are_reported_where_guidance_is_off(own_folder):
+    model, _ = load_model(own_folder)
+    with pytest.warns(UserWarning, match="guidance_interval, negative_prompt without effect: guidance_scale is 1"):
+        DrawingOptions(1, guidance_interval=(0, 0.5), negative_prompt="a square").for_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DrawingOptions(1, guidance_interval=(0, 0.75), guidance_schedule="linear").for_model(model)  # the model's own
+        DrawingOptions(1, negative_prompt="").for_model(model)
+        DrawingOptions(2, guidance_interval=(0, 0.5), negative_prompt="a square").for_model(model)
 
 
 @pytest.mark.parametrize(
