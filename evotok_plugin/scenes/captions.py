@@ -28,10 +28,11 @@ def description(scene: Scene) -> str:
     return ", ".join(f"{with_article(item.kind)} in the {CELL_NAMES[item.cell]}" for item in ordered)
 
 
-def places(scene: Scene) -> str:
-    """List all objects with their cells in reading order: "red circle top left, blue ring center"."""
-    ordered = sorted(scene.objects, key=lambda item: item.cell)
-    return ", ".join(f"{item.kind} {CELL_NAMES[item.cell]}" for item in ordered)
+def places(scene: Scene, rng: np.random.Generator, shape_first: bool) -> str:
+    """List all objects with their cells in random order: "red circle top left", or "circle red top left"."""
+    items = [scene.objects[int(n)] for n in rng.permutation(len(scene.objects))]
+    kinds = [f"{item.shape} {item.color}" if shape_first else item.kind for item in items]
+    return ", ".join(f"{kind} {CELL_NAMES[item.cell]}" for kind, item in zip(kinds, items, strict=True))
 
 
 def prompt_record(scene: Scene, skill: str) -> dict:

@@ -32,18 +32,18 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
 
     `folder/train/` and `folder/val/` contain `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` per line)
     and LLaVA records: `pretrain.json` (descriptions, read and drawn), `finetune.json` (GenEval prompts, drawn and
-    written), `questions.json`, `mixed.json` (scenes of several different objects, described and drawn, and lists of the
-    places of objects), `interleaved.json` (conversations that read and draw) and `other.json` (text outside the
-    domain). `prompts.jsonl` has drawing prompts with the skill as their tag; those of `val` do not occur in `train`,
-    except those of skills with few prompts.
+    written), `questions.json`, `places.json` (lists of all objects and their places), `mixed.json` (scenes of several
+    different objects, described and drawn), `interleaved.json` (conversations that read and draw) and `other.json`
+    (text outside the domain). `prompts.jsonl` has drawing prompts with the skill as their tag; those of `val` do not
+    occur in `train`, except those of skills with few prompts.
     """
     for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
         root = Path(folder) / split
         (root / "images").mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng([seed, stream])
+        rng, places_rng = np.random.default_rng([seed, stream]), np.random.default_rng([seed, stream, 1])
         captions: list[dict] = []
         records: dict[str, list[dict]] = {
-            name: [] for name in ("pretrain", "finetune", "questions", "mixed", "interleaved")
+            name: [] for name in ("pretrain", "finetune", "questions", "places", "mixed", "interleaved")
         }
         scenes: list[tuple[Scene, str]] = []
         previous: SceneImage | None = None
@@ -64,7 +64,7 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
                 records["interleaved"] += interleaved_records(this, previous or this, rng)
                 scenes.append((scene, skill))
                 previous = this
-            records["mixed"] += places_records(scene, name)
+            records["places"] += places_records(scene, name, places_rng)
             records["questions"] += question_records(scene, name, QUESTIONS, rng)
             render(scene, image_size).save(root / name, compress_level=1)
         _write_lines(root / "captions.jsonl", captions)

@@ -60,7 +60,10 @@ def corpus_texts(scene_folder: Path, records: list[dict]) -> Iterable[str]:
         UserError: the records of the scene folder cannot be read.
     """
     yield from _turns_of(records)
-    required, optional = ("pretrain", "finetune"), ("questions", "mixed", "other")  # older corpora lack the latter
+    required, optional = (
+        ("pretrain", "finetune"),
+        ("questions", "places", "mixed", "other"),
+    )  # older corpora lack the latter
     files = [scene_folder / "train" / f"{name}.json" for name in (*required, *optional)]
     for file in (file for file in files if file.stem in required or file.exists()):
         with reading(str(file), "choose another --workspace, or delete the folder of the scenes to draw them again"):

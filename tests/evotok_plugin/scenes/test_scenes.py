@@ -71,6 +71,7 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         "finetune.json",
         "pretrain.json",
         "questions.json",
+        "places.json",
         "mixed.json",
         "interleaved.json",
         "other.json",
@@ -80,21 +81,25 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         assert read("a", file) == read("b", file) != read("c", file)
     kinds = {
         file: [record["id"].split("-", 1)[1] for record in json.loads(read("a", file))]
-        for file in ("finetune.json", "mixed.json")
+        for file in ("finetune.json", "mixed.json", "places.json")
     }
     assert kinds["finetune.json"] == ["prompt", "draw", "draw-rich", "draw-asked"] * 6
-    # Four of the six skills have several objects.
-    assert kinds["mixed.json"] == ["places"] * 4 + ["describe", "draw", "places"] * 3
+    assert kinds["mixed.json"] == ["describe", "draw"] * 3
+    assert kinds["places.json"] == ["places"] * (4 + 3)  # four of the six skills have several objects
 
 
-def test_places_list_every_object_once_in_reading_order():
-    rng = np.random.default_rng(3)
+@pytest.mark.parametrize("shape_first", [True, False])
+def test_places_list_every_object_once_in_random_order(shape_first):
+    rng, orders = np.random.default_rng(3), set()
     for _ in range(50):
         scene = scenes.sample_mixed_scene(rng)
-        listed = captions.places(scene).split(", ")
-        assert sorted(listed) == sorted(f"{item.kind} {scenes.CELL_NAMES[item.cell]}" for item in scene.objects)
-        cells = [scenes.CELL_NAMES.index(text.split(" ", 2)[2]) for text in listed]
-        assert cells == sorted(cells)
+        kinds = {f"{i.shape} {i.color}" if shape_first else f"{i.color} {i.shape}": i for i in scene.objects}
+        listed = captions.places(scene, rng, shape_first).split(", ")
+        found = [kinds[" ".join(text.split(" ")[:2])] for text in listed]
+        assert sorted(map(id, found)) == sorted(map(id, scene.objects))
+        assert [text.split(" ", 2)[2] for text in listed] == [scenes.CELL_NAMES[item.cell] for item in found]
+        orders.add(tuple(np.argsort([item.cell for item in found])))
+    assert len(orders) > 10
 
 
 def test_prompts_of_the_corpus_are_held_out_by_their_text(tmp_path):
