@@ -20,7 +20,7 @@ from llava_ext.training.drawn_samples import write_samples
 if TYPE_CHECKING:
     from llava_ext.training.trainer import EvoTokTrainer
 
-_NUM_PROMPTS = 6
+_NUM_PROMPTS, _NUM_DRAWINGS = 6, 4
 _PACKED_BATCH = 8  # samples at once if training counts rows
 _LONGEST_LABEL = 100  # characters of a prompt in a picture
 
@@ -95,11 +95,12 @@ class HeldOutEvaluation(TrainerCallback):
         return trainer.losses_of(trainer.accelerator.reduce(sums, "sum").double().cpu())
 
     def _draw(self, step: int) -> None:
-        """Draw the prompts on the first process, with the model's settings and one seed per prompt."""
+        """Draw every prompt several times on the first process, with the model's settings and fixed seeds."""
         trainer, prompts = self._trainer, list(self._data.prompts)
         if not trainer.can_draw or not trainer.args.processes.is_first:
             return
-        images = trainer.drawings(prompts, seeds=range(len(prompts)))
+        rows = [prompt for prompt in prompts for _ in range(_NUM_DRAWINGS)]
+        images = trainer.drawings(rows, seeds=range(len(rows)))
         labels = [prompt[:_LONGEST_LABEL] for prompt in prompts]
         path = write_samples(trainer.args.output_dir, step, labels, images)
         for callback in trainer.callback_handler.callbacks:

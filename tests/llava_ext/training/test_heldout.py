@@ -61,7 +61,9 @@ def test_held_out_losses_are_those_of_the_model(recipe, heldout, tmp_path, engin
     assert [found[4]["eval_text_loss"], found[4]["eval_image_loss"]] == pytest.approx(expected, abs=2e-4)
     names = [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())]
     assert names == ["step_000003.png", "step_000004.png"]
-    assert Image.open(tmp_path / "run" / "samples" / names[0]).width > 48
+    assert Image.open(tmp_path / "run" / "samples" / names[0]).width > 4 * 48
+    (events,) = (tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*")
+    assert b"drawings" in events.read_bytes() and b"eval/text_loss" in events.read_bytes()
 
 
 def test_evaluating_does_not_change_the_training(recipe, heldout, tmp_path):
