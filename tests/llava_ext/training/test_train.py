@@ -146,7 +146,7 @@ def test_a_user_error_has_a_traceback_with_debug(capsys):
 
 def test_an_unsupported_flag_of_llava_is_a_user_error(capsys):
     assert train.main(["--recipe", "finetune", "--pretrain_mm_mlp_adapter", "x.bin"]) == 2
-    assert "error: --pretrain_mm_mlp_adapter x.bin of LLaVA is not supported" in capsys.readouterr().err
+    assert "error: --pretrain_mm_mlp_adapter x.bin: expected the output folder of stage 1" in capsys.readouterr().err
 
 
 def test_other_exceptions_than_user_errors_are_not_caught(monkeypatch):
