@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import load_whole, model_type_of, open_tokenizer_folder, read_config
+from evotok_plugin.model_folder import load_whole, model_type_of, open_config, open_tokenizer_folder, read_config
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
+from llava_ext.attention_support import supported_attention
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, initialize_rows
 from llava_ext.generation.options import store_settings
@@ -42,6 +43,7 @@ def assemble(
         vision_tower: folder of an EvoTok tokenizer with a trained semantic decoder.
         head_hidden_size, head_num_layers, head_num_heads: size of the depth transformer.
         dtype: of the backbone and the new parts; the tokenizer is always float32.
+        attn_implementation: "sdpa" becomes "eager" for a backbone without SDPA.
         quantization_config: a quantization config of transformers, to quantize the backbone while it loads.
         image_head: "depth" or "flat".
         residual_embeddings: with the flat head, "tied" to the codebooks or "free".
@@ -65,7 +67,7 @@ def assemble(
         AutoModelForCausalLM,
         language_model,
         dtype=dtype,
-        attn_implementation=attn_implementation,
+        attn_implementation=supported_attention(open_config(AutoConfig, language_model), attn_implementation),
         quantization_config=quantization_config,
     )
     processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size, image_head)

@@ -16,7 +16,8 @@ COMMANDS = {
     "convert": "convert research adapters into a model folder",
     "merge": "merge a LoRA or QLoRA adapter into the model it was trained on",
     "export": "export a self-contained model folder",
-    "estimate": "estimate parameters, memory and tokens per step of a training run",
+    "data": "prepare data: add drawing samples to conversations that describe images",
+    "estimate": "estimate parameters, memory, disk and hours of a training run",
 }
 
 

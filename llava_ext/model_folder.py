@@ -23,6 +23,7 @@ from evotok_plugin.model_folder import (
     open_processor,
     read_config,
 )
+from llava_ext.attention_support import supported_attention
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import put_rows_into_tables
@@ -45,6 +46,7 @@ def load_model(
 
     Args:
         dtype: of all weights except the tokenizer's, which stay float32; "auto" keeps the dtype they were saved in.
+        attn_implementation: "sdpa" becomes "eager" for a backbone without SDPA.
         quantization_config: a quantization config of transformers, to quantize the backbone while it loads.
 
     Raises:
@@ -64,11 +66,13 @@ def load_model(
     for part in ("text_config", "vision_config"):
         if not isinstance(read_config(folder).get(part), dict):  # the default has billions of weights
             raise UserError(f"{Path(folder) / CONFIG}: expected an object with model settings as {part}; restore it")
+    config = open_config(EvoTokLlavaConfig, folder)
+    assert isinstance(config, EvoTokLlavaConfig)
     model = load_whole(
         EvoTokLlavaForConditionalGeneration,
         folder,
         dtype=dtype,
-        attn_implementation=attn_implementation,
+        attn_implementation=supported_attention(config.text_config, attn_implementation),
         quantization_config=quantization_config,
     )
     assert isinstance(model, EvoTokLlavaForConditionalGeneration)

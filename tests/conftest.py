@@ -40,7 +40,7 @@ def write_backbone(tokenizer_folder, folder, model_type: str = "qwen2", **settin
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    extra = {"head_dim": 16} if model_type == "qwen3" else {}
+    extra = {"head_dim": 16} if model_type in ("qwen3", "gemma2") else {}
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(tokenizer),

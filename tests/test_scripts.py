@@ -35,6 +35,27 @@ def test_every_method_has_a_short_script_and_a_recipe(method):
     assert values.get("bits", 16) == (4 if method == "finetune_qlora" else 16)
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,3"}, "3"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1,2"}, "1"),
+        ({}, "4"),
+        ({"PATH": "/usr/bin:/bin"}, "1"),
+    ],
+)
+def test_the_default_number_of_processes_is_that_of_the_visible_gpus(tmp_path, environment, expected):
+    lister = tmp_path / "nvidia-smi"
+    lister.write_text('#!/bin/sh\nfor n in 0 1 2 3; do echo "GPU $n: NVIDIA (UUID: x)"; done\n')
+    lister.chmod(0o755)
+    script = (ROOT / "scripts" / "lib" / "environment.sh").read_text().rpartition("use_environment\n")[0]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **environment}
+    shown = subprocess.run(["bash", "-c", f"set -euo pipefail\n{script}\nvisible_gpus"], env=environment, text=True,
+                           capture_output=True, check=True)  # fmt: skip
+    assert shown.stdout.strip() == expected
+
+
 TORCHRUN = [sys.executable, str(ROOT / "scripts" / "lib" / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
 
 

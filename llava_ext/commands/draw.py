@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from evotok_plugin.common.files import check_output_file, check_output_folder
@@ -83,7 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     opened = open_selected_model(arguments)
     settings = options.for_model(opened.model).settings()
     best_of = selection.for_model(opened.model).best_of
-    selected = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
+    selected: dict[str, Any] = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
+    dtype = opened.model.get_input_embeddings().weight.dtype
+    if dtype != torch.float32:
+        selected["dtype"] = str(dtype).removeprefix("torch.")
     jobs = [_Job(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     images: list[Image.Image] = []
     scale = file_scale(opened.model.config.vision_config.image_size, arguments.scale)

@@ -1,4 +1,4 @@
-"""`evotok-llava estimate`: estimate the memory and the tokens per step of a training run."""
+"""`evotok-llava estimate`: estimate memory, disk and hours of a training run."""
 
 import argparse
 import sys
@@ -14,17 +14,26 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     )
     parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, with one process each")
+    parser.add_argument("--samples", type=int, help="samples of an epoch, for the hours of a run without max_steps")
+    parser.add_argument("--mean_steps", type=float, help="mean LLM steps of a sample (an image and 128 text tokens)")
+    parser.add_argument("--drawn_share", type=float, default=0.5, help="share of the samples that draw (0.5)")
     parser.set_defaults(run=run, takes_rest=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the estimate."""
-    from llava_ext.training.config import StageConfig  # slow imports that no other command needs
-    from llava_ext.training.estimate import estimate_run
-    from llava_ext.training.llava_flags import translate
+    from llava_ext.training.assumed_models import schema_of  # slow imports that no other command needs
+    from llava_ext.training.estimate import Workload, estimate_run
+    from llava_ext.training.stage_flags import translate_flags
 
     stage = argparse.ArgumentParser(prog="evotok-llava estimate", allow_abbrev=False)
-    add_arguments(stage, StageConfig)
-    given, rest = stage.parse_known_args(translate(arguments.rest, lambda line: print(line, file=sys.stderr)))
+    schema = schema_of(arguments.recipe)
+    add_arguments(stage, schema)
+
+    def notify(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    given, rest = stage.parse_known_args(translate_flags(arguments.rest, notify, schema))
     reject_unknown_flags(rest, flags_of(stage))
-    print(estimate_run(arguments.recipe, vars(given), arguments.gpus))
+    workload = Workload(arguments.samples, arguments.mean_steps, arguments.drawn_share)
+    print(estimate_run(arguments.recipe, vars(given), arguments.gpus, workload))

@@ -5,13 +5,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import torch
+
+from evotok_plugin.common.processes import resolve_device
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
 from llava_ext.model_folder import OpenModel, default_model_folder, open_model
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """Parent parsers: `model` (--model, --device) and `drawing` (--guidance_scale, --temperature, ...)."""
+    """Parent parsers: `model` (--model, --device, --dtype) and `drawing` (--guidance_scale, --temperature, ...)."""
 
     model: argparse.ArgumentParser
     drawing: argparse.ArgumentParser
@@ -22,6 +27,12 @@ def shared_options() -> SharedOptions:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    model.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype of the weights, except those of the tokenizer; auto: as stored on a GPU, float32 on a CPU",
+    )
     drawing = argparse.ArgumentParser(add_help=False)
     group = drawing.add_argument_group(
         "drawing",
@@ -85,11 +96,15 @@ def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:
 
 
 def open_selected_model(arguments: argparse.Namespace) -> OpenModel:
-    """Open the model that --model selects on --device, and report its folder on stderr.
+    """Open the model that --model selects on --device with the weights of --dtype, and report its folder on stderr.
 
     Raises:
         UserError: the model does not exist or cannot be read, or the device is not available.
     """
     folder = arguments.model or default_model_folder()
     print(f"model: {folder}", file=sys.stderr)
-    return open_model(folder, arguments.device)
+    device = resolve_device(arguments.device)
+    dtype = arguments.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    return open_model(folder, device, dtype if dtype == "auto" else getattr(torch, dtype))

@@ -53,33 +53,38 @@ class JsonRecords:
     def row_name(self, index: int) -> str:
         file, number = self._place(index)
         try:
-            row = self._row(index)
+            row = self.row(index)
         except UserError:
             row = None
         return f"{self._file_names[file]}:{numbered(number, row)}"
 
     def records(self, index: int) -> tuple[Record, ...]:
-        return parse_row(self._row(index), self._options)
+        return parse_row(self.row(index), self._options)
 
     def content(self, index: int, number: int) -> bytes:
-        return named_image(self._row(index), self._options, number).content()
+        return named_image(self.row(index), self._options, number).content()
 
     def picture(self, index: int, number: int) -> Image.Image:
-        image = named_image(self._row(index), self._options, number)
+        image = named_image(self.row(index), self._options, number)
         return open_picture(image.content(), image.key)
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The file of a row and the number of the row within it."""
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return file, index - int(self._starts[file])
+    def row(self, index: int) -> object:
+        """A row as the file has it.
 
-    def _row(self, index: int) -> object:
+        Raises:
+            UserError: it is not valid JSON.
+        """
         start, end = self._spans[index].tolist()
         content = self._files.read(self._place(index)[0], start, end - start)
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise UserError(f"not valid JSON: {error}") from error
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The file of a row and the number of the row within it."""
+        file = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return file, index - int(self._starts[file])
 
 
 def _rows_of(file: Path) -> np.ndarray:

@@ -84,10 +84,13 @@ def _as_names(value: object, field: str) -> list[str]:
     return names
 
 
-def find_image(name: str, image_folder: Path | None) -> NamedImage:
+def find_image(name: str, image_folder: Path | None, key_root: Path | None = None) -> NamedImage:
     """Find an image by a path relative to the image folder or absolute within it, a `file:` URL, a data URI or base64.
 
     All spellings of the path of a file give the same key.
+
+    Args:
+        key_root: folder that the key is relative to, by default the image folder.
 
     Raises:
         UserError: the image does not exist, the image folder is missing, the path is outside of it, or base64 cannot
@@ -124,6 +127,7 @@ def find_image(name: str, image_folder: Path | None) -> NamedImage:
     if not stat.S_ISREG(facts.st_mode):
         raise UserError(f"image {shorten(name)} in {image_folder} is a folder, a pipe or a device; expected a file")
     state = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    root = root if key_root is None else os.path.abspath(key_root)
     return NamedImage(os.path.relpath(path, root), stamp_of(path, *state), path)
 
 

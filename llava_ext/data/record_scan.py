@@ -22,6 +22,7 @@ from llava_ext.data.records import KINDS, Record
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.sequence_layout import TooLong
 
+NUM_EXAMPLES = 3  # of prompts that were descriptions
 _CHUNK = 256  # rows that a data-loading process scans at a time
 
 
@@ -35,6 +36,8 @@ class RecordScan:
         bad: reasons why records are invalid, by their names.
         too_long: reasons why records cannot be truncated to the maximum length, by their names.
         num_cut: number of usable records that are truncated.
+        num_from_descriptions: number of usable records that draw the image of a conversation that describes it.
+        examples: prompts of the first of these records.
     """
 
     records: RecordTable
@@ -42,6 +45,8 @@ class RecordScan:
     bad: dict[str, str]
     too_long: dict[str, str]
     num_cut: int
+    num_from_descriptions: int
+    examples: list[str]
     _record_of: np.ndarray  # (uses,): the record of each use of an image
     _image_of: np.ndarray  # (uses,): the image
 
@@ -117,6 +122,8 @@ class _Findings:
     bad: dict[str, str] = field(default_factory=dict)
     too_long: dict[str, str] = field(default_factory=dict)
     num_cut: int = 0
+    num_from_descriptions: int = 0
+    examples: list[str] = field(default_factory=list)
 
 
 class _PackedFindings:
@@ -129,6 +136,7 @@ class _PackedFindings:
         self.num_images, self.images = np.array(findings.num_images, np.int32), PackedStrings(findings.images)
         self.digests, self.stamps = key_digests(findings.images), np.array(findings.stamps, "S16")
         self.bad, self.too_long, self.num_cut = findings.bad, findings.too_long, findings.num_cut
+        self.num_from_descriptions, self.examples = findings.num_from_descriptions, findings.examples
 
 
 class _Chunks(Dataset):
@@ -168,6 +176,10 @@ class _Chunks(Dataset):
         findings.images += record.images
         findings.stamps += record.stamps
         findings.num_cut += cut is not layout
+        if record.is_from_description:
+            findings.num_from_descriptions += 1
+            if len(findings.examples) < NUM_EXAMPLES:
+                findings.examples.append(record.messages[0]["content"])
 
 
 # Joining of chunks ------------------------------------------------------------------------------------------------
@@ -192,6 +204,8 @@ def _join(sources: Sequence[RecordSource], chunks: list[_PackedFindings]) -> Rec
         bad={name: why for chunk in chunks for name, why in chunk.bad.items()},
         too_long={name: why for chunk in chunks for name, why in chunk.too_long.items()},
         num_cut=sum(chunk.num_cut for chunk in chunks),
+        num_from_descriptions=sum(chunk.num_from_descriptions for chunk in chunks),
+        examples=[example for chunk in chunks for example in chunk.examples][:NUM_EXAMPLES],
         _record_of=record_of,
         _image_of=image_of,
     )

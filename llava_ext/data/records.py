@@ -8,6 +8,7 @@ from pathlib import Path
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError
+from llava_ext.data.descriptions import check_share, drawing_of, is_chosen, is_description
 from llava_ext.data.named_images import NamedImage, find_image, image_names
 from llava_ext.prompts.image_parts import IMAGE_PARTS, is_empty, picture_in_part
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, count_images, escape_images
@@ -30,6 +31,7 @@ class Record:
         drawn: for each image, whether the assistant draws it instead of reading it. Images of assistant turns are
             drawn, except those that a turn only repeats from earlier.
         stamps: for each image, its place and state (`stamp_of`).
+        is_from_description: whether the record draws the image of a conversation that describes it.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Record:
     images: tuple[str, ...] = ()
     drawn: tuple[bool, ...] = ()
     stamps: tuple[bytes, ...] = field(default=(), compare=False, repr=False)
+    is_from_description: bool = False
 
     @property
     def kind(self) -> str:
@@ -57,17 +60,24 @@ class RowOptions:
         image_folder: base folder of the image paths in rows.
         caption_task: the task of an image with a caption: "read" describes the image, "draw" draws it, "both" makes a
             record of each.
+        draw_share: share of the conversations that describe an image (`descriptions.is_description`) that give a
+            second record, which draws it.
+        key_root: folder that the keys of images are relative to, if not `image_folder`: with several image folders one
+            that contains all of them, so that images of equal names have different keys.
 
     Raises:
-        UserError: an unknown task.
+        UserError: an unknown task, or a share outside 0 to 1.
     """
 
     image_folder: Path | None = None
     caption_task: str = "both"
+    draw_share: float = 0.0
+    key_root: Path | None = None
 
     def __post_init__(self) -> None:
         if self.caption_task not in CAPTION_TASKS:
             raise UserError(f"caption_task: expected one of {', '.join(CAPTION_TASKS)}, got {self.caption_task!r}")
+        check_share(self.draw_share)
         if self.image_folder is not None:
             object.__setattr__(self, "image_folder", Path(local_path(str(self.image_folder))))
 
@@ -75,7 +85,8 @@ class RowOptions:
 def parse_row(
     row: object, options: RowOptions, embedded: Sequence[str] = (), stamps: Sequence[bytes] = ()
 ) -> tuple[Record, ...]:
-    """Convert a row to its record, or a caption to one record per task.
+    """Convert a row to its record, a caption to one record per task, or a description to one that reads and one that
+    draws.
 
     A row has `conversations` (a list of `from`/`value`) or `messages` (of `role`/`content`; the content is a string or
     a list of parts), or else a `caption` (or `text`); and `image` or `images`, unless its images are embedded. Empty
@@ -104,11 +115,22 @@ def parse_row(
     for messages in conversations:
         _check_text(messages)
         _check_counts(messages, len(embedded) or len(names))
-    found = [find_image(name, options.image_folder) for name in names]
+    found = [find_image(name, options.image_folder, options.key_root) for name in names]
     images = tuple(embedded) or tuple(image.key for image in found)
     stamps = tuple(stamps) if embedded else tuple(image.stamp for image in found)
     identity = "" if fields.get("id") is None else str(fields["id"])
-    return tuple(Record(identity, messages, images, _drawn(messages, fields), stamps) for messages in conversations)
+    records = [Record(identity, messages, images, _drawn(messages, fields), stamps) for messages in conversations]
+    if turns is not None and options.draw_share:
+        records += _drawings(records[0], options.draw_share)
+    return tuple(records)
+
+
+def _drawings(record: Record, share: float) -> list[Record]:
+    """The record that draws the image which a record describes, if it is among the share; otherwise none."""
+    if not is_description(record.messages) or not is_chosen(record.messages[-1]["content"], record.images[0], share):
+        return []
+    messages = drawing_of(record.messages)
+    return [Record(record.id, messages, record.images, (True,), record.stamps, is_from_description=True)]
 
 
 def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
@@ -118,7 +140,24 @@ def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
         UserError: as in `parse_row`.
     """
     fields = _checked(row)
-    return find_image(image_names(fields, _images_in_parts(_turns_of(fields)))[number], options.image_folder)
+    names = image_names(fields, _images_in_parts(_turns_of(fields)))
+    return find_image(names[number], options.image_folder, options.key_root)
+
+
+def description_in(row: object) -> tuple[tuple[dict, ...], str] | None:
+    """The messages of a row that describes an image (`descriptions.is_description`) and the name of the image.
+
+    The image is not looked up. None for any other row, also for one that is not usable.
+    """
+    try:
+        fields = _checked(row)
+        turns = _turns_of(fields)
+        messages = _messages(turns)
+        names = image_names(fields, _images_in_parts(turns))
+    except UserError:
+        return None
+    is_one = len(names) == 1 and fields.get("drawn") is None
+    return (messages, names[0]) if is_one and is_description(messages) else None
 
 
 def parse_record(row: object, image_folder: Path | None) -> Record:

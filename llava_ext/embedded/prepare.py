@@ -189,9 +189,17 @@ def check_stage(argv: list[str]) -> None:
         check_output_folder(output_dir, "--output_dir")
 
 
+def _is_made_by_quickstart(workspace: Path) -> bool:
+    """Whether only the quickstart has made the inputs of the stages, which then find them in its workspace."""
+    from llava_ext.training.settings import QUICKSTART_WORKSPACE
+
+    made = all((Path(QUICKSTART_WORKSPACE) / name / DONE).is_file() for name in STEPS)
+    return made and not any((workspace / name).exists() for name in STEPS)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workspace", default="outputs", help="folder for all results")
+    parser.add_argument("--workspace", help="folder for all results (outputs)")
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
     parser.add_argument(  # not --seed, which is a setting of the training stage that may follow
         "--preparation_seed", type=int, default=0, metavar="SEED", help="seed of the scenes and of all steps (0)"
@@ -205,7 +213,9 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None and not uses_embedded_default(arguments.recipe, arguments.rest):
         return 0
-    workspace = Path(arguments.workspace)
+    workspace = Path(arguments.workspace or "outputs")
+    if arguments.recipe is not None and arguments.workspace is None and _is_made_by_quickstart(workspace):
+        return 0
     check_seed(arguments.preparation_seed)
     try:
         if arguments.recipe is not None and not all((workspace / name / DONE).is_file() for name in STEPS):

@@ -1,11 +1,14 @@
 """From the entries of `data_path` to the data set that a stage trains on."""
 
+import copy
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_images
 from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import ConversationDataset
@@ -13,23 +16,50 @@ from llava_ext.data.mixture import Mixture, check_weights
 from llava_ext.data.record_scan import RecordScan, scan_records
 from llava_ext.data.record_sources import open_records
 from llava_ext.data.record_table import RecordImages, RecordTable
-from llava_ext.data.records import RowOptions
+from llava_ext.data.records import KINDS, RowOptions
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.config import StageConfig
-from llava_ext.training.sample_counts import check_groups_have_samples
+from llava_ext.training.heldout import HeldOut, held_out
+from llava_ext.training.sample_counts import check_groups_have_samples, counts_in_words
 from llava_ext.training.sample_reports import StageReport, prepare_report
 
 logger = logging.getLogger("llava_ext")
 
 
-def build_dataset(
+def build_heldout(
     config: StageConfig, model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor
+) -> HeldOut:
+    """The samples of `eval_data`; unusable ones are counted, but not listed.
+
+    Raises:
+        UserError: no usable data, too many unusable samples, or several image folders to choose from.
+    """
+    folders = [config.eval_image_folder] if config.eval_image_folder else config.image_folder
+    if folders is not None and len(folders) > 1:
+        raise UserError("image_folder names several folders; name that of eval_data with --eval_image_folder")
+    other = copy.copy(config)
+    other.data_path, other.data_weights, other.image_folder = list(config.eval_data or []), None, folders
+    other.prompt_dropout = 0.0
+    logger.info("held-out samples: %s", ", ".join(other.data_path))
+    dataset = build_dataset(other, model, processor, is_heldout=True)
+    logger.info("  %d held-out samples (%s), every %d steps", len(dataset), counts_in_words(dataset), config.eval_every)
+    return held_out(dataset, processor)
+
+
+def build_dataset(
+    config: StageConfig,
+    model: EvoTokLlavaForConditionalGeneration,
+    processor: EvoTokLlavaProcessor,
+    is_heldout: bool = False,
 ) -> ConversationDataset:
     """Check all records, encode their images once, and leave out unusable samples.
 
     Unusable samples are written to `bad_samples.jsonl` and must not exceed `max_bad_fraction`; samples that are too
     long are written to `too_long_samples.jsonl` and only logged.
+
+    Args:
+        is_heldout: whether nothing is trained on the samples; then no reports are written.
 
     Raises:
         UserError: no usable data, too many unusable samples, or no samples for a parameter group that is to train.
@@ -37,16 +67,18 @@ def build_dataset(
     check_weights(config.data_weights, len(config.data_path))
     data_logger = logging.getLogger("evotok_plugin.data")  # skipped files, the state of the cache
     data_logger.setLevel(logger.getEffectiveLevel())
-    options = RowOptions(Path(config.image_folder) if config.image_folder else None, config.caption_task)
-    sources = [open_records(path, options) for path in config.data_path]
+    sources = [open_records(path, options) for path, options in zip(config.data_path, row_options(config), strict=True)]
     processes = config.processes
     found = scan_records(
         sources, processor, config.model_max_length, processes, _num_workers(config), not config.disable_tqdm
     )
-    bad = StageReport(_report(config, "bad_samples"), config.max_bad_fraction, dict(found.bad))
+    report = None if is_heldout else _report(config, "bad_samples")
+    bad = StageReport(report, config.max_bad_fraction, dict(found.bad))
     bad.check(found.num_records)
-    log_lengths(config, found, processor)
-    check_groups_have_samples(model, config, found.records)  # before images are encoded, which may take hours
+    log_lengths(config, found, processor, is_heldout)
+    log_drawn_descriptions(config, found)
+    if not is_heldout:
+        check_groups_have_samples(model, config, found.records)  # before images are encoded, which may take hours
     records, cache = found.records, None
     if len(found.images):
         cache = open_code_cache(config, found.images, model, processor)
@@ -54,8 +86,8 @@ def build_dataset(
     if len(sources) > 1:
         log_sources(config, records.sizes)
     if bad.reasons and processes.is_first:
-        report = Path(config.output_dir) / "bad_samples.jsonl"
-        logger.warning("left out %d of %d samples; see %s", len(bad.reasons), found.num_records, report)
+        listed = "" if is_heldout else f"; see {Path(config.output_dir) / 'bad_samples.jsonl'}"
+        logger.warning("left out %d of %d samples%s", len(bad.reasons), found.num_records, listed)
     return ConversationDataset(
         records,
         processor,
@@ -65,6 +97,24 @@ def build_dataset(
         seed=config.seed,
         mixture=Mixture(records.sizes, config.data_weights, config.seed),
     )
+
+
+def row_options(config: StageConfig) -> list[RowOptions]:
+    """The options of each entry of `data_path`.
+
+    Raises:
+        UserError: the number of image folders is neither 1 nor that of the entries.
+    """
+    given = [Path(folder) for folder in config.image_folder or []]
+    if len(given) > 1 and len(given) != len(config.data_path):
+        raise UserError(
+            f"image_folder: expected one folder, or one for each of {len(config.data_path)} entries of data_path, got "
+            f"{len(given)}"
+        )
+    first = given[0] if given else None
+    folders = given if len(given) > 1 else [first] * len(config.data_path)
+    root = Path(os.path.commonpath([os.path.abspath(folder) for folder in given])) if len(set(given)) > 1 else None
+    return [RowOptions(folder, config.caption_task, config.draw_share, root) for folder in folders]
 
 
 def _report(config: StageConfig, name: str) -> Path | None:
@@ -83,13 +133,16 @@ def log_sources(config: StageConfig, sizes: Sequence[int]) -> None:
         logger.info("  %s: %d samples, %.1f %% of the training", path, size, 100 * weight / max(1, sum(weights)))
 
 
-def log_lengths(config: StageConfig, found: RecordScan, processor: EvoTokLlavaProcessor) -> None:
+def log_lengths(
+    config: StageConfig, found: RecordScan, processor: EvoTokLlavaProcessor, is_heldout: bool = False
+) -> None:
     """Log how many samples are truncated and how many are left out because they are too long.
 
     Raises:
         UserError: no sample is left.
     """
-    StageReport(_report(config, "too_long_samples"), 1.0, found.too_long).check(found.num_records)
+    report = None if is_heldout else _report(config, "too_long_samples")
+    StageReport(report, 1.0, found.too_long).check(found.num_records)
     if (found.num_cut or found.too_long) and config.processes.is_first:
         logger.warning(
             "%d of %d samples are longer than model_max_length %d: %d are truncated, %d are left out because an image "
@@ -105,6 +158,22 @@ def log_lengths(config: StageConfig, found: RecordScan, processor: EvoTokLlavaPr
             f"none of {found.num_records} samples fits model_max_length {config.model_max_length}; raise it "
             f"(an image takes {processor.image_steps(False)} steps to read, {processor.image_steps(True)} to draw)"
         )
+
+
+def log_drawn_descriptions(config: StageConfig, found: RecordScan) -> None:
+    """Log how many conversations that describe an image also teach drawing, with examples."""
+    if not config.draw_share:
+        return
+    reads = int((found.records.reads & (found.records.kinds == KINDS.index("read"))).sum())
+    logger.info(
+        "  %d read, %d draw the image of a description (draw_share %g of the conversations with one question that asks "
+        "for a description; docs/data.md has the rule)",
+        reads,
+        found.num_from_descriptions,
+        config.draw_share,
+    )
+    for example in found.examples:
+        logger.info("    draw: %s", shorten(example))
 
 
 def open_code_cache(

@@ -12,6 +12,7 @@ from evotok_plugin.common.recipes import LARGEST_COUNT, REQUIRED, check_seed
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.reporters import check_reporters
 from llava_ext.configuration_evotok_llava import IMAGE_HEADS, RESIDUAL_EMBEDDINGS, check_choice
+from llava_ext.data.descriptions import check_share
 from llava_ext.generation.options import read_settings
 
 RESUME = "resume"  # key in the metadata of a field that a stage adds: its rule for resuming (see `resume_rules`)
@@ -50,14 +51,23 @@ class StageConfig(TrainingArguments):
         default=None,
         metadata=_help("share of each entry of data_path; by default every sample is used once per epoch"),
     )
-    image_folder: str | None = field(
-        default=None, metadata=_help("folder that the image paths of the records are relative to")
+    image_folder: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "folder that the image paths of the records are relative to; one, or one per entry of data_path"
+        ),
     )
     code_cache: str | None = field(
         default=None, metadata=_help("cache folder for the codes of the images; created if it does not exist")
     )
     caption_task: str = field(
         default="both", metadata=_help("use of an image that has only a caption: read, draw or both")
+    )
+    draw_share: float = field(
+        default=0.0,
+        metadata=_help(
+            "share of the conversations that describe an image that are also drawn from the description (docs/data.md)"
+        ),
     )
     max_bad_fraction: float = field(default=0.001, metadata=_help("share of unusable samples that is tolerated"))
     model_max_length: int = field(
@@ -108,6 +118,14 @@ class StageConfig(TrainingArguments):
     group_by_modality_length: bool = field(
         default=True, metadata=_help("batches of one kind of sample and of similar lengths")
     )
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata=_help("held-out data in the formats of data_path: its losses, and drawings of its prompts"),
+    )
+    eval_image_folder: str | None = field(
+        default=None, metadata=_help("folder of the image paths of eval_data; defaults to image_folder")
+    )
+    eval_every: int = field(default=500, metadata=_help("steps between two evaluations of eval_data"))
     packing: bool = field(
         default=False,
         metadata=_help("pack several samples into rows of model_max_length steps; the batch size counts rows"),
@@ -121,6 +139,10 @@ class StageConfig(TrainingArguments):
             "default drawing settings of the trained model, e.g. '{guidance_scale: 3.0, top_k: 900}'; by default those "
             "of the model that training starts from"
         ),
+    )
+    reference_batch_size: int | None = field(
+        default=None,
+        metadata=_help("samples per step over all processes that the learning rate is meant for; only reported"),
     )
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("replace the run that output_dir holds"))
@@ -136,11 +158,19 @@ class StageConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.data_path, str):
             self.data_path = [self.data_path]
-        for name in ("model_name_or_path", "vision_tower", "image_folder", "code_cache", "output_dir"):
+        if isinstance(self.eval_data, str):
+            self.eval_data = [self.eval_data]
+        if self.eval_data is not None:
+            self.eval_data = [path.replace("{workspace}", self.workspace) for path in self.eval_data]
+        for name in ("model_name_or_path", "vision_tower", "code_cache", "output_dir", "eval_image_folder"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.replace("{workspace}", self.workspace))
+        if isinstance(self.image_folder, str):
+            self.image_folder = [self.image_folder]
         self.data_path = [path.replace("{workspace}", self.workspace) for path in self.data_path or []]
+        if self.image_folder is not None:
+            self.image_folder = [path.replace("{workspace}", self.workspace) for path in self.image_folder]
         self._check()
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
@@ -160,6 +190,9 @@ class StageConfig(TrainingArguments):
         check_seed(self.seed, bits=32)  # numpy's limit
         if not (self.text_loss_weight or self.image_loss_weight):
             raise UserError("text_loss_weight and image_loss_weight are both 0, so the loss is 0; raise one of them")
+        check_share(self.draw_share)
+        if self.eval_every < 1:
+            raise UserError(f"eval_every must be at least 1, got {self.eval_every}")
         if self.image_generation is not None:
             read_settings(self.image_generation)
         if self.image_head is not None:
@@ -190,8 +223,10 @@ class StageConfig(TrainingArguments):
             "model_name_or_path": [self.model_name_or_path],
             "vision_tower": [self.vision_tower],
             "data_path": [*self.data_path],
-            "image_folder": [self.image_folder],
+            "image_folder": [*(self.image_folder or [])],
             "code_cache": [self.code_cache],
+            "eval_data": [*(self.eval_data or [])],
+            "eval_image_folder": [self.eval_image_folder],
         }
         return {name: [path for path in paths if path and not path.startswith("hf:")] for name, paths in given.items()}
 
@@ -221,7 +256,10 @@ def check_reporting(values: Mapping[str, Any]) -> None:
     """
     given = values.get("report_to", StageConfig.report_to)
     names = [given] if isinstance(given, str) else list(given or [])
-    if names in (["all"], ["none"]):
+    if names == ["none"]:
+        return
+    if names == ["all"]:
+        check_reporters(integration_utils.get_available_reporting_integrations())
         return
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:

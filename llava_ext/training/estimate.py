@@ -1,37 +1,35 @@
-"""Estimates of the memory of a training run, without reading, creating or downloading weights.
+"""Estimates of the memory and other costs of a training run, without reading, creating or downloading weights.
 
 The model is built on the meta device, where tensors have shapes but no values. Activations are the tensors that
 autograd keeps of a forward pass there.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evotok_plugin import EvoTokConfig
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_head import DepthTransformerHead
 from evotok_plugin.losses.cross_entropy import MAX_LOGITS
-from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.model_folder import set_tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import add_new_token_rows
 from llava_ext.training.adapters import add_lora
+from llava_ext.training.assumed_models import model_of, schema_of
 from llava_ext.training.config import StageConfig
 from llava_ext.training.deepspeed_config import read_deepspeed_config
-from llava_ext.training.head_settings import check_kind_of_head, new_head_settings
+from llava_ext.training.estimate_costs import GIB, Costs, Sizes, checkpoint_bytes, flops_of_step
 from llava_ext.training.parameter_groups import GROUPS, choose_trainable, freezes_tables, group_of, plain_model
 from llava_ext.training.settings import stage_values
 
-GIB = 2**30
+_MEAN_TEXT = 128  # tokens of text next to an image
 _ADAM = 8  # bytes per trained parameter: two float32 averages
 _MASTER = 4  # bytes per trained parameter: the float32 copy of DeepSpeed
 # Bytes per 4-bit weight including its scales, by double_quant (QLoRA, arXiv 2305.14314).
@@ -53,7 +51,9 @@ class Estimate:
         on_host: memory of the host per GPU in bytes.
         samples_per_step: samples of an optimizer step over all GPUs.
         steps_per_sample: maximum number of LLM steps of a sample.
+        num_gpus: number of processes, one per GPU.
         notes: assumptions, and memory that is not included.
+        costs: disk, host memory and hours.
     """
 
     engine: str
@@ -67,7 +67,9 @@ class Estimate:
     on_host: float
     samples_per_step: int
     steps_per_sample: int
+    num_gpus: int = 1
     notes: list[str] = field(default_factory=list)
+    costs: Costs | None = field(default=None, init=False)
 
     @property
     def total(self) -> float:
@@ -90,10 +92,27 @@ class Estimate:
             "",
             f"per step: {self.samples_per_step} samples, at most {tokens} LLM steps (tokens or positions)",
         ]
+        if self.costs is not None:
+            lines += self.costs.lines(self.num_gpus)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estimate:
+@dataclass(frozen=True)
+class Workload:
+    """The data of a run, for its duration.
+
+    Attributes:
+        num_samples: samples of an epoch; None if unknown.
+        mean_steps: mean LLM steps of a sample; by default those of an image and 128 tokens of text.
+        drawn_share: share of the samples that draw.
+    """
+
+    num_samples: int | None = None
+    mean_steps: float | None = None
+    drawn_share: float = 0.5
+
+
+def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int, workload: Workload | None = None) -> Estimate:
     """Estimate a training run.
 
     Args:
@@ -106,8 +125,10 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
     """
     if num_gpus < 1:
         raise UserError(f"gpus must be at least 1, got {num_gpus}")
-    run = StageConfig(**stage_values(recipe, overrides))
-    config, notes = model_config(run)
+    schema = schema_of(recipe)
+    run = schema(**stage_values(recipe, overrides, schema=schema))
+    assumed = model_of(run)
+    config, notes = assumed.config, assumed.notes
     model = meta_model(config, run)
     engine = read_deepspeed_config(run.deepspeed)
     zero = zero_settings(engine, config.text_config.hidden_size)
@@ -116,6 +137,7 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
         parameters=count_parameters(model),
         samples_per_step=num_gpus * run.per_device_train_batch_size * run.gradient_accumulation_steps,
         steps_per_sample=run.model_max_length,
+        num_gpus=num_gpus,
         notes=notes,
         **model_states(model, run, zero, num_gpus, has_master=engine is not None),
         **activations(model, config, run),
@@ -124,6 +146,7 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
         trained, bucket = sum(count for _, count in estimate.parameters.values()), zero["reduce_bucket_size"]
         size = _embedding_table(model).element_size()
         estimate.transient += size * (bucket if zero["stage"] == 3 else 2 * min(trained, bucket))
+    estimate.costs = costs_of(model, config, run, estimate, num_gpus, workload or Workload())
     estimate.notes.append(
         f"activations are those of {run.per_device_train_batch_size} samples of {run.model_max_length} steps with one "
         "drawn image each; shorter batches need less. Memory for NCCL and unused parts of allocated blocks is not "
@@ -133,44 +156,6 @@ def estimate_run(recipe: str, overrides: dict[str, Any], num_gpus: int) -> Estim
 
 
 # The model ---------------------------------------------------------------------------------------------------
-
-
-def model_config(run: StageConfig) -> tuple[EvoTokLlavaConfig, list[str]]:
-    """The configuration of the model of a run, and the assumptions behind it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    name = run.model_name_or_path
-    if not name:
-        raise UserError("model_name_or_path is not set; pass --model_name_or_path or put it into the recipe")
-    if Path(name).is_dir() and model_type_of(name) == EvoTokLlavaConfig.model_type:
-        config = open_config(EvoTokLlavaConfig, name)
-        assert isinstance(config, EvoTokLlavaConfig)
-        check_kind_of_head(run, config)
-        return config, []
-    try:
-        text = open_config(AutoConfig, name)
-    except UserError as error:
-        raise UserError(
-            f"the configuration of {name!r} cannot be read: {error}. Without a network connection, pass "
-            "--model_name_or_path FOLDER, a folder with its config.json"
-        ) from error
-    notes = []
-    if run.vision_tower:
-        folder = run.vision_tower
-        if model_type_of(folder) != "evotok":
-            raise UserError(f"{folder!r} is not an EvoTok tokenizer (model_type {model_type_of(folder)!r})")
-        vision = open_config(EvoTokConfig, folder)
-    else:
-        vision = EvoTokConfig.preset("paper")
-        notes.append("vision_tower is not set; the paper's tokenizer is assumed")
-    return EvoTokLlavaConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
-        residual_token_offset=text.vocab_size,
-        **new_head_settings(run),
-    ), notes
 
 
 def meta_model(config: EvoTokLlavaConfig, run: StageConfig) -> Trained:
@@ -197,6 +182,62 @@ def count_parameters(model: Trained) -> dict[str, tuple[int, int]]:
         if members:
             counts[group] = (_numel(members), _numel(p for p in members if p.requires_grad))
     return counts
+
+
+# Disk, host memory and hours -----------------------------------------------------------------------------------
+
+
+def costs_of(
+    model: Trained,
+    config: EvoTokLlavaConfig,
+    run: StageConfig,
+    estimate: Estimate,
+    num_gpus: int,
+    workload: Workload,
+) -> Costs:
+    """Disk, host memory and hours of a run."""
+    plain = plain_model(model)
+    tower = _bytes(plain.vision_tower.parameters())
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    head = {id(p) for p in plain.image_head.parameters()}
+    in_llm = [weight for weight in linear if id(weight) not in head]
+    classifiers = _numel(plain.image_head.get_submodule("classifiers").parameters())
+    depth, positions = config.vision_config.pixel_depth, config.vision_config.num_positions
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sizes = Sizes(
+        tower=tower,
+        weights=_weight_bytes(model, run),
+        trained=_bytes(trained),
+        num_trained=_numel(trained),
+        num_active=_numel(in_llm),
+        num_active_trained=_numel(weight for weight in in_llm if weight.requires_grad),
+        head_per_position=classifiers + depth * (_numel(plain.image_head.parameters()) - classifiers),
+    )
+    engine = read_deepspeed_config(run.deepspeed)
+    stage = None if engine is None else zero_settings(engine, config.text_config.hidden_size)["stage"]
+    checkpoint = checkpoint_bytes(sizes, stage, run.lora_enable)
+    drawn = workload.drawn_share * estimate.samples_per_step * positions
+    mean = min(run.model_max_length, workload.mean_steps or config.steps_per_drawn_image + _MEAN_TEXT)
+    steps = max(0, run.max_steps)
+    if not steps and workload.num_samples:
+        steps = math.ceil(run.num_train_epochs * workload.num_samples / estimate.samples_per_step)
+    estimate.notes.append(
+        f"operations are those of samples of {mean:g} LLM steps, of which {workload.drawn_share:.0%} draw an image "
+        "(--mean_steps, --drawn_share); encoding the images once is not included"
+    )
+    return Costs(
+        checkpoint=checkpoint,
+        disk=checkpoint * ((run.save_total_limit or 1) + 1) + sizes.weights + tower,
+        host=num_gpus * (sizes.weights + tower + estimate.on_host),
+        flops_per_step=flops_of_step(sizes, estimate.samples_per_step * mean, drawn, _is_checkpointed(run)),
+        steps=steps,
+    )
+
+
+def _is_checkpointed(run: StageConfig) -> bool:
+    # TrainingArguments prefers the new name to its deprecated alias.
+    new, old = run.activation_checkpointing, run.gradient_checkpointing
+    return bool(old if new is None else new)
 
 
 # Memory ------------------------------------------------------------------------------------------------------
@@ -289,9 +330,6 @@ def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> 
     backbone = kept_bytes(model, lambda: plain.language_model(inputs_embeds=hidden, use_cache=False))
     head = kept_bytes(model, lambda: _run_head(plain, config, drawn))
     layers = config.text_config.num_hidden_layers
-    # TrainingArguments prefers the new name to its deprecated alias.
-    new, old = run.activation_checkpointing, run.gradient_checkpointing
-    is_checkpointed = old if new is None else new
     checkpointed = layers * _bytes([hidden]) + backbone / layers  # one layer at a time is recomputed
     logits = min(MAX_LOGITS, rows * steps * config.text_config.vocab_size)
     classifiers = nn.ModuleList([plain.get_output_embeddings(), plain.image_head.get_submodule("classifiers")])
@@ -299,7 +337,7 @@ def activations(model: Trained, config: EvoTokLlavaConfig, run: StageConfig) -> 
     if config.image_head == "flat" and config.residual_embeddings == "tied":  # features of a codebook, their gradients
         learned += 2 * config.vision_config.codebook_size * embedding.shape[1] * embedding.element_size()
     return {
-        "activations": (checkpointed if is_checkpointed else backbone) + head,
+        "activations": (checkpointed if _is_checkpointed(run) else backbone) + head,
         "activations_without_checkpointing": backbone + head,
         # A chunk of logits, their probabilities and gradients; the gradients of the classifiers, which the forward
         # pass computes.

@@ -82,6 +82,12 @@ def _adapt_to_device(config: StageConfig) -> None:
     """Let the same settings run on the CPU where CUDA is not available."""
     if torch.cuda.is_available() and not config.use_cpu:
         return
+    for name in ("bf16", "fp16"):
+        if getattr(config, name) and not config.use_cpu:
+            raise UserError(
+                f"{name} is true, but no CUDA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or pass "
+                f"--use_cpu true to train on the CPU"
+            )
     config.use_cpu = True
     config.tf32 = None
     config.dataloader_pin_memory = False

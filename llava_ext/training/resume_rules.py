@@ -18,7 +18,8 @@ from llava_ext.training.supported_arguments import UNSUPPORTED
 # No influence on the weights; may change without a report.
 IRRELEVANT = frozenset(
     """
-    workspace output_dir overwrite code_cache max_bad_fraction report_to run_name disable_tqdm logging_strategy
+    workspace output_dir overwrite code_cache reference_batch_size eval_data eval_image_folder eval_every
+    max_bad_fraction report_to run_name disable_tqdm logging_strategy
     logging_steps logging_first_step save_strategy save_steps save_total_limit dataloader_num_workers
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
     torch_empty_cache_steps local_rank do_train resume_from_checkpoint ddp_timeout ddp_backend ddp_bucket_cap_mb
@@ -37,7 +38,7 @@ BY_CONTENT = frozenset("data_path image_folder model_name_or_path vision_tower".
 # A change would contradict the optimizer state, the schedule or the order of the data in the checkpoint.
 REJECTED = frozenset(
     """
-    data_weights caption_task model_max_length prompt_dropout tune_projectors tune_read_projector
+    data_weights caption_task draw_share model_max_length prompt_dropout tune_projectors tune_read_projector
     tune_write_projector tune_image_head tune_language_model image_head residual_embeddings head_hidden_size
     head_num_layers head_num_heads mm_projector_lr image_head_lr language_model_lr lora_enable lora_r lora_alpha
     lora_dropout bits quant_type double_quant group_by_modality_length packing text_loss_weight image_loss_weight
@@ -66,7 +67,8 @@ def with_defaults(values: Mapping[str, Any], schema: type[StageConfig] = StageCo
     for name in BY_CONTENT | settings_with_rule(schema, "by_content"):
         value = complete[name]
         if isinstance(value, str):
-            complete[name] = _absolute_path(value, workspace)
+            path = _absolute_path(value, workspace)
+            complete[name] = [path] if name == "image_folder" else path  # earlier versions recorded one folder
         elif value is not None:
             complete[name] = [_absolute_path(path, workspace) for path in value]
     return complete

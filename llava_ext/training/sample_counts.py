@@ -18,7 +18,9 @@ from llava_ext.training.parameter_groups import (
     trained_groups,
 )
 
-_DRAWS = 'images in "gpt" turns, or captions with --caption_task draw or both'
+_DRAWS = (
+    'images in "gpt" turns, captions with --caption_task draw or both, or descriptions of images with --draw_share 1'
+)
 # By group: data that trains it, and a flag that makes the data unnecessary.
 _REMEDIES = {
     READ_PROJECTOR: (

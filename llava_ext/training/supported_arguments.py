@@ -25,9 +25,11 @@ SUPPORTED = frozenset(
     """.split()
 )
 
-_NO_EVALUATION = "a stage does not evaluate; run scripts/evaluate.sh on the model"
+_NO_EVALUATION = (
+    "--eval_data FILES and --eval_every STEPS evaluate held-out samples; scripts/evaluate.sh runs benchmarks"
+)
 _NO_HUB = "a stage does not upload; upload the model folder with `hf upload`"
-_NO_BEST = "a stage does not evaluate, so it saves the model of the last step"
+_NO_BEST = "a stage saves the model of the last step"
 _NO_COMPILE = "the batches of a stage have many shapes, so compiled training is not supported"
 _NO_FSDP = "a stage is distributed by DeepSpeed; pass --deepspeed zero3"
 _NO_TRACKIO = "set the environment variables of trackio"
@@ -114,6 +116,8 @@ def check_supported(values: dict[str, Any], defaults: type[TrainingArguments]) -
             raise UserError(f"{name}={value} has no effect in a stage: {UNSUPPORTED[name]}; leave it out")
     if str(values.get("save_strategy", "steps")).split(".")[-1].lower() == "best":
         raise UserError(f"save_strategy=best has no effect in a stage: {_NO_BEST}; use steps, epoch or no")
+    if values.get("do_train") is False:
+        raise UserError("do_train=false has no effect in a stage: it always trains; leave it out")
     if values.get("remove_unused_columns"):
         raise UserError("remove_unused_columns=true would remove fields that the collator needs; leave it out")
 

@@ -30,7 +30,7 @@ from llava_ext.model_folder import base_fingerprints
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.training.adapters import describe_base, merge
-from llava_ext.training.build_data import build_dataset
+from llava_ext.training.build_data import build_dataset, build_heldout
 from llava_ext.training.build_model import build_model, check_tower, make_trainable, training_method
 from llava_ext.training.checkpoints import (
     RunShape,
@@ -45,7 +45,6 @@ from llava_ext.training.config import StageConfig, check_reporting, check_requir
 from llava_ext.training.deepspeed_config import unpartitioned_models, zero_stage
 from llava_ext.training.head_settings import check_given_head_settings
 from llava_ext.training.launch import prepare_processes
-from llava_ext.training.llava_flags import translate
 from llava_ext.training.output_folder import (
     ReplacedRun,
     check_inputs,
@@ -60,8 +59,10 @@ from llava_ext.training.parameter_groups import (
     plain_model,
 )
 from llava_ext.training.resume_rules import image_fingerprints, records_fingerprint
+from llava_ext.training.run_length import describe_recipe
 from llava_ext.training.sample_counts import check_groups_have_samples, counts_in_words, samples_of_groups
 from llava_ext.training.settings import stage_values
+from llava_ext.training.stage_flags import translate_flags
 from llava_ext.training.trainer import EvoTokTrainer
 
 logger = logging.getLogger("llava_ext")
@@ -93,7 +94,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(stage: Stage, argv: list[str] | None = None) -> int:
     """Run the command of a kind of stage; returns its exit code, see `main`."""
-    return command_line.run(_parser(stage), argv, lambda arguments: _run(stage, arguments), translate=_translate)
+
+    def work(arguments: argparse.Namespace) -> None:
+        _run(stage, arguments)
+
+    return command_line.run(_parser(stage), argv, work, translate=lambda argv: _translate(stage, argv))
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
@@ -103,7 +108,7 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
         UserError: an unknown flag, or a flag of LLaVA that is not supported.
     """
     parser = _parser(SUPERVISED)
-    arguments, rest = parser.parse_known_args(_translate(argv))
+    arguments, rest = parser.parse_known_args(_translate(SUPERVISED, argv))
     reject_unknown_flags(rest, flags_of(parser))
     return _recipe_and_overrides(SUPERVISED, arguments)
 
@@ -116,8 +121,8 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     return parser
 
 
-def _translate(argv: Sequence[str]) -> list[str]:
-    return translate(argv, print_on_first_process)
+def _translate(stage: Stage, argv: Sequence[str]) -> list[str]:
+    return translate_flags(argv, print_on_first_process, stage.schema)
 
 
 def _recipe_and_overrides(stage: Stage, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -185,6 +190,7 @@ def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None
     num_steps, checkpoint = total_steps(trainer), plan.checkpoint
     check_checkpoints(config.output_dir, num_steps)
     logger.info("  %s", trainer.describe_length(num_steps))
+    logger.info("  %s", describe_recipe(recipe, config))
     prepare_output(config, values, plan, facts)
     trainer.add_callback(ReplacedRun())
     try:
@@ -209,9 +215,11 @@ def prepare_training(config: StageConfig, values: dict[str, Any]) -> tuple[EvoTo
     model, processor = open_model(config, values)
     dataset = open_data(config, model, processor)
     facts = {**data_facts(dataset), **model_facts(config, model)}
+    heldout = build_heldout(config, model, processor) if config.eval_data else None
     trained = make_trainable(model, config)
     log_model(trained, config, dataset)
-    return EvoTokTrainer(trained, config, **trainer_arguments(config, processor, dataset)), facts
+    arguments = trainer_arguments(config, processor, dataset)
+    return EvoTokTrainer(trained, config, heldout=heldout, **arguments), facts
 
 
 def open_model(
@@ -278,7 +286,7 @@ def check_data_paths(config: StageConfig) -> None:
     Raises:
         UserError: an entry does not exist.
     """
-    for path in config.data_path:
+    for path in [*config.data_path, *(config.eval_data or [])]:
         if not path.startswith("hf:") and not set("*?[{") & set(path) and not os.path.exists(local_path(path)):
             raise UserError(
                 f"data file {path} does not exist; expected .json, .jsonl, .parquet, .tar or hf:NAME (--data_path)"

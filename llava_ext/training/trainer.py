@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -36,6 +37,7 @@ from llava_ext.training.checkpoints import (
     finish_checkpoint,
 )
 from llava_ext.training.config import StageConfig
+from llava_ext.training.heldout import HeldOut, HeldOutEvaluation
 from llava_ext.training.parameter_groups import is_decayed, learning_rates, plain_model, split_by_group
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class EvoTokTrainer(Trainer):
         args: a config for which `launch.prepare_processes` has been called.
         shape: properties of the run that a resumed run must share.
         base: description of the model that adapters are trained on (`adapters.describe_base`); None without adapters.
+        heldout: samples that are evaluated every `eval_every` steps.
     """
 
     args: StageConfig
@@ -63,6 +66,7 @@ class EvoTokTrainer(Trainer):
         *,
         shape: RunShape,
         base: dict[str, Any] | None = None,
+        heldout: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
@@ -78,6 +82,8 @@ class EvoTokTrainer(Trainer):
             self.remove_callback(default)
         for callback in (StepChecks(self), self.interruption, ProgressBar(self.shown_metrics), MetricsFile()):
             self.add_callback(callback)
+        if heldout is not None:
+            self.add_callback(HeldOutEvaluation(self, heldout))
 
     # Steps ---------------------------------------------------------------------------------------------------
 
@@ -200,7 +206,7 @@ class EvoTokTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.window_metrics())
         if "train_loss" in logs and bool(self._total[1].any()):
-            logs["train_loss"] = self._losses_of(self._total)["loss"]
+            logs["train_loss"] = self.losses_of(self._total)["loss"]
         with writing(self.args.output_dir):
             super().log(logs, *args, **kwargs)
 
@@ -208,7 +214,7 @@ class EvoTokTrainer(Trainer):
         """Metrics of all processes since the last call, which begins a new window; called on all processes."""
         window = self.accelerator.reduce(self._logged, "sum").double().cpu()
         self._logged, self._total = torch.zeros_like(self._logged), self._total + window
-        return self._losses_of(window)
+        return self.losses_of(window)
 
     def describe_length(self, num_steps: int) -> str:
         """Steps, epochs and the global batch size in words."""
@@ -223,7 +229,7 @@ class EvoTokTrainer(Trainer):
             "({} per device x {} accumulated x {} processes)".format(*parts)
         )
 
-    def _losses_of(self, sums_and_counts: Tensor) -> dict[str, float]:
+    def losses_of(self, sums_and_counts: Tensor) -> dict[str, float]:
         """Losses from (2, 2) sums and counts of text tokens and image positions; a mean over nothing is left out."""
         weights, losses = (self.args.text_loss_weight, self.args.image_loss_weight), {"loss": 0.0}
         for name, weight, total, count in zip(
@@ -233,6 +239,28 @@ class EvoTokTrainer(Trainer):
                 losses["loss"] += weight * total / count
                 losses[name] = round(total / count, 5)
         return losses
+
+    def sums_and_counts(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(2, 2): sums of the text and image losses of a batch, and the numbers of tokens and positions behind them."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            outputs = self.model(**inputs)
+        means = torch.stack([outputs.text_loss, outputs.image_loss]).float()
+        counts = torch.stack([outputs.num_text_tokens, outputs.num_image_positions]).to(means)
+        return torch.stack([(means * counts).where(counts > 0, 0.0), counts])
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether this process has all weights, which drawing needs; not at ZeRO stage 3."""
+        return self._shape.zero_stage < 3
+
+    def drawings(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """Images for prompts, with the drawing settings of the model."""
+        with self.accelerator.autocast():
+            processor: Any = self.processing_class
+            drawn = plain_model(self.model).generate_images(prompts, processor, seed=list(seeds))
+        assert isinstance(drawn, list)
+        return drawn
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         sampler = self._order_of(self.train_dataset if train_dataset is None else train_dataset)

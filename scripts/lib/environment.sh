@@ -35,11 +35,33 @@ install_project() {
   echo "$state" > "$stamp"
 }
 
-# launch MODULE ARGUMENTS...: start one process, or torchrun for several processes (NPROC) or nodes (NNODES, NODE_RANK,
-# MASTER_ADDR and MASTER_PORT, as for torchrun). It replaces the process of the script, so that a signal sent to the
+# The number of visible GPUs, at least 1; CUDA_VISIBLE_DEVICES selects among them.
+visible_gpus() {
+  local names="${CUDA_VISIBLE_DEVICES-unset}" found=0
+  if [ "$names" != unset ]; then
+    IFS=, read -r -a names <<< "$names"
+    for name in ${names[@]+"${names[@]}"}; do
+      [ "$name" = -1 ] && break
+      found=$((found + 1))
+    done
+  elif command -v nvidia-smi > /dev/null; then
+    found="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU ' || true)"
+  fi
+  echo $((found > 1 ? found : 1))
+}
+
+# launch MODULE ARGUMENTS...: start one process, or torchrun for several processes (NPROC, by default one per visible
+# GPU, or one with --use_cpu true) or nodes (NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, as for torchrun). It replaces the process of the script, so that a signal sent to the
 # script reaches the training; torchrun then waits ten minutes for the processes to save, instead of 30 seconds.
 launch() {
-  local processes="${NPROC:-1}"
+  local processes="${NPROC:-}"
+  if [ -z "$processes" ]; then
+    case " $* " in
+      *" --use_cpu true "* | *" --use_cpu True "* | *" --use_cpu=true "* | *" --use_cpu=True "*) processes=1 ;;
+      *) processes="$(visible_gpus)" ;;
+    esac
+    [ "$processes" = 1 ] || echo "starting $processes processes, one per visible GPU (NPROC)" >&2
+  fi
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
   if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
     exec python -m "$@"

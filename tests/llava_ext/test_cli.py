@@ -5,7 +5,7 @@ import pytest
 
 from llava_ext.cli import main
 
-COMMANDS = ("draw", "chat", "tune-sampling", "demo", "convert", "merge", "export", "estimate")
+COMMANDS = ("draw", "chat", "tune-sampling", "demo", "convert", "merge", "export", "data", "estimate")
 
 
 @pytest.fixture(scope="module")

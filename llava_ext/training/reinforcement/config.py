@@ -89,6 +89,8 @@ class ReinforceConfig(StageConfig):
         if self.drawing_temperature == 0:
             raise UserError("drawing_temperature must be above 0: equal drawings cannot be compared")
         self.drawing_options()
+        if self.eval_data:
+            raise UserError("eval_data has no effect in reinforcement; pass --heldout_prompts")
         if self.max_steps <= 0:
             raise UserError("reinforcement has no epochs; pass --max_steps N")
         if not self.replays and self.gradient_accumulation_steps > 1:

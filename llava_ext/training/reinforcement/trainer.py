@@ -21,6 +21,7 @@ from llava_ext.data.prompt_files import Prompt
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.rewards import WeightedRewards
 from llava_ext.training.callbacks import on_any_process
+from llava_ext.training.drawn_samples import NUM_DRAWINGS, NUM_PROMPTS, write_samples
 from llava_ext.training.parameter_groups import plain_model
 from llava_ext.training.reinforcement.advantages import diversity, group_advantages, is_mixed
 from llava_ext.training.reinforcement.config import ReinforceConfig
@@ -29,7 +30,6 @@ from llava_ext.training.reinforcement.means import Means
 from llava_ext.training.reinforcement.policy_loss import DrawnGroups, policy_loss
 from llava_ext.training.reinforcement.prompt_order import PromptOrder
 from llava_ext.training.reinforcement.rollout import draw, drawing_seed, to_images
-from llava_ext.training.reinforcement.samples import NUM_DRAWINGS, NUM_PROMPTS, write_samples
 from llava_ext.training.trainer import EvoTokTrainer
 
 

@@ -38,6 +38,13 @@ def test_png_text_records_how_an_image_was_drawn(draw, tmp_path, model_folder):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_weights_can_have_another_dtype_which_is_recorded(draw, tmp_path):
+    assert draw(RING, "--dtype", "bfloat16")[0] == 0 and draw(RING, "-o", tmp_path / "auto")[0] == 0
+    name = "a_photo_of_a_ring_seed0.png"
+    settings = [json.loads(Image.open(path).text["settings"]) for path in (tmp_path / name, tmp_path / "auto" / name)]
+    assert settings[0]["dtype"] == "bfloat16" and "dtype" not in settings[1]
+
+
 def test_small_images_are_enlarged_by_a_whole_factor(draw, tmp_path, tiny_mllm):
     draw(RING, "-n", 2)
     for scale in (1, 3):

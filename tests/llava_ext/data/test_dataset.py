@@ -247,6 +247,42 @@ def test_two_image_folders_with_equal_names_keep_separate_codes(tiny_mllm, confi
     assert f"code cache {config.code_cache} contains 4 images, 0 of 4 from this source; 4 to read" in caplog.text
 
 
+def test_each_source_can_have_its_own_image_folder(tiny_mllm, config_of, scene_folder, tmp_path):
+    model, processor = tiny_mllm
+    images = sorted((scene_folder / "train" / "images").iterdir())[:2]
+    row = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
+    for name, image in zip("ab", images, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(image.read_bytes())
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    folders = [str(tmp_path / name) for name in "ab"]
+    dataset = build_dataset(config_of(data_path=paths, image_folder=folders, **READ_ONLY), model, processor)
+    for number, image in enumerate(images):
+        pixels = processor.image_processor(Image.open(image), return_tensors="pt").pixel_values
+        assert torch.equal(dataset[number].read_codes[0], model.vision_tower.encode(pixels).codes[0])
+    with pytest.raises(UserError, match="expected one folder, or one for each of 3 entries of data_path, got 2"):
+        build_dataset(config_of(data_path=[*paths, paths[0]], image_folder=folders), model, processor)
+
+
+def test_descriptions_of_llava_also_draw_and_are_logged(tiny_mllm, config_of, scene_folder, tmp_path, caplog):
+    rows = [
+        {
+            "image": f"images/{number:06d}.png",
+            "conversations": [
+                {"from": "human", "value": "Describe the image concisely.\n<image>"},
+                {"from": "gpt", "value": f"disc number {number}"},
+            ],
+        }
+        for number in range(5)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    caplog.set_level(logging.INFO, "llava_ext")
+    dataset = build_dataset(config_of(data_path=[str(tmp_path / "data.json")], draw_share=1.0), *tiny_mllm)
+    assert dataset.count_kinds() == {"text": 0, "read": 5, "draw": 5}
+    assert "5 read, 5 draw" in caplog.text and caplog.text.count("draw: 'disc number") == 3
+
+
 def test_images_in_rows_are_encoded_and_have_short_names(tiny_mllm, config_of, scene_folder, tmp_path):
     model, processor = tiny_mllm
     image = next((scene_folder / "train" / "images").iterdir())

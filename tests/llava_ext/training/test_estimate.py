@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from stage_runs import run_forked, train_one_step, write_recipe
+from stage_runs import run, run_forked, train_one_step, write_recipe
 from torch import nn
 
+from evotok_plugin.common.recipes import recipes_folder
 from llava_ext.cli import main
-from llava_ext.training.estimate import estimate_run, kept_bytes
+from llava_ext.training.estimate import Workload, estimate_run, kept_bytes
 
 LORA = {"lora_enable": "true", "lora_r": 4}
 
@@ -113,7 +114,7 @@ def test_the_command_prints_a_table(recipe, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model_name_or_path", "Qwen/Qwen2.5-7B-Instruct"], "the configuration of 'Qwen/Qwen2.5-7B-Instruct'"),
+        (["--model_name_or_path", "nobody/unknown-7B"], "the configuration of 'nobody/unknown-7B'"),
         (["--vision_tower", "nowhere"], "'nowhere' does not exist"),
         (["--gpus", "0"], "gpus must be at least 1"),
         (["--deepspeed", "zero9"], "'zero9' not found"),
@@ -135,3 +136,36 @@ def test_a_configuration_without_weights_gives_the_sizes_of_the_paper(tmp_path):
     partitioned = estimate_run("paper", {"model_name_or_path": str(tmp_path), "deepspeed": "zero3"}, 8)
     assert partitioned.weights < estimate.weights / 3
     assert any("paper's tokenizer is assumed" in note for note in estimate.notes)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_folder("llava_ext").glob("*.yaml")))
+def test_every_recipe_is_estimated_with_nothing_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+    estimate = estimate_run(name, {}, 8, Workload(num_samples=665_298))
+    assert estimate.total > 0 and estimate.costs.steps > 0 and estimate.costs.checkpoint > 0
+
+
+def test_costs_of_the_second_stage_of_the_paper(tmp_path, monkeypatch, capsys):
+    """A checkpoint holds 16 bytes per parameter: weights twice in bf16, and 12 bytes of optimizer state."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["estimate", "--recipe", "paper_finetune", "--gpus", "8", "--samples", "665298"]) == 0
+    shown = capsys.readouterr().out
+    assert "GB per checkpoint" in shown and "H100" in shown and "5198 steps on 8 GPU(s)" in shown
+    estimate = estimate_run("paper_finetune", {}, 8)
+    trained = sum(count for _, count in estimate.parameters.values())
+    assert estimate.costs.checkpoint == pytest.approx(16 * trained, rel=0.03) and trained > 8.0e9
+    assert estimate.costs.steps == 0 and "--samples N" in str(estimate)
+    few, many = (estimate_run("paper_finetune", {}, gpus, Workload(10**6)) for gpus in (8, 16))
+    assert many.costs.hours("A100", 16) == pytest.approx(few.costs.hours("A100", 8) / 2, rel=0.01)
+
+
+def test_the_checkpoint_on_disk_has_the_estimated_size(recipe, model_folder, tmp_path):
+    given = {"model_name_or_path": str(model_folder), "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    for engine in ("none", "zero2"):
+        overrides = {**given, "output_dir": str(tmp_path / engine), "deepspeed": engine}
+        run_forked(run, recipe, tmp_path / engine, overrides)
+        files = [path for path in (tmp_path / engine / "checkpoint-1").rglob("*") if path.is_file()]
+        kept = [path for path in files if path.name not in ("tokenizer.json", "tokenizer_config.json")]
+        size = sum(path.stat().st_size for path in kept)
+        assert estimate_run(str(recipe), overrides, 1).costs.checkpoint == pytest.approx(size, rel=0.1)

@@ -110,7 +110,9 @@ def test_engines_and_gradient_checkpointing_do_not_change_losses(finished, recip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("overrides", [{"packing": "true", "model_max_length": 128}, {"bf16": "true"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{"packing": "true", "model_max_length": 128}, {"bf16": "true", "use_cpu": "true"}], ids=str
+)
 def test_packed_rows_and_bf16_can_be_trained(recipe, tmp_path, overrides, kind):
     run_forked(run, recipe, tmp_path / "run", {**overrides, "residual_embeddings": kind, "max_steps": 2})
     assert list(losses(tmp_path / "run")) == [1, 2]

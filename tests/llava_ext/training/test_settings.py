@@ -1,5 +1,6 @@
 """Settings of a stage: each takes effect or is rejected, also when a run is resumed."""
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,7 +14,6 @@ from evotok_plugin.training.reporters import check_reporters
 from llava_ext.training import resume_rules, settings
 from llava_ext.training.config import StageConfig, check_reporting, check_required
 from llava_ext.training.launch import prepare_processes
-from llava_ext.training.llava_flags import translate
 from llava_ext.training.supported_arguments import SUPPORTED, UNSUPPORTED
 from llava_ext.training.train import parse
 
@@ -87,6 +87,18 @@ def test_adapter_flags_require_adapters():
             {"tune_language_model": "true", "lora_enable": "true"},
             "--tune_language_model .* --lora_enable false",
         ),
+        ({"activation_checkpointing_kwargs": "{use_reentrant: true}"}, "--activation_checkpointing_kwargs .*ing true"),
+        ({"ddp_static_graph": "true"}, "--ddp_static_graph .* without --deepspeed none"),
+        ({"eval_every": "5"}, "--eval_every .* without --eval_data FILE"),
+        ({"dataloader_prefetch_factor": "4"}, "--dataloader_prefetch_factor .* --dataloader_num_workers 1"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": "5", "warmup_ratio": "none"},
+            "--warmup_steps .*with_warmup",
+        ),
+        ({"optim": "sgd", "adam_beta1": "0.8"}, "--adam_beta1 .* sgd"),
+        ({"optim_args": "eps=1e-6"}, "optim_args eps=1e-6 .* adamw_torch; use --adam_beta1"),
+        ({"optim": "sgd", "optim_args": "momentun=1"}, "optim_args: momentun .* expected some of momentum"),
+        ({"do_train": "false"}, "do_train=false .* it always trains"),
         ({"head_num_layers": "3", "image_head": "flat"}, "--head_num_layers .* without --image_head depth"),
         ({"group_by_modality_length": "true", "packing": "true"}, "--group_by_modality_length .* --packing false"),
     ],
@@ -103,6 +115,10 @@ def test_a_flag_that_another_flag_makes_ineffective_is_rejected(given, message):
         {"group_by_modality_length": "false", "packing": "true"},
         {"image_head_lr": "none", "tune_image_head": "false"},
         {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": "{use_reentrant: true}"},
+        {"activation_checkpointing": "true", "gradient_checkpointing_kwargs": "{use_reentrant: true}"},
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"dataloader_prefetch_factor": "4", "dataloader_num_workers": "2"},
+        {"eval_data": "a.json", "eval_every": "5"},
         {"tune_language_model": "false", "lora_enable": "true"},
         {"head_num_layers": "3"},
         {"head_num_layers": "3", "image_head": "depth"},
@@ -110,6 +126,38 @@ def test_a_flag_that_another_flag_makes_ineffective_is_rejected(given, message):
 )
 def test_compatible_flags_are_accepted(given):
     settings.stage_values("finetune", given)
+
+
+def test_flags_replace_settings_of_the_recipe_that_fit_only_its_data():
+    notices = []
+    values = settings.stage_values("finetune", {"data_path": ["a.json"]}, notices.append)
+    assert "data_weights" not in values and "replaces the recipe's data_weights [46" in notices[0]
+    values = settings.stage_values("finetune", {"group_by_modality_length": "true"}, notices.append)
+    assert values["packing"] is False and notices[1].endswith("replaces the recipe's packing true")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_without_a_gpu_must_be_asked_for(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)  # restored after the test
+    config = StageConfig(model_name_or_path="m", data_path=["d.json"], output_dir=str(tmp_path), **{dtype: True})
+    with pytest.raises(UserError, match=f"{dtype} is true, but no CUDA GPU is visible.*--use_cpu true"):
+        prepare_processes(config)
+
+
+def test_inputs_of_the_quickstart_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notices = []
+    for name in ("pretrain", "scenes/train"):
+        (tmp_path / "outputs" / "quickstart" / name).mkdir(parents=True)
+    values = settings.stage_values("finetune", {}, notices.append)
+    assert values["model_name_or_path"] == "outputs/quickstart/pretrain" and "inputs of the quickstart" in notices[0]
+    assert values["output_dir"] == "{workspace}/finetune"
+    assert values["image_folder"] == ["outputs/quickstart/scenes/train"]
+    given = settings.stage_values("finetune", {"workspace": "outputs"})
+    assert given["model_name_or_path"] == "{workspace}/pretrain"
+    (tmp_path / "outputs" / "pretrain").mkdir()
+    assert settings.stage_values("finetune", {})["model_name_or_path"] == "{workspace}/pretrain"
 
 
 def test_several_gpus_without_a_launcher_are_rejected(tmp_path, monkeypatch):
@@ -230,28 +278,6 @@ def test_changes_are_rejected_applied_or_irrelevant():
     assert (different.name, different.before) == ("data", "4 records, digest a")
 
 
-def test_flags_of_llava_are_translated_ignored_with_a_notice_or_rejected():
-    notices = []
-    line = (
-        "--version v1 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False "
-        "--mm_use_im_patch_token False --image_aspect_ratio pad --evaluation_strategy no --lazy_preprocess True "
-        "--per_device_eval_batch_size 4 --group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b"
-    )
-    rest = translate(line.split(), notices.append)
-    assert rest == "--group_by_modality_length True --mm_projector_lr=2e-5 --data_path a b".split()
-    assert len(notices) == 9 and notices[2].startswith("--mm_vision_select_layer -2: ")
-    assert translate(["--tune_mm_mlp_adapter", "True"], notices.append) == ["--tune_language_model", "false"]
-    assert translate(["--freeze_backbone", "False"], notices.append) == []
-    for flag, value, instead in [
-        ("pretrain_mm_mlp_adapter", "x.bin", "--model_name_or_path"),
-        ("mm_projector_type", "linear", "mlp2x_gelu"),
-        ("overwrite_output_dir", "True", "--overwrite true"),
-        ("evaluation_strategy", "steps", "evaluate.sh"),
-    ]:
-        with pytest.raises(UserError, match=f"--{flag} {value} of LLaVA is not supported; instead: .*{instead}"):
-            translate([f"--{flag}", value], notices.append)
-
-
 def test_an_unknown_flag_suggests_the_nearest():
     with pytest.raises(UserError, match="--learnin_rate; did you mean --learning_rate"):
         parse(["--recipe", "finetune", "--learnin_rate", "3"])
@@ -267,6 +293,9 @@ def test_reporters_are_checked_first(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match="wandb (has no API key|is not installed)"):
         check_reporting({"report_to": ["tensorboard", "wandb"]})
+    if importlib.util.find_spec("wandb"):
+        with pytest.raises(UserError, match="wandb has no API key"):
+            check_reporting({"report_to": "all"})
     with pytest.raises(UserError, match="unknown reporter 'tensorbord'"):
         check_reporting({"report_to": "tensorbord"})
     monkeypatch.setattr("evotok_plugin.training.reporters.find_spec", lambda name: None)
