@@ -55,7 +55,7 @@ def test_residual_tokens_move_after_added_tokens(grown, any_mllm, tmp_path):
     before, old = any_mllm
     with torch.no_grad():
         expected = before.generate_images("a ring", old, seed=3, output_type="pt")
-        logits = before(**old("a ring")).logits
+        logits = before(**old.user_turns("a ring")).logits
     rows = len(processor.tokenizer)
     model.resize_token_embeddings(rows)
     assert model.config.residual_token_offset == rows == model.vocabulary.offset
