@@ -267,6 +267,7 @@ class EvoTokLmms(lmms):
             return_dict=True,
             return_tensors="pt",
             padding=True,
+            padding_side="left",
         ).to(device=self.device, dtype=self._model.dtype)
         ids = self._model.generate(**inputs, **options.generate_kwargs())
         texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

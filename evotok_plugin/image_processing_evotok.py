@@ -1,5 +1,6 @@
 """Images to `pixel_values` and back: all resizing, cropping and scaling happens here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,7 @@ class EvoTokImageProcessor(BaseImageProcessor):
         Raises:
             UserError: an input that is not an image, an image without pixels, or a keyword that is not supported.
         """
-        for key, value in kwargs.items():
-            _check_fixed(key, value)
-        if input_data_format not in _CHANNELS_FIRST:
-            raise UserError(f"expected input_data_format channels_first or channels_last, got {input_data_format!r}")
+        self.check_keywords({**kwargs, "input_data_format": input_data_format})
         side = self.size if size is None else side_of(size)
         do_resize, do_rescale, do_normalize = (
             bool(own if given is None else given)
@@ -112,6 +110,20 @@ class EvoTokImageProcessor(BaseImageProcessor):
         if len(shapes) > 1:
             raise UserError(f"with do_resize=False, a batch needs images of one size, got {sorted(shapes)}")
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
+
+    def check_keywords(self, keywords: Mapping[str, Any]) -> None:
+        """Check keywords of `preprocess` without an image.
+
+        Raises:
+            UserError: a keyword or a value that is not supported.
+        """
+        for key, value in keywords.items():
+            if key == "size" and value is not None:
+                side_of(value)
+            elif key == "input_data_format" and value not in _CHANNELS_FIRST:
+                raise UserError(f"expected input_data_format channels_first or channels_last, got {value!r}")
+            elif key not in _HONORED:
+                _check_fixed(key, value)
 
     def crop(self, picture: Image.Image, size: int | None = None) -> Image.Image:
         """Resize the shorter side to `size` (default: the processor's) and crop the center; returns RGB."""

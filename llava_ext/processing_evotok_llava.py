@@ -1,29 +1,33 @@
 """The processor: conversations and images to the model's flat token sequence, and ids back to text."""
 
-from bisect import bisect_left
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.errors import UserError
-from llava_ext.chat_template import ConversationTemplate, RenderedPrompt
+from evotok_plugin.image_processing_evotok import side_of
+from llava_ext.chat_template import ConversationTemplate, RenderedPrompt, Span
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.prompts.batching import BatchOptions
-from llava_ext.prompts.call_arguments import assign_images, check_count, images_without_text, text_and_images
-from llava_ext.prompts.decoding import DecodingMixin
+from llava_ext.prompts.call_arguments import as_texts, assign_images, images_without_text, text_and_images
+from llava_ext.prompts.call_options import CallOptions
+from llava_ext.prompts.encoding import EncodedText, EncodingMixin
 from llava_ext.prompts.image_tokens import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKENS,
     check_residual_range,
+    collapse_images,
     image_token_ids,
 )
 from llava_ext.prompts.messages import IMAGE_TOKEN, Message, check_pictures, checked_picture, read_messages
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
+from llava_ext.prompts.text_encoder import TextEncoder
 from llava_ext.sequence_layout import ConversationLayout, EncodedConversation, TooLong
 
 __all__ = [
@@ -38,10 +42,8 @@ __all__ = [
     "TooLong",
 ]
 
-_OTHER_INPUTS = {"videos", "audio"}  # inputs of other processors; transformers passes them as None
 
-
-class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
+class EvoTokLlavaProcessor(EncodingMixin, ProcessorMixin):
     """Image processor, tokenizer and the layout of images in a sequence.
 
     An image that is read becomes `<|image_start|>`, one `<|image_pad|>` per position, `<|image_end|>`; a drawn image
@@ -71,8 +73,11 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         self.codebook_size = codebook_size
         self.image_head = image_head
         self._templates: dict[object, ConversationTemplate] = {}
+        self._encoders: dict[object, TextEncoder] = {}
         self._checked: object = None
         super().__init__(image_processor, tokenizer)
+        if "padding_side" not in self.tokenizer.init_kwargs:
+            self.tokenizer.padding_side = "left"  # as generation needs it; most tokenizers of text models set none
         if chat_template is not None:
             self.chat_template = chat_template
         self.image_token_id, self.image_start_id, self.image_end_id = image_token_ids(self.tokenizer)
@@ -90,6 +95,7 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         """Build the processor for a text backbone: add the image tokens, and reserve the residual range after both
         the tokenizer's ids and the backbone's embedding rows (`text_vocab_size`)."""
         tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
+        tokenizer.padding_side = "left"
         return cls(
             image_processor,
             tokenizer,
@@ -134,6 +140,13 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         """Renderer of conversations with the current chat template."""
         return self._template_of(None, {})
 
+    def encoder(self, template_text: str) -> TextEncoder:
+        """Encoder for a template with the given text around turns."""
+        key = (id(self.tokenizer), template_text)
+        if key not in self._encoders:
+            self._encoders = {key: TextEncoder(self.tokenizer, template_text)}
+        return self._encoders[key]
+
     def _template_of(self, chat_template: str | None, variables: dict) -> ConversationTemplate:
         if variables:
             return ConversationTemplate(self.tokenizer, chat_template, variables)
@@ -144,12 +157,13 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict:
         """Return the constructor's arguments, for saving."""
-        templates, self._templates = self._templates, {}  # not worth copying
+        kept = self._templates, self._encoders
+        self._templates, self._encoders = {}, {}  # not worth copying
         try:
             values = super().to_dict(*args, **kwargs)
         finally:
-            self._templates = templates
-        for derived in ("_templates", "_checked", "image_token_id", "image_start_id", "image_end_id"):
+            self._templates, self._encoders = kept
+        for derived in ("_templates", "_encoders", "_checked", "image_token_id", "image_start_id", "image_end_id"):
             values.pop(derived, None)
         return values
 
@@ -162,136 +176,57 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
         self.check_tokenizer()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    # Sequences -----------------------------------------------------------------------------------------------
-
-    def image_steps(self, drawn: bool) -> int:
-        """Number of LLM steps of an image including its delimiters: one per position, or one per residual token if the
-        flat head draws it."""
-        return 2 + self.num_positions * (self.num_levels if drawn and self.image_head == "flat" else 1)
-
-    def encode_conversation(
-        self, messages: Sequence[dict], drawn_codes: Sequence[Tensor | None], add_generation_prompt: bool = False
-    ) -> EncodedConversation:
-        """Encode messages `{"role", "content"}` and their images to ids and labels.
-
-        Contents have the form that `apply_chat_template` accepts, without pictures, and refer to one image per entry of
-        `drawn_codes`.
-
-        Args:
-            drawn_codes: for each image in order its codes (N, l >= num_levels) if it is drawn, None if it is read.
-
-        Raises:
-            UserError: the numbers of `<image>` and of images differ, or codes have another number of positions.
-        """
-        layout = self.lay_out(messages, add_generation_prompt, [codes is not None for codes in drawn_codes])
-        return self.put_images(layout, drawn_codes)
-
-    def lay_out(
-        self, messages: Sequence[dict], add_generation_prompt: bool = False, drawn: Sequence[bool] | None = None
-    ) -> ConversationLayout:
-        """Encode messages as `encode_conversation` does, but leave the images out: their length and learned parts.
-
-        Args:
-            drawn: for each image, whether it is drawn; by default the images in assistant turns.
-
-        Raises:
-            UserError: the chat template cannot render the messages, or their number of images is not that of `drawn`.
-        """
-        prompt = self._render(read_messages(messages)[0], self.template, add_generation_prompt)
-        tokens, learned, is_image = self._encode(prompt, self.template)
-        if drawn is None:
-            drawn = [by_assistant for by_assistant, image in zip(learned, is_image, strict=True) if image]
-        check_count(sum(is_image), len(drawn), "the conversation")
-        return ConversationLayout(tokens, learned, is_image, [self.image_steps(bool(one)) for one in drawn])
-
-    def _render(
-        self,
-        messages: Sequence[Message],
-        template: ConversationTemplate,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-    ) -> RenderedPrompt:
-        contents = [{"role": message.role, "content": message.text} for message in messages]
-        rendered = template.render(contents, add_generation_prompt, continue_final_message)
-        spans = [
-            span
-            for message, content in zip(messages, rendered.content_spans, strict=True)
-            for span in message.user_spans(*content)
-        ]
-        return RenderedPrompt(rendered.text, sorted(spans), rendered.assistant_spans)
-
-    def _encode(
-        self, prompt: RenderedPrompt, template: ConversationTemplate
-    ) -> tuple[list[int], list[bool], list[bool]]:
-        """Return tokens with one placeholder per image, a mask of the learned ones, and a mask of the placeholders."""
-        self.check_tokenizer()
-        tokens, starts = template.encoder.encode(prompt, prompt.user_spans)
-        learned = [False] * len(tokens)
-        for span in prompt.assistant_spans:
-            first, end = (bisect_left(starts, edge) for edge in span)
-            learned[first:end] = [True] * (end - first)
-        return tokens, learned, [token == self.image_token_id for token in tokens]
-
-    def put_images(self, layout: ConversationLayout, drawn_codes: Sequence[Tensor | None]) -> EncodedConversation:
-        """Insert the images into a layout; `drawn_codes` is that of `encode_conversation`."""
-        check_count(sum(layout.is_image), len(drawn_codes), "the conversation")
-        ids: list[int] = []
-        labels: list[int] = []
-        images = iter(drawn_codes)
-        for token, learned, is_image in zip(layout.tokens, layout.learned, layout.is_image, strict=True):
-            piece = self._image_ids(next(images)) if is_image else [token]
-            ids += piece
-            labels += piece if learned else [-100] * len(piece)
-        # Images that are read are not learned.
-        labels = [-100 if label == self.image_token_id else label for label in labels]
-        return EncodedConversation(torch.tensor(ids), torch.tensor(labels))
-
-    def _image_ids(self, codes: Tensor | None) -> list[int]:
-        if codes is None:
-            inside = [self.image_token_id] * self.num_positions
-        else:
-            if codes.shape[0] != self.num_positions:
-                raise UserError(f"expected codes of {self.num_positions} positions, got {codes.shape[0]}")
-            inside = self.vocabulary.to_ids(codes[:, : self.num_levels].long()).flatten().tolist()
-        return [self.image_start_id, *inside, self.image_end_id]
-
-    def pad(self, sequences: Sequence[Tensor], value: int, side: str = "left") -> Tensor:
-        """Stack sequences (T_i,) to (B, T) with `value` on the given side."""
-        return torch.nn.utils.rnn.pad_sequence(list(sequences), True, value, padding_side=side)
+    @property
+    def image_token(self) -> str:
+        """Text of an image in rendered prompts, one per image; in ids, one per position of the image."""
+        return IMAGE_TOKEN
 
     @property
-    def pad_id(self) -> int:
-        """Id of padding: the pad token, or the end-of-sequence token of a tokenizer without one."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+    def unused_input_names(self) -> list[str]:
+        """Inputs that some tokenizers name but this processor never returns."""
+        return ["token_type_ids"]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs: Any) -> MultiModalData:
+        """Number of placeholders of images with the given sizes, as serving engines ask for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_positions] * count, num_image_patches=[1] * count)
 
     # Inference -----------------------------------------------------------------------------------------------
 
-    def apply_chat_template(  # type: ignore[override]  # the template's own variables are keywords only
+    def apply_chat_template(  # type: ignore[override]  # defaults differ, see the docstring
         self,
         conversation: Sequence,
         chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
+        return_tensors: str | None = "auto",
         return_dict: bool = True,
-        return_tensors: str | None = "pt",
         sanitize_control_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Convert Hugging Face messages (one conversation or a list of them) to left-padded model inputs.
+        """Convert Hugging Face messages (one conversation or a list of them) to padded model inputs.
 
-        Contents have the form that `llava_ext.prompts.messages.read_messages` accepts. Text never becomes a control
-        token, so `sanitize_control_tokens` is not needed.
+        Contents have the form that `llava_ext.prompts.messages.read_messages` accepts. Unlike in transformers, the
+        defaults give what `generate` takes: a dictionary of padded tensors.
 
         Args:
-            chat_template: replaces the tokenizer's.
+            chat_template: replaces the tokenizer's, or names one of several.
+            tools, documents: variables of the chat template.
             continue_final_message: end with the last message's content, for the model to continue it.
-            return_assistant_tokens_mask: add `assistant_masks` (B, T), 1 on the assistant's answers.
+            return_assistant_tokens_mask: add `assistant_masks` (B, T), 1 on the assistant's answers: where the template
+                has `{% generation %}`, or without it on contents and end-of-turn tokens, as training learns them.
+            return_tensors: "pt" (also as "auto"), "np", or None for lists.
             return_dict: False returns `input_ids` alone.
-            kwargs: those of `BatchOptions`, also nested in `processor_kwargs`, and variables of the chat template
-                (`tools`, `documents`, `enable_thinking`, ...).
+            sanitize_control_tokens: only False has an effect: the text of control tokens in contents becomes these
+                tokens. By default contents are plain text.
+            kwargs: those of `CallOptions`, also nested in `processor_kwargs`; `images` for `{"type": "image"}` parts
+                without a picture; and variables of the chat template (`enable_thinking`, ...).
 
         Returns:
             a `BatchFeature` with `input_ids`, `attention_mask` (B, T) and, with images, `pixel_values` (I, 3, H, W);
@@ -307,31 +242,46 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             raise ValueError(
                 "add_generation_prompt starts a new answer and continue_final_message continues one; give one of them"
             )
-        if continue_final_message not in (True, False, "content"):
+        if continue_final_message not in (True, False, None, "content"):
             raise ValueError(f"continue_final_message: expected True or False, got {continue_final_message!r}")
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
-        if sanitize_control_tokens is False:
-            raise ValueError("sanitize_control_tokens=False is not supported: contents are always plain text")
+        kwargs |= {"tools": tools, "documents": documents, **(kwargs.pop("processor_kwargs", None) or {})}
+        images = kwargs.pop("images", None)
         batched = (
             bool(conversation)
             and isinstance(conversation, (list, tuple))
             and isinstance(conversation[0], (list, tuple))
         )
         template, keywords = self._split_keywords(chat_template, kwargs)
+        options = CallOptions.of({"return_tensors": "pt" if return_tensors == "auto" else return_tensors, **keywords})
         if keywords and not tokenize:
             raise ValueError(f"{', '.join(keywords)} have no effect without tokenize=True")
         pictures: list = []
         prompts = []
+        answers: list[tuple[Span, ...]] = []
         for messages in conversation if batched else [conversation]:
             read, found = read_messages(messages)
             pictures += found
-            prompts.append(self._render(read, template, add_generation_prompt, bool(continue_final_message)))
+            needs_end = return_assistant_tokens_mask and not template.marks_answers
+            prompt = self._render(read, template, add_generation_prompt, bool(continue_final_message), needs_end)
+            if sanitize_control_tokens is False:
+                prompt = RenderedPrompt(prompt, (), prompt.assistant_spans, prompt.template_text)
+            prompts.append(prompt)
+            if return_assistant_tokens_mask and template.marks_answers:
+                contents = [{"role": message.role, "content": message.text} for message in read]
+                answers.append(template.marked_answers(contents, prompt, add_generation_prompt))
         if not tokenize:
             return prompts if batched else prompts[0]
-        check_pictures(pictures)
-        options = BatchOptions.of({"return_tensors": return_tensors, **keywords})
-        batch = self._model_inputs(prompts, template, pictures, options, return_assistant_tokens_mask)
+        if images is None:
+            check_pictures(pictures)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        masks = None
+        if return_assistant_tokens_mask:
+            masks = [one.learned for one in encoded]
+            if answers:
+                masks = [one.overlapping(spans) for one, spans in zip(encoded, answers, strict=True)]
+        batch = self._model_inputs(encoded, pictures if images is None else images, options, masks)
         return batch if return_dict else batch["input_ids"]
 
     def _split_keywords(self, chat_template: str | None, keywords: Mapping) -> tuple[ConversationTemplate, dict]:
@@ -339,83 +289,103 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
 
         `tools` and `documents` always belong to the template, which rejects variables that it does not use.
         """
-        given = {name: value for name, value in keywords.items() if value is not None}
-        own = BatchOptions.names()
+        own, always = CallOptions.names(), ("tools", "documents")
+        given = {n: v for n, v in keywords.items() if v is not None and not (n in always and not v)}
         source = self.tokenizer.get_chat_template(chat_template, given.get("tools"))
-        variables = {n: v for n, v in given.items() if n in ("tools", "documents") or (n not in own and n in source)}
+        names = set(re.findall(r"\w+", source))
+        variables = {n: v for n, v in given.items() if n in always or (n not in own and n in names)}
         template = self._template_of(chat_template, variables)
         return template, {name: value for name, value in given.items() if name not in variables}
 
     def __call__(self, *inputs: Any, text: Any = None, images: Any = None, **kwargs: Any) -> BatchFeature:
-        """Convert text with images to left-padded model inputs that end where the answer begins.
+        """Convert text with images to padded model inputs. The text is encoded as it is, without the chat template.
 
-        A text is a user's turn with one `<image>` per image, which is rendered with the chat template; it may contain a
-        literal `\\<image>`. Text from `apply_chat_template(tokenize=False)`, or written in the format of the chat
-        template, is encoded unchanged.
+        Render conversations with `apply_chat_template`, or bare user turns with `user_turns`. An image is written
+        `<|image_pad|>`, as rendered prompts have it, or `<image>` (a literal one `\\<image>`) in texts without
+        `<|image_pad|>`. Unlike in transformers, the defaults give what `generate` takes: padded tensors.
 
         Args:
             inputs: images and text, in transformers' order or text first; or text alone.
             text: a string or a list of them.
-            images: one image, a list in the order of the `<image>`, or one list per text. An image is a PIL image, an
-                array, a tensor, a local path or anything else that the image processor accepts.
-            kwargs: those of `BatchOptions`, also nested in `text_kwargs`.
+            images: one image, a list in the order of the placeholders, or one list per text. An image is a PIL image,
+                an array, a tensor, a local path or anything else that the image processor accepts.
+            kwargs: those of `CallOptions`, also nested in `text_kwargs` and `images_kwargs`.
 
         Raises:
-            UserError: the numbers of images and of `<image>` differ, in total or in a row.
+            UserError: the numbers of images and of placeholders differ, in total or in a row.
             ValueError: an unknown keyword, or neither text nor images.
         """
         text, images = text_and_images(inputs, text, images)
-        given = {name: value for name, value in kwargs.items() if name not in _OTHER_INPUTS or value is not None}
-        options = BatchOptions.of(given)
+        options = CallOptions.of(kwargs)
         if text is None:
             if images is None:
                 raise ValueError("expected text, images or both, got neither")
             return BatchFeature({"pixel_values": self._pixels(images_without_text(images), options)})
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(one, str) for one in texts):
-            raise ValueError("expected text as a string or a list of strings; pass messages to apply_chat_template")
-        return self._model_inputs([self._prompt_of(one) for one in texts], self.template, images, options)
+        return self._model_inputs([self._encode(_as_rendered(one)) for one in as_texts(text)], images, options)
 
-    def _prompt_of(self, text: str) -> RenderedPrompt:
-        """Render a user's turn with the chat template; return a rendered conversation unchanged."""
-        if isinstance(text, RenderedPrompt):
-            return text
-        if self.template.is_rendered(text):
-            return RenderedPrompt(IMAGE_TOKEN.join(split_at_images(text)))
-        pieces = split_at_images(text)
-        parts = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-        for piece in pieces[1:]:
-            parts += [{"type": "image"}, {"type": "text", "text": piece.lstrip("\n")}]
-        messages, _ = read_messages([{"role": "user", "content": parts}])
-        return self._render(messages, self.template, add_generation_prompt=True)
+    def user_turns(self, text: Any, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """Convert bare texts, each the only user turn of a conversation, to padded inputs that end where the answer
+        begins.
+
+        Args:
+            text: a string or a list of them, with one `<image>` per image and `\\<image>` for a literal one. The text
+                of control tokens stays text.
+            images, kwargs: those of a call of the processor.
+
+        Raises:
+            UserError: the numbers of images and of placeholders differ, in total or in a row.
+            ValueError: a rendered text, or an unknown keyword.
+        """
+        texts = as_texts(text)
+        if any(isinstance(one, RenderedPrompt) for one in texts):
+            raise ValueError("user_turns renders bare texts, got a rendered one; call the processor with it")
+        turns = [[{"role": "user", "content": _parts_of(one)}] for one in texts]
+        prompts = [self._render(read_messages(turn)[0], self.template, True, needs_end=False) for turn in turns]
+        return self._model_inputs([self._encode(prompt) for prompt in prompts], images, CallOptions.of(kwargs))
 
     def _model_inputs(
-        self,
-        prompts: Sequence[RenderedPrompt],
-        template: ConversationTemplate,
-        images: Any,
-        options: BatchOptions,
-        with_mask: bool = False,
+        self, texts: Sequence[EncodedText], images: Any, options: CallOptions, masks: Sequence[list[bool]] | None = None
     ) -> BatchFeature:
-        layouts, rows = [self._encode(prompt, template) for prompt in prompts], []
-        pictures = assign_images([sum(is_image) for *_, is_image in layouts], images)
-        for tokens, learned, is_image in layouts:
-            count = sum(is_image)
-            encoded = self.put_images(ConversationLayout(tokens, learned, is_image, [0] * count), [None] * count)
+        """Insert images and batch the rows; `masks` become `assistant_masks`."""
+        pictures = assign_images([sum(text.is_image) for text in texts], images)
+        rows = []
+        for number, text in enumerate(texts):
+            encoded = self.put_images(
+                text.layout(None if masks is None else masks[number]), [None] * sum(text.is_image)
+            )
             row = {"input_ids": encoded.input_ids}
-            if with_mask:
+            if masks is not None:
                 row["assistant_masks"] = (encoded.labels != -100).long()
+            if options.return_mm_token_type_ids:
+                row["mm_token_type_ids"] = (encoded.input_ids == self.image_token_id).long()
             rows.append(row)
-        fills = {"input_ids": self.pad_id} | ({"assistant_masks": 0} if with_mask else {})
         image_ids = (self.image_token_id, self.image_start_id, self.image_end_id)
-        batch = BatchFeature(options.batch(rows, fills, self.tokenizer, image_ids))
+        fills = {name: self.pad_id if name == "input_ids" else 0 for name in rows[0]}
+        batch = BatchFeature(options.batch.batch(rows, fills, self.tokenizer, image_ids))
         if pictures:
             batch["pixel_values"] = self._pixels(pictures, options)
+        else:
+            self._check_image_keywords(options)
         return batch
 
-    def _pixels(self, pictures: Sequence, options: BatchOptions) -> Any:
+    def _check_image_keywords(self, options: CallOptions) -> None:
+        self.image_processor.check_keywords(options.images)
+        size = options.images.get("size")
+        if size is not None and side_of(size) != self.image_processor.size:
+            raise UserError(
+                f"size={size!r} is not supported: the model reads images of {self.image_processor.size} pixels; leave "
+                "it out"
+            )
+
+    def _pixels(self, pictures: Sequence, options: CallOptions) -> Any:
+        self._check_image_keywords(options)
         pictures = [checked_picture(picture) for picture in pictures]
-        return self.image_processor(pictures, return_tensors=options.return_tensors or "pt").pixel_values
+        tensors = options.batch.return_tensors
+        pixels = self.image_processor(pictures, **options.images, return_tensors=tensors).pixel_values
+        side = self.image_processor.size
+        if wrong := [tuple(one.shape[1:]) for one in pixels if tuple(one.shape[1:]) != (side, side)]:
+            raise UserError(f"the model reads images of {side} x {side} pixels, got {wrong[0]} with do_resize=False")
+        return pixels
 
     def drawing_prompts(self, prompts: Sequence[str | None]) -> BatchFeature:
         """Convert prompts to left-padded ids that end with `<|image_start|>`; the next step draws the first position.
@@ -432,9 +402,29 @@ class EvoTokLlavaProcessor(DecodingMixin, ProcessorMixin):
             if not (prompt is None or isinstance(prompt, str)):
                 raise UserError(f"expected a prompt as a string, got {type(prompt).__name__}: {str(prompt)[:80]}")
             message = Message("user", prompt or "")
-            tokens, _, _ = self._encode(self._render([message], self.template, True), self.template)
-            rows.append({"input_ids": torch.tensor([*tokens, self.image_start_id])})
-        return BatchFeature(BatchOptions().batch(rows, {"input_ids": self.pad_id}, self.tokenizer, ()))
+            encoded = self._encode(self._render([message], self.template, True))
+            rows.append({"input_ids": torch.tensor([*encoded.tokens, self.image_start_id])})
+        return BatchFeature(
+            BatchOptions(padding_side="left").batch(rows, {"input_ids": self.pad_id}, self.tokenizer, ())
+        )
+
+
+def _as_rendered(text: str) -> RenderedPrompt:
+    """Return plain text as a rendered prompt, with `<|image_pad|>` for each image."""
+    if isinstance(text, RenderedPrompt):
+        return text
+    text = collapse_images(text)
+    # Rendered text marks its images with <|image_pad|>; <image> in it is what a user wrote.
+    return RenderedPrompt(text if IMAGE_TOKEN in text else IMAGE_TOKEN.join(split_at_images(text)))
+
+
+def _parts_of(text: str) -> list[dict]:
+    """Parts of a bare user turn; line breaks after `<image>` are left out, as parts are joined by them."""
+    pieces = split_at_images(text)
+    parts = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+    for piece in pieces[1:]:
+        parts += [{"type": "image"}, {"type": "text", "text": piece.lstrip("\n")}]
+    return parts
 
 
 AutoProcessor.register(EvoTokLlavaConfig, EvoTokLlavaProcessor, exist_ok=True)

@@ -24,10 +24,16 @@ from llava_ext.training.callbacks import MetricsFile, ProgressBar
 logger = logging.getLogger(__name__)
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+# Contents are strings or lists of parts, joined as by `read_messages`; {% generation %} marks the learned text.
 CHAT_TEMPLATE = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|image_pad|>{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
-    "{% else %}<|user|>{{ message['content'] }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ text(message['content']) }}<|end|>{% endgeneration %}"
+    "{% else %}<|user|>{{ text(message['content']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

@@ -3,8 +3,8 @@
 B rows, T tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from evotok_plugin.errors import UserError
 
-_NESTED = ("text_kwargs", "common_kwargs", "processor_kwargs")
 _LARGEST_LENGTH = 10**9  # tokenizers without a limit report a larger one
 PADDING = {True: "longest", "longest": "longest", False: None, "do_not_pad": None, "max_length": "max_length"}
 TENSORS = ("pt", "np", None)
@@ -26,9 +25,11 @@ class BatchOptions:
 
     Attributes:
         padding: True or "longest", False or "do_not_pad", or "max_length".
-        padding_side: "left", as generation needs it, or "right".
+        padding_side: "left", as generation needs it, or "right"; by default the tokenizer's `padding_side`.
         max_length: number of tokens for `truncation` and `padding="max_length"`.
-        truncation: truncate rows to `max_length` on the tokenizer's truncation side; images must not be cut.
+        truncation: truncate rows to `max_length`, or else to the tokenizer's `model_max_length`, on the tokenizer's
+            truncation side; images must not be cut. By default rows are truncated if `max_length` is given, except with
+            `padding="max_length"`.
         pad_to_multiple_of: pad to a multiple of this length.
         return_tensors: "pt", "np", or None for lists.
         return_attention_mask: False omits `attention_mask`.
@@ -39,7 +40,7 @@ class BatchOptions:
     """
 
     padding: bool | str = True
-    padding_side: str = "left"
+    padding_side: str | None = None
     max_length: int | None = None
     truncation: bool | str | None = None
     pad_to_multiple_of: int | None = None
@@ -50,7 +51,7 @@ class BatchOptions:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("padding", tuple(PADDING)),
-            ("padding_side", ("left", "right")),
+            ("padding_side", ("left", "right", None)),
             ("truncation", (True, False, None, "longest_first", "only_first", "do_not_truncate")),
             ("return_tensors", TENSORS),
             ("return_attention_mask", (True, False, None)),
@@ -65,40 +66,16 @@ class BatchOptions:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
         if self.max_length is not None and not self.truncates and PADDING[self.padding] != "max_length":
-            raise ValueError(
-                f'max_length={self.max_length} has no effect without truncation=True or padding="max_length"'
-            )
+            raise ValueError(f"max_length={self.max_length} has no effect with truncation={self.truncation!r}")
+        if self.pad_to_multiple_of is not None and PADDING[self.padding] is None:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect without padding")
 
     @property
     def truncates(self) -> bool:
-        """Whether rows longer than `max_length` are truncated."""
-        return self.truncation not in (None, False, "do_not_truncate")
-
-    @classmethod
-    def of(cls, keywords: Mapping) -> "BatchOptions":
-        """Collect options from keywords, including those nested in `text_kwargs`, `common_kwargs`, `processor_kwargs`.
-
-        Raises:
-            ValueError: an unknown keyword, or one that is given twice with different values.
-        """
-        found: dict = {}
-        known = {field.name for field in fields(cls)}
-        for name, value in _flat(keywords):
-            if name not in known:
-                raise ValueError(
-                    f"the processor does not accept {name!r}; it accepts {', '.join(sorted(known))}. Images are always "
-                    "prepared at the model's own size"
-                )
-            value = getattr(value, "value", value)  # transformers' enumerations
-            if name in found and found[name] != value:
-                raise ValueError(f"{name} is given twice: {found[name]!r} and {value!r}")
-            found[name] = value
-        return cls(**found)
-
-    @classmethod
-    def names(cls) -> set[str]:
-        """Return all keywords that `of` accepts."""
-        return {field.name for field in fields(cls)} | {*_NESTED, "images_kwargs"}
+        """Whether longer rows are truncated."""
+        if self.truncation is None:
+            return self.max_length is not None and PADDING[self.padding] != "max_length"
+        return self.truncation not in (False, "do_not_truncate")
 
     # Batches -------------------------------------------------------------------------------------------------
 
@@ -121,7 +98,7 @@ class BatchOptions:
 
         Raises:
             UserError: truncation would cut an image.
-            ValueError: rows of different lengths without padding, or a missing `max_length`.
+            ValueError: rows of different lengths without padding, or `padding="max_length"` without a length.
         """
         rows = [self._truncated(row, tokenizer, image_ids) for row in rows]
         rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
@@ -135,25 +112,23 @@ class BatchOptions:
         for name, fill in {**fills, "attention_mask": 0}.items():
             if name == "attention_mask" and self.return_attention_mask is False:
                 continue
-            padded = [self._pad(row[name], width, fill) for row in rows]
+            padded = [self._pad(row[name], width, fill, self.padding_side or tokenizer.padding_side) for row in rows]
             if self.return_tensors is None:
                 batch[name] = [row.tolist() for row in padded]
             else:
                 batch[name] = torch.stack(padded) if self.return_tensors == "pt" else np.stack(padded)
         return batch
 
-    def _limit(self, tokenizer: PreTrainedTokenizerBase, what: str) -> int:
+    def _limit(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
-        if limit > _LARGEST_LENGTH:
-            raise ValueError(f"{what} needs max_length; the tokenizer has no limit")
-        return limit
+        return None if limit > _LARGEST_LENGTH else limit
 
     def _truncated(
         self, row: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, image_ids: Sequence[int]
     ) -> dict[str, Tensor]:
         ids = row["input_ids"]
-        limit = self._limit(tokenizer, "truncation=True") if self.truncates else len(ids)
-        if len(ids) <= limit:
+        limit = self._limit(tokenizer) if self.truncates else None
+        if limit is None or len(ids) <= limit:
             return row
         left = tokenizer.truncation_side == "left"
         dropped = ids[: len(ids) - limit] if left else ids[limit:]
@@ -170,22 +145,14 @@ class BatchOptions:
             return None
         width = max(lengths)
         if how == "max_length":
-            width = max(width, self._limit(tokenizer, 'padding="max_length"'))
+            if (limit := self._limit(tokenizer)) is None:
+                raise ValueError('padding="max_length" needs max_length; the tokenizer has no limit')
+            width = max(width, limit)
         multiple = self.pad_to_multiple_of or 1
         return -(-width // multiple) * multiple
 
-    def _pad(self, values: Tensor, width: int | None, fill: int) -> Tensor:
+    @staticmethod
+    def _pad(values: Tensor, width: int | None, fill: int, side: str) -> Tensor:
         missing = 0 if width is None else width - len(values)
-        padding = (missing, 0) if self.padding_side == "left" else (0, missing)
+        padding = (missing, 0) if side == "left" else (0, missing)
         return torch.nn.functional.pad(values, padding, value=fill)
-
-
-def _flat(keywords: Mapping) -> Iterator[tuple[str, Any]]:
-    """Yield keywords with their values, including nested ones; None means "not given", except for `return_tensors`."""
-    for name, value in keywords.items():
-        if name in (*_NESTED, "images_kwargs") and isinstance(value, Mapping):
-            yield from _flat(value)
-        elif name in (*_NESTED, "images_kwargs") and value is None:
-            continue
-        elif value is not None or name == "return_tensors":
-            yield name, value

@@ -12,25 +12,32 @@ def _ndim(value: object) -> int:
     return getattr(value, "ndim", None) or 0
 
 
+def _is_several(value: object) -> bool:
+    """Whether a value is a list, or a column of `datasets`, which is not one."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, str) for one in value)
+        isinstance(value, Sequence) and bool(value) and all(isinstance(one, str) for one in value)
     )
 
 
 def text_and_images(inputs: tuple, text: Any, images: Any) -> tuple[Any, Any]:
-    """Find text and images among positional and named arguments.
+    """Find text and images among positional and named arguments; positional videos and audio are None.
 
     Raises:
         ValueError: one of them is given twice, or cannot be distinguished from the other.
     """
+    while len(inputs) > 2 and inputs[-1] is None:
+        inputs = inputs[:-1]
     if len(inputs) > 2 or (len(inputs) == 2 and (text is not None or images is not None)):
         raise ValueError("expected text and images once each")
     if len(inputs) == 2:
         first, second = inputs
         if _is_text(first) and _is_text(second):
             raise ValueError("text and images are both strings; name them: processor(text=..., images=...)")
-        return (first, second) if _is_text(first) else (second, first)
+        return (first, second) if _is_text(first) or (first is None and not _is_text(second)) else (second, first)
     if inputs:
         if text is not None and images is not None:
             raise ValueError("expected text and images once each")
@@ -40,20 +47,32 @@ def text_and_images(inputs: tuple, text: Any, images: Any) -> tuple[Any, Any]:
     return text, images
 
 
+def as_texts(text: Any) -> list[str]:
+    """Return one or several texts as a list.
+
+    Raises:
+        ValueError: anything else than strings.
+    """
+    texts = [text] if isinstance(text, str) else list(text) if _is_several(text) else []
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise ValueError("expected text as a string or a list of strings; pass messages to apply_chat_template")
+    return texts
+
+
 def _as_list(images: Any) -> list:
     """Return one or several images as a list; arrays and tensors with a batch axis are several."""
-    if isinstance(images, (list, tuple)) or _ndim(images) > 3:
+    if _is_several(images) or _ndim(images) > 3:
         return list(images)
     return [images]
 
 
 def _is_nested(images: list) -> bool:
-    return any(one is None or isinstance(one, (list, tuple)) or _ndim(one) > 3 for one in images)
+    return any(one is None or _is_several(one) or _ndim(one) > 3 for one in images)
 
 
 def images_without_text(images: Any) -> list:
     """Flatten the images of a call without text, given as for `assign_images`; a row that is None has no images."""
-    several = images if isinstance(images, (list, tuple)) else [images]
+    several = images if _is_several(images) else [images]
     return flat_images([row for row in several if row is not None])
 
 

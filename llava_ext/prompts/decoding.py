@@ -4,6 +4,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -97,15 +98,44 @@ class DecodingMixin:
             pixels = tokenizer.decode_pixels(codes.to(tokenizer.device))
         return {"type": "image", "image": self.image_processor.to_pil(pixels)[0]}
 
-    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Decode several sequences."""
-        return [self.decode(sequence, **kwargs) for sequence in sequences]
+        return [self.decode(sequence, skip_special_tokens, **kwargs) for sequence in sequences]
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> Any:
         """Decode the output of `generate`; called by transformers' pipelines."""
         return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decode the output of `generate` to texts, or pixels to images; called by transformers' pipelines.
+
+        Args:
+            generated_outputs: ids, or with generation_mode "image" pixels (B, 3, H, W) in [-1, 1] or PIL images.
+            generation_mode: None, "text" or "image".
+
+        Raises:
+            ValueError: another mode, or ids with "image".
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(f"generation_mode: expected 'text' or 'image', got {generation_mode!r}")
+        if isinstance(generated_outputs, (list, tuple)) and all(isinstance(one, Image) for one in generated_outputs):
+            return list(generated_outputs)
+        if getattr(generated_outputs, "ndim", None) != 4:
+            raise ValueError(
+                "expected pixels (B, 3, H, W) or PIL images with generation_mode='image'; decode ids with "
+                "decode(ids, images_from=model.vision_tower)"
+            )
+        return self.image_processor.to_pil(torch.as_tensor(generated_outputs))
 
 
 def _is_batch(token_ids: Any) -> bool:

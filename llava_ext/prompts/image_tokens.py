@@ -1,5 +1,7 @@
 """Image tokens of a text tokenizer, and the ids that its own tokens must leave to the residual tokens."""
 
+import re
+
 from transformers import PreTrainedTokenizerFast
 
 from evotok_plugin.errors import UserError
@@ -8,6 +10,16 @@ from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
 IMAGE_TOKENS = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+
+_INSERTED = re.compile(f"{re.escape(IMAGE_START_TOKEN)}(?:{re.escape(IMAGE_TOKEN)})+{re.escape(IMAGE_END_TOKEN)}")
+
+
+def collapse_images(text: str) -> str:
+    """Replace images that are written out in rendered text, with delimiters, by `<|image_pad|>`.
+
+    `decode` writes an image so, with one `<|image_pad|>` per position; templates of other models write a single one.
+    """
+    return _INSERTED.sub(IMAGE_TOKEN, text)
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
+
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import embedded_content, is_embedded, local_file
 from evotok_plugin.errors import UserError
@@ -12,6 +14,10 @@ from llava_ext.prompts.placeholders import LLAVA_IMAGE, split_at_images
 IMAGE_TOKEN = "<|image_pad|>"
 _PART_TYPES = "parts of type 'text', 'image' or 'image_url'"
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
+
+
+class UnsupportedMessage(UserError, TemplateError):
+    """A message that the chat template cannot render, which is a `TemplateError` to callers that probe templates."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[list[Message], list]:
             raise UserError(f"message {number}: expected {{'role': ..., 'content': ...}}, got {_kind(message)}")
         name = f"message {number} ({message['role']})"
         if unknown := [key for key in OTHER_CONTENT if message.get(key)]:
-            raise UserError(f"{name}: {unknown[0]!r} is not supported; use only 'content'")
+            raise UnsupportedMessage(f"{name}: {unknown[0]!r} is not supported; use only 'content'")
         pieces, found = _read_content(message.get("content"), name)
         read.append(Message.of_pieces(message["role"], pieces))
         pictures += found

@@ -26,6 +26,7 @@ class FakeProcessor:
             "return_dict": True,
             "return_tensors": "pt",
             "padding": True,
+            "padding_side": "left",
         }
         self.rows, first = [*self.rows, *conversations], len(self.rows)
         self.batch_sizes.append(len(conversations))

@@ -70,7 +70,7 @@ def test_it_answers_questions_about_unseen_scenes(included):
     rng = np.random.default_rng(12345)
     scenes = [sample_scene(rng, SKILLS[n % len(SKILLS)]) for n in range(60)]
     questions = [sample_question(scene, rng) for scene in scenes]
-    inputs = processor([f"<image>\n{q.text}" for q in questions], images=[render(scene) for scene in scenes])
+    inputs = processor.user_turns([f"<image>\n{q.text}" for q in questions], images=[render(scene) for scene in scenes])
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = sum(answer.strip() == q.answer for answer, q in zip(answers, questions, strict=True))

@@ -159,7 +159,7 @@ def test_save_and_load_round_trip(tiny_mllm, samples, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, loaded.eval()(**batch).loss)
     text = "a ring"
-    assert again(text)["input_ids"].tolist() == processor(text)["input_ids"].tolist()
+    assert again.user_turns(text)["input_ids"].tolist() == processor.user_turns(text)["input_ids"].tolist()
     assert again.vocabulary == processor.vocabulary == loaded.vocabulary
 
 

@@ -102,7 +102,7 @@ def test_new_rows_differ_and_are_near_the_mean_of_the_others():
 def test_new_tokens_are_unlikely_before_training(start):
     model, processor = start
     with torch.no_grad():
-        chances = model(**processor("What is it?")).logits[0, -1].softmax(dim=-1)
+        chances = model(**processor.user_turns("What is it?")).logits[0, -1].softmax(dim=-1)
     new = processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
     assert chances[new].max() < 5 / len(chances) and len(torch.unique(chances[new])) == 3
 
@@ -181,7 +181,7 @@ def test_stage_1_learns_to_begin_a_drawing(stage_1, start):
         """Mean probability of starting an image where the training samples start one."""
         chances = []
         for prompt in ("a red circle", "a photo of a blue square", "two green triangles"):
-            logits = model(**processor(prompt)).logits[0, -1]
+            logits = model(**processor.user_turns(prompt)).logits[0, -1]
             chances.append(float(F.softmax(logits, dim=-1)[model.config.image_start_token_id]))
         return sum(chances) / len(chances)
 
@@ -328,5 +328,6 @@ def test_the_end_of_turn_token_is_learned_and_attended_even_if_it_is_also_the_pa
     together, alone = model(**batch), [model(**Collator(processor)([sample])) for sample in samples]
     total = sum(one.text_loss * one.num_text_tokens for one in alone)
     torch.testing.assert_close(together.text_loss * together.num_text_tokens, total, atol=1e-4, rtol=1e-5)
-    inputs = processor(list(texts))
-    assert inputs["attention_mask"].sum(dim=1).tolist() == [len(processor(text)["input_ids"][0]) for text in texts]
+    inputs = processor.user_turns(list(texts))
+    lengths = [len(processor.user_turns(text)["input_ids"][0]) for text in texts]
+    assert inputs["attention_mask"].sum(dim=1).tolist() == lengths

@@ -27,7 +27,7 @@ def grown(any_mllm):
 def test_every_use_rejects_a_tokenizer_with_tokens_in_the_residual_range(grown, tmp_path):
     model, processor = grown
     for use in (
-        lambda: processor("a <loc1>"),
+        lambda: processor.user_turns("a <loc1>"),
         lambda: processor.drawing_prompts(["a"]),
         lambda: processor.lay_out([{"role": "user", "content": "a"}]),
         lambda: processor.decode([1]),
@@ -55,26 +55,26 @@ def test_residual_tokens_move_after_added_tokens(grown, any_mllm, tmp_path):
     before, old = any_mllm
     with torch.no_grad():
         expected = before.generate_images("a ring", old, seed=3, output_type="pt")
-        logits = before(**old("a ring")).logits
+        logits = before(**old.user_turns("a ring")).logits
     rows = len(processor.tokenizer)
     model.resize_token_embeddings(rows)
     assert model.config.residual_token_offset == rows == model.vocabulary.offset
     with pytest.raises(UserError, match="tokens in the range"):
-        processor("a")
+        processor.user_turns("a")
     processor.residual_token_offset = model.config.residual_token_offset
-    inputs = processor("a ring <loc1>")
+    inputs = processor.user_turns("a ring <loc1>")
     assert processor.decode(inputs["input_ids"][0]) == "<|user|>a ring <loc1><|assistant|>"
     assert rows - 1 in inputs["input_ids"]
     model.generate(**inputs, max_new_tokens=2)
     drawn = model.generate_images("a ring", processor, seed=3, output_type="pt")
     torch.testing.assert_close(drawn, expected)
     with torch.no_grad():
-        torch.testing.assert_close(model(**processor("a ring")).logits[..., : rows - 1], logits)
+        torch.testing.assert_close(model(**processor.user_turns("a ring")).logits[..., : rows - 1], logits)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded, again = load_model(tmp_path)
     assert again.vocabulary == loaded.vocabulary == model.vocabulary
-    assert torch.equal(again("a <loc1>")["input_ids"], processor("a <loc1>")["input_ids"])
+    assert torch.equal(again.user_turns("a <loc1>")["input_ids"], processor.user_turns("a <loc1>")["input_ids"])
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
@@ -111,7 +111,7 @@ def test_a_resize_that_fits_before_the_residual_tokens_does_not_move_them(tiny_m
 def test_a_processor_of_another_model_is_rejected(tiny_mllm, name, value):
     model, processor = tiny_mllm
     other = copy.deepcopy(processor)
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     setattr(other, name, value)
     for use in (
         lambda: model.generate_images("a ring", other),

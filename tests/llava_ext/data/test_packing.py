@@ -287,7 +287,7 @@ def test_packed_losses_equal_separate_losses_with_adapters(lively, rows):
 def test_packed_batches_do_not_change_later_generation(tiny_mllm, rows):
     fresh, (packed, processor) = tiny_mllm[0], (copy.deepcopy(tiny_mllm[0]), tiny_mllm[1])
     packed(**PackedCollator(processor)(rows))
-    inputs = processor(["What is a ring?", "What is a blue square, and where?"])
+    inputs = processor.user_turns(["What is a ring?", "What is a blue square, and where?"])
     answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for model in (fresh, packed)]
     assert torch.equal(*answers)
     pictures = [np.asarray(model.generate_images("a ring", processor)[0]) for model in (fresh, packed)]

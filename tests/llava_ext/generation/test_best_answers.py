@@ -29,7 +29,7 @@ def test_an_answer_is_the_image_that_generate_images_selects(any_mllm):
     model, processor = any_mllm
     choices = []
     model.generate_images(PROMPTS, processor, seed=[11, 5], best_of=4, on_choice=choices.extend)
-    inputs = processor(PROMPTS)
+    inputs = processor.user_turns(PROMPTS)
     options = AnswerOptions(image_first=True, best_of=4)
     drawn = drawn_in(model.stream(inputs, processor, options, seed=[11, 5], prompts=PROMPTS))
     assert [event.row for event in drawn] == [0, 1]
@@ -45,7 +45,9 @@ def test_candidates_see_the_images_of_their_conversation(tiny_mllm, monkeypatch)
     monkeypatch.setattr(best_answers, "_CANDIDATES_PER_BATCH", 2)
     model, processor = tiny_mllm
     red, blue = (Image.new("RGB", (48, 48), color) for color in ("red", "blue"))
-    inputs = processor(["<image>\nDraw it again.", "<image>\n<image>\nDraw both."], images=[[red], [blue, red]])
+    inputs = processor.user_turns(
+        ["<image>\nDraw it again.", "<image>\n<image>\nDraw both."], images=[[red], [blue, red]]
+    )
     options = AnswerOptions(image_first=True, best_of=3, preview_every=4)
     events = list(model.stream(inputs, processor, options, seed=[1, 2], prompts=PROMPTS))
     alone = []  # the codes of each candidate, drawn without the others
@@ -64,7 +66,7 @@ def test_candidates_see_the_images_of_their_conversation(tiny_mllm, monkeypatch)
 
 def test_one_candidate_is_the_answer_itself(tiny_mllm):
     model, processor = tiny_mllm
-    inputs = processor(PROMPTS[0])
+    inputs = processor.user_turns(PROMPTS[0])
     plain, once = (
         drawn_in(model.stream(inputs, processor, options, seed=3))[0]
         for options in (ONE_IMAGE, AnswerOptions(image_first=True, best_of=1))
@@ -92,4 +94,4 @@ def test_one_candidate_is_the_answer_itself(tiny_mllm):
 def test_candidates_without_a_prompt_or_an_image_are_rejected(tiny_mllm, arguments, message):
     model, processor = tiny_mllm
     with pytest.raises(UserError, match=message):
-        model.generate(**processor("a ring"), processor=processor, **{"best_of": 2, **arguments})
+        model.generate(**processor.user_turns("a ring"), processor=processor, **{"best_of": 2, **arguments})

@@ -47,7 +47,7 @@ def talker(tiny_mllm):
 
 
 def asked(processor, texts, images=None):
-    return processor(texts, images=images)
+    return processor.user_turns(texts, images=images)
 
 
 def answer(model, processor, inputs, **options):
@@ -155,7 +155,7 @@ def test_prompts_of_equal_length_with_images_in_some_equal_single_rows(talker):
     """Padding that only folding causes is on the left, like all other padding of prompts."""
     model, processor = talker
     drawn = processor.vocabulary.to_ids(torch.zeros(9, 4, dtype=torch.long)).flatten()
-    before = processor("draw")["input_ids"][0]
+    before = processor.user_turns("draw")["input_ids"][0]
     first = torch.cat([before, torch.tensor([processor.image_start_id]), drawn, torch.tensor([processor.image_end_id])])
     ids = torch.stack([first, torch.full_like(first, 9)])
     together = answer(model, processor, {"input_ids": ids}, max_new_tokens=5, max_images=0)

@@ -96,7 +96,7 @@ def test_every_way_to_draw_uses_the_models_own_settings(own_folder, tiny_mllm):
     assert not torch.equal(expected, codes_of(other, processor))
     assert torch.equal(codes_of(model, processor), expected)
     assert torch.equal(codes_of(model, processor, DrawingOptions(top_k=7)), expected)
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     answers = {
         "stream": next(
             event.codes[None]
@@ -146,7 +146,7 @@ def test_explicit_values_take_precedence_even_if_they_are_defaults(own_folder):
 def test_settings_of_text_are_independent(own_folder):
     """Text is sampled with transformers' settings, independently of the settings of drawing."""
     model, processor = load_model(own_folder)
-    inputs, settings = processor("a ring"), {"do_sample": True, "max_new_tokens": 5}
+    inputs, settings = processor.user_turns("a ring"), {"do_sample": True, "max_new_tokens": 5}
     model.generation_config.temperature = 1e-6
     greedy = model.generate(**inputs, do_sample=False, max_new_tokens=5)
     assert torch.equal(model.generate(**inputs, **settings), greedy)

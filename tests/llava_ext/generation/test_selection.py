@@ -179,7 +179,7 @@ def test_a_model_with_a_setting_draws_candidates_and_converses(tiny_mllm, monkey
     counts = []
     model.generate_images("a ring", processor, on_progress=lambda done, total: counts.append(total))
     assert counts[-1] == 18
-    inputs = processor(text="a ring")
+    inputs = processor.user_turns(text="a ring")
     assert model.generate(**inputs, modalities="image", processor=processor).shape[0] == 1
 
 

@@ -32,7 +32,7 @@ def asked(any_mllm):
 
 def inputs_of(asked, rows):
     _, processor, questions, images = asked
-    return processor([questions[r] for r in rows], images=[image for r in rows for image in images[r]])
+    return processor.user_turns([questions[r] for r in rows], images=[image for r in rows for image in images[r]])
 
 
 def answers(model, inputs, **settings):
@@ -51,7 +51,7 @@ def first_logits(model, inputs, **settings):
 def test_images_change_the_answer(asked):
     """Otherwise the other tests would pass with any image."""
     model, processor, questions, images = asked
-    a, b = (processor(questions[2], images=[one]) for one in (images[2][0], images[3][0]))
+    a, b = (processor.user_turns(questions[2], images=[one]) for one in (images[2][0], images[3][0]))
     assert (first_logits(model, a) - first_logits(model, b)).abs().max() > 1e-3
 
 
@@ -153,7 +153,10 @@ def test_a_conversation_continues_from_its_cache(asked):
 def test_text_contains_no_image_tokens(any_mllm, monkeypatch):
     """Even if the image tokens have the highest logits."""
     model, processor = any_mllm
-    inputs, wanted = processor("a ring"), [processor.image_token_id, processor.image_start_id, processor.image_end_id]
+    inputs, wanted = (
+        processor.user_turns("a ring"),
+        [processor.image_token_id, processor.image_start_id, processor.image_end_id],
+    )
     head = model.lm_head.forward
 
     def biased(hidden):
@@ -169,7 +172,7 @@ def test_text_contains_no_image_tokens(any_mllm, monkeypatch):
 
 def test_text_stays_within_the_context(any_mllm, monkeypatch):
     model, processor = any_mllm
-    inputs = processor(["a ring", "a ring and a cross"])
+    inputs = processor.user_turns(["a ring", "a ring and a cross"])
     longest = int(inputs["attention_mask"].sum(dim=1).max())
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", longest + 3)
     never = {"eos_token_id": -1}
@@ -192,7 +195,7 @@ def test_text_stays_within_the_context(any_mllm, monkeypatch):
 
 def test_minus_one_position_means_no_limit(any_mllm, monkeypatch):
     model, processor = any_mllm
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", -1)
     monkeypatch.setattr(model.language_model.config, "max_position_embeddings", -1)
     for settings in ({}, {"modalities": "auto", "processor": processor}):
@@ -202,7 +205,7 @@ def test_minus_one_position_means_no_limit(any_mllm, monkeypatch):
 
 def test_outputs_and_arguments_of_generate(any_mllm):
     model, processor = any_mllm
-    inputs, seen = processor(["a ring", "two crosses and a ring"]), []
+    inputs, seen = processor.user_turns(["a ring", "two crosses and a ring"]), []
     wanted = {"output_hidden_states": True, "output_scores": True, "output_logits": True}
     counting = LogitsProcessorList([lambda ids, scores: seen.append(1) or scores])
     outputs = model.generate(**inputs, **NEW, **wanted, return_dict_in_generate=True, logits_processor=counting)
@@ -215,7 +218,7 @@ def test_outputs_and_arguments_of_generate(any_mllm):
 
 def test_forward_passes_keywords_on_and_rejects_unknown_ones(any_mllm):
     model, processor = any_mllm
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     with torch.no_grad():
         plain = model(**inputs)
         hidden = model(**inputs, output_hidden_states=True).hidden_states
@@ -234,7 +237,7 @@ def test_attentions_are_returned_with_eager_attention(tiny_backbone_folder, tiny
     from llava_ext.assembly import assemble
 
     model, processor = assemble(tiny_backbone_folder, tiny_evotok_folder, 32, 2, 2, attn_implementation="eager")
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     attentions = model.eval()(**inputs, output_attentions=True).attentions
     length = inputs["input_ids"].shape[1]
     assert [a.shape for a in attentions] == [(1, 2, length, length)] * 2
@@ -242,7 +245,7 @@ def test_attentions_are_returned_with_eager_attention(tiny_backbone_folder, tiny
 
 def test_a_folder_without_generation_config_and_with_the_cache_disabled(any_mllm, tmp_path):
     model, processor = any_mllm
-    inputs = processor("<image>\nWhat is it?", images=[Image.new("RGB", (48, 48), (200, 0, 0))])
+    inputs = processor.user_turns("<image>\nWhat is it?", images=[Image.new("RGB", (48, 48), (200, 0, 0))])
     model.config.text_config.use_cache = model.config.use_cache = False  # as after training with Trainer
     model.save_pretrained(tmp_path)
     assert model.config.text_config.use_cache is model.config.use_cache is False
@@ -278,7 +281,7 @@ def modes(model):
 
 def test_threads_can_draw_and_answer_with_a_model_in_training_mode(in_training):
     model, processor = in_training
-    before, prompt = modes(model), processor("a ring")
+    before, prompt = modes(model), processor.user_turns("a ring")
 
     def draw(seed):
         return model.generate_images("a ring", processor, seed=seed, output_type="pt")
@@ -297,7 +300,7 @@ def test_threads_can_draw_and_answer_with_a_model_in_training_mode(in_training):
 
 def test_an_unfinished_answer_does_not_change_the_mode(in_training):
     model, processor = in_training
-    events = model.stream(processor("a ring"), processor)
+    events = model.stream(processor.user_turns("a ring"), processor)
     next(events)
     assert model.training and model.language_model.training
     model.language_model.layers[0].forward = model.language_model.layers[0].forward  # as accelerate's hooks do
@@ -310,7 +313,7 @@ def test_an_unfinished_answer_does_not_change_the_mode(in_training):
 
 def test_settings_of_answers_come_from_generation_configs(any_mllm, monkeypatch):
     model, processor = any_mllm
-    inputs = processor("a ring")
+    inputs = processor.user_turns("a ring")
     never = {"eos_token_id": -1, "max_images": 0}
 
     def new(**settings):

@@ -82,9 +82,11 @@ def test_rendered_text_gives_the_ids_of_its_messages(processor_of, family, keywo
 @every_template
 def test_a_rendered_plain_string_is_not_rendered_again(processor_of, family):
     processor = processor_of(family)
-    chat = [user(image(RED), text("What is it?"))]
+    chat = [user(image(RED), text("What is <image>?"))]
     rendered = str(processor.apply_chat_template(chat, add_generation_prompt=True))
-    same(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True), processor(rendered, RED))
+    once = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+    same(once, processor(rendered, RED))
+    same(once, processor(processor.decode(once["input_ids"][0]), RED))
     by_tokenizer = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
     )
@@ -98,12 +100,46 @@ def test_a_rendered_plain_string_is_not_rendered_again(processor_of, family):
     ) == str(by_tokenizer)
 
 
+def test_text_is_encoded_as_by_the_tokenizer(processor):
+    for words in ("What is it?", "a <|end|> b", "<|user|>a<|assistant|>", ""):
+        expected = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+        assert processor(words)["input_ids"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("marker", ["<image>", IMAGE_TOKEN, "<|image_start|><|image_pad|><|image_end|>"])
+def test_an_image_may_be_written_in_three_ways(processor, marker):
+    ids = processor(f"a {marker} b", images=RED)["input_ids"][0]
+    inserted = "<|image_start|>" + IMAGE_TOKEN * processor.num_positions + "<|image_end|>"
+    assert processor.decode(ids) == f"a {inserted} b"
+
+
+def test_a_tokenizer_without_chat_template_encodes_text(processor):
+    other = copy.deepcopy(processor)
+    other.tokenizer.chat_template = None
+    same(other(QUESTION, RED), processor(QUESTION, RED))
+    with pytest.raises(UserError, match="has no chat_template"):
+        other.user_turns("a")
+
+
 @pytest.mark.parametrize("words", ["a <|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nhi"])
-def test_text_with_a_control_token_is_still_rendered_as_a_user_turn(processor_of, words):
+def test_control_tokens_in_bare_user_turns_are_text(processor_of, words):
     processor = processor_of("qwen2")
-    same(
-        processor(words), processor.apply_chat_template([user(text(words))], add_generation_prompt=True, tokenize=True)
+    once = processor.apply_chat_template([user(text(words))], add_generation_prompt=True, tokenize=True)
+    same(processor.user_turns(words), once)
+    plain = processor.apply_chat_template(
+        [user(text(words))], add_generation_prompt=True, tokenize=True, sanitize_control_tokens=False
     )
+    same(plain, processor(str(processor.apply_chat_template([user(text(words))], add_generation_prompt=True))))
+
+
+def test_bare_user_turns_give_the_ids_of_their_messages(processor):
+    chat = [user(image(RED), text("What is it?"))]
+    same(
+        processor.user_turns(QUESTION, RED),
+        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True),
+    )
+    with pytest.raises(ValueError, match="user_turns renders bare texts, got a rendered one"):
+        processor.user_turns(processor.apply_chat_template([user(text("a"))]))
 
 
 # Forms of images ----------------------------------------------------------------------------------------------
@@ -117,6 +153,17 @@ def test_one_image_may_be_given_alone_or_in_lists(processor, pictures):
     same(processor(QUESTION, pictures), expected)
     same(processor(QUESTION, images=pictures), expected)
     same(processor([QUESTION], images=pictures), expected)
+    same(processor(pictures, QUESTION, None, None), expected)
+    same(processor(text=QUESTION, images=pictures, videos=None, audio=None), expected)
+
+
+def test_images_of_image_parts_may_be_given_apart(processor):
+    chat = [user(image(RED), text("What is it?"))]
+    apart = [user({"type": "image"}, text("What is it?"))]
+    expected = processor.apply_chat_template(chat, tokenize=True)
+    same(expected, processor.apply_chat_template(apart, tokenize=True, images=[RED]))
+    same(expected, processor.apply_chat_template(apart, tokenize=True, processor_kwargs={"images": [RED]}))
+    same(expected, processor(text=processor.apply_chat_template(apart), images=RED))
 
 
 def test_images_without_text_give_pixels(processor):
@@ -229,6 +276,9 @@ def test_truncation_cuts_text_but_not_images(processor):
     whole = processor(QUESTION, images=RED)["input_ids"]
     cut = processor(QUESTION, images=RED, truncation=True, max_length=whole.shape[1] - 1)["input_ids"]
     assert torch.equal(cut, whole[:, :-1])
+    assert torch.equal(processor("a " * 300, max_length=20)["input_ids"], short)
+    assert processor("a b c", truncation=True)["input_ids"].shape == processor("a b c")["input_ids"].shape
+    assert processor("a " * 300, padding="max_length", max_length=20)["input_ids"].shape[1] > 20
     for length in (5, 2):
         with pytest.raises(UserError, match="would cut an image"):
             processor(QUESTION, images=RED, truncation=True, max_length=length)
@@ -237,25 +287,30 @@ def test_truncation_cuts_text_but_not_images(processor):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"nonsense": 1}, "does not accept 'nonsense'"),
-        ({"images_kwargs": {"size": 96}}, "does not accept 'size'"),
-        ({"max_length": 5}, "max_length=5 has no effect"),
-        ({"truncation": True}, "truncation=True needs max_length"),
+        ({"nonsense": 1}, "does not accept nonsense=1"),
+        ({"images_kwargs": {"size": 96}}, "size=96 is not supported: the model reads images of 48 pixels"),
+        ({"size": {"height": 96, "width": 96}}, "size={'height': 96, 'width': 96} is not supported"),
+        ({"image_mean": [0, 0, 0]}, "does not support image_mean"),
+        ({"max_length": 5, "truncation": False}, "max_length=5 has no effect with truncation=False"),
+        ({"padding": "max_length"}, "needs max_length"),
+        ({"padding": False, "pad_to_multiple_of": 8}, "pad_to_multiple_of=8 has no effect"),
+        ({"return_offsets_mapping": True}, "does not accept return_offsets_mapping=True"),
+        ({"text_pair": "a"}, "does not accept text_pair='a'"),
         ({"padding": "most"}, "padding: expected one of"),
         ({"padding_side": "top"}, "padding_side: expected one of 'left', 'right'"),
         ({"padding": False}, "pass padding=True"),
         ({"return_tensors": "tf"}, "return_tensors: expected one of"),
         ({"add_special_tokens": True}, "the chat template writes special tokens"),
         ({"padding": True, "text_kwargs": {"padding": False}}, "padding is given twice"),
-        ({"videos": ["a.mp4"]}, "does not accept 'videos'"),
+        ({"videos": ["a.mp4"]}, "does not accept videos="),
+        ({"videos_kwargs": {"fps": 2}}, "does not accept fps=2"),
     ],
 )
 def test_unsupported_keywords_are_rejected_by_name(processor, keywords, message):
     with pytest.raises(ValueError, match=message):
         processor(["a b c", "d"], **keywords)
-    if "videos" not in keywords:
-        with pytest.raises(ValueError, match=message):
-            processor.apply_chat_template([[user(text("a b c"))], [user(text("d"))]], tokenize=True, **keywords)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([[user(text("a b c"))], [user(text("d"))]], tokenize=True, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +341,9 @@ def test_another_template_and_its_variables_can_be_given(processor):
     assert processor.decode(
         processor.apply_chat_template([user(text("a"))], tokenize=True, **given)["input_ids"][0]
     ) == str(rendered)
+    given["bos_token"] = "<|end|>"
+    template = "{{ bos_token }}" + template
+    assert processor.apply_chat_template([user(text("a"))], **given | {"chat_template": template})[:7] == "<|end|>"
     with pytest.raises(UserError, match=r"'mood' contains the control token '<\|end\|>'"):
         processor.apply_chat_template([user(text("a"))], chat_template=template, mood="<|end|>")
 
@@ -294,8 +352,8 @@ def test_processor_and_tokenizer_share_the_chat_template(processor):
     other = copy.deepcopy(processor)
     other.chat_template = other.chat_template.replace("<|user|>", "<|user|>Q: ")
     assert other.tokenizer.chat_template == other.chat_template
-    assert other.decode(other("a")["input_ids"][0]) == "<|user|>Q: a<|assistant|>"
-    assert processor.decode(processor("a")["input_ids"][0]) == "<|user|>a<|assistant|>"
+    assert other.decode(other.user_turns("a")["input_ids"][0]) == "<|user|>Q: a<|assistant|>"
+    assert processor.decode(processor.user_turns("a")["input_ids"][0]) == "<|user|>a<|assistant|>"
 
 
 def test_the_assistant_mask_marks_the_learned_tokens(processor):
@@ -316,8 +374,8 @@ def test_none_is_an_empty_prompt_and_other_types_are_rejected(processor):
 
 
 def test_text_that_is_not_unicode_is_rejected(processor):
-    for call in (processor, processor.drawing_prompts):
-        with pytest.raises(UserError, match="the text is not valid Unicode at character 10"):
+    for call, first in ((processor, 2), (processor.user_turns, 10), (processor.drawing_prompts, 10)):
+        with pytest.raises(UserError, match=f"the text is not valid Unicode at character {first}"):
             call(["a \udc80 ring"])
 
 
@@ -332,10 +390,12 @@ def test_transformers_pipeline_answers(tiny_mllm):
     model, processor = tiny_mllm
     assert isinstance(model, EvoTokLlavaForConditionalGeneration)
     ask = pipeline("image-text-to-text", model=model, processor=processor)
-    (answer,) = ask(images=RED, text=QUESTION, max_new_tokens=3, return_full_text=False)
     chat = [user(image(RED), text("What is it?"))]
+    rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+    (answer,) = ask(images=RED, text=rendered, max_new_tokens=3, return_full_text=False)
     (talked,) = ask(text=chat, max_new_tokens=3, return_full_text=False)
-    ids = model.generate(**processor(QUESTION, images=RED), max_new_tokens=3, do_sample=False)
-    start = processor(QUESTION, images=RED)["input_ids"].shape[1]
+    inputs = processor.user_turns(QUESTION, images=RED)
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    start = inputs["input_ids"].shape[1]
     assert answer["generated_text"] == talked["generated_text"]
     assert answer["generated_text"] == processor.decode(ids[0, start:], skip_special_tokens=True)

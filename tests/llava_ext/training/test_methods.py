@@ -373,7 +373,7 @@ def test_other_backbones_are_assembled_trained_saved_and_used(
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied == model.config.tie_word_embeddings
     for name, parameter in started.language_model.named_parameters():
         assert not torch.equal(parameter, model.language_model.get_parameter(name)), f"{name} did not train"
-    inputs = processor("What is a ring?")
+    inputs = processor.user_turns("What is a ring?")
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     assert len(model.generate_images("a ring", processor)) == 1
 
