@@ -37,6 +37,7 @@ from llava_ext.training.checkpoints import (
 )
 from llava_ext.training.config import StageConfig
 from llava_ext.training.parameter_groups import is_decayed, learning_rates, plain_model, split_by_group
+from llava_ext.training.unpickling import unpickling_without_code
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,17 @@ class EvoTokTrainer(Trainer):
             self.remove_callback(default)
         for callback in (StepChecks(self), self.interruption, ProgressBar(self.shown_metrics), MetricsFile()):
             self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; a checkpoint is read without running code from it.
+
+        Raises:
+            UserError: a file of the checkpoint is damaged or contains code.
+        """
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        with unpickling_without_code(resume_from_checkpoint):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Steps ---------------------------------------------------------------------------------------------------
 
