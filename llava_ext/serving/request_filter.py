@@ -39,12 +39,12 @@ class BodyLimits:
     """Limits of the bodies of requests.
 
     Attributes:
-        max_upload: bytes of an upload with all its files.
+        max_upload: bytes of an upload with all its files; 64 MB by default.
         idle_s: seconds without any data.
         grace_s, bytes_per_s: after `grace_s` seconds, a body must have arrived at this speed on average.
     """
 
-    max_upload: int
+    max_upload: int = 2**26
     idle_s: float = 10.0
     grace_s: float = 20.0
     bytes_per_s: int = 16_384
@@ -68,14 +68,20 @@ class RequestFilter:
     file.
 
     Args:
+        files: the page's files; by default with a quota of 1 GB.
         after_request: called after every request that may change something.
     """
 
     def __init__(
-        self, app: Callable, files: PageFiles, limits: BodyLimits, after_request: Callable[[], None] = lambda: None
+        self,
+        app: Callable,
+        files: PageFiles | None = None,
+        limits: BodyLimits | None = None,
+        after_request: Callable[[], None] = lambda: None,
     ) -> None:
         self.app = app
-        self._files, self._limits, self._after_request = files, limits, after_request
+        self._files, self._limits = files or PageFiles(2**30), limits or BodyLimits()
+        self._after_request = after_request
         self._num_uploads = self._reserved = 0
         self._passing = asyncio.Lock()  # gradio gets one upload at a time, so that its leftovers can be told apart
 

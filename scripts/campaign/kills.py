@@ -3,10 +3,10 @@
     python scripts/campaign/kills.py                      # a few minutes on two cores
     python scripts/campaign/kills.py --kills 50 --kinds tokenizer stage
 
-Every kind of command runs once uninterrupted. Then it runs with random stops (`kill -9`, and with `--signals` also
-SIGINT, SIGTERM and SIGHUP) until it has had `--kills` of them, and to its end. Checked are: work that was finished
-before a stop is still there after it; the final result equals the uninterrupted one; no step is twice in
-`metrics.jsonl`; no temporary file is left. The libraries are imported once, and every run is a fork. The table is
+Every kind of command runs once uninterrupted. Then it is stopped at random moments (`kill -9`, and with `--signals`
+also SIGINT, SIGTERM and SIGHUP) and resumed until it has had `--kills` stops and has reached its end. Checked are: work
+that was finished before a stop is still there after it; the final result equals the uninterrupted one; no step is twice
+in `metrics.jsonl`; no temporary file is left. The libraries are imported once, and every run is a fork. The table is
 printed as Markdown; the exit code is 1 if anything was lost.
 """
 
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class Outcome:
     lost: int = 0
     repeated_steps: int = 0
     leftovers: int = 0
-    is_same: bool = False
+    is_same: bool = True
 
     @property
     def is_good(self) -> bool:
@@ -80,8 +81,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
     """The kinds of commands, on a small corpus that is written into a folder."""
     write_corpus(folder / "scenes", num_train=_NUM_IMAGES, num_val=0, seed=0)
     model, images = default_model_folder(), str(folder / "scenes" / "train" / "images")
-    if not (folder / "tower").exists():
-        load_model(model)[0].vision_tower.save_pretrained(folder / "tower")
+    opened, processor = load_model(model)
+    for part in (opened.vision_tower, processor.image_processor):
+        part.save_pretrained(folder / "tower")
 
     def encode(out: Path) -> int:
         flags = ["--model", str(folder / "tower"), "--shard_size", "16", "--batch_size", "8", "--device", "cpu"]
@@ -185,28 +187,32 @@ def run_once(run: Callable[[Path], int], out: Path, stop_after: float | None = N
 
 
 def campaign(kind: Kind, folder: Path, name: str, num_stops: int, signals: list[int], rng: random.Random) -> Outcome:
-    """Stop a command `num_stops` times, then run it to its end and compare."""
-    outcome, out, started = Outcome(), folder / name, time.monotonic()
-    if code := run_once(kind.run, folder / f"{name}_uninterrupted"):
+    """Stop a command `num_stops` times, and run it to its end; a run that ends by itself is followed by a new one."""
+    outcome, reference = Outcome(), folder / f"{name}_uninterrupted"
+    started = time.monotonic()
+    if code := run_once(kind.run, reference):
         raise UserError(f"{name}: the uninterrupted run ended with exit code {code}")
-    seconds, done = time.monotonic() - started, 0
-    for _ in range(50 * num_stops):
-        if len(outcome.stops) == num_stops:
+    seconds = time.monotonic() - started
+    for number_of_run in count():
+        out, done, code = folder / f"{name}_{number_of_run}", 0, None
+        while code != 0:
+            number = rng.choice(signals) if len(outcome.stops) < num_stops else 0
+            started = time.monotonic()
+            code = run_once(kind.run, out, rng.uniform(0.02, 0.9) * seconds if number else None, number)
+            if code == 0:
+                seconds = min(seconds, time.monotonic() - started)
+            elif number:
+                outcome.stops.append(number)
+                outcome.wrong_codes += code not in (-number, 128 + number)
+            else:
+                raise UserError(f"{name}: the resumed run ended with exit code {code}")
+            now = kind.finished(out) if out.exists() else 0
+            outcome.lost, done = outcome.lost + (now < done), max(now, done)
+        outcome.is_same = outcome.is_same and kind.result(out) == kind.result(reference)
+        outcome.repeated_steps += _repeated_steps(out)
+        outcome.leftovers += len([path for path in out.rglob("*") if path.name.endswith(".part")])
+        if len(outcome.stops) >= num_stops:
             break
-        number = rng.choice(signals)
-        code = run_once(kind.run, out, rng.uniform(0.02, 0.9) * seconds, number)
-        now = kind.finished(out) if out.exists() else 0
-        outcome.lost += now < done
-        done = max(now, done)
-        if code == 0:
-            break  # a command that reaches its end has nothing left to stop
-        outcome.stops.append(number)
-        outcome.wrong_codes += code not in (-number, 128 + number)
-    code = run_once(kind.run, out)
-    outcome.wrong_codes += code != 0
-    outcome.is_same = code == 0 and kind.result(out) == kind.result(folder / f"{name}_uninterrupted")
-    outcome.repeated_steps = _repeated_steps(out)
-    outcome.leftovers = len([path for path in out.rglob("*") if path.name.endswith(".part")])
     return outcome
 
 

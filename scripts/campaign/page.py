@@ -81,17 +81,13 @@ def running_page(folder: Path) -> Iterator[Page]:
     flags = ["--port", str(port)]
     if "--max_total_mb" in subprocess.run([*command, "--help"], capture_output=True, text=True).stdout:
         flags += ["--max_total_mb", str(_QUOTA_MB)]
-    process = subprocess.Popen([*command, *flags], env=os.environ | {"GRADIO_TEMP_DIR": str(folder)})
-    page = Page(process, port, folder)
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder)}
+    process = subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        for _ in range(1200):
-            if process.poll() is not None:
-                raise UserError(f"the page ended with exit code {process.returncode}")
-            with socket.socket() as probe:
-                if probe.connect_ex((_HOST, port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield page
+        if not any("press Ctrl-C" in line for line in process.stdout):  # the page is ready
+            raise UserError(f"the page ended with exit code {process.wait()}")
+        yield Page(process, port, folder)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
