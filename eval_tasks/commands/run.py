@@ -48,7 +48,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     evaluation = open_evaluation(arguments)
     if "evotok_reconstruction" in arguments.tasks and evaluation.images == scene_images(evaluation.output):
         render_scenes(evaluation.output)
@@ -156,7 +155,7 @@ def _run_process(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a command that is terminated together with this process; returns its exit code.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP.
     """
     process = subprocess.Popen(command, env=environment, preexec_fn=_terminate_with_parent)
     try:

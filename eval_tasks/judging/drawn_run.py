@@ -74,10 +74,23 @@ def _results(batch: Sequence[Drawn], images: Sequence[Future[Image.Image]]) -> l
 
 
 def new_folder(parent: Path, task: str) -> Path:
-    """A path for the folder of a new run, named after the time, that does not exist yet."""
+    """Create the folder of a new run, named after the time; runs that start together get different ones.
+
+    Raises:
+        UserError: it cannot be created.
+    """
     name = f"{time.strftime('%Y%m%d_%H%M%S')}_{task}"
     numbered = (parent / (name if number == 1 else f"{name}_{number}") for number in count(1))
-    return next(folder for folder in numbered if not folder.exists())
+    with writing(parent):
+        return next(folder for folder in numbered if _is_created(folder))
+
+
+def _is_created(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> DrawnRun:

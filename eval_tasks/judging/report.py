@@ -35,9 +35,9 @@ def write_report(folder: Path, run: DrawnRun, judgements: Sequence[Judgement], s
         thumbnail=lambda item: _as_base64_jpeg(_thumbnail(run.folder / item.image)),
         verdict=_verdict,
     )
-    write_whole(folder / "contact_sheet.html", lambda part: page.dump(str(part), encoding="utf-8"))
+    write_whole(folder / "contact_sheet.html", lambda part: page.dump(str(part), encoding="utf-8"), shared=True)
     picture = _picture(run, skills)
-    write_whole(folder / "contact_sheet.png", lambda part: picture.save(part, "PNG"))
+    write_whole(folder / "contact_sheet.png", lambda part: picture.save(part, "PNG"), shared=True)
 
 
 def _by_skill_and_prompt(judgements: Iterable[Judgement]) -> dict[str, list[list[Judgement]]]:

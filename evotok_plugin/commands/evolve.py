@@ -82,8 +82,8 @@ def _write(evolution: Evolution, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     save_picture(draw_strips(evolution), out / "evolution.png")
     curves, usage = plot_curves(evolution), plot_code_usage(evolution)
-    write_whole(out / "curves.png", lambda part: curves.savefig(part, format="png"))
-    write_whole(out / "code_usage.png", lambda part: usage.savefig(part, format="png"))
-    write_whole(out / "evolution.csv", evolution.write_csv)
+    write_whole(out / "curves.png", lambda part: curves.savefig(part, format="png"), shared=True)
+    write_whole(out / "code_usage.png", lambda part: usage.savefig(part, format="png"), shared=True)
+    write_whole(out / "evolution.csv", evolution.write_csv, shared=True)
     for name in ("evolution.png", "curves.png", "code_usage.png", "evolution.csv"):
         print(out / name)

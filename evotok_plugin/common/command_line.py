@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from evotok_plugin.common.interruption import Stopped, stop_on_signals
 from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
 from evotok_plugin.errors import UserError
 
@@ -36,19 +37,20 @@ def run(
     """Parse flags, run a command, and return its exit code.
 
     A `UserError` and a refusal of the file system (permissions, full disk, name too long) are shown as one line on
-    stderr, Ctrl-C as the line `stopped`; with `--debug`, a traceback precedes them. A closed output (`| head`) ends the
-    command silently. Any other exception is a bug and keeps its traceback.
+    stderr; Ctrl-C, SIGTERM and SIGHUP as the line `stopped`. With `--debug`, a traceback precedes them. A closed output
+    (`| head`) ends the command silently. Any other exception is a bug and keeps its traceback.
 
     Args:
         parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
             given. If it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
         argv: the command-line arguments, by default `sys.argv[1:]`.
         work: replaces the parser's `run`.
-        stopped: the line shown after Ctrl-C.
+        stopped: the line shown after Ctrl-C, SIGTERM or SIGHUP.
         translate: replaces flags of another program by those of the parser, before they are parsed.
 
     Returns:
-        The exit code: that of the work, 2 for a user error, 130 after Ctrl-C, 141 if the output was closed.
+        The exit code: that of the work, 2 for a user error, 128 + the number of a signal (130 after Ctrl-C), 141 if the
+        output was closed.
     """
     return _run(lambda: parser, argv, work, stopped, translate)
 
@@ -121,6 +123,18 @@ def _run(
     translate: Callable[[Sequence[str]], Sequence[str]] = list,
     needs_torchvision: bool = False,
 ) -> int:
+    with stop_on_signals():
+        return _run_until_stopped(make_parser, argv, work, stopped, translate, needs_torchvision)
+
+
+def _run_until_stopped(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None,
+    work: Work | None,
+    stopped: str,
+    translate: Callable[[Sequence[str]], Sequence[str]],
+    needs_torchvision: bool,
+) -> int:
     debug = "--debug" in _arguments(argv)
     try:
         _print_any_name()
@@ -138,11 +152,11 @@ def _run(
         if error.errno not in _REFUSALS:
             raise
         return _report(_refusal(error), debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             traceback.print_exc()
         print(stopped, file=sys.stderr)
-        return INTERRUPTED
+        return 128 + error.number if isinstance(error, Stopped) else INTERRUPTED
 
 
 def _report(message: str, debug: bool) -> int:

@@ -1,6 +1,7 @@
 """Files on disk: modes, checks of outputs before any work, and files that are replaced atomically."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -11,12 +12,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from evotok_plugin.common.temporary_names import own_temporary_path, remove_abandoned
 from evotok_plugin.errors import UserError
 
 _FILE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pdf .svg .json .jsonl .csv .tsv .md .txt .html .yaml .yml .npy .npz "
     ".safetensors .bin .pt .pth .parquet .tar .zip .gz".split()
 )
+# A file system without hard links, or one that forbids them.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 _ADVICE = "make room or change its permissions, or choose another output"
 _umask_lock = threading.Lock()
 
@@ -91,7 +95,7 @@ def _check_writable(folder: Path, shown: Path, flag: str) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():
         raise UserError(f"{flag} {shown} cannot be written: {existing} is not a folder; choose another output")
-    probe = existing / f".evotok-probe-{os.getpid()}"
+    probe = existing / f".evotok-probe-{os.getpid()}-{secrets.token_hex(4)}"
     try:  # for root, os.access returns True even on a read-only file system
         probe.mkdir()
         probe.rmdir()
@@ -140,15 +144,18 @@ def write_whole(
         sync: flush the file to disk before it is renamed, and its folder afterwards, so that it survives a power loss.
         advice: what the user can do about an error; the end of its message.
         shared: whether several processes, possibly on several machines, may write the file at the same time. Each then
-            has a temporary file with a random name, which a kill leaves behind; the last one to rename its file wins.
+            has its own temporary file, and the last one to rename it wins. After a kill, the next one on the same
+            machine to write `path` deletes the temporary file.
 
     Raises:
         UserError: the file system refuses; the message names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part") if shared else temporary_path(path)
+    temporary = own_temporary_path(path) if shared else temporary_path(path)
     with writing(path, advice, temporary):
         try:
+            if shared:
+                remove_abandoned(path)
             temporary.unlink(missing_ok=True)  # left by a kill; it may be a hard link to another file
             write(temporary)
             apply_umask(temporary)
@@ -161,6 +168,55 @@ def write_whole(
             raise
         if sync:
             _flush(path.parent)
+
+
+def write_new(
+    candidates: Iterable[Path], write: Callable[[Path], object], is_same: Callable[[Path], bool] | None = None
+) -> Path:
+    """Write a file under the first candidate name that is free, and return that path.
+
+    The file appears complete, and no process ever overwrites a file that another one has just written.
+
+    Args:
+        candidates: paths in one existing folder, endless.
+        write: gets a temporary path in that folder.
+        is_same: whether an existing file may be replaced by the new one.
+
+    Raises:
+        UserError: the file system refuses; the message names the first candidate.
+    """
+    paths = iter(candidates)
+    path = next(paths)
+    temporary = own_temporary_path(path)
+    with writing(path, temporary=temporary):
+        try:
+            write(temporary)
+            apply_umask(temporary)
+            while not _claim(temporary, path):
+                if is_same is not None and is_same(path):
+                    os.replace(temporary, path)
+                    break
+                path = next(paths)
+            return path
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _claim(temporary: Path, path: Path) -> bool:
+    """Give a complete file its name unless a file has that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
 
 
 def write_text(path: str | Path, text: str, shared: bool = False) -> None:

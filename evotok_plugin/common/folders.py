@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evotok_plugin.common.files import apply_umask, write_json, writing
 from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker
+from evotok_plugin.common.temporary_names import own_temporary_path, remove_abandoned
 from evotok_plugin.errors import UserError
 
 
@@ -80,17 +81,13 @@ def _holds_only_marker(folder: Path) -> bool:
 
 
 def _temporary_folder(folder: Path) -> Path:
-    """Create the folder; the leftover of a killed process is replaced, a folder without our marker is never touched."""
-    number = 1
-    while True:
-        temporary = folder.with_name(f".{folder.name}.part" + (f"-{number}" if number > 1 else ""))
-        with writing(folder, temporary=temporary):
-            if (read_marker(temporary) or {}).get("temporary"):
-                shutil.rmtree(temporary)
-            try:
-                temporary.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-                continue
+    """Create the folder under a name of this process; folders that killed processes have left are deleted."""
+    remove_abandoned(folder)
+    old = folder.with_name(f".{folder.name}.part")  # left by earlier versions, whose names had no process
+    if (read_marker(old) or {}).get("temporary"):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = own_temporary_path(folder)
+    with writing(folder, temporary=temporary):
+        temporary.mkdir(parents=True)
         write_json(temporary / MARKER, {"program": PROGRAM, "temporary": True, "entries": []})
-        return temporary
+    return temporary

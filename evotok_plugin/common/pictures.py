@@ -40,7 +40,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     path = Path(path)
     image_format = Image.registered_extensions()[path.suffix.lower()]
     try:
-        write_whole(path, lambda part: picture.save(part, format=image_format))
+        write_whole(path, lambda part: picture.save(part, format=image_format), shared=True)
     except (ValueError, RuntimeError, struct.error) as error:  # raised by Pillow's encoders
         if isinstance(error, UserError):
             raise

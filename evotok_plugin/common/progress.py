@@ -8,6 +8,8 @@ from typing import Any, TypeVar, overload
 
 from tqdm import tqdm
 
+from evotok_plugin.common.interruption import check_stopped
+
 T = TypeVar("T")
 
 _TERMINAL_INTERVAL, _LOG_INTERVAL = 0.2, 15.0  # seconds
@@ -31,10 +33,10 @@ def progress_environment() -> dict[str, str]:
 
 
 class _Bar(tqdm):
-    """A bar that obeys `mininterval` however it is refreshed.
+    """A bar that obeys `mininterval` however it is refreshed, and that no lost terminal turns into an error.
 
     tqdm ignores the interval in `set_postfix` and `set_description`, and its monitor thread refreshes bars whose
-    `miniters` is above 1.
+    `miniters` is above 1. An update is a safe point of `stop_on_signals`.
     """
 
     monitor_interval = 0  # `miniters` is 1, so the monitor thread has nothing to do
@@ -48,7 +50,20 @@ class _Bar(tqdm):
             self._shown_at = now  # a log file does not need the empty bar
         if now - self._shown_at >= self.mininterval:
             self._shown_at = now
-            super().refresh(nolock, lock_args)
+            try:
+                super().refresh(nolock, lock_args)
+            except OSError:  # the terminal is gone: the work goes on without a bar
+                self.disable = True
+
+    def update(self, n: float | None = 1) -> bool | None:
+        check_stopped()
+        return super().update(n)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:
+            self.disable = True
 
 
 @overload

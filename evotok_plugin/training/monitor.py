@@ -1,6 +1,5 @@
 """Monitoring of a run: figures and pictures, exploding losses, collapsing levels."""
 
-import json
 import logging
 import math
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 from evotok_plugin.common.files import write_text, writing
 from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.codes import CodeUsage
+from evotok_plugin.training.metrics_file import append_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Reporter:
             self._open(folder, reporters, settings)
 
     def _open(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
-        self._file, self._writer, self._run = folder / "metrics.jsonl", None, None
+        self._folder, self._writer, self._run = folder, None, None
         if "tensorboard" in reporters:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -121,9 +121,7 @@ class Reporter:
 
     def figures(self, step: int, values: dict[str, float]) -> None:
         """Report the figures of a step."""
-        line = {"step": step, "time": round(time.time(), 2)} | {k: round(v, 6) for k, v in values.items()}
-        with writing(self._file), self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_metrics(self._folder, step, {name: round(value, 6) for name, value in values.items()})
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

@@ -17,7 +17,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from evotok_plugin.common.files import writing
-from evotok_plugin.common.interruption import StopSignals, exit_with_parent
+from evotok_plugin.common.interruption import StopSignals, exit_with_parent, stop_on_signals
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
@@ -32,6 +32,7 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.training.checkpoints import newest_kept, owned_folder
 from evotok_plugin.training.config import TokenizerTrainingConfig
+from evotok_plugin.training.metrics_file import cut_metrics
 from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
 from evotok_plugin.training.objective import TokenizerObjective
 from evotok_plugin.training.output import TokenizerOutput, contents_of, fingerprint_of, identity_of
@@ -240,10 +241,11 @@ class TokenizerTrainer:
 
     # The run -------------------------------------------------------------------------------------------------
 
+    @stop_on_signals()
     def run(self) -> Path:
         """Train to `max_steps`, from the newest checkpoint if there is one; returns the model folder.
 
-        Ctrl-C and SIGTERM save a checkpoint and end the process with 128 + the signal's number.
+        Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end the process with 128 + the signal's number.
 
         Raises:
             UserError: a loss is not finite or has exploded, too many images are broken, or a file cannot be written.
@@ -256,6 +258,7 @@ class TokenizerTrainer:
                 self._init_codebooks()
             self.step = resumed_at or 0
             if self.processes.is_first:
+                cut_metrics(self.folder, resumed_at)
                 self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
             with self._signals:
                 self._train()

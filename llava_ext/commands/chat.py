@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from PIL import Image
 
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import write_whole_folder
+from evotok_plugin.common.interruption import Stopped, forget_stop
 from evotok_plugin.common.pictures import enlarged
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
@@ -73,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     while not chat.ended:
         try:
             line = input(input_prompt)
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
+            _raise_unless_ctrl_c(end)
             print(file=sys.stderr)
             return
         except UnicodeDecodeError as error:
@@ -82,6 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
             chat.execute(line.strip())
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def _raise_unless_ctrl_c(end: BaseException) -> None:
+    """Ctrl-C ends an answer, or the chat at its prompt; SIGTERM and SIGHUP end the command."""
+    if isinstance(end, Stopped) and end.number != signal.SIGINT:
+        raise end
+    forget_stop()
 
 
 # Images in a line ------------------------------------------------------------------------------------------------
@@ -207,8 +217,9 @@ class Chat:
         try:
             for event in answer:
                 self._show(event, text, seed)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             answer.close()
+            _raise_unless_ctrl_c(stop)
             print(" (stopped)", file=sys.stderr)
         except Exception:
             answer.close()

@@ -17,6 +17,9 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--max_upload_mb", type=float, default=10.0, help="largest image file that is accepted, in MB")
     parser.add_argument("--max_pixels", type=int, default=16_000_000, help="largest image that is accepted, in pixels")
     parser.add_argument(
+        "--max_total_mb", type=float, default=1024.0, help="size of all files of the page together, in MB"
+    )
+    parser.add_argument(
         "--teacher", help="SigLIP folder: the evolution tab compares features with those of this teacher"
     )
     parser.set_defaults(run=run)
@@ -38,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_ext.serving.uploads import UploadLimits
 
     check_plotting()
-    limits = DemoLimits(UploadLimits(arguments.max_upload_mb, arguments.max_pixels))
+    limits = DemoLimits(
+        UploadLimits(arguments.max_upload_mb, arguments.max_pixels), max_total_mb=arguments.max_total_mb
+    )
     opened = open_selected_model(arguments)
     teacher = load_teacher(arguments.teacher).to(opened.model.device) if arguments.teacher else None
     launch_demo(build_demo(opened, limits, teacher), limits, arguments.host, arguments.port)

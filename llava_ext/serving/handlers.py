@@ -2,10 +2,12 @@
 
 import html
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ from llava_ext.generation import (
 )
 from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
+from llava_ext.serving.answer_batches import AnswerBatches, Turns
 from llava_ext.serving.image_files import Provenance, file_scale
 from llava_ext.serving.level_view import level_by_level
+from llava_ext.serving.page_files import PageFiles
 from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
@@ -38,6 +42,7 @@ logger = logging.getLogger(__name__)
 ANY_ANSWER, IMAGE_ANSWER = "text or images, as the model sees fit", "an image"  # choices of "Answer with"
 _PREVIEWS = 8  # previews per image
 _LARGEST_SHOWN = 512  # pixels per side
+_STOPPING_S = 60.0  # for the current answer to end before a new conversation
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,10 @@ class DemoLimits:
         max_new_tokens: largest number of tokens that can be requested.
         max_candidates: largest number of candidates of an image.
         max_waiting: requests that can wait for the model; further requests are rejected.
+        max_batch: answers and candidates that are generated together.
+        max_total_mb: size of all files of the page together, in MB; further uploads are rejected.
+        max_sessions: sessions whose conversations are kept; of more, the longest unused are forgotten.
+        max_connections: connections at the same time; further ones are rejected.
     """
 
     upload: UploadLimits = field(default_factory=UploadLimits)
@@ -59,6 +68,14 @@ class DemoLimits:
     max_new_tokens: int = 1024
     max_candidates: int = 16
     max_waiting: int = 16
+    max_batch: int = 16
+    max_total_mb: float = 1024.0
+    max_sessions: int = 64
+    max_connections: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_total_mb < math.inf:
+            raise UserError(f"max_total_mb must be above 0, got {self.max_total_mb}")
 
 
 @dataclass
@@ -73,27 +90,23 @@ class PageChat:
     shown: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
 class PageHandlers:
-    """The handlers, over one model for all visitors.
+    """The handlers, over one model for all visitors."""
 
-    Attributes:
-        stopped: gradio sessions whose current answer should stop.
-    """
-
-    opened: OpenModel
-    limits: DemoLimits
-    teacher: Teacher | None
-    stopped: set[str | None] = field(default_factory=set)
-
-    def begin(self, request: gr.Request) -> dict[str, Any]:
-        """Discard a stop that was meant for an earlier answer, and lock the text box until the new answer is there."""
-        self.stopped.discard(request.session_hash)
-        return gr.update(interactive=False)
+    def __init__(self, opened: OpenModel, limits: DemoLimits, teacher: Teacher | None) -> None:
+        self.opened, self.limits, self.teacher = opened, limits, teacher
+        self.files = PageFiles(int(limits.max_total_mb * 2**20))
+        self._batches = AnswerBatches(opened.model, opened.processor, limits.max_batch)
+        self._turns = Turns()
 
     def stop(self, request: gr.Request) -> None:
         """Stop the current answer of this session; the part generated so far stays."""
-        self.stopped.add(request.session_hash)
+        self._turns.stop(request.session_hash)
+
+    def reset(self, request: gr.Request) -> tuple[PageChat, list[dict[str, Any]]]:
+        """A new conversation, once the current answer of this session has stopped."""
+        self._turns.wait(request.session_hash, _STOPPING_S)
+        return PageChat(), []
 
     def ask(
         self, request: gr.Request, message: dict[str, Any] | None, chat: PageChat, *settings: Any
@@ -102,7 +115,8 @@ class PageHandlers:
 
         On an error before the first update, the text box keeps its message and the conversation is unchanged.
         """
-        with errors_on_page():
+        with errors_on_page(), self._turns.turn(request.session_hash) as stop:
+            self.files.make_room()
             options, seed = self._parse_settings(settings)
             text, files = (message or {}).get("text") or "", (message or {}).get("files") or []
             self._check_length("the message", text)
@@ -110,7 +124,8 @@ class PageHandlers:
                 raise UserError(f"a message may have {self.limits.max_images} images, got {len(files)}")
             pictures = self._open_uploads(files)
             seed += chat.session.num_turns
-            events = chat.session.ask(self.opened.model, self.opened.processor, text, pictures, options, seed)
+            stream = partial(self._batches.stream, is_stopped=stop.is_set)
+            events = chat.session.ask(self.opened.model, self.opened.processor, text, pictures, options, seed, stream)
             asked = {"role": "user", "content": [*map(_image_part, pictures), *_text_parts(text)]}
             drawing = options.drawing.settings()
             scale = file_scale(self.opened.model.config.vision_config.image_size)
@@ -130,8 +145,7 @@ class PageHandlers:
                     answer.add(event)
                     yield box, shown, chat
                     box = gr.skip()
-                    if request.session_hash in self.stopped:
-                        self.stopped.discard(request.session_hash)
+                    if stop.is_set():
                         break
             answer.end()
             chat.shown = shown
@@ -176,8 +190,10 @@ class PageHandlers:
             if not upload:
                 raise UserError("no image; upload one first")
             (picture,) = self._open_uploads([upload["path"]], upload.get("orig_name"))
+            self.files.make_room()
             model, processor = self.opened.model, self.opened.processor
-            levels = level_by_level(model.vision_tower, processor.image_processor, picture, self.teacher)
+            with self._batches.model_lock:
+                levels = level_by_level(model.vision_tower, processor.image_processor, picture, self.teacher)
             return _reduced(picture), levels.pictures, levels.curves
 
     def _open_uploads(self, files: Sequence[str], name: str | None = None) -> list[Image.Image]:

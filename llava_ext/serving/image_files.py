@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from evotok_plugin.common.files import write_whole
+from evotok_plugin.common.files import write_new, write_whole
 from evotok_plugin.errors import UserError
 
 _SMALLEST_WIDTH, _LARGEST_SIDE = 256, 16_384  # pixels of an image file
@@ -65,15 +65,18 @@ def write_drawn(image: Image.Image, folder: Path, name: str, provenance: Provena
     """Write `folder/name.png` and return its path.
 
     An existing file of that name is replaced only if it has the same provenance; otherwise the new file gets a number
-    (`name_2.png`).
+    (`name_2.png`). Processes that draw into one folder at the same time never overwrite each other's images.
 
     Raises:
         UserError: the file cannot be written.
     """
     text = provenance.as_png_text()
-    path = next(path for path in _candidates(folder, name) if not path.exists() or read_png_text(path) == text)
-    write_png(image, path, text)
-    return path
+    make_folder(folder)
+    return write_new(
+        _candidates(folder, name),
+        write=lambda part: _save_png(image, part, text),
+        is_same=lambda path: read_png_text(path) == text,
+    )
 
 
 def _candidates(folder: Path, name: str) -> Iterator[Path]:
@@ -100,11 +103,15 @@ def write_png(image: Image.Image, path: Path, text: Mapping[str, str]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    make_folder(path.parent)
+    write_whole(path, lambda part: _save_png(image, part, text), shared=True)
+
+
+def _save_png(image: Image.Image, path: Path, text: Mapping[str, str]) -> None:
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    make_folder(path.parent)
-    write_whole(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+    image.save(path, format="PNG", pnginfo=info)
 
 
 def make_folder(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 import html
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
+from gradio.routes import file_upload_statuses
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -14,11 +16,15 @@ from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import SCHEDULES
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving.handlers import ANY_ANSWER, IMAGE_ANSWER, DemoLimits, PageChat, PageHandlers
-from llava_ext.serving.request_filter import RequestFilter
+from llava_ext.serving.page_files import PageFiles, use_own_folder
+from llava_ext.serving.request_filter import BodyLimits, RequestFilter
+from llava_ext.serving.slow_clients import limit_slow_clients
 
 _STYLE = Path(__file__).with_name("page.css")
 _FILE_LIFETIME_S = 86400  # age at which files of the page are deleted
 _CLEANUP_INTERVAL_S = 3600
+_MULTIPART_BYTES = 2**16  # of an upload, next to its files
+_MAX_UNREAD = 100
 _LOOPBACK = ["127.0.0.1", "localhost"]
 
 
@@ -28,6 +34,7 @@ def build_demo(opened: OpenModel, limits: DemoLimits | None = None, teacher: Tea
     Args:
         teacher: the evolution tab compares features with the teacher's; without it, with the tokenizer's own.
     """
+    use_own_folder()
     handlers = PageHandlers(opened, limits or DemoLimits(), teacher)
     with gr.Blocks(
         title=f"EvoTok: {opened.name}",
@@ -56,18 +63,28 @@ def launch_demo(
         UserError: the port is taken or not from 1 to 65535, the host is not an address of this machine, or it is an
             IPv6 address.
     """
+    limits = limits or DemoLimits()
+    if not host.strip():
+        raise UserError(
+            f"--host: expected a name or an IPv4 address, got {host!r}; 127.0.0.1 is this machine only, 0.0.0.0 all "
+            "its addresses"
+        )
     if ":" in host:
         raise UserError(f"--host: expected a name or an IPv4 address, got {host!r}; gradio serves no others")
     if not 0 < port < 2**16:
         raise UserError(f"--port must be from 1 to 65535, got {port}")
-    middleware = [Middleware(RequestFilter)]
-    if host in _LOOPBACK:  # a page elsewhere could reach this one under a host name that resolves to this machine
-        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK))
+    body_limits = BodyLimits(max_upload=limits.max_images * limits.upload.max_bytes + _MULTIPART_BYTES)
+    files, forget = PageFiles(int(limits.max_total_mb * 2**20)), partial(forget_unread, demo)
+    middleware = [Middleware(RequestFilter, files=files, limits=body_limits, after_request=forget)]
+    # A page elsewhere could reach this one under a host name that resolves to this machine.
+    if host in _LOOPBACK or host.startswith("127."):
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[host, *_LOOPBACK]))
     try:
         _, address, _ = demo.launch(
             server_name=host,
             server_port=port,
-            max_file_size=(limits or DemoLimits()).upload.max_bytes,
+            max_file_size=limits.upload.max_bytes,
+            state_session_capacity=limits.max_sessions,
             app_kwargs={"middleware": middleware},
             theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             css_paths=[_STYLE],
@@ -87,10 +104,30 @@ def launch_demo(
             f"the page cannot be served at {host}:{port}: the port is taken, or {host} is not this machine; "
             "choose another --port or --host"
         ) from error
+    limit_slow_clients(demo.server, limits.max_connections)
     print(f"{address} (press Ctrl-C to stop)", flush=True)
     if wait:
-        demo.block_thread()
+        try:
+            demo.block_thread()
+        finally:
+            demo.close(verbose=False)
     return address
+
+
+def forget_unread(demo: gr.Blocks) -> None:
+    """Limit what gradio keeps of requests whose answers nobody reads, and of uploads whose progress nobody watches."""
+    queue, uploads = demo._queue, file_upload_statuses
+    if len(queue.pending_event_ids_session) > 2 * _MAX_UNREAD:
+        for session in list(queue.pending_event_ids_session)[:-_MAX_UNREAD]:
+            if not any(event in queue.event_ids_to_events for event in queue.pending_event_ids_session[session]):
+                queue.pending_event_ids_session.pop(session)
+                queue.pending_messages_per_session.pop(session, None)
+    for upload in list(uploads._statuses)[:-_MAX_UNREAD]:
+        uploads.stop_tracking(upload)
+        uploads._signals.pop(upload, None)
+    for upload in list(uploads._signals)[: -2 * _MAX_UNREAD]:  # progress that was asked for without an upload
+        if upload not in uploads._statuses:
+            uploads._signals.pop(upload, None)
 
 
 # The tabs --------------------------------------------------------------------------------------------------------
@@ -123,12 +160,14 @@ def _chat_tab(handlers: PageHandlers) -> None:
                 reset = gr.Button("New conversation", elem_id="reset")
         with gr.Column(scale=1, min_width=280):
             settings = _settings(limits, DrawingOptions().for_model(handlers.opened.model))
-    asked = message.submit(handlers.begin, outputs=message, api_visibility="private", queue=False).then(
+    lock = partial(gr.update, interactive=False)  # until the new answer is there
+    asked = message.submit(lock, outputs=message, api_visibility="private", queue=False).then(
         handlers.ask,
         inputs=[message, chat, *settings],
         outputs=[message, shown, chat],
         api_name="ask",
-        concurrency_id="model",
+        concurrency_limit=limits.max_batch,  # those that wait for the model form its next batch
+        concurrency_id="answers",
         show_progress="minimal",
         show_progress_on=message,
     )
@@ -137,7 +176,11 @@ def _chat_tab(handlers: PageHandlers) -> None:
         ended(lambda: gr.update(interactive=True), outputs=message, api_visibility="private", queue=False)
     stop.click(handlers.stop, api_name="stop", queue=False)
     gr.on([reset.click, shown.clear], handlers.stop, api_visibility="private", queue=False).then(
-        lambda: (PageChat(), []), outputs=[chat, shown], api_name="reset", concurrency_id="model"
+        handlers.reset,
+        outputs=[chat, shown],
+        api_name="reset",
+        concurrency_limit=limits.max_waiting,
+        concurrency_id="reset",
     )
 
 

@@ -1,6 +1,6 @@
 """A multi-turn conversation with the model, shared by the terminal and the web page."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,9 @@ from evotok_plugin.errors import UserError
 from llava_ext.generation import AnswerOptions, Event, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+
+# Yields the events of the answer to a conversation, from its messages, its last text, the options and the seed.
+Streamer = Callable[[list[dict[str, Any]], str, AnswerOptions, int], Iterator[Event]]
 
 
 @dataclass
@@ -30,8 +33,12 @@ class ChatSession:
         images: Sequence[Image.Image],
         options: AnswerOptions,
         seed: int,
+        stream: Streamer | None = None,
     ) -> Generator[Event, None, None]:
         """Ask a question and stream the answer; with `options.best_of`, candidates are scored for `text`.
+
+        Args:
+            stream: generates the answer; by default the model, with this conversation alone.
 
         Question and answer are added to the conversation when the answer ends. If the caller stops early (closes the
         generator), they are added with the part of the answer so far. After an error the conversation is unchanged.
@@ -47,10 +54,14 @@ class ChatSession:
         if not content:
             raise UserError("the message is empty; ask something, or give an image")
         asked = [*self.messages, {"role": "user", "content": content}]
-        inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
         parts: list[dict[str, Any]] = []
+        if stream is not None:
+            events = stream(asked, text, options, seed)
+        else:
+            inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
+            events = model.stream(inputs, processor, options, seed, [text])
         try:
-            for event in model.stream(inputs, processor, options, seed, [text]):
+            for event in events:
                 _append(parts, event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):

@@ -1,7 +1,5 @@
-"""Callbacks of Trainer: a progress bar, a metrics file, and a clean stop on Ctrl-C or SIGTERM."""
+"""Callbacks of Trainer: a progress bar, a metrics file, and a clean stop on Ctrl-C, SIGTERM or SIGHUP."""
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,10 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from evotok_plugin.common.files import writing
 from evotok_plugin.common.interruption import StopSignals
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
+from evotok_plugin.training.metrics_file import append_metrics
 
 LOSSES = ("loss", "text_loss", "image_loss")
 
@@ -74,11 +72,8 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            line = {"step": state.global_step, "time": round(time.time(), 2), **logs}
             assert args.output_dir is not None
-            path = Path(args.output_dir) / "metrics.jsonl"
-            with writing(path), path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_metrics(Path(args.output_dir), state.global_step, logs)
 
 
 def on_any_process(flags: Sequence[int], processes: Processes) -> list[int]:
@@ -91,7 +86,7 @@ def on_any_process(flags: Sequence[int], processes: Processes) -> list[int]:
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint and stops training after the step during which SIGINT or SIGTERM arrives at any process.
+    """Saves a checkpoint and stops training after the step during which a signal arrives at any process.
 
     Attributes:
         signal: the signal, on all processes from the end of that step on; 0 before.

@@ -1,8 +1,8 @@
 """Checkpoints of a stage: a marker file is written last, and only marked, complete checkpoints are resumed.
 
-Checkpoints are the only files that are unpickled, by transformers and DeepSpeed: the optimizer, scheduler and random
-states with `torch.load(weights_only=True)`, DeepSpeed's `global_step*/*.pt` with `weights_only=False`. So resume only
-runs whose folder you trust. Models and adapters, which are shared with others, are safetensors.
+Checkpoints are the only files that are unpickled, by transformers and DeepSpeed, and only as tensors, plain values and
+a few named classes (`unpickling.py`), so that no code in them runs. Models and adapters, which are shared with others,
+are safetensors.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from evotok_plugin.common.files import check_output_folder, writing
 from evotok_plugin.common.owned_folder import check_replaceable
 from evotok_plugin.errors import UserError
+from evotok_plugin.training.metrics_file import cut_metrics
 from evotok_plugin.training.resume import Change, recipe_to_compare, reject, write_recipe
 from llava_ext.training.checkpoints import (
     FINISHED,
@@ -181,6 +182,7 @@ def _prepare_folder(
     if plan.checkpoint is not None:
         owned.delete(FINISHED)  # a run that continues is not finished
     claim_outputs(owned)
+    cut_metrics(folder, steps_of(plan.checkpoint) if plan.checkpoint else None)
     owned.note(**facts)
     saved = {name: value for name, value in values.items() if name not in ("overwrite", "resume_from_checkpoint")}
     write_recipe(folder, saved, plan.applied, steps_of(plan.checkpoint) if plan.checkpoint else 0)

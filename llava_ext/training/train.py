@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.folders import scratch_folder
+from evotok_plugin.common.interruption import check_stopped, stop_on_signals
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError
@@ -88,7 +89,7 @@ class Stage:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a stage; the exit code is 2 for a user error, 130 or 143 if Ctrl-C or SIGTERM stopped it."""
+    """Run a stage; the exit code is 2 for a user error, 128 + the number of a signal that stopped it."""
     return run_command(SUPERVISED, argv)
 
 
@@ -153,6 +154,7 @@ def print_on_first_process(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+@stop_on_signals()
 def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None) -> None:
     """Run a stage: settings, model, data, training, model folder.
 
@@ -163,6 +165,7 @@ def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None
     Raises:
         UserError: wrong settings, files or data, or a loss that is NaN or infinite; saved checkpoints are kept.
         SystemExit: a signal stopped the run; its last step is saved.
+        Stopped: a signal arrived before the first step or after the last one.
     """
     started = time.monotonic()
     stage = stage or SUPERVISED
@@ -186,6 +189,7 @@ def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None
             logger.info("  %s (no effect on a finished run)", change)
         return
     trainer, facts = stage.prepare(config, values)
+    check_stopped()
     check_inputs(plan, config, facts)
     num_steps, checkpoint = total_steps(trainer), plan.checkpoint
     check_checkpoints(config.output_dir, num_steps)
@@ -194,6 +198,7 @@ def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None
     prepare_output(config, values, plan, facts)
     trainer.add_callback(ReplacedRun())
     try:
+        check_stopped()
         if checkpoint is None or steps_of(checkpoint) < num_steps:
             checkpoint = train(trainer, config, checkpoint)
     except BaseException:

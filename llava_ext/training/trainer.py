@@ -39,6 +39,7 @@ from llava_ext.training.checkpoints import (
 from llava_ext.training.config import StageConfig
 from llava_ext.training.heldout import HeldOut, HeldOutEvaluation
 from llava_ext.training.parameter_groups import is_decayed, learning_rates, plain_model, split_by_group
+from llava_ext.training.unpickling import unpickling_without_code
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,17 @@ class EvoTokTrainer(Trainer):
             self.add_callback(callback)
         if heldout is not None:
             self.add_callback(HeldOutEvaluation(self, heldout))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; a checkpoint is read without running code from it.
+
+        Raises:
+            UserError: a file of the checkpoint is damaged or contains code.
+        """
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        with unpickling_without_code(resume_from_checkpoint):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Steps ---------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,19 @@
 """Run torchrun and exit as its processes do: with their exit code, or 143 after SIGTERM and 130 after Ctrl-C.
 
-torchrun itself would end with a traceback.
+torchrun itself would end with a traceback, and would end on SIGHUP also under `nohup`.
 """
 
+import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    for variable in ("PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):  # of newer and of older versions
+        os.environ.setdefault(variable, "SIGTERM,SIGINT,SIGQUIT")
 try:
     main()
 except SignalException as stopped:

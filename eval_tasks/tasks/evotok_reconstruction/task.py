@@ -83,10 +83,10 @@ def measure(
     evaluation = evaluate(tokenizer, processor, source, options, processes)
     if evaluation is None:
         return ""
-    write_text(output / "metrics.json", evaluation.as_json())
-    write_text(output / "metrics.md", evaluation.as_markdown())
+    write_text(output / "metrics.json", evaluation.as_json(), shared=True)
+    write_text(output / "metrics.md", evaluation.as_markdown(), shared=True)
     grid = evaluation.grid()
-    write_whole(output / "grid.png", lambda part: grid.save(part, "PNG"))
+    write_whole(output / "grid.png", lambda part: grid.save(part, "PNG"), shared=True)
     return json.dumps({**evaluation.values, "left_out": left_out})
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evotok_plugin.common.interruption import StopSignals
+from evotok_plugin.common.interruption import StopSignals, stop_on_signals
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import BadSamples, shorten
@@ -64,6 +64,7 @@ class EncodingOptions:
             raise UserError(f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}")
 
 
+@stop_on_signals()
 def encode_images(
     folder: str | Path,
     source: ImageSource,
@@ -74,8 +75,8 @@ def encode_images(
 ) -> CodeCache:
     """Create or extend a cache so that it contains the codes of every image of a source; all processes take part.
 
-    Images that the cache contains, or has recorded as broken, are skipped. SIGINT and SIGTERM stop the run after the
-    current batch, with everything encoded so far in the cache; a second signal takes effect immediately.
+    Images that the cache contains, or has recorded as broken, are skipped. SIGINT, SIGTERM and SIGHUP stop the run
+    after the current batch, with everything encoded so far in the cache; a second signal takes effect immediately.
 
     Args:
         model: in evaluation mode; it is moved to the processes' device.

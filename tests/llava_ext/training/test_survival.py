@@ -219,6 +219,8 @@ def test_a_run_killed_while_it_saves_can_be_resumed(recipe, uninterrupted, tmp_p
     assert find_resumable(killed, RunShape(1, 2)).name == "checkpoint-4"
     run_forked(run, recipe, killed, settings)
     assert_same_end(uninterrupted(settings), killed)
+    entries = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 11))
 
 
 @pytest.mark.slow
