@@ -73,6 +73,17 @@ class EvoTokLlavaConfig(PreTrainedConfig):
 
     model_type = "evotok_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": EvoTokConfig}
+    auto_map = None  # TRL reads it without asking whether it exists
+    # Trainer leaves these outputs out of its predictions, which are then the logits alone.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "last_hidden_state",
+        "text_loss",
+        "image_loss",
+        "num_text_tokens",
+        "num_image_positions",
+    ]
 
     # `__post_init__` replaces dictionaries and None by configurations, so readers always find these types.
     text_config: PreTrainedConfig = None  # type: ignore[assignment]
