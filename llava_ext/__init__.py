@@ -7,6 +7,7 @@ from evotok_plugin.common.lazy import lazy_package
 if TYPE_CHECKING:
     from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
     from llava_ext.model_folder import default_model_folder
+    from llava_ext.modeling_base import EvoTokLlavaModel
     from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
     from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
     from llava_ext.vocabulary import ResidualVocabulary
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EvoTokLlavaConfig",
     "EvoTokLlavaForConditionalGeneration",
+    "EvoTokLlavaModel",
     "EvoTokLlavaOutput",
     "EvoTokLlavaProcessor",
     "ResidualVocabulary",
@@ -25,6 +27,7 @@ __getattr__, __dir__ = lazy_package(
     {
         "EvoTokLlavaConfig": "configuration_evotok_llava",
         "EvoTokLlavaForConditionalGeneration": "modeling_evotok_llava",
+        "EvoTokLlavaModel": "modeling_base",
         "EvoTokLlavaOutput": "modeling_evotok_llava",
         "EvoTokLlavaProcessor": "processing_evotok_llava",
         "ResidualVocabulary": "vocabulary",

@@ -73,6 +73,16 @@ class EvoTokLlavaConfig(PreTrainedConfig):
 
     model_type = "evotok_llava"
     sub_configs = {"text_config": AutoConfig, "vision_config": EvoTokConfig}
+    # Trainer leaves these outputs out of its predictions, which are then the logits alone.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "last_hidden_state",
+        "text_loss",
+        "image_loss",
+        "num_text_tokens",
+        "num_image_positions",
+    ]
 
     # `__post_init__` replaces dictionaries and None by configurations, so readers always find these types.
     text_config: PreTrainedConfig = None  # type: ignore[assignment]
@@ -126,6 +136,22 @@ class EvoTokLlavaConfig(PreTrainedConfig):
                 f"{self.max_positions} positions (max_position_embeddings)"
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def auto_map(self) -> dict[str, Any]:
+        """Classes of a folder with its own code, empty without any: TRL reads it without asking whether it exists."""
+        return self.__dict__.setdefault("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, Any] | None) -> None:
+        self.__dict__["auto_map"] = value or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings, without an empty `auto_map`."""
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
 
     @property
     def residual_vocabulary(self) -> ResidualVocabulary:

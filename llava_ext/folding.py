@@ -116,7 +116,9 @@ def fold_residual_tokens(
         UserError: residual tokens that do not form complete positions, level by level.
     """
     if segment_ids is None:
-        segment_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        segment_ids = torch.ones_like(input_ids)
+        if attention_mask is not None:  # longer than the tokens if it includes those in a cache
+            segment_ids = attention_mask[:, -input_ids.shape[1] :].to(input_ids.dtype)
     if labels is not None:
         labels = labels.masked_fill(segment_starts(segment_ids), -100)
     residual = vocabulary.is_residual(input_ids)
@@ -156,6 +158,35 @@ def fold_residual_tokens(
         written=residual.gather(1, order) & mask,
         codes=codes,
     )
+
+
+def sequence_of_embeddings(
+    vocabulary: ResidualVocabulary, embeddings: Tensor, attention_mask: Tensor | None, labels: Tensor | None, fold: bool
+) -> FoldedSequence:
+    """Describe a sequence that is given as embeddings (B, S, D), of whose tokens only the labels are known.
+
+    Args:
+        attention_mask: (B, S); None without padding. A cache may make it longer.
+        labels: (B, S), -100 where nothing is learned.
+        fold: whether the L residual tokens of a position are one step, for which one label is not enough.
+
+    Raises:
+        ValueError: labels of another shape, or labels of residual tokens that are folded.
+    """
+    steps = embeddings.shape[:2]
+    if labels is not None and labels.shape != steps:
+        raise ValueError(f"expected labels {tuple(steps)} for inputs_embeds, got {tuple(labels.shape)}")
+    segment_ids = torch.ones(steps, dtype=torch.long, device=embeddings.device)
+    if attention_mask is not None:
+        segment_ids = attention_mask[:, -steps[1] :].to(torch.long)
+    ids = torch.zeros_like(segment_ids)
+    if labels is not None:
+        labels = labels.masked_fill(segment_starts(segment_ids), -100)
+        ids = labels.clamp(min=0)
+    written = vocabulary.is_residual(ids) if labels is not None else torch.zeros_like(ids, dtype=torch.bool)
+    if fold and bool(written.any()):
+        raise ValueError("labels of residual tokens need input_ids: the tokens of a position are one step")
+    return FoldedSequence(ids, segment_ids, labels, written, ids.new_zeros((0, vocabulary.num_levels)))
 
 
 def merge_features(embeddings: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:

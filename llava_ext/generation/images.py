@@ -163,6 +163,21 @@ class ImageGenerationMixin(ModelInterface):
             if together.shape[1] % vision.pixel_depth == 0:
                 yield together.unflatten(1, (-1, vision.pixel_depth))
 
+    def decode_image_tokens(self, ids: Tensor) -> Tensor:
+        """Decode the last image drawn in each row of ids (B, T) to pixels (B, 3, H, W) in [-1, 1].
+
+        transformers' pipelines call it with what `generate` returns.
+
+        Raises:
+            UserError: a row without a drawn image.
+        """
+        size = self.config.vision_config.num_positions * self.vocabulary.num_levels
+        drawn = [row[self.vocabulary.is_residual(row)][-size:] for row in ids]
+        if missing := [number for number, tokens in enumerate(drawn) if tokens.numel() < size]:
+            raise UserError(f"rows {missing} contain no whole drawn image; generate with modalities='image'")
+        codes = self.vocabulary.codes(torch.stack(drawn)).unflatten(1, (-1, self.vocabulary.num_levels))
+        return self.vision_tower.decode_pixels(codes)
+
     def _run_prompts(
         self, prompts: Sequence[str], processor: EvoTokLlavaProcessor, options: DrawingOptions, num_steps: int
     ) -> Steps:

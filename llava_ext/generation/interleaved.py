@@ -378,15 +378,17 @@ class InterleavedGenerationMixin(ModelInterface):
 
         yield from best_answers(run, self, processor, inputs, seeds, options.best_of, prompts)
 
-    def generate(self, *args: Any, modalities: str = "text", **kwargs: Any) -> Any:
+    def generate(self, *args: Any, modalities: str | None = None, **kwargs: Any) -> Any:
         """Generate text with transformers' `generate`, or with `modalities` also images.
 
         Args:
-            modalities: "text" is transformers' own method with all its options; it never writes image tokens. With
-                "auto" the model chooses, with "image" it draws one image. Both take `processor`, `seed`, `max_images`,
-                `drawing` (`DrawingOptions`), and transformers' settings of length, sampling and logits processors, as
-                keywords, in `generation_config` or in the model's; any other setting is an error. "image" also takes
-                `best_of` (`AnswerOptions`) and `prompts` (`stream`).
+            modalities: "text", the default, is transformers' own method with all its options; it never writes image
+                tokens. With "auto" the model chooses, with "image" it draws one image. Both take `processor` (by
+                default that of the model's folder), `seed`, `max_images`, `drawing` (`DrawingOptions`), and
+                transformers' settings of length, sampling and logits processors, as keywords, in `generation_config` or
+                in the model's; any other setting is an error. "image" also takes `best_of` (`AnswerOptions`) and
+                `prompts` (`stream`).
+            generation_mode: the name of `modalities` in transformers' pipelines.
 
         Returns:
             Ids (B, T) of prompt and answer: text, delimiters and residual tokens; short answers are padded on the
@@ -395,7 +397,11 @@ class InterleavedGenerationMixin(ModelInterface):
         Raises:
             UserError: modalities or settings are unknown, or a prompt leaves no room for an answer.
         """
-        if modalities == "text":
+        if (mode := kwargs.pop("generation_mode", None)) is not None:
+            if modalities not in (None, mode):
+                raise UserError(f"generation_mode={mode!r} and modalities={modalities!r} differ; give one of them")
+            modalities = mode
+        if modalities in (None, "text"):
             return super().generate(*args, **kwargs)  # type: ignore[misc]  # annotates `self` as PreTrainedModel
         if modalities not in ("auto", "image"):
             raise UserError(f"modalities: expected 'text', 'image' or 'auto', got {modalities!r}")
@@ -420,7 +426,9 @@ class InterleavedGenerationMixin(ModelInterface):
         **text: Any,
     ) -> Tensor:
         if processor is None:
-            raise UserError("generate with images needs the model's processor; pass processor=...")
+            if not self.config._name_or_path:
+                raise UserError("generate with images needs the model's processor; pass processor=...")
+            processor = EvoTokLlavaProcessor.from_pretrained(self.config._name_or_path)
         settings = text_settings(self, generation_config, text)
         own = read_settings(getattr(generation_config, IMAGE_GENERATION, None) or {})
         drawing = (drawing or DrawingOptions()).above(own)

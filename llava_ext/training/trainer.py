@@ -179,7 +179,7 @@ class EvoTokTrainer(Trainer):
         Args:
             num_items_in_batch: these numbers from `get_batch_samples`, (2,); without them the micro-batch is the step.
         """
-        outputs = model(**inputs)
+        outputs = model(**inputs, skip_logits=True)
         means = torch.stack([outputs.text_loss, outputs.image_loss]).float()
         counts = torch.stack([outputs.num_text_tokens, outputs.num_image_positions]).to(means)
         in_step = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(means)

@@ -228,7 +228,7 @@ def straightforward_step(model, batch: PixelBatch, sums: Sums) -> Tensor:
         codes = model.vision_tower.encode(batch.pixels).codes
     drawn = codes[batch.is_drawn][..., :levels].flatten(0, 1)
     read_places = (batch.ids == model.config.image_token_id) & ~batch.drawn_places
-    features = model.get_image_features(image_codes=codes[~batch.is_drawn]).to(embeddings.dtype)
+    features = model.embed_read(image_codes=codes[~batch.is_drawn]).to(embeddings.dtype)
     written = model.embed_written(drawn, torch.arange(len(drawn), device=drawn.device) % positions)
     embeddings = embeddings.masked_scatter(read_places[..., None], features)
     embeddings = embeddings.masked_scatter(batch.drawn_places[..., None], written.to(embeddings.dtype))

@@ -81,7 +81,7 @@ class FlatTarget:
 def naive_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
     """LLM input of each step, one per position, and the target there: None, a token, or codes (L,)."""
     vocabulary, levels = model.vocabulary, model.config.vision_config.pixel_depth
-    read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
+    read = [step for codes in sample.read_codes for step in model.embed_read(image_codes=codes[None])[0]]
     ids, labels, at, position = sample.input_ids, sample.labels, 0, 0
     steps, targets = [], []
     while at < len(ids):
@@ -103,7 +103,7 @@ def naive_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
 def naive_flat_steps(model, sample: Sample) -> tuple[list[Tensor], list]:
     """LLM input of each step with the flat head, one per token, and the target: None, a token, or a `FlatTarget`."""
     vocabulary, head, codebooks = model.vocabulary, model.image_head, model.vision_tower.quantizer.codebooks
-    read = [step for codes in sample.read_codes for step in model.get_image_features(image_codes=codes[None])[0]]
+    read = [step for codes in sample.read_codes for step in model.embed_read(image_codes=codes[None])[0]]
     steps, targets = [], []
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
         level, code = divmod(token - vocabulary.offset, vocabulary.codebook_size)

@@ -123,7 +123,7 @@ def test_a_wrong_number_of_images_is_rejected(asked):
     for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
         with pytest.raises(UserError, match="every <image> needs its image"):
             model.generate(**inputs, **{**NEW, **settings})
-    with pytest.raises(ValueError, match="images need input_ids"):
+    with pytest.raises(UserError, match="every <image> needs its image"):
         model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=inputs["pixel_values"])
 
 
