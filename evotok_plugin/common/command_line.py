@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
+from evotok_plugin.common.requirements import require_models
 from evotok_plugin.errors import UserError
 
 USER_ERROR = 2
@@ -124,6 +124,7 @@ def _run(
     debug = "--debug" in _arguments(argv)
     try:
         _print_any_name()
+        require_models("this command")
         arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
         _quiet_libraries(needs_torchvision)
         code = work(arguments) or 0
@@ -172,6 +173,8 @@ def _print_any_name() -> None:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
     """The flags, and the function to run."""
+    from evotok_plugin.common.recipes import flags_of, reject_unknown_flags  # requires PyYAML
+
     commands = _commands_of(parser)
     for each in [parser, *commands]:
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
