@@ -7,7 +7,10 @@ from importlib.util import find_spec
 
 from evotok_plugin.errors import UserError
 
-_PYTHON, _TRANSFORMERS = (3, 11), (5, 17)
+TRANSFORMERS = (5, 17)
+"""The oldest supported version."""
+
+_PYTHON = (3, 11)
 _OTHERS = ("yaml", "tqdm", "jinja2")
 _ADVICE = "pip install 'evotok[models]'"
 
@@ -21,8 +24,8 @@ def missing_models() -> "str | None":
         found = version("transformers")
     except PackageNotFoundError:
         return "transformers, which is not installed"
-    if tuple(map(int, found.split(".")[:2])) < _TRANSFORMERS:
-        return f"transformers {_TRANSFORMERS[0]}.{_TRANSFORMERS[1]} or newer, found {found}"
+    if tuple(map(int, found.split(".")[:2])) < TRANSFORMERS:
+        return f"transformers {TRANSFORMERS[0]}.{TRANSFORMERS[1]} or newer, found {found}"
     absent = [name for name in _OTHERS if find_spec(name) is None]
     return f"{absent[0]}, which is not installed" if absent else None
 
