@@ -52,4 +52,5 @@ __getattr__, __dir__ = lazy_package(
         "uniform_noise": "sampling",
     },
     registering=["modeling_evotok", "image_processing_evotok", "plugins.vision_tower"],
+    light=["plugins.llava", "quantizer"],
 )

@@ -40,8 +40,8 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     equally near up to float64 rounding, any may be chosen. Autocast and the precision set for matrix products have no
     effect.
     """
-    if torch.compiler.is_compiling():
-        return _opaque_residual_codes(latents, codebooks)
+    if _is_compiling():
+        return torch.ops.evotok.residual_codes(latents, codebooks)
     if latents.is_cuda and (kernel := _kernel()) is not None:
         return kernel(latents, codebooks)
     if latents.device.type not in ("cpu", "cuda"):  # other devices lack float64
@@ -59,15 +59,23 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     return codes
 
 
-@torch.library.custom_op("evotok::residual_codes", mutates_args=())
-def _opaque_residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
-    """The search as a single operator that torch.compile does not trace, because its work depends on the data."""
-    return residual_codes(latents, codebooks)
-
-
-@_opaque_residual_codes.register_fake
-def _(latents: Tensor, codebooks: Tensor) -> Tensor:
+def _fake_residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     return latents.new_empty(latents.shape[0], codebooks.shape[0], dtype=torch.long)
+
+
+if hasattr(torch.library, "custom_op"):  # from PyTorch 2.4
+    # The search as a single operator that torch.compile does not trace, because its work depends on the data.
+    torch.library.custom_op("evotok::residual_codes", residual_codes, mutates_args=()).register_fake(
+        _fake_residual_codes
+    )
+
+    def _is_compiling() -> bool:
+        return torch.compiler.is_compiling()
+
+else:
+
+    def _is_compiling() -> bool:
+        return False
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:

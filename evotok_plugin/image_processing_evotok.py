@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -14,8 +14,8 @@ from transformers.utils import TensorType
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
+from evotok_plugin.image_preparation import crop_square, flat_images, picture_values, side_of
 
-_LARGEST_SIDE = 65_536  # pixels; a typing error beyond it would exhaust the memory
 _HONORED = ("size", "do_resize", "do_rescale", "do_normalize", "input_data_format")
 _FIXED = {  # keywords of transformers' image processors for which only one value is supported
     "crop_size": None,
@@ -103,7 +103,7 @@ class EvoTokImageProcessor(BaseImageProcessor):
                 raise UserError("do_rescale=False leaves 0..255, which do_normalize=True cannot take; disable both")
             picture = as_picture(image, _CHANNELS_FIRST[input_data_format])
             picture = self.crop(picture, side) if do_resize else picture
-            pixels.append(_pixel_values(picture, do_rescale or _is_float(image), do_normalize))
+            pixels.append(picture_values(picture, do_rescale or _is_float(image), do_normalize))
         if return_tensors is None:
             return BatchFeature({"pixel_values": pixels})
         shapes = {tuple(values.shape) for values in pixels}
@@ -129,62 +129,13 @@ class EvoTokImageProcessor(BaseImageProcessor):
         """Resize the shorter side to `size` (default: the processor's) and crop the center; returns RGB."""
         size = size or self.size
         picture = picture if picture.mode == "RGB" and not picture.info else as_picture(picture)
-        if picture.size == (size, size):
-            return picture
-        if (original := _reduced_exactly(picture, size)) is not None:
-            return original
-        return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)  # crops before it resizes
+        return crop_square(picture, size)
 
     @staticmethod
     def to_pil(pixels: Tensor) -> list[Image.Image]:
         """Convert pixels (B, 3, H, W), clamped to [-1, 1], to PIL images."""
         values = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _reduced_exactly(picture: Image.Image, size: int) -> Image.Image | None:
-    """The picture of `size` x `size` pixels whose enlargement by a whole factor, without smoothing, is `picture`.
-
-    Bicubic filtering would change its pixels, and so the codes of an image that this project has drawn and enlarged.
-
-    Returns:
-        None if `picture` is not such an enlargement.
-    """
-    factor = picture.width // size
-    if factor < 2 or picture.size != (factor * size, factor * size):
-        return None
-    blocks = np.asarray(picture).reshape(size, factor, size, factor, 3)
-    corners = blocks[:, :1, :, :1]
-    # The first row of blocks rejects nearly all other pictures.
-    if (blocks[:1] == corners[:1]).all() and (blocks == corners).all():
-        return Image.fromarray(corners.reshape(size, size, 3))
-    return None
-
-
-def side_of(size: int | dict[str, int]) -> int:
-    """Return the side length in pixels that a processor's `size` specifies.
-
-    Raises:
-        UserError: it is not a positive number of pixels, too large, or height and width differ.
-    """
-    side: object = size
-    if isinstance(size, dict):
-        values = set(size.values())
-        is_square = set(size) in ({"shortest_edge"}, {"height", "width"}) and len(values) == 1
-        side = values.pop() if is_square else None
-    if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _LARGEST_SIDE:
-        raise UserError(
-            f"size must be a positive number of pixels up to {_LARGEST_SIDE}, {{'shortest_edge': pixels}} or an equal "
-            f"height and width, got {size!r}"
-        )
-    return side
-
-
-def flat_images(images: Any) -> list[Any]:
-    """Flatten nested lists and batches (arrays and tensors of 4 dimensions) to a list of images."""
-    if isinstance(images, (list, tuple)):
-        return [image for part in images for image in flat_images(part)]
-    return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
 
 def _check_fixed(key: str, value: object) -> None:
@@ -201,13 +152,6 @@ def _is_float(image: object) -> bool:
     if isinstance(image, Tensor):
         return image.is_floating_point()
     return getattr(getattr(image, "dtype", None), "kind", "") == "f"
-
-
-def _pixel_values(picture: Image.Image, do_rescale: bool, do_normalize: bool) -> Tensor:
-    values = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
-    if do_normalize:
-        return values / 127.5 - 1.0
-    return values / 255 if do_rescale else values
 
 
 def as_bytes(picture: Image.Image) -> Tensor:

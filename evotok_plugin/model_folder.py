@@ -6,16 +6,24 @@ transformers, tokenizers or safetensors becomes one UserError that names the fil
 
 import contextlib
 import logging
-import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from evotok_plugin.common.weight_files import damage_of, describe_error, named_weights, read_json, weight_files
+from evotok_plugin.common.weight_checks import HARMLESS, check_report, check_values, some_of
+from evotok_plugin.common.weight_files import (
+    CONFIG,
+    damage_of,
+    describe_error,
+    named_weights,
+    read_config,
+    read_json,
+    weight_files,
+)
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +31,6 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
-CONFIG = "config.json"
-# Unexpected weights that can be ignored: buffers that are computed from the configuration.
-_HARMLESS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 3
-_MOST_ZERO = 0.25  # share of the weight matrices
 GENERATION_CONFIG = "generation_config.json"
 # Files of processors and tokenizers that are checked for damage.
 _OBJECTS = (
@@ -56,25 +58,6 @@ def reading(what: str, remedy: str = "") -> Iterator[None]:
 
 
 # Configuration -------------------------------------------------------------------------------------------------
-
-
-def is_model_folder(folder: str | Path) -> bool:
-    """Whether this is a folder with a config.json, which may be damaged."""
-    return (Path(folder) / CONFIG).is_file()
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a folder's config.json.
-
-    Raises:
-        UserError: the folder or its config.json does not exist, or the file does not hold a JSON object.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"model folder {str(folder)!r} does not exist")
-    if not is_model_folder(folder):
-        raise UserError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
-    return read_json(folder / CONFIG)
 
 
 def model_type_of(folder: str | Path) -> str:
@@ -160,70 +143,11 @@ def load_whole(
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    _check_report(report, what, (*unused, *_HARMLESS), not_needed)
+    check_report(report, what, (*unused, *HARMLESS), not_needed)
     if local:
         _check_types(model, Path(folder), options.get("quantization_config"))
     check_values(model.state_dict(), what)
     return model
-
-
-def load_strictly(
-    module: nn.Module, weights: dict[str, Tensor], what: str, remedy: str = "download, copy or save the folder again"
-) -> None:
-    """Load a state dict into a module; every weight must be present, fit and be finite.
-
-    Args:
-        what: origin of the weights, for the error message.
-        remedy: what the user can do, for the error message.
-
-    Raises:
-        UserError: weights that are missing, unexpected, of another shape or not finite.
-    """
-    expected = module.state_dict()
-    _check_report(
-        {
-            "missing_keys": set(expected) - set(weights),
-            "unexpected_keys": set(weights) - set(expected),
-            "mismatched_keys": [
-                (name, tuple(weights[name].shape), tuple(expected[name].shape))
-                for name in expected
-                if name in weights and weights[name].shape != expected[name].shape
-            ],
-        },
-        what,
-        remedy=remedy,
-    )
-    check_values(weights, what)
-    module.load_state_dict(weights)
-
-
-def _check_report(
-    report: dict[str, Any],
-    what: str,
-    unused: Collection[str] = (),
-    not_needed: Collection[str] = (),
-    remedy: str = "download, copy or save the folder again",
-) -> None:
-    def odd(keys: Collection[str], harmless: Collection[str]) -> list[str]:
-        return sorted(key for key in map(str, keys) if not any(re.search(pattern, key) for pattern in harmless))
-
-    shapes = sorted(
-        f"{name} {tuple(found)} instead of {tuple(expected)}"
-        for name, found, expected in report.get("mismatched_keys", ())
-    )
-    problems = {
-        "missing": odd(report.get("missing_keys", ()), not_needed),
-        "unexpected": odd(report.get("unexpected_keys", ()), unused),
-        "of another shape": shapes,
-    }
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
-    if found or report.get("error_msgs"):
-        detail = "; ".join(found) or describe_error(str(report["error_msgs"]))
-        raise UserError(f"{what} does not match this model: weights {detail}; {remedy}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _check_files(folder: Path, pickles: bool) -> None:
@@ -254,39 +178,8 @@ def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{str(folder)!r} holds integers where floating-point weights are expected ({_some(wrong)}), and its "
+            f"{str(folder)!r} holds integers where floating-point weights are expected ({some_of(wrong)}), and its "
             f"{CONFIG} does not name a quantization; download or save the folder again"
-        )
-
-
-@torch.no_grad()
-def check_values(weights: dict[str, Tensor], what: str) -> None:
-    """Reject NaN and infinite weights and models with many all-zero matrices; warn about a few all-zero matrices.
-
-    A few matrices of zeros may be intended (new blocks that start as the identity). Many are the sign of a file that
-    was allocated but not filled, as after an interrupted download.
-
-    Raises:
-        UserError: values that are not finite, or too many matrices of zeros.
-    """
-    matrices, zero = 0, list[str]()
-    for name, value in weights.items():
-        if not isinstance(value, Tensor) or value.is_meta or not value.numel() or value.dtype not in _CHECKED:
-            continue
-        least, most = torch.stack(torch.aminmax(value)).tolist()
-        if not abs(least) < float("inf") or not abs(most) < float("inf"):
-            raise UserError(f"{what}: {name} holds values that are NaN or infinite; train or download it again")
-        if value.ndim >= 2 and name.endswith("weight"):
-            matrices += 1
-            zero += [name] if least == most == 0 else []
-    if len(zero) > _MOST_ZERO * matrices:
-        raise UserError(
-            f"{what}: {len(zero)} of {matrices} weight matrices are zero ({_some(zero)}); a download or copy was "
-            "probably interrupted, download or copy the folder again"
-        )
-    if zero:
-        logger.warning(
-            "%s: %d weight matrices are all zero (%s); was a download interrupted?", what, len(zero), _some(zero)
         )
 
 

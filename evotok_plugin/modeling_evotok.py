@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils import ModelOutput
 
 from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.encoder import EvoTokEncoder
+from evotok_plugin.encoder import EvoTokEncoder, PatchEmbeddings
 from evotok_plugin.errors import UserError
 from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.quantizer import ResidualVectorQuantizer
@@ -57,16 +56,14 @@ class EvoTokPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Covers encoder layers and decoder blocks, but not the quantizer, whose codebook update must run once per step.
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SiglipEncoderLayer", "SemanticBlock"]
+    _no_split_modules = ["EncoderLayer", "SemanticBlock"]
     _keep_in_fp32_modules_strict = ["quantizer"]  # rounded codebooks would give other codes
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init = nn.init
-        if isinstance(module, SiglipVisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=module.embed_dim**-0.5)
-            # A buffer that is not saved with the weights, so it must be set after loading, too.
-            module.position_ids.copy_(torch.arange(module.num_positions).expand(1, -1))
+        if isinstance(module, PatchEmbeddings):
+            init.normal_(module.position_embedding.weight, std=module.position_embedding.embedding_dim**-0.5)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -88,13 +85,7 @@ class EvoTokPreTrainedModel(PreTrainedModel):
             ValueError: the shape is another one, empty, or has a height or width that is not a multiple of the patch
                 size.
         """
-        channels, patch, shape = self.config.num_channels, self.config.patch_size, tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(side % patch for side in shape[2:]):
-            raise ValueError(
-                f"expected pixel_values (B, {channels}, H, W), not empty, H and W multiples of the patch size {patch}, "
-                f"got {shape}; EvoTokImageProcessor.from_pretrained(folder) prepares images for this model"
-            )
-        return shape[2] // patch, shape[3] // patch
+        return self.config.grid_of(pixel_values.shape)
 
 
 class EvoTokModel(EvoTokPreTrainedModel):

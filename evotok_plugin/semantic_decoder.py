@@ -6,10 +6,10 @@ B batch, N positions, C codebook_dim, W decoder width, D semantic_dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from evotok_plugin.configuration_evotok import EvoTokConfig
+from evotok_plugin.checkpointed_layer import CheckpointedLayer
 from evotok_plugin.positions import resize_positions
+from evotok_plugin.tokenizer_settings import TokenizerSettings
 
 
 class SemanticAttention(nn.Module):
@@ -30,7 +30,7 @@ class SemanticAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class SemanticBlock(GradientCheckpointingLayer):
+class SemanticBlock(CheckpointedLayer):
     """Pre-norm self-attention and a GELU MLP."""
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
@@ -42,7 +42,7 @@ class SemanticBlock(GradientCheckpointingLayer):
             nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
         return x + self.mlp(self.norm_2(x))
 
@@ -50,7 +50,7 @@ class SemanticBlock(GradientCheckpointingLayer):
 class SemanticDecoder(nn.Module):
     """Latents (B, N, C) of a grid (rows, columns) of positions -> features (B, N, D)."""
 
-    def __init__(self, config: EvoTokConfig) -> None:
+    def __init__(self, config: TokenizerSettings) -> None:
         super().__init__()
         width = config.semantic_hidden_size
         self.grid_size = config.grid_size

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from evotok_plugin.common.processes import resolve_device
-from evotok_plugin.configuration_evotok import EvoTokConfig, recorded_semantics
+from evotok_plugin.common.weight_files import is_model_folder, read_config
+from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_processor, read_config
+from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
 from evotok_plugin.modeling_evotok import EvoTokModel
+from evotok_plugin.tokenizer_settings import recorded_semantics
 
 logger = logging.getLogger(__name__)
 

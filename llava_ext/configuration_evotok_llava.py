@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from evotok_plugin import EvoTokConfig
-from evotok_plugin.configuration_evotok import check_types
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import open_config
+from evotok_plugin.tokenizer_settings import check_types
 from llava_ext.vocabulary import ResidualVocabulary
 
 IMAGE_HEADS = ("depth", "flat")

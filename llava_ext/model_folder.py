@@ -12,11 +12,11 @@ from torch import Tensor
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.common.processes import resolve_device
+from evotok_plugin.common.weight_checks import load_strictly
 from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
     CONFIG,
-    load_strictly,
     load_whole,
     model_type_of,
     open_config,

@@ -5,6 +5,9 @@ from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from evotok_plugin.common.requirements import TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 # Libraries whose classes are subclassed or whose internals are used: a newer version may break the project.
@@ -35,7 +38,22 @@ def test_libraries_with_used_internals_have_an_upper_bound():
         if any(part.operator in ("<", "<=", "==") for part in requirement.specifier)
     }
     assert BOUNDED <= bounded
-    assert not Requirement(next(r for r in project()["dependencies"] if "transformers" in r)).specifier.contains("5.24")
+    models = [Requirement(line) for line in project()["optional-dependencies"]["models"]]
+    assert not next(r for r in models if r.name == "transformers").specifier.contains("5.24")
+
+
+def test_the_base_installation_fits_into_the_environments_of_the_llava_code_bases():
+    pinned = {"torch": "2.1.2", "numpy": "1.26.4", "pillow": "10.0.0", "safetensors": "0.4.2"}
+    base = {requirement.name: requirement for requirement in map(Requirement, project()["dependencies"])}
+    assert set(base) == set(pinned)
+    assert all(base[name].specifier.contains(version) for name, version in pinned.items())
+    assert SpecifierSet(project()["requires-python"]).contains("3.10.13")
+
+
+def test_the_required_versions_of_the_models_are_those_of_the_extra():
+    models = {r.name: r for r in map(Requirement, project()["optional-dependencies"]["models"])}
+    least = ".".join(map(str, TRANSFORMERS))
+    assert f">={least}" in str(models["transformers"].specifier)
 
 
 def test_the_tested_versions_are_allowed():

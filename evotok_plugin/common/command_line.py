@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from evotok_plugin.common.interruption import Stopped, stop_on_signals
-from evotok_plugin.common.recipes import flags_of, reject_unknown_flags
+from evotok_plugin.common.requirements import require_models
 from evotok_plugin.errors import UserError
 
 USER_ERROR = 2
@@ -138,6 +138,7 @@ def _run_until_stopped(
     debug = "--debug" in _arguments(argv)
     try:
         _print_any_name()
+        require_models("this command")
         arguments, work = _parse(make_parser(), translate(_arguments(argv)), work)
         _quiet_libraries(needs_torchvision)
         code = work(arguments) or 0
@@ -186,6 +187,8 @@ def _print_any_name() -> None:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | None) -> tuple[argparse.Namespace, Work]:
     """The flags, and the function to run."""
+    from evotok_plugin.common.recipes import flags_of, reject_unknown_flags  # requires PyYAML
+
     commands = _commands_of(parser)
     for each in [parser, *commands]:
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")

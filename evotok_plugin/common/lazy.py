@@ -5,17 +5,19 @@ import importlib.abc
 import importlib.machinery
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from evotok_plugin.common.requirements import missing_models, require_models
+
 _AUTO = "transformers.models.auto.configuration_auto"  # part of every use of an Auto class
 
 
 def lazy_package(
-    package: str, names: Mapping[str, str], registering: Sequence[str]
+    package: str, names: Mapping[str, str], registering: Sequence[str], light: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package that imports its public names on first use (PEP 562).
 
@@ -26,17 +28,22 @@ def lazy_package(
     Args:
         names: by public name, the module below the package that defines it.
         registering: modules below the package.
+        light: modules below the package that also work without the extra `models`, next to another version of
+            transformers; nothing is registered then.
     """
 
     def register() -> None:
-        for module in registering:
-            import_module(f"{package}.{module}")
+        if missing_models() is None:
+            for module in registering:
+                import_module(f"{package}.{module}")
 
     def get(name: str) -> Any:
         if name not in names:
             if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
                 return import_module(f"{package}.{name}")  # as in `import evotok_plugin; evotok_plugin.encoder`
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if names[name] not in light:
+            require_models(f"{package}.{name}")
         register()
         value = getattr(import_module(f"{package}.{names[name]}"), name)
         setattr(sys.modules[package], name, value)

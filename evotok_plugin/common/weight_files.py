@@ -1,4 +1,4 @@
-"""Files of model folders: which of them contain the weights, their content, and diagnosis of damaged ones."""
+"""Files of model folders: config.json, the files with the weights, their content, and diagnosis of damaged ones."""
 
 import functools
 import hashlib
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evotok_plugin.errors import UserError
 
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
@@ -75,6 +76,25 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}; restore or save it again")
     return content
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether this is a folder with a config.json, which may be damaged."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        UserError: the folder or its config.json does not exist, or the file does not hold a JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model folder {str(folder)!r} does not exist")
+    if not is_model_folder(folder):
+        raise UserError(f"{str(folder)!r} is not a model folder: it holds no {CONFIG}")
+    return read_json(folder / CONFIG)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

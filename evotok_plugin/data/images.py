@@ -50,7 +50,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI, _FILE_URL = re.compile(r"\s*data:", re.IGNORECASE), re.compile(r"file:", re.IGNORECASE)
 # First base64 characters of PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF or JPEG 2000, JPEG 2000 codestreams, PPM.
 _STARTS = r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AK|AAAA|/0//U|UD[QUY][Kg]"
-_BASE64 = re.compile(rf"\s*(?:{_STARTS})[A-Za-z0-9+/\s]{{60,}}+={{0,2}}\s*")
+# The lookahead never gives back characters, as a possessive quantifier, which Python 3.10 lacks.
+_BASE64 = re.compile(rf"\s*(?:{_STARTS})(?=([A-Za-z0-9+/\s]{{60,}}))\1={{0,2}}\s*")
 
 
 def open_picture(

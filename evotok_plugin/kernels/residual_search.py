@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if int(triton.__version__.split(".")[0]) < 3:
+    raise ImportError(f"the fused search requires Triton 3 or newer, found {triton.__version__}")
+
 _BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
 
 

@@ -1,99 +1,81 @@
-"""EvoTok as a vision tower of the LLaVA and LLaVA-NeXT code bases: the tower class and its registration."""
+"""EvoTok as a vision tower of the LLaVA and LLaVA-NeXT code bases: the tower class and its registration.
 
+Requires only torch, safetensors, PIL and numpy, so that it runs in the environments that these code bases pin.
+"""
+
+import contextlib
 import importlib
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import is_model_folder, load_whole, model_type_of, open_config
-from evotok_plugin.plugins.vision_tower import (
-    MODEL_TYPES,
-    EvoTokVisionConfig,
-    EvoTokVisionImageProcessor,
-    EvoTokVisionModel,
-)
-
-
-def is_evotok_folder(name: str | Path | None) -> bool:
-    """Whether this is the folder of a tokenizer or of a vision tower."""
-    if not name or not is_model_folder(name):
-        return False
-    try:
-        return model_type_of(name) in MODEL_TYPES
-    except UserError:  # the folder of another tower may hold anything; LLaVA reports what is wrong with it
-        return False
-
-
-class _TowerInCheckpoint(EvoTokVisionModel):
-    """A tower inside a LLaVA checkpoint, which may hold only some of the tower's weights.
-
-    transformers initializes the weights that a checkpoint lacks; this class takes them from the tokenizer folder.
-    """
-
-    def __init__(self, config: EvoTokVisionConfig, folder: str) -> None:
-        super().__init__(config)
-        self.folder = folder
-        self._values: dict[str, Tensor] = {}
-
-    def _init_weights(self, module: nn.Module) -> None:
-        self._values = self._values or load_whole(EvoTokVisionModel, self.folder).state_dict()
-        prefix = next(name for name, child in self.named_modules() if child is module)
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            key = f"{prefix}.{name}".lstrip(".")
-            if key in self._values and not getattr(tensor, "_is_hf_initialized", False):
-                with torch.no_grad():
-                    tensor.copy_(self._values[key])
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
-        super()._init_weights(module)  # sets the buffer `position_ids`, which is not saved
-        if module is self:  # the last call
-            self._values = {}
+from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.plugins.tower_images import TowerImageProcessor
+from evotok_plugin.plugins.tower_network import TowerNetwork, TowerSettings, is_evotok_folder, read_settings
 
 
 class EvoTokVisionTower(nn.Module):
     """An EvoTok folder with the interface that LLaVA expects of a vision tower; see `register_llava`.
 
+    Args:
+        vision_tower: folder of a tokenizer, of a tower, or of a model that contains one.
+        args: LLaVA's arguments or configuration; whether the tower is trained is read from it.
+        delay_load: leave loading to `load_model`.
+        pixel_range: values of a black and of a white pixel, by default (-1, 1). Give (0, 1) for hosts that prepare
+            images themselves and feed values in that range.
+
     Attributes:
-        is_loaded: whether the weights are loaded. Inside the `from_pretrained` of a LLaVA model a frozen tower is not
-            loaded, even without `delay_load`, because transformers would initialize it at random; LLaVA calls
-            `load_model` afterwards. A tower that is trained is part of that model and gets the weights of its
-            checkpoint.
-        image_processor: an `EvoTokVisionImageProcessor`.
-        config: an `EvoTokVisionConfig`.
+        is_loaded: whether the weights are loaded. Inside a `from_pretrained` of LLaVA that creates parameters without
+            values, a frozen tower is not loaded, even without `delay_load`; LLaVA calls `load_model` afterwards. A
+            tower that is trained is part of that model and gets the weights of its checkpoint.
+        image_processor: a `TowerImageProcessor`.
+        config: a `TowerSettings`.
     """
 
-    vision_tower: EvoTokVisionModel
+    vision_tower: TowerNetwork
 
-    def __init__(self, vision_tower: str | Path, args: Any = None, delay_load: bool = False) -> None:
+    def __init__(
+        self,
+        vision_tower: "str | Path",
+        args: Any = None,
+        delay_load: bool = False,
+        pixel_range: "Sequence[float] | None" = None,
+    ) -> None:
         super().__init__()
         self.vision_tower_name = str(vision_tower)
-        self.config = open_config(EvoTokVisionConfig, vision_tower)
-        self.config.require_semantics(repr(self.vision_tower_name))
-        self.image_processor = EvoTokVisionImageProcessor(self.config.image_size)
+        self.config: TowerSettings = read_settings(vision_tower, pixel_range)
+        self.image_processor = TowerImageProcessor(self.config.image_size, self.config.pixel_range)
         self.is_loaded = False
         tuned = getattr(args, "mm_tunable_parts", None) or ""
         is_trained = getattr(args, "unfreeze_mm_vision_tower", False) or "mm_vision_tower" in tuned
-        if torch.empty(0).is_meta:
-            if is_trained:
-                self.vision_tower, self.is_loaded = _TowerInCheckpoint(self.config, self.vision_tower_name), True
-        elif is_trained or not delay_load:
+        if is_trained or not (delay_load or _parameters_lack_values()):
             self.load_model()
 
     def load_model(self, device_map: Any = None) -> None:
         """Load the weights and freeze them; does nothing if they are already loaded.
 
+        Args:
+            device_map: a device, or {"": device}; the maps that transformers computes ("auto") are ignored, because
+                LLaVA moves the tower afterwards.
+
         Raises:
             UserError: weights are missing or do not fit.
         """
-        if not self.is_loaded:
-            tower = load_whole(EvoTokVisionModel, self.vision_tower_name, device_map=device_map)
-            self.vision_tower, self.is_loaded = tower.requires_grad_(False), True
+        if self.is_loaded:
+            return
+        self.vision_tower = TowerNetwork(self.vision_tower_name, self.config).requires_grad_(False)
+        self.is_loaded = True
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        if device is not None and device not in ("auto", "balanced", "balanced_low_0", "sequential"):
+            self.vision_tower.to(device)
 
-    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, images: "Tensor | list[Tensor]") -> "Tensor | list[Tensor]":
         """Features (B, N, D) of images (B, 3, H, W), or a list of (1, N, D) for a list of images (3, H, W).
 
         Features have the dtype of the images.
@@ -103,11 +85,10 @@ class EvoTokVisionTower(nn.Module):
         """
         if isinstance(images, list):
             return [self(image[None]) for image in images]
-        model = self._loaded
-        return model(images.to(model.device, model.dtype)).last_hidden_state.to(images.dtype)
+        return self._loaded(images).to(images.dtype)
 
     @property
-    def _loaded(self) -> EvoTokVisionModel:
+    def _loaded(self) -> TowerNetwork:
         if not self.is_loaded:
             raise ValueError(f"the weights of {self.vision_tower_name!r} are not loaded yet; call load_model() first")
         return self.vision_tower
@@ -148,6 +129,12 @@ class EvoTokVisionTower(nn.Module):
         return self.config.num_positions
 
 
+def _parameters_lack_values() -> bool:
+    """Whether new parameters have no memory (meta device, accelerate) or are split at once (DeepSpeed ZeRO stage 3)."""
+    weight = nn.Linear(1, 1).weight
+    return weight.is_meta or hasattr(weight, "ds_id")
+
+
 class _TowerBuilder:
     """LLaVA's `build_vision_tower`, extended to build EvoTok towers from EvoTok folders."""
 
@@ -161,6 +148,15 @@ class _TowerBuilder:
         return self.original(vision_tower_cfg, **kwargs)
 
 
+def _versions() -> list[str]:
+    """The installed versions of the libraries that LLaVA depends on most."""
+    found = []
+    for name in ("torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found
+
+
 def register_llava() -> None:
     """Make an unmodified LLaVA or LLaVA-NeXT accept EvoTok folders as `--vision_tower`.
 
@@ -169,15 +165,23 @@ def register_llava() -> None:
     Raises:
         ImportError: `llava` is not installed, or cannot be imported.
     """
+    printed = io.StringIO()
     try:
-        builder: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "llava"
-        what = "is not installed" if absent else f"cannot be imported ({error})"
+        with contextlib.redirect_stdout(printed):
+            builder: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
+    except Exception as error:  # importing llava executes all of its models, which may fail in any way
+        if isinstance(error, ModuleNotFoundError) and error.name == "llava":
+            raise ImportError(
+                "llava is not installed; install the LLaVA or LLaVA-NeXT code base, or call this from its checkout"
+            ) from error
+        # LLaVA-NeXT prints why a model cannot be imported, and then fails because the model is missing.
+        reasons = [line for line in printed.getvalue().splitlines() if "Error:" in line] + [str(error)]
         raise ImportError(
-            f"llava {what}; install the LLaVA or LLaVA-NeXT code base with a transformers that both it and EvoTok "
-            "support (5.17 or newer), or call this from within its checkout"
+            f"llava cannot be imported: {describe_error(reasons[0])}; install the versions that its pyproject.toml "
+            f"pins, found {', '.join(_versions())} (EvoTok's tower itself works with any transformers)"
         ) from error
+    finally:
+        sys.stdout.write(printed.getvalue())
     if not isinstance(builder.build_vision_tower, _TowerBuilder):
         builder.build_vision_tower = _TowerBuilder(builder.build_vision_tower)
     ours = builder.build_vision_tower

@@ -11,6 +11,7 @@ B images, N positions, D semantic_dim.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import TensorType
 from transformers.utils.generic import can_return_tuple
 
+from evotok_plugin.common.weight_files import is_model_folder, read_config
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.errors import UserError
+from evotok_plugin.image_preparation import check_pixel_range, to_signed_range
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.model_folder import is_model_folder, read_config
 from evotok_plugin.modeling_evotok import EvoTokPreTrainedModel
 from evotok_plugin.quantizer import ResidualVectorQuantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 
 
 class EvoTokVisionConfig(EvoTokConfig):
-    """Configuration of a tokenizer under the names that LLaVA expects of a vision tower: `hidden_size` is D."""
+    """Configuration of a tokenizer under the names that LLaVA expects of a vision tower: `hidden_size` is D.
+
+    Attributes:
+        pixel_range: values of a black and of a white pixel in `pixel_values`. Hosts that do not use EvoTok's image
+            processor may need (0, 1).
+    """
 
     model_type = "evotok_vision"
     base_config_key = "vision_config"
     attribute_map = {"hidden_size": "semantic_dim"}
+
+    pixel_range: Sequence[float] = (-1.0, 1.0)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_pixel_range(self.pixel_range)
+        self.pixel_range = list(self.pixel_range)
+        super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(
@@ -98,7 +112,7 @@ class EvoTokVisionModel(EvoTokPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Semantic features `last_hidden_state` (B, N, D) of images (B, 3, H, W) in [-1, 1].
+        """Semantic features `last_hidden_state` (B, N, D) of images (B, 3, H, W) in the `pixel_range` of the config.
 
         Args:
             output_hidden_states: True, or the requested layers; `hidden_states` then holds the only layer, the
@@ -118,6 +132,7 @@ class EvoTokVisionModel(EvoTokPreTrainedModel):
                 'and no class token; set vision_feature_layer=-1 and vision_feature_select_strategy="full" in the '
                 "configuration"
             )
+        pixel_values = to_signed_range(pixel_values, self.config.pixel_range)
         quantized = self.quantizer(self.encoder(pixel_values), depth)
         features = self.semantic_decoder(quantized.latents_at(depth).to(self.dtype), grid)
         return BaseModelOutputWithPooling(

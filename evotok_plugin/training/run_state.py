@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Adam
 
 from evotok_plugin.common.processes import Processes
+from evotok_plugin.common.weight_checks import load_strictly
 from evotok_plugin.errors import UserError
 from evotok_plugin.losses.adversarial import PatchDiscriminator
-from evotok_plugin.model_folder import load_strictly
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.training.checkpoints import (
     load_optimizer,

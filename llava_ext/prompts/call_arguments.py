@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.image_processing_evotok import flat_images
+from evotok_plugin.image_preparation import flat_images
 from llava_ext.prompts.placeholders import LLAVA_IMAGE
 
 

@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from evotok_plugin import EvoTokConfig, EvoTokModel, EvoTokVisionModel, EvoTokVisionTower
 from evotok_plugin.cli import main
+from evotok_plugin.common.weight_checks import check_values, load_strictly
 from evotok_plugin.common.weight_files import folder_fingerprint, weight_files
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
-    check_values,
-    load_strictly,
     load_whole,
     model_type_of,
     open_config,

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from research_layout import research_tokenizer
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.conversion.tokenizer import convert_tokenizer
@@ -90,9 +91,11 @@ def test_codes_that_do_not_fill_a_grid_are_rejected(model):
 
 @torch.no_grad()
 def test_the_encoder_interpolates_as_siglip_does(model):
-    pixel_values = images(2, 3, 48, 24)
-    expected = model.encoder.embeddings(pixel_values, interpolate_pos_encoding=True)
-    assert torch.equal(model.encoder._embed(pixel_values), expected)
+    pixel_values, ours = images(2, 3, 48, 24), model.encoder.embeddings
+    sizes = {name: getattr(model.config, name) for name in ("image_size", "patch_size")}
+    theirs = SiglipVisionEmbeddings(SiglipVisionConfig(hidden_size=model.config.encoder_hidden_size, **sizes))
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(pixel_values), theirs(pixel_values, interpolate_pos_encoding=True))
 
 
 def test_interpolated_positions_keep_rows_and_columns_apart():
