@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from evotok_plugin.data.images import open_picture
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset, Filler
 from llava_ext.data.records import KINDS
@@ -110,5 +110,4 @@ class HeldOutEvaluation(TrainerCallback):
 
 
 def _pixels_of(path: Any) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    return np.asarray(open_picture(path))

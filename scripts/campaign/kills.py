@@ -26,13 +26,13 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from evotok_plugin import cli as tokenizer_cli
 from evotok_plugin.common import command_line
 from evotok_plugin.data.code_cache import CodeCache
+from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.corpus import write_corpus
 from llava_ext import cli as llava_cli
@@ -129,8 +129,7 @@ def _drawn(out: Path) -> dict[str, str]:
     """The pixels of every complete drawing, by its file name."""
     found = {}
     for path in out.glob("*.png"):
-        with Image.open(path, formats=("PNG",)) as image:
-            found[path.name] = hashlib.sha256(image.tobytes()).hexdigest()
+        found[path.name] = hashlib.sha256(open_picture(path).tobytes()).hexdigest()
     return found
 
 
