@@ -4,8 +4,9 @@ All packages read configurations, models, tokenizers and processors through this
 transformers, tokenizers or safetensors becomes one UserError that names the file, the cause and the remedy.
 """
 
-import contextlib
 import logging
+import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -14,16 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.weight_checks import HARMLESS, check_report, check_values, some_of
-from evotok_plugin.common.weight_files import (
-    CONFIG,
-    damage_of,
-    describe_error,
-    named_weights,
-    read_config,
-    read_json,
-    weight_files,
-)
+from evotok_plugin.common.weight_files import CONFIG, damage_of, named_weights, read_config, read_json, weight_files
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +25,9 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
+_LAYERS = re.compile(r"^(\w+_)?num_(\w+_)?(layers|blocks)$|^n_layers?$|^(encoder|decoder)_layers$")
+_FEWEST_LAYERS = 64  # parts of a configuration that are not used may have numbers up to here
+_MOST_GROWTH, _MOST_EXTRA = 4, 1 << 26  # numbers that a model has beyond its weights: tied ones, tables of positions
 GENERATION_CONFIG = "generation_config.json"
 # Files of processors and tokenizers that are checked for damage.
 _OBJECTS = (
@@ -38,23 +35,6 @@ _OBJECTS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
 _TEXTS = ("chat_template.jinja", "chat_template.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")
-
-
-@contextlib.contextmanager
-def reading(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any exception of another library's reader into a UserError.
-
-    Args:
-        what: the file or folder being read, for the error message.
-        remedy: what the user can do, for the error message.
-    """
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        advice = f"; {remedy}" if remedy else ""
-        raise UserError(f"{what} cannot be loaded: {describe_error(error)}{advice}") from error
 
 
 # Configuration -------------------------------------------------------------------------------------------------
@@ -139,7 +119,9 @@ def load_whole(
         if (Path(folder) / GENERATION_CONFIG).is_file():
             read_json(Path(folder) / GENERATION_CONFIG)  # transformers would ignore a damaged one
         _check_files(Path(folder), pickles=not options.get("use_safetensors"))
-    with reading(what):
+    if local:
+        _check_size(model_class, Path(folder), options.get("quantization_config"))
+    with reading(what, "download, copy or save the folder again"):
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -162,6 +144,47 @@ def _check_files(folder: Path, pickles: bool) -> None:
     for file in files:
         if cause := damage_of(file):
             raise UserError(f"{file} {cause}")
+
+
+def _check_size(model_class: Any, folder: Path, quantization: Any) -> None:
+    """Reject a configuration that describes a far larger model than the weights, before the model is allocated.
+
+    transformers initializes weights that are missing or of another shape, so that a damaged number in config.json could
+    take all the memory of the machine.
+    """
+    if quantization is not None or not list(folder.glob("model*.safetensors")):
+        return
+    stored = [part.get_shape() for _, part, _ in named_weights(folder)]
+    config = open_config(getattr(model_class, "config_class", None) or AutoConfig, folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    for name, value in _numbers_in(config.to_dict()):
+        if _LAYERS.search(name) and value > max(len(stored), _FEWEST_LAYERS):
+            raise UserError(
+                f"{folder / CONFIG}: {name} is {value}, but the folder has only {len(stored)} weights; restore the file"
+            )
+    mapping = getattr(model_class, "_model_mapping", None)  # of an auto class, whose `from_config` would partition
+    made_class = model_class if mapping is None else mapping.get(type(config), None)
+    if not isinstance(made_class, type):  # loading the model reports the cause, or chooses among several classes
+        return
+    with reading(folder / CONFIG, "restore the file"), torch.device("meta"):
+        model = made_class(config)
+    described = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    found = sum(math.prod(shape) for shape in stored)
+    if described > _MOST_GROWTH * found + _MOST_EXTRA:
+        raise UserError(
+            f"{folder / CONFIG} describes a model of {described:,} numbers, but the weights have {found:,}; restore "
+            "it, or download or copy the folder again"
+        )
+
+
+def _numbers_in(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers in nested settings, by their own names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value)
+        elif type(value) is int:
+            yield str(name), value
 
 
 def _check_types(model: nn.Module, folder: Path, quantization: Any) -> None:

@@ -12,6 +12,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=300, help="damaged inputs of each kind in the slow tests")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory):
     """A byte-level BPE tokenizer trained on scene texts, saved to a folder."""

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from eval_tasks.judging.drawn_run import DrawnRun
 
 TASKS = ("dpg_bench", "genai_bench", "geneval", "geneval_scenes")
+DEFAULT_IMAGES = Path("outputs/lmms_eval_images")  # of models of this project in lmms-eval
 SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 
 
@@ -24,6 +26,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "folder", type=Path, help="a folder of drawn images, an lmms-eval output folder, or its *_samples_<task>.jsonl"
     )
     parser.add_argument("--task", choices=TASKS, help="required if the folder holds images of several tasks")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="folder of the images that a samples file names (default: the given folder, and outputs/lmms_eval_images)",
+    )
     parser.add_argument("-o", "--output", type=Path, help="folder for the report (default: that of the images)")
     parser.add_argument("--detector", help="geneval: Mask2Former with COCO's classes, folder or hub id; or scenes")
     parser.add_argument("--clip", help="geneval: CLIP in open_clip's format, folder or hub id")
@@ -45,25 +52,27 @@ def run(arguments: argparse.Namespace) -> None:
     options = JudgeOptions(**{**JudgeOptions.from_environment().as_dict(), **given})
     if arguments.output:
         check_output_folder(arguments.output)
-    drawn_run = find_run(arguments.folder, arguments.task)
+    drawn_run = find_run(arguments.folder, arguments.task, arguments.images)
     outcome = judge_run(drawn_run, BENCHMARKS[drawn_run.task], options, arguments.output)
     print(as_table(outcome.scores))
     print(f"report: {(arguments.output or drawn_run.folder) / 'contact_sheet.html'}")
 
 
-def find_run(folder: Path, task: str | None) -> "DrawnRun":
+def find_run(folder: Path, task: str | None, images: Path | None = None) -> "DrawnRun":
     """Open the newest drawn run below a folder, or create one from the newest samples of lmms-eval.
 
     Args:
         folder: a folder, or a samples file.
+        images: folder of the images that a samples file names; by default `folder` and the default folder of drawings.
 
     Raises:
         UserError: no images, or images of several tasks.
     """
     from eval_tasks.judging.drawn_run import drawn_run_folders, open_drawn_run, samples_file
 
+    roots = [images] if images is not None else [folder if folder.is_dir() else folder.parent, DEFAULT_IMAGES]
     if match := SAMPLES_NAME.search(folder.name):
-        return _store_samples(folder, match["task"])
+        return _store_samples(folder, match["task"], roots)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     wanted = [task] if task else TASKS
@@ -75,12 +84,12 @@ def find_run(folder: Path, task: str | None) -> "DrawnRun":
     if len(found) > 1:
         raise UserError(f"{folder} holds images of {', '.join(found)}: choose one with --task")
     (name,) = found
-    return open_drawn_run(runs[name]) if name in runs else _store_samples(samples[name], name)
+    return open_drawn_run(runs[name]) if name in runs else _store_samples(samples[name], name, roots)
 
 
-def _store_samples(samples: Path, task: str) -> "DrawnRun":
+def _store_samples(samples: Path, task: str, roots: Sequence[Path]) -> "DrawnRun":
     from eval_tasks.judging.drawn_run import answers_of, new_folder, store_drawn_run
 
     if task not in TASKS:
         raise UserError(f"{samples} belongs to the task {task!r}; expected one of {', '.join(TASKS)}")
-    return store_drawn_run(new_folder(samples.parent / "drawn", task), task, answers_of(samples))
+    return store_drawn_run(new_folder(samples.parent / "drawn", task), task, answers_of(samples), roots)

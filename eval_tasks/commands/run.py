@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import hashlib
 import importlib.metadata
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,10 @@ from eval_tasks.commands.report import show
 from eval_tasks.reporting.results import read_results_file, require_figures
 from eval_tasks.reporting.runs import make_run, read_run
 from evotok_plugin.common.files import check_output_folder, user_path, write_json, writing
+from evotok_plugin.common.foreign_files import read_json
 from evotok_plugin.common.progress import progress_environment
+from evotok_plugin.common.run_lock import only_run
+from evotok_plugin.common.weight_files import sha256_of_file
 from evotok_plugin.errors import UserError
 
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
@@ -49,9 +51,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
     evaluation = open_evaluation(arguments)
-    if "evotok_reconstruction" in arguments.tasks and evaluation.images == scene_images(evaluation.output):
+    with only_run(evaluation.output):
+        return _run_in_folder(evaluation, arguments.tasks)
+
+
+def _run_in_folder(evaluation: "Evaluation", tasks: Sequence[str]) -> int:
+    if "evotok_reconstruction" in tasks and evaluation.images == scene_images(evaluation.output):
         render_scenes(evaluation.output)
-    failed = evaluate_all(evaluation, expand_suite(arguments.tasks))
+    failed = evaluate_all(evaluation, expand_suite(tasks))
     report(evaluation)
     for task, reason in failed.items():
         print(f"FAILED {task}: {reason}", file=sys.stderr)
@@ -98,13 +105,16 @@ class Evaluation:
         try:
             if self._state(task)["settings"] != self.settings(task):
                 return False
-            require_figures(read_results_file(self.results_file(task)))
+            results = self.results_file(task)
+            if sha256_of_file(results) != self._state(task).get("sha256", sha256_of_file(results)):
+                return False
+            require_figures(read_results_file(results))
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: run the task again
             return False
         return True
 
     def _state(self, task: str) -> dict[str, Any]:
-        return json.loads((self.folder(task) / DONE).read_text())
+        return read_json(self.folder(task) / DONE)
 
     def results_file(self, task: str) -> Path:
         return self.folder(task) / self._state(task)["results"]
@@ -148,7 +158,8 @@ class Evaluation:
         results = list(read_run(folder, not_before=started).tasks.values())
         require_figures(results)
         newest = max({result.file for result in results}, key=lambda file: file.stat().st_mtime)
-        write_json(folder / DONE, {"settings": self.settings(task), "results": str(newest.relative_to(folder))})
+        done = {"settings": self.settings(task), "results": str(newest.relative_to(folder))}
+        write_json(folder / DONE, {**done, "sha256": sha256_of_file(newest)}, sync=True)
 
 
 def _run_process(command: Sequence[str], environment: dict[str, str]) -> int:
@@ -187,7 +198,8 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
             written to.
     """
     from eval_tasks.tasks.evotok_reconstruction.task import IMAGES_VARIABLE
-    from evotok_plugin.model_folder import read_config
+    from evotok_plugin.model_folder import model_type_of
+    from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
     from llava_ext.model_folder import default_model_folder
 
     try:
@@ -197,7 +209,11 @@ def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be at least 1, got {arguments.limit}")
     model = user_path(arguments.model or default_model_folder()).resolve()
-    read_config(model)
+    if (kind := model_type_of(model)) != EvoTokLlavaConfig.model_type:
+        raise UserError(
+            f"--model {model} holds a {kind or 'nameless'} model, expected {EvoTokLlavaConfig.model_type}; pass the "
+            "output folder of scripts/finetune.sh"
+        )
     output = arguments.output or Path("outputs/evaluation") / "__".join(model.parts[-2:])
     output = user_path(output).resolve()
     check_output_folder(output, "--output")

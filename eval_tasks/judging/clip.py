@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.weights import fetch, require_weights
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.weight_checks import check_values
 from evotok_plugin.common.weight_files import damage_of
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import reading
 
 _CONFIG = "open_clip_config.json"
 _FILES = (_CONFIG, "open_clip_model.safetensors", "tokenizer*.json", "*.txt")

@@ -8,7 +8,6 @@ DIR/images/         the images
 """
 
 import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +20,14 @@ from PIL import Image
 
 from eval_tasks.judging.answers import image_paths, open_image
 from evotok_plugin.common.files import write_json, writing
+from evotok_plugin.common.foreign_files import read_json, read_text, reading
+from evotok_plugin.data.bad_samples import shorten
+from evotok_plugin.data.files import is_below, kind_of, path_below, read_file
 from evotok_plugin.errors import UserError
 
 _ABOUT, _LINES = "drawn.json", "drawn.jsonl"
 _THREADS = 2
+_LARGEST_INDEX = 10**9
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,17 @@ def _is_created(folder: Path) -> bool:
     return True
 
 
-def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]) -> DrawnRun:
+def store_drawn_run(
+    folder: Path, task: str, answers: Iterable[tuple[dict, str]], roots: Sequence[Path] | None = None
+) -> DrawnRun:
     """Copy the images of a model's answers into a new folder.
 
     They are copied because a later run of the same model overwrites its images.
 
     Args:
         answers: documents with `index`, and the model's answers.
+        roots: folders of which one must contain an image; a relative path begins at one of them or at the working
+            folder. None for answers of this process, whose model names its own files.
 
     Raises:
         UserError: an answer without images, or a missing image; all other images are stored nevertheless.
@@ -121,10 +128,11 @@ def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]
                         faults.append(f"document {document['index']}: its index occurs twice")
                         continue
                     try:
-                        shutil.copyfile(path, folder / name)
-                    except OSError as error:
-                        faults.append(f"document {document['index']}: drawn image {path} cannot be copied ({error})")
+                        content = read_file(_checked_path(path, roots))
+                    except UserError as error:
+                        faults.append(f"document {document['index']}: drawn {error}")
                         continue
+                    (folder / name).write_bytes(content)
                     item = Drawn(document["index"], sample, name, document)
                     drawn.append(item)
                     lines.write(json.dumps(vars(item)) + "\n")
@@ -137,32 +145,45 @@ def store_drawn_run(folder: Path, task: str, answers: Iterable[tuple[dict, str]]
     return DrawnRun(folder, task, tuple(drawn))
 
 
+def _checked_path(path: Path, roots: Sequence[Path] | None) -> str | Path:
+    """The path of an image that an answer names.
+
+    Raises:
+        UserError: not an image file, or outside of all roots.
+    """
+    if kind_of(path) != "image":
+        raise UserError(f"image {shorten(str(path))} does not have the name of an image file")
+    return path if roots is None else path_below(path, roots, "name its folder with --images")
+
+
 def open_drawn_run(folder: Path) -> DrawnRun:
     """Open a folder written by `store_drawn_run`.
 
     Raises:
         UserError: not such a folder, or one that is damaged, incomplete or empty.
     """
-    try:
-        about = json.loads((folder / _ABOUT).read_text())
-        drawn = tuple(Drawn(**json.loads(line)) for line in _lines(folder / _LINES))
-        task, faults = str(about["task"]), list(about["faults"])
-        for item in drawn:
-            if (
-                not isinstance(item.index, int)
-                or not isinstance(item.image, str)
-                or not isinstance(item.document, dict)
-            ):
-                raise TypeError(f"expected an index, an image and a document, got {vars(item)}")
-    except OSError as error:
-        raise UserError(f"{folder} holds no drawn images to judge ({error})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/{_LINES} is damaged ({error}); draw again") from error
+    remedy = "draw again"
+    about = read_json(folder / _ABOUT, remedy=remedy)
+    task, faults = about.get("task"), about.get("faults")
+    if not isinstance(task, str) or not isinstance(faults, list):
+        raise UserError(f"{folder / _ABOUT} cannot be read: expected a task and a list of faults; {remedy}")
+    with reading(folder / _LINES, remedy, "read"):
+        drawn = tuple(_drawn_of(json.loads(line), folder) for line in _lines(folder / _LINES))
     if faults:
         raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
     if not drawn:
         raise UserError(f"{folder} holds no images: the run was empty")
     return DrawnRun(folder, task, drawn)
+
+
+def _drawn_of(row: dict, folder: Path) -> Drawn:
+    item = Drawn(**row)
+    numbers, image = (item.index, item.sample), item.image
+    if not all(type(number) is int for number in numbers) or not isinstance(item.document, dict):
+        raise UserError(f"expected an index, a sample, an image and a document, got {shorten(row)}")
+    if not isinstance(image, str) or kind_of(image) != "image" or not is_below(folder / image, folder):
+        raise UserError(f"expected an image in the folder, got {shorten(image)}")
+    return item
 
 
 def drawn_run_folders(folder: Path, task: str) -> list[Path]:
@@ -176,15 +197,12 @@ def drawn_run_folders(folder: Path, task: str) -> list[Path]:
 
 
 def _task_of(about: Path) -> str | None:
-    try:
-        return json.loads(about.read_text(encoding="utf-8")).get("task")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{about} is damaged ({error}); move its folder away, or draw again") from error
+    return read_json(about, remedy="move its folder away, or draw again").get("task")
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a JSON-lines file; `str.splitlines` would also split at other characters within a line."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for line in read_text(path, "draw again").split("\n") if line.strip()]
 
 
 # lmms-eval's samples files ---------------------------------------------------------------------------------------
@@ -202,16 +220,11 @@ def answers_of(samples: Path) -> Iterator[tuple[dict, str]]:
     Raises:
         UserError: the file cannot be read or has another format.
     """
-    try:
-        lines = _lines(samples)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{samples} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
+    for number, line in enumerate(_lines(samples), start=1):
+        with reading(f"{samples}, line {number},", "evaluate the task again", "read as an answer of a drawing task"):
             row = json.loads(line)
             document, answer = json.loads(row["target"]), row["filtered_resps"]
-            if not isinstance(document["index"], int):
-                raise TypeError(f"expected a number as index, got {document['index']!r}")
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise UserError(f"{samples}, line {number}: not an answer of a drawing task ({error!r})") from error
+            index = document["index"]
+            if type(index) is not int or not 0 <= index < _LARGEST_INDEX:
+                raise UserError(f"expected a number as index, got {shorten(index)}")
         yield document, answer

@@ -18,6 +18,7 @@ from eval_tasks.judging.report import write_report
 from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
 from evotok_plugin.common.files import write_json, writing
 from evotok_plugin.common.progress import progress_bar
+from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
     with writing(unfinished):
         lines = unfinished.open("w", encoding="utf-8", buffering=1)  # line by line
     with lines, bar:
-        for judgement in judge.judge(run.images(options.batch_size)):
+        for judgement in _judgements(run, judge, options.batch_size):
             judgements.append(judgement)
             with writing(unfinished):
                 lines.write(json.dumps(asdict(judgement)) + "\n")
@@ -102,6 +103,13 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
     _write_scores(output / "scores.json", run, options, judges, scores, seconds)
     logger.info("%s: %s", run.task, as_text(scores))
     return Outcome(judgements, scores)
+
+
+def _judgements(run: DrawnRun, judge: ImageJudge, batch_size: int) -> Iterator[Judgement]:
+    try:
+        yield from judge.judge(run.images(batch_size))
+    except UserError as error:
+        raise UserError(f"{run.folder} cannot be judged: {error}") from error
 
 
 def _write_scores(

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from eval_tasks.judging.options import JudgeOptions, variable
 from eval_tasks.judging.weights import fetch, require_weights
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import load_whole, open_config, open_processor
 

@@ -3,18 +3,18 @@
 lmms-eval exits with 0 even when a run fails, so the results files decide whether it succeeded.
 """
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evotok_plugin.common.foreign_files import read_json, reading
 from evotok_plugin.errors import UserError
 
 # `20260731_120000_results.json` in the supported version; results.json or 0731_1200_NAME_results.json in older ones.
 _RESULTS_NAMES = re.compile(r"(\d{8}_\d{6}_|\d{4}_\d{4}_(.+_)?)?results\.json")
 _OTHER_KEYS = {"config", "configs", "versions", "n-samples", "group_subtasks", "model_configs", "model_name"}
+_LARGEST_FIGURE = 1e15  # beyond every metric; a plot cannot show such numbers
 _NOT_METRICS = ("alias", "name", "samples", "sample_len", "sample_count")
 
 
@@ -68,10 +68,10 @@ def results_files(folder: str | Path, not_before: float = 0.0) -> list[Path]:
 def _holds_results(file: Path) -> bool:
     """Whether a file is an lmms-eval results file; tasks write submissions under similar names."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file)
+    except UserError:
         return False
-    return isinstance(content, dict) and isinstance(content.get("results"), dict) and bool(_OTHER_KEYS & set(content))
+    return isinstance(content.get("results"), dict) and bool(_OTHER_KEYS & set(content))
 
 
 # Content -------------------------------------------------------------------------------------------------------
@@ -83,32 +83,37 @@ def read_results_file(file: Path) -> list[TaskResult]:
     Raises:
         UserError: not a results file, or a file without tasks.
     """
-    try:
-        content = json.loads(file.read_text())
-        groups = {name for name, members in (content.get("group_subtasks") or {}).items() if members}
+    with reading(file, "run lmms-eval again", "read as an lmms-eval results file"):
+        content = read_json(file, remedy="run lmms-eval again")
+        members_of = content.get("group_subtasks")
+        groups = {name for name, members in members_of.items() if members} if isinstance(members_of, dict) else set()
         by_task = {
-            task: values
+            task: values if isinstance(values, dict) else {}  # a bad part has no figures
             for task, values in content["results"].items()
-            if task not in groups and isinstance(values, dict) and values.get(" ") != " "  # an empty group
+            if task not in groups and not (isinstance(values, dict) and values.get(" ") == " ")  # an empty group
         }
         model, config = _model_of(content), content.get("config") or {}
         limited = isinstance(config, dict) and config.get("limit") not in (None, 0, -1)
         results = [
-            _task_result(task, values, model, (content.get("n-samples") or {}).get(task), limited, file)
+            _task_result(task, values, model, _samples_of(content, task), limited, file)
             for task, values in by_task.items()
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{file} is not an lmms-eval results file ({error!r}); run lmms-eval again") from error
     if not results:
         raise UserError(f"{file} has no results of any task; run lmms-eval again")
     return results
 
 
+def _samples_of(content: dict, task: str) -> object:
+    samples = content.get("n-samples")
+    return samples.get(task) if isinstance(samples, dict) else None
+
+
 def _model_of(content: dict) -> str:
     """The model's name; its key differs between versions."""
-    config = content.get("config") or content.get("model_configs") or {}
-    values = (content.get("model_name"), *(config.get(key) for key in ("model_args", "model") if config))
-    return next((str(value) for value in values if value), "unnamed model")
+    config = content.get("config") or content.get("model_configs")
+    config = config if isinstance(config, dict) else {}
+    values = (content.get("model_name"), *(config.get(key) for key in ("model_args", "model")))
+    return next((value for value in values if isinstance(value, str) and value), "unnamed model")
 
 
 def _task_result(task: str, values: dict, model: str, samples: object, limited: bool, file: Path) -> TaskResult:
@@ -118,7 +123,7 @@ def _task_result(task: str, values: dict, model: str, samples: object, limited: 
         task=task,
         model=model,
         figures=_figures_of(values),
-        documents=effective if isinstance(effective, int) else None,
+        documents=effective if type(effective) is int else None,
         limited=limited or effective != original,
         file=file,
     )
@@ -136,7 +141,7 @@ def _figures_of(values: dict) -> dict[str, float]:
             selection = "none"
         if not selection or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if math.isfinite(value):  # a metric of no documents is NaN
+        if abs(value) < _LARGEST_FIGURE:  # a metric of no documents is NaN
             figures[metric if selection == "none" else key] = float(value)
     return figures
 

@@ -1,10 +1,12 @@
 """Reading of the files in which benchmarks publish their prompts: CSV, JSON, JSONL, parquet."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from evotok_plugin.common.foreign_files import decoded, read_bytes, reading
 from evotok_plugin.errors import UserError
 
 _FORMATS = (".csv", ".json", ".jsonl", ".parquet")
@@ -19,16 +21,15 @@ def read_rows(path: Path) -> list[dict]:
     kind = path.suffix.lower()
     if kind not in _FORMATS:
         raise UserError(f"prompts are read from {', '.join(_FORMATS)}, got {path}")
-    try:
+    with reading(f"prompts file {path}", "download it again", "read"):
+        content = read_bytes(path)
         if kind == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
         else:
-            text = path.read_text(encoding="utf-8-sig")
+            text = decoded(content)
             rows = {".csv": _csv_rows, ".jsonl": _json_lines, ".json": _json_rows}[kind](text)
-    except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as error:
-        raise UserError(f"prompts file {path} cannot be read: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"prompts file {path} must hold rows with named columns")
     return rows

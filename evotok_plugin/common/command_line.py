@@ -23,6 +23,7 @@ OUTPUT_CLOSED = 141  # 128 + SIGPIPE, which not every system has
 # Refusals of the file system that a user can fix, whatever was read or written.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 _LONGEST_PATH = 200  # characters of a path in a message
+_LONGEST_MESSAGE = 4000  # characters; a message may quote a value of a file
 
 Work = Callable[[argparse.Namespace], int | None]
 
@@ -163,7 +164,9 @@ def _run_until_stopped(
 def _report(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(message.split())
+    line = line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]}..."
+    print(f"error: {line}", file=sys.stderr)
     return USER_ERROR
 
 

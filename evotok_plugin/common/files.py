@@ -137,6 +137,8 @@ def write_whole(
 ) -> None:
     """Replace a file atomically: `write` gets a temporary path next to it, which is then renamed.
 
+    A symlink is followed: the file that it points to is replaced.
+
     A reader, or a run after a kill, finds the previous file or the new one, never a part. After an error the previous
     file is unchanged.
 
@@ -150,7 +152,7 @@ def write_whole(
     Raises:
         UserError: the file system refuses; the message names the file.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     temporary = own_temporary_path(path) if shared else temporary_path(path)
     with writing(path, advice, temporary):
         try:
@@ -160,14 +162,14 @@ def write_whole(
             write(temporary)
             apply_umask(temporary)
             if sync:
-                _flush(temporary)
+                flush(temporary)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):  # the parent may not be a folder
                 temporary.unlink(missing_ok=True)
             raise
         if sync:
-            _flush(path.parent)
+            flush(path.parent)
 
 
 def write_new(
@@ -219,17 +221,20 @@ def _claim(temporary: Path, path: Path) -> bool:
     return True
 
 
-def write_text(path: str | Path, text: str, shared: bool = False) -> None:
+def write_text(path: str | Path, text: str, shared: bool = False, sync: bool = False) -> None:
     """Replace a file atomically with text in UTF-8 (see `write_whole`); names that are not Unicode are escaped."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"), shared=shared)
+    write_whole(
+        path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"), sync, shared=shared
+    )
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, sync: bool = False) -> None:
     """Replace a file atomically with a JSON value, indented by one space (see `write_whole`)."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n", sync=sync)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from evotok_plugin.common.files import apply_umask, write_json, writing
+from evotok_plugin.common.locks import LOCK, locked
 from evotok_plugin.common.owned_folder import MARKER, PROGRAM, read_marker
 from evotok_plugin.common.temporary_names import own_temporary_path, remove_abandoned
 from evotok_plugin.errors import UserError
@@ -21,9 +22,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_new_folder(folder)
-    temporary = _temporary_folder(folder)
-    try:
+    with _temporary_folder(folder) as temporary:
         yield temporary
+        (temporary / LOCK).unlink(missing_ok=True)  # of a run that has written into the folder
         marker = read_marker(temporary) or {}
         if marker.pop("temporary", False) and marker.get("entries"):
             write_json(temporary / MARKER, marker)  # keep the record of a run that wrote into the folder
@@ -33,9 +34,6 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         if folder.is_dir() and _holds_only_marker(folder):
             (folder / MARKER).unlink()
         os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # created above
-        raise
 
 
 def write_whole_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
@@ -51,11 +49,8 @@ def write_whole_folder(folder: str | Path, write: Callable[[Path], object]) -> N
 @contextlib.contextmanager
 def scratch_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder next to where `folder` would be, removed when the block ends."""
-    temporary = _temporary_folder(Path(folder))
-    try:
+    with _temporary_folder(Path(folder)) as temporary:
         yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # created above
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -80,12 +75,25 @@ def _holds_only_marker(folder: Path) -> bool:
     return [path.name for path in folder.iterdir()] == [MARKER] and read_marker(folder) is not None
 
 
-def _temporary_folder(folder: Path) -> Path:
-    """Create the folder under a name of this process; folders that killed processes have left are deleted."""
-    remove_abandoned(folder)
-    old = folder.with_name(f".{folder.name}.part")  # left by earlier versions, whose names had no process
-    if (read_marker(old) or {}).get("temporary"):
-        shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """A new folder under a name of this process for the time of a block, removed unless the block has renamed it.
+
+    It is locked against other runs. Folders that killed processes have left are deleted, others are never touched.
+    """
+    with locked(folder.with_name(f".{folder.name}.part.lock"), folder):
+        remove_abandoned(folder)
+        old = folder.with_name(f".{folder.name}.part")  # left by earlier versions, whose names had no process
+        if (read_marker(old) or {}).get("temporary"):
+            shutil.rmtree(old, ignore_errors=True)
+        temporary = _create_temporary(folder)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # created above
+
+
+def _create_temporary(folder: Path) -> Path:
     temporary = own_temporary_path(folder)
     with writing(folder, temporary=temporary):
         temporary.mkdir(parents=True)

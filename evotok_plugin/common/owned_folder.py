@@ -1,7 +1,6 @@
 """The record of the files that a run has created in a folder; only these may be overwritten, moved or deleted."""
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evotok_plugin.common.files import temporary_path, write_json, writing
+from evotok_plugin.common.foreign_files import readable_json
 from evotok_plugin.errors import UserError
 
 MARKER = ".evotok.json"
@@ -18,11 +18,20 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def read_marker(folder: Path) -> dict | None:
     """The marker that this program wrote into a folder, or None."""
-    try:
-        marker = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
+    marker = readable_json(folder / MARKER)
+    if marker is None or marker.get("program") != PROGRAM:
         return None
-    return marker if isinstance(marker, dict) and marker.get("program") == PROGRAM else None
+    entries, facts = marker.get("entries", []), marker.get("facts", {})
+    is_whole = isinstance(facts, dict) and _are_relative(entries) and _are_relative(marker.get("moved", []))
+    return marker if is_whole else None
+
+
+def _are_relative(names: object) -> bool:
+    """Whether these are paths inside a folder; a damaged record must not name files outside of it."""
+    return isinstance(names, list) and all(
+        isinstance(name, str) and name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+        for name in names
+    )
 
 
 class OwnedFolder:

@@ -6,6 +6,7 @@ import difflib
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any, TypeVar
 import yaml
 
 from evotok_plugin.common.files import write_text
+from evotok_plugin.common.foreign_files import decoded, describe_error, read_bytes
 from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
+_LARGEST_RECIPE = 1 << 20  # bytes
+_MOST_VALUES = 100_000
 LARGEST_COUNT = 2**31  # beyond every useful size of a batch or a sequence
 _NOUNS = {
     str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"
@@ -107,17 +111,63 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read or is not a YAML mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(decoded(read_bytes(path, _LARGEST_RECIPE)))
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}; change its permissions") from error
     except Exception as error:  # PyYAML raises errors of many types for malformed dates, numbers and tags
-        cause = " ".join(str(error).split())
-        raise UserError(f"recipe {path}: not valid YAML: {cause}; write 'key: value' lines") from error
+        raise UserError(f"recipe {path}: not valid YAML: {describe_error(error)}; write 'key: value' lines") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"recipe {path}: expected 'key: value' lines, got a {type(loaded).__name__}")
     return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which only the last would count."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1 and key != "<<":
+                raise UserError(f"the key {key!r} occurs {count} times; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values.
+
+    Raises:
+        UserError: a duplicate key, or aliases that contain themselves or unfold to too many values.
+        Exception: errors of many types, if the text is not valid YAML.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """The number of values that a node unfolds to; `known` has the numbers of nodes, None while one is counted."""
+    if id(node) in known:
+        number = known[id(node)]
+        if number is None:
+            raise UserError("an alias contains itself; write the value out")
+        return number
+    known[id(node)] = None
+    number = 1
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for one in child if isinstance(child, tuple) else (child,):
+            number += _count_values(one, known)
+            if number > _MOST_VALUES:
+                raise UserError(f"its aliases unfold to more than {_MOST_VALUES} values; write them out")
+    known[id(node)] = number
+    return number
 
 
 def recipe_values(
@@ -128,9 +178,11 @@ def recipe_values(
     A field with `REQUIRED` has an empty default instead of an Optional type; null leaves it at that.
     """
     values: dict[str, Any] = {}
+    source = ""
     if path_or_name is not None:
         path = find_recipe(path_or_name, schema.__module__.partition(".")[0])
         loaded = read_recipe(path)
+        source = f"recipe {path}: "
         check_keys(loaded, schema, f"recipe {path}")
         values.update(loaded)
     values.update(overrides or {})
@@ -138,7 +190,8 @@ def recipe_values(
     hints = typing.get_type_hints(schema)
     required = {field.name for field in dataclasses.fields(schema) if field.metadata.get(REQUIRED)}
     given = {key: value for key, value in values.items() if value is not None or key not in required}
-    return {key: _coerce(value, hints[key], key) for key, value in given.items()}
+    own = set(overrides or {})
+    return {key: _coerce(value, hints[key], key if key in own else source + key) for key, value in given.items()}
 
 
 def check_seed(seed: int, bits: int = 62) -> None:
@@ -168,7 +221,7 @@ def parse_mapping(value: Any) -> dict:
         UserError: the value is not a mapping.
     """
     try:
-        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        parsed = parse_yaml(value) if isinstance(value, str) else value
     except Exception:  # PyYAML raises errors of many types, see `read_recipe`
         parsed = None
     if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):

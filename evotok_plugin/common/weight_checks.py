@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)

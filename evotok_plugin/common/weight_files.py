@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evotok_plugin.common import foreign_files
+from evotok_plugin.common.foreign_files import describe_error, open_regular
 from evotok_plugin.errors import UserError
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
-_LONGEST = 300  # characters of an error message of another library
 # The files, in addition to the weights, that text and images of a model depend on.
 _RELEVANT = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
@@ -26,22 +26,16 @@ _RELEVANT = (
 )  # fmt: skip
 
 
-def describe_error(error: Exception | str) -> str:
-    """The message of another library's error as one line of limited length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
 def damage_of(file: Path) -> str | None:
     """Diagnose a damaged file: the end of a sentence that begins with its path, or None.
 
     Only the first bytes are read; of a safetensors file, the header and the length are checked.
     """
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             head = opened.read(512)
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror}; download or copy it again"
     if not head:
         return "is empty; download or copy it again"
     if head.startswith(_LFS):
@@ -69,13 +63,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if cause := damage_of(file):
         raise UserError(f"{file} {cause}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {describe_error(error)}; restore or save it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}; restore or save it again")
-    return content
+    return foreign_files.read_json(file)
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -154,13 +142,18 @@ def folder_fingerprint(folder: str | Path, without: Collection[str] = ()) -> str
     files = sorted([*weight_files(folder), *(path for name in names if (path := folder / name).is_file())])
     try:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            digests = list(pool.map(_digest, files))
+            digests = list(pool.map(sha256_of_file, files))
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
     lines = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

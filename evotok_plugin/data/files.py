@@ -207,6 +207,34 @@ def existing(base: str, name: str) -> str | None:
     return base
 
 
+def is_below(path: str | Path, root: str | Path) -> bool:
+    """Whether a path is inside a folder, once `..` and links are resolved."""
+    try:
+        real, folder = os.path.realpath(path), os.path.realpath(root)
+    except (OSError, ValueError):  # a NUL character
+        return False
+    return os.path.commonpath([real, folder]) == folder
+
+
+def path_below(name: str | Path, roots: Sequence[Path], remedy: str) -> str:
+    """The path of a file that foreign data names, which must be inside one of some folders.
+
+    Args:
+        name: absolute, or relative to one of the folders or to the working folder.
+        roots: the folders.
+        remedy: what the user can do, for the error message.
+
+    Raises:
+        UserError: it is outside of them.
+    """
+    candidates = [str(name), *(os.path.join(root, name) for root in roots)]
+    inside = [one for one in candidates if any(is_below(one, root) for root in roots)]
+    if not inside:
+        where = f"outside of {' and '.join(map(str, roots))}" if roots else "a file of this machine"
+        raise UserError(f"image {shorten(str(name))} is {where}; {remedy}")
+    return next((one for one in inside if os.path.exists(one)), inside[0])
+
+
 def matching_files(spec: str) -> list[Path]:
     """Expand a path or pattern to the existing files or folders, sorted; an empty list if there are none.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import Image
 
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.data.bad_samples import shorten
-from evotok_plugin.data.files import content_digest, file_state, local_path, read_file, stamp_of
+from evotok_plugin.data.files import content_digest, file_state, local_path, path_below, read_file, stamp_of
 from evotok_plugin.data.images import embedded_content, is_embedded, open_picture
 from evotok_plugin.errors import UserError
 
@@ -19,14 +20,18 @@ class DatasetSource:
     An image is bytes, `{"bytes", "path"}` (as in `datasets.Image`), or a string: a path, a `file:` URL, a data URI or
     base64. The stamp of an embedded string depends on its content, the stamp of a path on the state of its file.
 
+    Args:
+        roots: folders that contain the files of all paths; data of others must not name other files of this machine.
+            None accepts any path, for a dataset that the caller has made.
+
     Raises:
         UserError: the dataset has no image column, or its structs have no field `bytes`.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Any, name: str, roots: Sequence[Path] | None = None) -> None:
         import datasets
 
-        self.name = name
+        self.name, self._roots = name, roots
         column = next(
             (c for c, kind in dataset.features.items() if isinstance(kind, datasets.Image)),
             next((c for c in ("image", "jpg", "png", "webp") if c in dataset.features), None),
@@ -61,11 +66,11 @@ class DatasetSource:
         try:
             content = self._images[int(index)][self._column]
         except Exception as error:  # pyarrow raises many types for damaged values
-            raise UserError(f"image of {self.name} row {index} cannot be read: {error}") from error
+            raise UserError(f"image of {self.name} row {index} cannot be read: {describe_error(error)}") from error
         if isinstance(content, dict):
             content = content["bytes"] or content.get("path")
         if isinstance(content, str):
-            return _content_of(content, f"{self.name} row {index}")
+            return self._content_of(content, f"{self.name} row {index}")
         if not isinstance(content, bytes):
             raise UserError(
                 f"image {self.key(index)!r} of {self.name!r} is missing: expected bytes or a string, "
@@ -86,7 +91,7 @@ class DatasetSource:
             return stamp_of(place, self._state)
         if is_embedded(text):
             return stamp_of(place, content_digest(text.encode(errors="surrogatepass")))
-        return stamp_of(place, self._state, *_state_of(text))
+        return stamp_of(place, self._state, *self._state_of(text))
 
     def label(self, index: int) -> str | None:
         if self._labels is None:
@@ -97,22 +102,24 @@ class DatasetSource:
     def groups(self) -> None:
         return None
 
+    def _content_of(self, text: str, name: str) -> bytes:
+        """Content of the image that a string contains or names; `name` identifies the row in errors."""
+        try:
+            content = embedded_content(text)
+            path = self._path_of(text) if content is None else ""
+        except UserError as error:
+            raise UserError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
+        return read_file(path, f"{name}: {text}") if content is None else content
 
-def _content_of(text: str, name: str) -> bytes:
-    """Content of the image that a string contains or names; `name` identifies the row in errors."""
-    try:
-        content = embedded_content(text)
-        path = local_path(text) if content is None else ""
-    except UserError as error:
-        raise UserError(f"image of {name} ({shorten(text)}) cannot be read: {error}") from error
-    return read_file(path, f"{name}: {text}") if content is None else content
+    def _path_of(self, text: str) -> str:
+        path = local_path(text)
+        return path if self._roots is None else path_below(path, self._roots, "embed its bytes, or move it there")
 
-
-def _state_of(path: str) -> tuple[int, ...]:
-    try:
-        return file_state(local_path(path))
-    except UserError:  # a URL, which cannot be read
-        return ()
+    def _state_of(self, text: str) -> tuple[int, ...]:
+        try:
+            return file_state(self._path_of(text))
+        except UserError:  # a URL or a path that cannot be read
+            return ()
 
 
 def _is_embedded(images: Any, column: str) -> bool:
@@ -156,7 +163,8 @@ def load_saved(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow raises many types for broken files
-        raise UserError(f"{str(folder)!r} cannot be loaded as a saved dataset: {error}") from error
+        cause = describe_error(error)
+        raise UserError(f"{str(folder)!r} cannot be loaded as a saved dataset: {cause}; save it again") from error
 
 
 def load_parquet(files: Sequence[Path], name: str) -> Any:
@@ -169,7 +177,13 @@ def load_parquet(files: Sequence[Path], name: str) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # pyarrow raises many types for broken files
-        raise UserError(f"{name!r} cannot be read as parquet: {error}") from error
+        cause = describe_error(_first_cause(error))
+        raise UserError(f"{name!r} cannot be read as parquet: {cause}; write or copy it again") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that `datasets` hides behind one of its own, which names the cause."""
+    return _first_cause(error.__cause__) if error.__cause__ is not None else error
 
 
 def load_hub(spec: str) -> Any:

@@ -8,7 +8,6 @@ import base64
 import io
 import os
 import re
-import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from evotok_plugin.common.foreign_files import open_regular
 from evotok_plugin.data.pixel_modes import rgb_of_array, upright_rgb
 from evotok_plugin.errors import UserError
 
@@ -80,9 +80,7 @@ def open_picture(
             content = local_file(image) if embedded is None else embedded
         if isinstance(content, bytes):
             return _decode(io.BytesIO(content), name, max_pixels or MAX_PIXELS, formats)
-        if not stat.S_ISREG(os.stat(content).st_mode):  # opening a pipe would wait for a writer
-            raise UserError("it is not a regular file")
-        with open(content, "rb") as file:
+        with open_regular(content) as file:
             return _decode(file, name, max_pixels or MAX_PIXELS, formats)
     except FileNotFoundError:
         raise UserError(f"image {name!r} does not exist") from None

@@ -210,7 +210,7 @@ def open_source(spec: str | Path) -> ImageSource:
     """
     spec = str(spec)
     if spec.startswith("hf:"):
-        return DatasetSource(load_hub(spec), spec)
+        return DatasetSource(load_hub(spec), spec, roots=())
     files = matching_files(spec)
     if not files:
         raise UserError(f"source {spec!r} does not exist; expected images, a folder, .tar shards, .parquet or hf:NAME")
@@ -221,7 +221,7 @@ def open_source(spec: str | Path) -> ImageSource:
     if kinds == {"tar"}:
         return TarSource(files, spec)
     if kinds == {"parquet"}:
-        return DatasetSource(load_parquet(files, spec), spec)
+        return DatasetSource(load_parquet(files, spec), spec, sorted({file.parent for file in files}))
     if len(files) == 1 and kinds != {"json"}:  # an image, whatever its suffix
         return FileSource(files[0].parent, [files[0].name])
     if kinds == {"image"}:
@@ -248,7 +248,7 @@ def open_sources(specs: Sequence[str | Path]) -> ImageSource:
 
 def _open_folder(folder: Path) -> ImageSource:
     if is_saved_dataset(folder):
-        return DatasetSource(load_saved(folder), str(folder))
+        return DatasetSource(load_saved(folder), str(folder), [folder])
     listing = list_folder(folder, deep=("image",), flat=("tar", "parquet"))
     skip_side_files(listing)
     kinds = sorted(listing.files)
@@ -263,7 +263,7 @@ def _open_folder(folder: Path) -> ImageSource:
     if kinds == ["parquet"]:
         report_skipped(str(folder), listing.others)
         return DatasetSource(
-            load_parquet([folder / name for name in listing.files["parquet"]], str(folder)), str(folder)
+            load_parquet([folder / name for name in listing.files["parquet"]], str(folder)), str(folder), [folder]
         )
     return FileSource(folder)
 

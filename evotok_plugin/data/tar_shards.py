@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from evotok_plugin.common.files import cache_folder, write_text
+from evotok_plugin.common.foreign_files import describe_error, open_regular, readable_json
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import (
     described,
@@ -32,6 +33,7 @@ from evotok_plugin.errors import UserError
 
 T = TypeVar("T")
 
+_LONGEST_LABEL = 4096  # bytes
 _OPEN_SHARDS = 64  # file descriptors that a process keeps open
 _SCANNED_ALONE = 8  # shards up to which starting other processes is not worthwhile
 
@@ -51,9 +53,12 @@ class FilesInPlace:
             UserError: the file cannot be read.
         """
         try:
-            return os.pread(self._descriptor(file), size, offset)
+            descriptor = self._descriptor(file)
+            there = max(0, os.fstat(descriptor).st_size - offset)  # a damaged size would be allocated
+            return os.pread(descriptor, min(size, there), offset)
         except OSError as error:
-            raise UserError(f"{self._paths[file]!r} cannot be read: {error}") from error
+            cause = describe_error(error, self._paths[file])
+            raise UserError(f"{self._paths[file]!r} cannot be read: {cause}; copy it again") from error
 
     def _descriptor(self, file: int) -> int:
         """Descriptor of a file; the most recently used files stay open."""
@@ -62,7 +67,8 @@ class FilesInPlace:
         if file not in self._open:
             if len(self._open) >= _OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[file] = os.open(self._paths[file], os.O_RDONLY)
+            with open_regular(self._paths[file]) as opened:
+                self._open[file] = os.dup(opened.fileno())
         self._open.move_to_end(file)
         return self._open[file]
 
@@ -159,15 +165,32 @@ def _cached(kind: str, shard: str, scan: Callable[[str], dict[str, Any]]) -> dic
         raise UserError(f"shard {shard!r} does not exist")
     identity = f"{kind} {os.path.realpath(shard)} {state}"
     file = cache_folder("shards") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # missing, or damaged
-        index = scan(shard)
+    index = readable_json(file)
+    if index is not None and _is_index(index):
+        return index
+    index = scan(shard)  # it is missing, or damaged
     # If the index cannot be stored, the next run scans the shard again.
     with contextlib.suppress(OSError, UserError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(index), shared=True)
     return index
+
+
+def _is_index(index: dict[str, Any]) -> bool:
+    """Whether a cached index has lists of equal length, of the types that a scan gives."""
+    names = "keys" if "keys" in index else "names"
+    lists: list[Any] = [index.get(name) for name in (names, "offsets", "sizes", *["labels"] * (names == "keys"))]
+    if not all(isinstance(values, list) and len(values) == len(index.get(names, ())) for values in lists):
+        return False
+    keys, offsets, sizes, *labels = lists
+    skipped = index.get("skipped", {})
+    return (
+        all(isinstance(key, str) for key in keys)
+        and all(type(number) is int and abs(number) < 2**62 for number in (*offsets, *sizes))
+        and all(label is None or isinstance(label, str) for values in labels for label in values)
+        and isinstance(skipped, dict)
+        and all(type(count) is int for count in skipped.values())
+    )
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -181,7 +204,7 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of all files in a shard, except hidden ones."""
     places: dict[str, tuple[int, int]] = {}  # of possible targets of hard links
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # not in the stubs; otherwise all headers stay in memory
                 if member.isdir() or is_hidden(member.name):
@@ -190,9 +213,11 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
                     places[member.name] = (member.offset_data, member.size)
                 target = member.linkname if member.islnk() else member.name
                 yield (member.name, *places.get(target, (-1, 0)))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError for damaged extended headers
+    except Exception as error:  # tarfile raises many types for damaged headers
         hint = "; compressed shards are not supported, decompress them to .tar" if _is_compressed(shard) else ""
-        raise UserError(f"shard {shard!r} cannot be read as a tar file: {error}{hint}") from error
+        raise UserError(
+            f"shard {shard!r} cannot be read as a tar file: {describe_error(error, shard)}{hint}"
+        ) from error
 
 
 def _scan_shard(shard: str) -> dict[str, Any]:
@@ -214,8 +239,10 @@ def _scan_shard(shard: str) -> dict[str, Any]:
             classes[key] = (offset, size)
         else:
             skipped[suffix_of(name)] += 1
-    with open(shard, "rb") as file:
-        labels = {key: os.pread(file.fileno(), size, offset) for key, (offset, size) in classes.items()}
+    with open_regular(shard) as file:
+        labels = {
+            key: os.pread(file.fileno(), min(size, _LONGEST_LABEL), offset) for key, (offset, size) in classes.items()
+        }
     index: dict[str, Any] = {"keys": [], "labels": [], "offsets": [], "sizes": [], "skipped": skipped}
     for sample, images in samples.items():
         chosen = _images_of_sample(sample, images)
@@ -243,5 +270,9 @@ def _scan_members(shard: str) -> dict[str, list]:
 
 
 def _is_compressed(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
+    try:
+        with open_regular(path) as file:
+            head = file.read(4)
+    except OSError:
+        return False
+    return head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))

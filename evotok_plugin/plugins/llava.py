@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.plugins.tower_images import TowerImageProcessor
 from evotok_plugin.plugins.tower_network import TowerNetwork, TowerSettings, is_evotok_folder, read_settings
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
 from evotok_plugin.common.files import write_whole, writing
+from evotok_plugin.common.foreign_files import describe_error, open_regular, reading
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
@@ -41,6 +42,7 @@ def _entries_without_record(folder: Path) -> list[str]:
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint in the format of this program."""
     try:
+        open_regular(path).close()  # opening a pipe would wait for a writer
         with safe_open(path, "pt") as file:
             names = set(file.keys())
     except (OSError, SafetensorError):
@@ -115,14 +117,24 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return path, load_file(path)
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s cannot be read (%s); trying the one before", path, error)
+            open_regular(path).close()  # opening a pipe would wait for a writer
+            with reading(path, verb="read"):
+                tensors = load_file(path)
+                _check_tensors(tensors, path)
+            return path, tensors
+        except (OSError, UserError) as error:
+            logger.warning("%s; trying the one before", describe_error(error))
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {folder} can be read; pass --overwrite true to start over"
         )
     return None
+
+
+def _check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    step = tensors.get("step")
+    if step is None or step.numel() != 1 or int(step) != step_of(path):
+        raise UserError(f"it does not hold the state after step {step_of(path)}")
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

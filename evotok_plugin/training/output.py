@@ -1,5 +1,6 @@
 """The output folder of a tokenizer run: checks before the run, resumption and replacement of the previous run."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ from evotok_plugin.common.files import check_output_folder, writing
 from evotok_plugin.common.owned_folder import check_replaceable
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.recipes import as_plain
+from evotok_plugin.common.run_lock import only_run
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.training.checkpoints import (
     RUN_FILES,
@@ -65,16 +67,29 @@ class TokenizerOutput:
         self._is_replacing = False
         self._applied: list[Change] = []
         self._moved: list[Change] = []
+        self._held = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        self._held.close()
 
     @classmethod
     def open(cls, folder: Path, config: TokenizerTrainingConfig, processes: Processes) -> "TokenizerOutput":
-        """Check that the run can use the folder, after restoring a run whose replacement did not reach a step.
+        """Lock the folder until `close`, restore a run whose replacement did not reach a step, and check the folder.
 
         Raises:
-            UserError: the folder cannot be written to, contains files of other programs that the run would overwrite,
-                must not be replaced, or contains a run with other settings.
+            UserError: another run uses the folder, or it cannot be written to, contains files of other programs that
+                the run would overwrite, must not be replaced, or contains a run with other settings.
         """
         check_output_folder(folder, "--output_dir")
+        with contextlib.ExitStack() as held:
+            held.enter_context(only_run(folder, processes))
+            output = cls._checked(folder, config, processes)
+            output._held = held.pop_all()
+        return output
+
+    @classmethod
+    def _checked(cls, folder: Path, config: TokenizerTrainingConfig, processes: Processes) -> "TokenizerOutput":
         with writing(folder):
             restored = processes.is_first and owned_folder(folder).restore()
         if restored:

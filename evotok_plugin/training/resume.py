@@ -15,6 +15,8 @@ import numpy as np
 import yaml
 
 from evotok_plugin.common.files import write_text
+from evotok_plugin.common.foreign_files import decoded, read_bytes, read_text
+from evotok_plugin.common.recipes import parse_yaml
 from evotok_plugin.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,8 +106,8 @@ def changed_contents(before: Sequence[str] | None, now: Sequence[str]) -> list[C
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:
     """The settings in the `recipe.yaml` of a folder, or None if it cannot be read."""
     try:
-        values = yaml.safe_load((Path(folder) / RECIPE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        values = parse_yaml(decoded(read_bytes(Path(folder) / RECIPE)))
+    except Exception:  # PyYAML raises errors of many types
         return None
     return values if isinstance(values, dict) else None
 
@@ -142,7 +144,7 @@ def recipe_to_compare(folder: str | Path, state: str, is_first: bool = True) -> 
 def write_recipe(folder: str | Path, values: dict[str, Any], applied: Iterable[Change] = (), step: int = 0) -> None:
     """Write `recipe.yaml`; on resumption, with a comment for every setting that changes from `step` on."""
     path = Path(folder) / RECIPE
-    before = path.read_text().splitlines() if step and path.is_file() else []
+    before = read_text(path).splitlines() if step and path.is_file() else []
     comments = [line for line in before if line.startswith("# step ")]
     comments += [" ".join(f"# step {step}: {change}".split()) for change in applied]
     write_text(path, "".join(f"{line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.weight_checks import load_strictly
 from evotok_plugin.errors import UserError
@@ -91,6 +92,13 @@ class RunState:
         if found is None:
             return None
         path, tensors = found
+        with reading(path, f"restore it, or {_START_OVER}"):
+            self._restore_from(path, tensors)
+        step = int(tensors["step"])
+        logger.info("resuming from step %d of %s", step, path)
+        return step
+
+    def _restore_from(self, path: Path, tensors: dict[str, Tensor]) -> None:
         remedy = f"restore it, or {_START_OVER}"
         load_strictly(self.model, part("model", tensors), str(path), remedy)
         self.model.quantizer.load_learning_state(part("quantizer", tensors))
@@ -105,9 +113,6 @@ class RunState:
             load_strictly(self.discriminator.model, part("discriminator", tensors), str(path), remedy)
             load_optimizer(self.discriminator.optimizer, part("discriminator_optimizer", tensors))
         self._restore_random_state(part(f"random.{self.processes.rank}", tensors))
-        step = int(tensors["step"])
-        logger.info("resuming from step %d of %s", step, path)
-        return step
 
     def _random_state(self) -> dict[str, Tensor]:
         state, device = {"cpu": torch.get_rng_state()}, self.processes.device

@@ -22,10 +22,10 @@ from transformers import (
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.common.owned_folder import OwnedFolder
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import check_seed, parse_mapping
-from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource, open_source

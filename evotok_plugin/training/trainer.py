@@ -108,7 +108,11 @@ class TokenizerTrainer:
             logger.warning("bf16 on a CPU is often far slower than float32; --bf16 false turns it off")
         output = TokenizerOutput.open(Path(config.output_dir), config, processes)
         torch.manual_seed(config.seed)
-        return cls(config, processes, output)
+        try:
+            return cls(config, processes, output)
+        except BaseException:
+            output.close()
+            raise
 
     # Setup ---------------------------------------------------------------------------------------------------
 
@@ -250,6 +254,10 @@ class TokenizerTrainer:
         Raises:
             UserError: a loss is not finite or has exploded, too many images are broken, or a file cannot be written.
         """
+        with contextlib.closing(self._output):
+            return self._run()
+
+    def _run(self) -> Path:
         teacher = fingerprint_of(self.objective.teacher)
         self._output.begin(contents_of(self._sources), data=identity_of(self._sources), teacher=teacher)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evotok_plugin.common.files import check_output_file, user_path
+from evotok_plugin.common.locks import locked
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.common.weight_files import folder_fingerprint
@@ -75,7 +76,19 @@ def run(arguments: argparse.Namespace) -> None:
     num_skills = _check_skills(jobs)
     judge = load_rewards(arguments.judge)
     identity = _identity(arguments, folder, prompts, judge)
-    journal = Journal.open(_journal_path(arguments, folder, identity), identity)
+    path = _journal_path(arguments, folder, identity)
+    with locked(path.with_name(f".{path.name}.lock"), path):
+        _search(arguments, folder, Journal.open(path, identity), judge, jobs, num_skills)
+
+
+def _search(
+    arguments: argparse.Namespace,
+    folder: Path,
+    journal: Journal,
+    judge: WeightedRewards,
+    jobs: Sequence[Job],
+    num_skills: int,
+) -> None:
     opened = open_model(folder, arguments.device)
     current = DrawingOptions().for_model(opened.model)
     if arguments.settings:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from evotok_plugin.common.foreign_files import describe_error, reading
 from evotok_plugin.data.files import file_state, stamp_of
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
@@ -64,7 +65,7 @@ class DatasetRecords:
     def row_name(self, index: int) -> str:
         identity = None
         if "id" in self._text_columns:
-            with contextlib.suppress(ValueError):  # the value cannot be decoded
+            with contextlib.suppress(Exception):  # the value cannot be decoded
                 identity = self._rows[int(index)].column("id")[0].as_py()
         return f"{self.name}:{numbered(index, {'id': identity})}"
 
@@ -97,8 +98,8 @@ class DatasetRecords:
             raise
         except UnicodeDecodeError as error:
             raise UserError(f"not valid UTF-8: {error}") from error
-        except ValueError as error:  # of pyarrow, such as a date out of range
-            raise UserError(f"the row cannot be decoded: {error}") from error
+        except Exception as error:  # pyarrow raises many types, such as for a date out of range or a damaged buffer
+            raise UserError(f"the row cannot be decoded: {describe_error(error)}") from error
 
     def _decode_row(self, index: int) -> tuple[dict, list[Any]]:
         table = self._rows[int(index)]
@@ -183,7 +184,8 @@ def parquet_parts(files: Sequence[Path]) -> Parts:
 
     names, counts = [], []
     for file in files:
-        counts.append(pyarrow.parquet.read_metadata(file).num_rows)
+        with reading(file, "write or copy it again", "read as parquet"):
+            counts.append(pyarrow.parquet.read_metadata(file).num_rows)
         with file.open("rb") as content:
             content.seek(-8, os.SEEK_END)
             length = int.from_bytes(content.read(4), "little")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from evotok_plugin.common.foreign_files import open_regular
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.tar_shards import FilesInPlace
@@ -25,8 +26,9 @@ def numbered(index: int, row: object) -> str:
     return f"{index} ({text if len(text) <= 100 else shorten(text)})"
 
 
-# The possessive repeat keeps an unterminated string linear: it matches once, to the end of the file.
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+# The possessive repeat keeps a string without an end linear: it matches once, to the end of the file. Group 1 is then
+# empty.
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[\]{}]', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -100,7 +102,7 @@ def _rows_of(file: Path) -> np.ndarray:
 
 
 def _detect_rows(file: Path) -> np.ndarray:
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         head = opened.read(1 << 16)
     if not head:
         raise UserError(f"data file {file} is empty; expected a list of records")
@@ -163,9 +165,15 @@ def _objects_of(file: Path) -> np.ndarray:
     read.
     """
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        spans, between, depth, start = [], b"[", 0, 0
+        spans: list[tuple[int, int]] = []
+        between, depth, start = b"[", 0, 0
         for match in _STRING_OR_BRACKET.finditer(content):
             symbol = content[match.start()]
+            if match[1] == b"":
+                raise UserError(
+                    f"data file {file} is not valid JSON: the quote at byte {match.start()}, in record {len(spans)}, "
+                    "is not closed; is it truncated?"
+                )
             if symbol in b"[{":
                 depth += 1
                 if depth == 2:

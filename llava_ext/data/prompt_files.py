@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evotok_plugin.common.files import user_path
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.errors import UserError
 
 
@@ -32,10 +33,8 @@ def read_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
     """
     prompts: dict[str, Prompt] = {}
     for path in map(user_path, map(str, paths)):
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts file {path} cannot be read as text: {error}") from error
+        with reading(f"prompts file {path}", "save it as UTF-8 text", "read as text"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # a pipe is fine: --prompts <(command)
         read = _from_json if path.suffix.lower() == ".jsonl" else _from_text
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.common.files import apply_umask_to_weights
-from evotok_plugin.model_folder import reading
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.scenes.records import text_records
 from llava_ext.data.collators import Collator
 from llava_ext.data.dataset import ConversationDataset, Sample

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList
 
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import SamplingOptions
 from llava_ext.generation.model_interface import ModelInterface

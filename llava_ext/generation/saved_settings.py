@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evotok_plugin.common.files import write_text
-from evotok_plugin.common.weight_files import describe_error, read_json
+from evotok_plugin.common.foreign_files import describe_error
+from evotok_plugin.common.weight_files import read_json
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import GENERATION_CONFIG
 from llava_ext.generation.model_interface import ModelInterface

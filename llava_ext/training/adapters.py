@@ -20,9 +20,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from evotok_plugin.common.files import apply_umask, write_json
 from evotok_plugin.common.folders import write_whole_folder
-from evotok_plugin.common.weight_files import damage_of, describe_error, read_json
+from evotok_plugin.common.foreign_files import describe_error, reading
+from evotok_plugin.common.weight_files import damage_of, read_json
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import model_type_of, reading
+from evotok_plugin.model_folder import model_type_of
 from llava_ext.assembly import NEW_PARTS, assemble
 from llava_ext.configuration_evotok_llava import HEAD_SETTINGS, EvoTokLlavaConfig
 from llava_ext.generation.saved_settings import settings_to_save

@@ -6,19 +6,21 @@ are safetensors.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from evotok_plugin.common.files import write_json, write_whole, writing
+from evotok_plugin.common.files import flush, write_json, write_whole, writing
+from evotok_plugin.common.foreign_files import readable_json
 from evotok_plugin.common.owned_folder import OwnedFolder, delete_files, files_of
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.weight_files import read_json
+from evotok_plugin.common.weight_files import read_json, sha256_of_file
 from evotok_plugin.errors import UserError
 from llava_ext.new_tokens import ROWS_FILE
 
@@ -27,6 +29,7 @@ logger = logging.getLogger("llava_ext")
 MARKER = "COMPLETE.json"
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
+_SMALL = 1 << 20  # bytes of a file whose sha256 is compared at every start
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 REPORTS = ("bad_samples.jsonl", "too_long_samples.jsonl")  # written while the data is validated
@@ -120,7 +123,7 @@ def owned_folder(output_dir: str | Path) -> OwnedFolder:
 def _entries_without_record(output_dir: Path) -> list[str]:
     """Entries of a run of a version without records, recognized by complete checkpoints or the mark of its end."""
     complete = {path.name: files for path in _numbered(output_dir) if (files := _files_by_marker(path)) is not None}
-    finished = _read_if_valid(output_dir / FINISHED)
+    finished = readable_json(output_dir / FINISHED)
     if not complete and not (finished and {"steps", "seconds"} <= set(finished)):
         return []
     patterns = [*_RUN_FILES, *(f"adapter/{name}" for name in (*_ADAPTER_FILES, *_MODEL_FILES))]
@@ -129,20 +132,28 @@ def _entries_without_record(output_dir: Path) -> list[str]:
     return written + [f"{name}/{file}" for name, files in complete.items() for file in (*files, MARKER)]
 
 
-def _read_if_valid(path: Path) -> dict | None:
-    """The JSON object in a file, or None if it is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+def read_marker(folder: Path) -> dict | None:
+    """The marker of a checkpoint: the shape of its run, and `files` and `sha256`, size and digest of each file.
+
+    None without a marker of this program, or if it is damaged. Markers of earlier versions have no digests.
+    """
+    marker = readable_json(folder / MARKER) or {}
+    files: Any = marker.get("files")
+    digests: Any = marker.get("sha256", {})
+    is_whole = isinstance(files, dict) and isinstance(digests, dict) and type(marker.get("world_size")) is int
+    if not is_whole or not all(type(size) is int for size in files.values()):
         return None
-    return value if isinstance(value, dict) else None
+    return marker if all(_is_inside(name) for name in files) else None
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
 
 
 def _files_by_marker(folder: Path) -> dict[str, int] | None:
     """The sizes of the files of a checkpoint according to its marker; None without a marker of this program."""
-    marker = _read_if_valid(folder / MARKER) or {}
-    files = marker.get("files")
-    return files if "world_size" in marker and isinstance(files, dict) else None
+    marker = read_marker(folder)
+    return None if marker is None else marker["files"]
 
 
 def entries_of(owned: OwnedFolder, checkpoint: Path) -> list[str]:
@@ -215,28 +226,42 @@ def describe_outputs(output_dir: str | Path) -> str:
 
 
 def mark_complete(folder: Path, shape: RunShape, foreign: Collection[Path] = ()) -> None:
-    """Flush a checkpoint to disk and write its marker: the shape of the run and the sizes of all files but `foreign`.
+    """Flush a checkpoint and write its marker: the shape of the run, size and sha256 of all files but `foreign`.
 
     Raises:
         UserError: the marker cannot be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     files = [path for path in files if path not in foreign]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    with writing(folder):
+        for path in (*files, *{path.parent for path in files}, folder.parent):
+            flush(path)
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            digests = dict(zip(sizes, pool.map(sha256_of_file, files), strict=True))
     owned = owned_folder(folder.parent)
     owned.exchange(entries_of(owned, folder), [f"{folder.name}/{name}" for name in (*sizes, MARKER)])
-    write_json(folder / MARKER, {**asdict(shape), "files": sizes})
+    write_json(folder / MARKER, {**asdict(shape), "files": sizes, "sha256": digests}, sync=True)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has a marker and every file has the size that the marker names."""
-    files = _files_by_marker(folder)
-    if files is None:
+def is_complete(folder: Path, verify: bool = False) -> bool:
+    """Whether a checkpoint has a marker, and every file the size and sha256 that the marker names.
+
+    Args:
+        verify: also compute the sha256 of files of more than 1 MiB.
+    """
+    marker = read_marker(folder)
+    if marker is None:
         return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+    sizes, digests = marker["files"], marker.get("sha256", {})
+    if not all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+        return False
+    hashed = [name for name, size in sizes.items() if name in digests and (verify or size <= _SMALL)]
+    try:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda name: sha256_of_file(folder / name), hashed)) == [digests[n] for n in hashed]
+    except OSError:
+        return False
 
 
 def finish_checkpoint(
@@ -259,29 +284,34 @@ def finish_checkpoint(
     processes.barrier()
 
 
-def find_resumable(output_dir: str | Path, shape: RunShape) -> Path | None:
+def find_resumable(output_dir: str | Path, shape: RunShape, verify: bool = False) -> Path | None:
     """The newest complete checkpoint of a run, or None if it has not written one.
+
+    A checkpoint whose marker cannot be read is incomplete: its marker was being written.
+
+    Args:
+        verify: as in `is_complete`.
 
     Raises:
         UserError: it was written by a run of another shape, or all checkpoints are damaged.
     """
     damaged = []
     for folder in reversed(checkpoints(output_dir)):
-        if not is_complete(folder):
-            logger.warning("%s is incomplete; trying the previous checkpoint", folder)
-            damaged += [folder] if (folder / MARKER).is_file() else []
-            continue
-        shape.check(read_json(folder / MARKER), folder)
-        return folder
+        marker = read_marker(folder)
+        if marker is not None and is_complete(folder, verify):
+            shape.check(marker, folder)
+            return folder
+        logger.warning("%s is %s; trying the previous checkpoint", folder, "damaged" if marker else "incomplete")
+        damaged += [folder] if marker else []
     if damaged:
         raise UserError(
-            f"{damaged[0]} was complete and has been changed since (its {MARKER} names other files or sizes), and the "
+            f"{damaged[0]} was complete and has been changed since (its {MARKER} names other content), and the "
             "run has no other checkpoint; restore it, or pass --overwrite true to start over"
         )
     return None
 
 
-def drop_incomplete(output_dir: str | Path) -> None:
+def drop_incomplete(output_dir: str | Path, verify: bool = False) -> None:
     """Delete checkpoints that a stopped run has written in part, and rename those that were complete and are damaged.
 
     Otherwise their files would mix with new ones, and they would count among the checkpoints that are kept.
@@ -289,7 +319,7 @@ def drop_incomplete(output_dir: str | Path) -> None:
     for folder in checkpoints(output_dir):
         if not (folder / MARKER).is_file():
             delete_checkpoint(folder)
-        elif not is_complete(folder):
+        elif not is_complete(folder, verify):
             owned = owned_folder(output_dir)
             aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
             folder.rename(aside)
@@ -311,7 +341,10 @@ def steps_of(checkpoint: Path) -> int:
     Raises:
         UserError: the state of the trainer cannot be read.
     """
-    return read_json(checkpoint / STATE)["global_step"]
+    step = read_json(checkpoint / STATE).get("global_step")
+    if type(step) is not int or step < 0:
+        raise UserError(f"{checkpoint / STATE} cannot be read: expected a number of steps as global_step, got {step!r}")
+    return step
 
 
 def publish(source: Path, folder: Path, owned: OwnedFolder | None = None) -> None:
@@ -356,7 +389,7 @@ def mark_finished(output_dir: str | Path, facts: dict) -> None:
     Raises:
         UserError: the mark cannot be written.
     """
-    write_json(Path(output_dir) / FINISHED, facts)
+    write_json(Path(output_dir) / FINISHED, facts, sync=True)
 
 
 def finished_facts(output_dir: str | Path) -> dict | None:
@@ -366,4 +399,9 @@ def finished_facts(output_dir: str | Path) -> dict | None:
         UserError: the mark is damaged.
     """
     path = Path(output_dir) / FINISHED
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    facts = read_json(path)
+    if type(facts.get("steps")) is not int:
+        raise UserError(f"{path} cannot be read: expected a number of steps; restore it, or pass --overwrite true")
+    return facts

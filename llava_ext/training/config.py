@@ -146,6 +146,9 @@ class StageConfig(TrainingArguments):
     )
     warmup_ratio: float | None = field(default=None, metadata=_help("warm-up as a share of all steps"))
     overwrite: bool = field(default=False, metadata=_help("replace the run that output_dir holds"))
+    verify: bool = field(
+        default=False, metadata=_help("compare the sha256 of all files of a checkpoint before it is resumed")
+    )
 
     output_dir: str = field(
         default="", metadata=_help("folder for checkpoints, logs and the trained model", required=True)

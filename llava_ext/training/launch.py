@@ -7,7 +7,7 @@ import socket
 import torch
 from transformers import TrainingArguments
 
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 from llava_ext.training.config import StageConfig
 from llava_ext.training.deepspeed_config import find_deepspeed_config, read_deepspeed_config

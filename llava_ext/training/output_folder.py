@@ -80,7 +80,7 @@ def plan_output(config: StageConfig, values: Mapping[str, Any], shape: RunShape)
 
 def _plan_resume(config: StageConfig, values: Mapping[str, Any], shape: RunShape) -> Plan:
     folder = Path(config.output_dir)
-    plan = Plan(checkpoint=find_resumable(folder, shape))
+    plan = Plan(checkpoint=find_resumable(folder, shape, config.verify))
     facts = finished_facts(folder)
     if facts is not None:
         _plan_after_finished(plan, config, values, facts["steps"])
@@ -177,14 +177,16 @@ def _prepare_folder(
             logger.warning("%s holds %s; moved to %s until the first step has succeeded", folder, described, aside)
     if has_run:
         place_reports(folder)
-    drop_incomplete(folder)
+    drop_incomplete(folder, config.verify)
     owned = owned_folder(folder)
     if plan.checkpoint is not None:
         owned.delete(FINISHED)  # a run that continues is not finished
     claim_outputs(owned)
     cut_metrics(folder, steps_of(plan.checkpoint) if plan.checkpoint else None)
     owned.note(**facts)
-    saved = {name: value for name, value in values.items() if name not in ("overwrite", "resume_from_checkpoint")}
+    saved = {
+        name: value for name, value in values.items() if name not in ("overwrite", "verify", "resume_from_checkpoint")
+    }
     write_recipe(folder, saved, plan.applied, steps_of(plan.checkpoint) if plan.checkpoint else 0)
 
 

@@ -18,7 +18,7 @@ from llava_ext.training.supported_arguments import UNSUPPORTED
 # No influence on the weights; may change without a report.
 IRRELEVANT = frozenset(
     """
-    workspace output_dir overwrite code_cache reference_batch_size eval_data eval_image_folder eval_every
+    workspace output_dir overwrite verify code_cache reference_batch_size eval_data eval_image_folder eval_every
     max_bad_fraction report_to run_name disable_tqdm logging_strategy
     logging_steps logging_first_step save_strategy save_steps save_total_limit dataloader_num_workers
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context

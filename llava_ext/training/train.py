@@ -15,9 +15,11 @@ from peft import PeftModel
 from transformers import set_seed
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import scratch_folder
 from evotok_plugin.common.interruption import check_stopped, stop_on_signals
 from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
+from evotok_plugin.common.run_lock import only_run
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of
@@ -178,6 +180,12 @@ def run_stage(recipe: str, overrides: dict[str, Any], stage: Stage | None = None
     check_data_paths(config)
     stage.check(config)
     check_length(config.model_name_or_path, config.model_max_length)
+    check_output_folder(config.output_dir, "--output_dir")
+    with only_run(config.output_dir, config.processes):
+        _run_in_folder(config, recipe, values, stage, started)
+
+
+def _run_in_folder(config: StageConfig, recipe: str, values: dict[str, Any], stage: Stage, started: float) -> None:
     plan = plan_output(config, values, RunShape(config.world_size, zero_stage(config), training_method(config)))
     if plan.finished_steps:
         logger.info(

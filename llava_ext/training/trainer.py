@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from evotok_plugin.common.files import writing
-from evotok_plugin.common.weight_files import describe_error
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 from llava_ext.data.dataset import ConversationDataset
 from llava_ext.data.packing import PackedDataset

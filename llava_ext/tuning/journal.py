@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evotok_plugin.common.files import write_text, writing
+from evotok_plugin.common.foreign_files import read_text
 from evotok_plugin.errors import UserError
 from llava_ext.generation.options import to_entry
 from llava_ext.tuning.candidates import Candidate
@@ -74,7 +75,7 @@ class Journal:
     def _read(self) -> None:
         another = "name another file with --journal"
         try:
-            header, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            header, *lines = read_text(self.path).splitlines() or [""]
             found = json.loads(header)
             if not isinstance(found, dict) or found.pop("journal", None) != _KIND:
                 raise ValueError("its first line is not the header of one")

@@ -136,10 +136,10 @@ def test_missing_shards_are_named(tiny_evotok_folder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is not valid JSON"),
+        (b"{", "cannot be read"),
         (b"", "is empty"),
-        (b"[]", "expected a JSON object, got list"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[]", "expected an object in JSON, got list"),
+        (b"\xff\xfe\x00", "cannot be read"),
         (POINTER, "is a Git LFS pointer"),
         (b"<html>", "is a web page"),
         (b'{"model_type": 7}', "expected a name as model_type, got 7"),
@@ -181,7 +181,7 @@ def test_a_broken_config_gives_the_same_error_for_every_reader(tiny_evotok_folde
     Image.new("RGB", (48, 48)).save(tmp_path / "image.png")
     assert main(["reconstruct", str(tmp_path / "image.png"), "--model", str(folder)]) == 2
     errors.append(capsys.readouterr().err.strip().removeprefix("error: "))
-    assert len(set(errors)) == 1 and errors[0].startswith(f"{folder / 'config.json'} is not valid JSON")
+    assert len(set(errors)) == 1 and errors[0].startswith(f"{folder / 'config.json'} cannot be read as JSON")
 
 
 def test_a_missing_or_damaged_image_processor_is_named(tiny_evotok_folder, tmp_path):
@@ -198,7 +198,7 @@ def test_a_missing_or_damaged_image_processor_is_named(tiny_evotok_folder, tmp_p
 def test_missing_and_damaged_files_of_a_text_tokenizer_are_named(tiny_tokenizer_folder, tmp_path, name):
     folder = copy(tiny_tokenizer_folder, tmp_path)
     (folder / name).write_text("{")
-    with pytest.raises(UserError, match="text tokenizer|is not valid JSON"):
+    with pytest.raises(UserError, match="text tokenizer|cannot be read as JSON"):
         open_tokenizer_folder(folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name}.*is missing"):

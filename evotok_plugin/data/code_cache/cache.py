@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evotok_plugin.common.foreign_files import open_regular, reading
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.code_cache.ledger import Ledger
@@ -180,10 +181,9 @@ class CodeCache:
     def _load(self, number: int, num_images: int) -> np.ndarray:
         path = self._folder / f"{shard_name(number)}.npy"
         expected = (num_images, self.facts.num_positions, self.facts.num_quantizers)
-        try:
+        with reading(path, remedy(number), "read"):
+            open_regular(path).close()  # loading a pipe would wait for a writer
             codes = np.load(path, mmap_mode="r" if num_images else None, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} cannot be read: {error}; {remedy(number)}") from error
         if codes.dtype != np.uint16 or codes.shape != expected:
             raise UserError(
                 f"{str(path)!r} contains {codes.dtype} {codes.shape}, expected uint16 {expected}; {remedy(number)}"

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from evotok_plugin.common.interruption import StopSignals, stop_on_signals
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
+from evotok_plugin.common.run_lock import together
 from evotok_plugin.data.bad_samples import BadSamples, shorten
 from evotok_plugin.data.batches import IndexBatches, decoded_batches
 from evotok_plugin.data.code_cache.cache import CodeCache
 from evotok_plugin.data.code_cache.ledger import Ledger
-from evotok_plugin.data.code_cache.lock import only_run, together
+from evotok_plugin.data.code_cache.lock import only_run
 from evotok_plugin.data.code_cache.shards import CacheFacts
 from evotok_plugin.data.code_cache.writer import ShardWriter
 from evotok_plugin.data.keys import DigestIndex, key_digests

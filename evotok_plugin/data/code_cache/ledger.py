@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.data.code_cache.shards import Shard, remedy, shard_name, shard_numbers
 from evotok_plugin.data.keys import DigestIndex, digests_as_bytes, key_digests, with_rows
 from evotok_plugin.errors import UserError
@@ -52,7 +53,8 @@ class Ledger:
                 sizes.append(np.asarray(shard.sizes, np.uint32).reshape(len(shard.keys), 2))
                 keys.append(key_digests(shard.all_keys()))
             except (ValueError, TypeError, AttributeError, OverflowError) as error:
-                raise UserError(f"{shard_name(number)}.json is damaged ({error}); {remedy(number)}") from error
+                cause = describe_error(error)
+                raise UserError(f"{folder / shard_name(number)}.json is damaged ({cause}); {remedy(number)}") from error
             rows.append(np.arange(num_rows, num_rows + len(shard.keys)))
             rows += [np.full(len(shard.known_keys), _LOST), np.full(len(shard.broken), _BROKEN)]
             first_broken = entry_starts[-1] + len(shard) - len(shard.broken)

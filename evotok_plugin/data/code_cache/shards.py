@@ -23,11 +23,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evotok_plugin.common.files import write_whole
+from evotok_plugin.common.foreign_files import read_json, reading
 from evotok_plugin.data import images
+from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.errors import UserError
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 _FORMAT = 2
+_LARGEST = 2**31
 _FIRST_READER = 1  # version of the image reader in caches that do not name one
 
 
@@ -70,10 +73,11 @@ class CacheFacts:
                 f"{str(folder)!r} is not a code cache (cache.json is missing); "
                 f"create one with `evotok encode SOURCE -o {folder}`"
             )
-        try:
-            facts = cls(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{str(file)!r} does not describe a code cache: {error}") from error
+        advice = "delete the folder to re-encode the images"
+        values = read_json(file, remedy=advice)
+        with reading(file, advice, "read as the description of a code cache"):
+            facts = cls(**values)
+            facts._check_types()
         if facts.format != _FORMAT:
             why = ", which identifies images by name only" if facts.format == 1 else ""
             raise UserError(
@@ -81,6 +85,12 @@ class CacheFacts:
                 "delete the folder to re-encode the images, or choose another folder"
             )
         return facts
+
+    def _check_types(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            is_valid = isinstance(value, str) if name == "fingerprint" else type(value) is int and 0 < value < _LARGEST
+            if not is_valid:
+                raise UserError(f"{name} has the value {shorten(value)}")
 
     def write(self, folder: Path) -> None:
         """Turn the folder into a cache by writing `cache.json`."""
@@ -170,18 +180,28 @@ class Shard:
             UserError: one of its files is missing or damaged.
         """
         stem = folder / shard_name(number)
-        try:
-            record = json.loads(stem.with_suffix(".json").read_text())
+        file = stem.with_suffix(".json")
+        record = read_json(file, remedy=remedy(number))
+        with reading(file, remedy(number), "read"):
             checksum = record.pop("sha256")
             shard = cls(**record)
+            shard._check_types()
             shard._check_lengths()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{str(stem)}.json is damaged ({error}); {remedy(number)}") from error
         codes = stem.with_suffix(".npy")
         size = codes.stat().st_size if codes.exists() else 0
         if size != shard.codes_bytes:
             raise UserError(f"{str(codes)!r} has {size} bytes, expected {shard.codes_bytes}; {remedy(number)}")
         return shard, checksum
+
+    def _check_types(self) -> None:
+        for name, value in vars(self).items():
+            kind = {"broken": dict, "codes_bytes": int, "codes_sha256": str}.get(name, list)
+            if type(value) is not kind:
+                raise UserError(f"expected {kind.__name__} as {name}, got {type(value).__name__}")
+            if name != "sizes" and isinstance(value, list) and not all(isinstance(one, str) for one in value):
+                raise UserError(f"expected texts as {name}")
+        if not all(isinstance(reason, str) for reason in self.broken.values()):
+            raise UserError("expected texts as reasons of broken images")
 
     def _check_lengths(self) -> None:
         for name, others in (

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from PIL.Image import Image
 
+from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.weight_files import describe_error
 from evotok_plugin.errors import UserError
 from llava_ext.rewards import WeightedRewards
 

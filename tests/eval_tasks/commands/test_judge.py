@@ -1,6 +1,7 @@
 """`evotok-eval judge`."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -49,10 +50,14 @@ def test_samples_of_a_run_are_stored_and_judged(drawn_scenes, tmp_path, capsys):
     samples = folder / "20260101_000000_samples_geneval_scenes.jsonl"
     rows = [{"target": json.dumps(document), "filtered_resps": answer} for document, answer in drawn_scenes]
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["judge", str(tmp_path / "out"), "-o", str(tmp_path / "report")]) == 0
+    assert main(["judge", str(tmp_path / "out"), "-o", str(tmp_path / "report")]) == 2
+    assert "is outside of" in capsys.readouterr().err and not list((tmp_path / "out").rglob("drawn/*/images/*"))
+    shutil.rmtree(folder / "drawn")
+    images = ["--images", str(tmp_path)]
+    assert main(["judge", str(tmp_path / "out"), "-o", str(tmp_path / "report"), *images]) == 0
     assert (tmp_path / "report/scores.json").is_file()
     first = (tmp_path / "report/judgements.jsonl").read_text()
-    assert main(["judge", str(samples), "-o", str(tmp_path / "again"), "--batch_size", "5"]) == 0
+    assert main(["judge", str(samples), "-o", str(tmp_path / "again"), "--batch_size", "5", *images]) == 0
     assert (tmp_path / "again/judgements.jsonl").read_text() == first
 
 
@@ -97,11 +102,11 @@ def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("lines", "about", "message"),
     [
-        ({"image": None}, {}, "drawn.jsonl is damaged"),
-        ({"index": "x"}, {}, "drawn.jsonl is damaged"),
+        ({"image": None}, {}, "drawn.jsonl cannot be read"),
+        ({"index": "x"}, {}, "drawn.jsonl cannot be read"),
         ({"document": {}}, {}, "has no valid GenEval record"),
         ({"document": {"record": "[1]"}}, {}, "has no valid GenEval record"),
-        ({}, {"faults": 1}, "is damaged"),
+        ({}, {"faults": 1}, "drawn.json cannot be read"),
     ],
 )
 def test_a_damaged_run_is_a_user_error(tmp_path, capsys, lines, about, message):
@@ -117,7 +122,7 @@ def test_a_damaged_run_is_a_user_error(tmp_path, capsys, lines, about, message):
 def test_deeply_nested_json_is_a_user_error(tmp_path, capsys):
     (tmp_path / "drawn.json").write_text("[" * 100_000)
     assert main(["judge", str(tmp_path)]) == 2
-    assert "drawn.json is damaged" in capsys.readouterr().err
+    assert "drawn.json cannot be read" in capsys.readouterr().err
     (tmp_path / "results.json").write_text("[" * 100_000)
     assert main(["report", str(tmp_path / "results.json")]) == 2
-    assert "is not an lmms-eval results file" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_bad_input_is_a_user_error(tmp_path, capsys):
     assert "nowhere does not exist" in error(tmp_path / "nowhere")
     assert "the run failed" in error(tmp_path / "none")
     assert "no figures for gqa" in error(tmp_path / "empty")
-    assert "not an lmms-eval results file" in error(tmp_path / "broken")
+    assert "cannot be read" in error(tmp_path / "broken")
     assert "results of several models" in error(tmp_path / "two")
     assert "did you mean UniTok?" in error(tmp_path / "good", "--compare", "Unitok")
 

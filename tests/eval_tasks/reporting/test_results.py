@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from eval_tasks.cli import main
 from eval_tasks.reporting.results import read_results
 
 RESULTS = {
@@ -50,8 +51,29 @@ def test_failed_runs_are_user_errors(tmp_path):
     with pytest.raises(ValueError, match="no figures for geneval_scenes"):
         read_results(tmp_path, tasks=["geneval_scenes"])
     (tmp_path / "20260103_000000_results.json").write_text("{")
-    with pytest.raises(ValueError, match="not an lmms-eval results file"):
+    with pytest.raises(ValueError, match="results.json cannot be read"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"results": {**RESULTS["results"], "a": None, "b": {"file,none": {"x": 1}}, "big": {"x,none": 1e300}}},
+        {**RESULTS, "group_subtasks": [], "n-samples": "x", "config": "y", "model_name": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_a_bad_part_has_no_figure_and_the_others_have(tmp_path, capsys, changed):
+    write(tmp_path, "results.json", changed)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "75.0" in printed and printed.count("no figure") == (3 if "big" in changed["results"] else 0)
+    assert (tmp_path / "report" / "report.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["results.json", "1105_1010_llava_results.json", "20241105_101010_results.json"])
+def test_older_names_are_found(tmp_path, name):
+    write(tmp_path / "a__b", name, RESULTS)
+    assert set(read_results(tmp_path)) == {"mmbench_scenes", "other"}
 
 
 def test_a_group_has_no_figures_of_its_own(tmp_path):

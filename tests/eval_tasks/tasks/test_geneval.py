@@ -306,9 +306,9 @@ def test_broken_images_and_empty_or_damaged_folders(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the run was empty"):
         open_drawn_run(tmp_path / "b")
     (tmp_path / "a/drawn.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="cannot be read"):
         open_drawn_run(tmp_path / "a")
-    with pytest.raises(ValueError, match="holds no drawn images"):
+    with pytest.raises(ValueError, match="drawn.json cannot be read: No such file"):
         open_drawn_run(tmp_path)
 
 

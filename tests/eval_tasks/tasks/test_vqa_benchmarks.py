@@ -274,5 +274,5 @@ def test_duplicate_documents_and_damaged_folders_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="document 3: its index occurs twice"):
         store_drawn_run(tmp_path / "kept", "geneval", [({"index": 3}, answer), ({"index": 3}, answer)])
     (tmp_path / "kept" / "drawn.json").write_text("{")
-    with pytest.raises(ValueError, match="drawn.json is damaged"):
+    with pytest.raises(ValueError, match="drawn.json cannot be read"):
         drawn_run_folders(tmp_path, "geneval")

@@ -19,6 +19,32 @@ class Schema:
     sizes: dict = field(default_factory=dict)
 
 
+BOMB = "b0: &b0 [x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 10)}]\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "unfold to more than"),
+        ("paths: &a [*a]", "an alias contains itself"),
+        ("rate: 1\nsteps: 2\nrate: 3", "the key 'rate' occurs 2 times; keep one"),
+        ("sizes: {a: 1, a: 2}", "the key 'a' occurs 2 times"),
+        ("rate: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("paths: [" * 10_000, "nested too deeply"),
+        ("date: 2026-99-99", "month must be in"),
+    ],
+)  # fmt: skip
+def test_yaml_that_explodes_or_hides_values_is_rejected(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"r.yaml: not valid YAML: .*{message}"):
+        load_recipe(tmp_path / "r.yaml", Schema)
+
+
+def test_a_few_aliases_are_values(tmp_path):
+    (tmp_path / "r.yaml").write_text("paths: &p [a, b]\nsizes: {shown: *p}\n")
+    assert load_recipe(tmp_path / "r.yaml", Schema).sizes == {"shown": ["a", "b"]}
+
+
 def test_seeds_that_no_generator_accepts_are_rejected():
     check_seed(0), check_seed(2**32 - 1, bits=32)
     for seed, bits in ((-1, 62), (10**30, 62), (2**32, 32)):
@@ -53,7 +79,7 @@ def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_pa
         ("name: 2020-13-45", "r.yaml: not valid YAML: month must be in 1..12"),
         ("steps: !!int abc", "not valid YAML: invalid literal"),
         ("name: !!timestamp abc", "not valid YAML"),
-        ("name: " + 5000 * "[", "not valid YAML: maximum recursion depth"),
+        ("name: " + 5000 * "[", "not valid YAML: it is nested too deeply"),
         ("1: 2", "expected names of settings as keys, got 1"),
         ("name: [a, b]", r"name: expected text, got \['a', 'b'\]"),
         ("name: 2020-01-02", "name: expected text, got datetime.date"),

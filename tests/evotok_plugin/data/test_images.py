@@ -150,7 +150,7 @@ def test_formats_unknown_to_pillow_are_skipped(monkeypatch):
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tmp_path, Path("/dev/zero")):
-        with pytest.raises(UserError, match="not a regular file"):
+        with pytest.raises(UserError, match="it is a (folder|pipe or a device), expected a file"):
             open_picture(path)
 
 

@@ -275,6 +275,24 @@ def test_a_damaged_string_in_a_dataset_is_a_broken_image(tmp_path):
         source.picture(1)
 
 
+def test_parquet_names_only_images_of_its_folder(tmp_path):
+    inside, outside = tmp_path / "data", tmp_path / "secret.png"
+    inside.mkdir()
+    save(inside / "a.png", 1)
+    save(outside, 2)
+    (inside / "link.png").symlink_to(outside)
+    os.mkfifo(inside / "pipe.png")
+    paths = ["a.png", str(inside / "a.png"), str(outside), "../secret.png", "link.png", "pipe.png", "/dev/zero"]
+    source = open_source(write_parquet(inside / "paths.parquet", [{"bytes": None, "path": path} for path in paths]))
+    assert [source.picture(index).getpixel((0, 0)) for index in (0, 1)] == [(1, 1, 1)] * 2
+    for index in (2, 3, 4, 6):
+        with pytest.raises(UserError, match="is outside of .*data; embed its bytes, or move it there"):
+            source.picture(index)
+        assert len(source.stamp(index)) == 16
+    with pytest.raises(UserError, match="it is a folder, a pipe or a device, expected a file"):
+        source.picture(5)
+
+
 # Parts -------------------------------------------------------------------------------------------------------
 
 

@@ -172,7 +172,7 @@ def test_folders_other_than_caches_are_not_changed(model, tmp_path):
         np.load(tmp_path / "shard-000000.npy").tolist() == [0, 1, 2] and (tmp_path / ".shard-000001.npy.part").exists()
     )
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot become a code cache"):
+    with pytest.raises(UserError, match="cannot be written"):
         encode(tmp_path / "file", Noise(3), model)
     with pytest.raises(UserError, match=r"is not a code cache .*`evotok encode SOURCE -o"):
         CodeCache(tmp_path)
