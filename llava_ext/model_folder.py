@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_checks import load_strictly
 from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
@@ -103,6 +104,8 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
             f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
             "folder where the model was trained or saved"
         )
+    with reading(f"the chat template in {str(folder)!r}", "restore chat_template.jinja from where the model was saved"):
+        processor.lay_out([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     try:
         config.check_processor(processor)
     except UserError as error:
