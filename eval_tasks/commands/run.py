@@ -48,6 +48,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same line and exit code as after Ctrl-C
     evaluation = open_evaluation(arguments)
     if "evotok_reconstruction" in arguments.tasks and evaluation.images == scene_images(evaluation.output):
         render_scenes(evaluation.output)
