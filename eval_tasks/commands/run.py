@@ -50,6 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same line and exit code as after Ctrl-C
     evaluation = open_evaluation(arguments)
     with only_run(evaluation.output):
         return _run_in_folder(evaluation, arguments.tasks)

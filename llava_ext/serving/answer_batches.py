@@ -69,7 +69,7 @@ class AnswerBatches:
             self._waiting.append(request)
             if not self._is_working:
                 self._is_working = True
-                threading.Thread(target=self._work, daemon=True).start()
+                threading.Thread(target=self._work).start()  # a daemon would crash in PyTorch when Python exits
         try:
             while not is_stopped():
                 try:
@@ -85,8 +85,8 @@ class AnswerBatches:
             request.is_cancelled = True
 
     def _work(self) -> None:
-        """Answer batch after batch, until no request waits."""
-        while True:
+        """Answer batch after batch, until no request waits or Python exits."""
+        while threading.main_thread().is_alive():
             with self.model_lock:
                 batch = self._next_batch()
                 if not batch:
@@ -112,7 +112,7 @@ class AnswerBatches:
                     request.events.put(replace(event, row=0))
                     if isinstance(event, Finished):
                         request.events.put(None)
-                    if all(request.is_cancelled for request in batch):
+                    if all(request.is_cancelled for request in batch) or not threading.main_thread().is_alive():
                         return
         except Exception as error:  # the thread goes on, and the requests raise the error
             if len(batch) > 1 and not has_started:

@@ -4,6 +4,8 @@ import http.client
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -319,3 +321,27 @@ def test_visitors_at_the_same_time_get_their_own_images(address):
     assert all(len(messages) == 2 for messages in shown)
     images = [Path(messages[-1]["content"][0]["file"]).read_bytes() for messages in shown]
     assert len(set(images)) == 3
+
+
+EXIT = """
+import itertools, sys, threading, time
+from types import SimpleNamespace
+from llava_ext.generation import AnswerOptions, TextDelta
+from llava_ext.serving.answer_batches import AnswerBatches
+
+def stream(*arguments):
+    for number in itertools.count():
+        time.sleep(0.01)
+        yield TextDelta(0, "x")
+
+model = SimpleNamespace(stream=stream)
+batches = AnswerBatches(model, SimpleNamespace(apply_chat_template=lambda *a, **k: None), 1)
+events = batches.stream([], "", AnswerOptions(4), 0)
+next(events)
+sys.exit(3)
+"""
+
+
+def test_an_answer_in_progress_ends_when_python_exits():
+    ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert ended.returncode == 3, ended.stderr
