@@ -104,12 +104,14 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
             f"{Path(folder) / 'tokenizer_config.json'} names neither a pad_token nor an eos_token; restore it from the "
             "folder where the model was trained or saved"
         )
-    with reading(f"the chat template in {str(folder)!r}", "restore chat_template.jinja from where the model was saved"):
-        processor.lay_out([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     try:
         config.check_processor(processor)
     except UserError as error:
         raise UserError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
+    with reading(f"the chat template or tokenizer in {str(folder)!r}", "restore it from where the model was saved"):
+        turns = [{"role": "user", "content": "<image>\na"}, {"role": "assistant", "content": "b"}]
+        if processor.lay_out(turns).num_steps < processor.num_positions:
+            raise UserError("the tokens of images are not recognized")
     return processor
 
 
