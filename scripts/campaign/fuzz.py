@@ -160,7 +160,11 @@ def fuzz(
     with _scratch(keep) as folder:
         whole = folder / "whole"
         (whole / "input").mkdir(parents=True)
-        outcome, detail = _in_child(lambda: given.write(whole), 10 * limit, whole)
+
+        def write() -> None:  # without a result, which would be an exit code
+            given.write(whole)
+
+        outcome, detail = _in_child(write, 10 * limit, whole)
         if outcome != "accepted":
             raise RuntimeError(f"{given.name} cannot be written: {detail}")
         shutil.copytree(whole, folder / "undamaged")

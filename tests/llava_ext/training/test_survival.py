@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(recipe, tmp_
 def test_a_code_cache_that_vanishes_while_training_is_named(recipe, tmp_path, workers):
     flags = ["--code_cache", str(tmp_path / "codes"), "--dataloader_num_workers", str(workers)]
     code, line = run_forked(_with_vanishing_files, recipe, tmp_path / "run", flags, tmp_path / "codes", "shard-*.npy")
-    assert code == 2 and "shard-000000.npy" in line and "evotok encode" in line and line.startswith("error: '")
+    assert code == 2 and "shard-000000.npy" in line and "evotok encode" in line and line.startswith("error: ")
 
 
 def test_a_shard_of_records_that_vanishes_while_training_is_named(recipe, tmp_path):
