@@ -342,6 +342,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.slow  # imports the libraries
 def test_an_answer_in_progress_ends_when_python_exits():
     ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert ended.returncode == 3, ended.stderr
