@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from evotok_plugin.common.foreign_files import describe_error, reading
 from evotok_plugin.common.weight_files import damage_of, named_weights, read_json, weight_files
@@ -248,6 +249,8 @@ def _check_size(model_class: Any, folder: Path, quantization: Any) -> None:
             )
     mapping = getattr(model_class, "_model_mapping", None)  # of an auto class, whose `from_config` would partition
     made_class = model_class if mapping is None else mapping.get(type(config), None)
+    if is_deepspeed_zero3_enabled():  # parts of the model would be partitioned, which is impossible without values
+        return
     if not isinstance(made_class, type):  # loading the model reports the cause, or chooses among several classes
         return
     with reading(folder / CONFIG, "restore the file"), torch.device("meta"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
 from evotok_plugin.errors import UserError
@@ -103,6 +104,10 @@ def open_llava_processor(folder: str | Path, config: EvoTokLlavaConfig) -> EvoTo
         config.check_processor(processor)
     except UserError as error:
         raise UserError(f"the processor in {str(folder)!r} does not fit the model: {error}") from error
+    with reading(f"the chat template or tokenizer in {str(folder)!r}", "restore it from where the model was saved"):
+        turns = [{"role": "user", "content": "<image>\na"}, {"role": "assistant", "content": "b"}]
+        if processor.lay_out(turns).num_steps < processor.num_positions:
+            raise UserError("the tokens of images are not recognized")
     return processor
 
 

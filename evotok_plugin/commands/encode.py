@@ -70,8 +70,8 @@ def _report(cache: CodeCache, source: ImageSource | None, arguments: argparse.Na
     if arguments.verify:
         if damaged := cache.verify(show_progress=True):
             raise UserError(
-                f"{len(damaged)} shards are damaged: {', '.join(damaged)}; delete the .npy and .json of each "
-                "and encode again: only their images are re-encoded"
+                f"{arguments.output}: {len(damaged)} shards are damaged: {', '.join(damaged)}; delete the .npy and "
+                ".json of each and encode again: only their images are re-encoded"
             )
         print("all checksums match")
         if source is not None and (changed := cache.verify_contents(source, show_progress=True)):

@@ -34,9 +34,8 @@ def lock_bytes(path: Path, what: Path, start: int = 0, length: int = 0) -> IO:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
         except OSError as error:
-            raise UserError(
-                f"{error.filename or what} cannot be written: {error.strerror}; choose another output"
-            ) from error
+            named = what if isinstance(error, (FileExistsError, NotADirectoryError)) else error.filename or what
+            raise UserError(f"{named} cannot be written: {error.strerror}; choose another output") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:

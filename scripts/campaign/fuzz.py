@@ -69,7 +69,7 @@ def run_case(given: Input, whole: Path, number: int, seed: int, limit: float, fo
     mutate = choice[int(rng.integers(len(choice)))]
     damage = f"{mutate.__name__} {path.relative_to(folder / 'input')}"
     mutate(path, rng)
-    outcome, detail = _in_child(lambda: given.read(folder), limit, folder, (path.name, path.parent.name, *given.words))
+    outcome, detail = _in_child(lambda: given.read(folder), limit, folder, (path.stem, path.parent.name, *given.words))
     return Case(given.name, number, damage, outcome, detail)
 
 

@@ -126,7 +126,7 @@ def write_images(folder: Path) -> None:
         for mode in modes if kind in Image.SAVE else ():
             picture = _picture(0, mode if mode not in ("I;16", "F") else "L")
             if mode == "I;16":
-                picture = picture.convert(mode)
+                picture = Image.fromarray(np.asarray(picture, np.uint16) * 257)
             elif mode == "F":
                 picture = Image.fromarray(np.asarray(picture, np.float32) / 255)
             picture.save(folder / "input" / f"{mode.replace(';', '')}.{suffix}", kind)
@@ -315,7 +315,6 @@ def write_stage_checkpoints(folder: Path) -> None:
     from llava_ext.training.checkpoints import RunShape, claim_checkpoint, claim_outputs, mark_complete, owned_folder
 
     write_model(folder / "base")
-    (folder / "rows.json").write_text(json.dumps(rows()))
     run, shape = folder / "input" / "run", RunShape(1)
     run.mkdir()
     claim_outputs(owned_folder(run))
@@ -329,11 +328,10 @@ def write_stage_checkpoints(folder: Path) -> None:
         (checkpoint / "trainer_state.json").write_text(json.dumps(state))
         torch.save({"state": {}}, checkpoint / "optimizer.pt")
         mark_complete(checkpoint, shape, foreign)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(_stage_values(folder)))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(_STAGE_VALUES))
 
 
-def _stage_values(folder: Path) -> dict:
-    return {"model_name_or_path": str(folder / "base" / "input" / "model"), "data_path": [str(folder / "rows.json")]}
+_STAGE_VALUES = {"learning_rate": 1e-3, "max_steps": 4}
 
 
 def read_stage_checkpoints(folder: Path) -> None:
@@ -342,12 +340,11 @@ def read_stage_checkpoints(folder: Path) -> None:
     from llava_ext.training.launch import prepare_processes
     from llava_ext.training.output_folder import check_inputs, plan_output, prepare_output
 
-    values = {**_stage_values(folder), "output_dir": str(folder / "input" / "run"), "model_name_or_path": "base"}
-    config = StageConfig(**values)
+    config = StageConfig(model_name_or_path="base", output_dir=str(folder / "input" / "run"), **_STAGE_VALUES)
     prepare_processes(config)
-    plan = plan_output(config, {}, RunShape(1))
+    plan = plan_output(config, _STAGE_VALUES, RunShape(1))
     check_inputs(plan, config, {})
-    prepare_output(config, {}, plan, {})
+    prepare_output(config, _STAGE_VALUES, plan, {})
 
 
 def write_recipes(folder: Path) -> None:

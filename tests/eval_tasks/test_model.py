@@ -177,7 +177,7 @@ def test_wrong_checkpoints_get_one_clear_error(lmms_eval_tasks, tmp_path):
         "nowhere": "'.*nowhere' does not exist",
         "empty": "it holds no config.json",
         "other": "holds a qwen2 model, expected evotok_llava",
-        "broken": "broken/config.json is not valid JSON",
+        "broken": "broken/config.json cannot be read as JSON",
     }
     for name, message in cases.items():
         with pytest.raises(UserError, match=f"--model_args pretrained={tmp_path / name}: .*{message}"):

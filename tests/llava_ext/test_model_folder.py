@@ -235,9 +235,9 @@ def test_a_damaged_configuration_gives_the_same_error_in_every_command(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
-        ("processor_config.json", "[]", "processor_config.json: expected a JSON object"),
-        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("generation_config.json", "{", "generation_config.json cannot be read as JSON"),
+        ("processor_config.json", "[]", "processor_config.json cannot be read: expected an object"),
+        ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
         ("tokenizer.json", "{}", "the processor in .* cannot be loaded"),
         ("tokenizer_config.json", '{"tokenizer_class": "NoSuchTokenizer"}', "neither a pad_token nor an eos_token"),
         ("chat_template.jinja", "", "chat_template.jinja is empty"),

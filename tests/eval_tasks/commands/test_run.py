@@ -39,7 +39,7 @@ def module(tmp_path, monkeypatch):
     """The module of the command, in a working folder with a model and the stand-in for lmms-eval."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "model/config.json").write_text('{"model_type": "evotok_llava"}')
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     before = signal.getsignal(signal.SIGTERM)
     yield command
