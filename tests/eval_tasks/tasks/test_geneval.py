@@ -268,7 +268,7 @@ def test_drawing_without_judging_and_judging_later(make_lm, lmms_eval_tasks, tmp
     run = store_drawn_run(tmp_path / "kept", "geneval", answers_of(samples))
     assert [item.document for item in run.drawn[::4]] == sorted(geneval.documents()[:6], key=lambda d: d["index"])
     samples.write_text('{"target": "a photo"}\n')
-    with pytest.raises(ValueError, match="line 1: not an answer of a drawing task"):
+    with pytest.raises(ValueError, match="line 1, cannot be read as an answer of a drawing task"):
         list(answers_of(samples))
 
 
