@@ -14,8 +14,10 @@ flags of LLaVA's and LLaVA-NeXT's training scripts. A flag has the same meaning,
 effect (the log says so), or is an error that names a replacement. Any other flag is an error that suggests the nearest
 one. Flags can be written with dashes; `--no_NAME` switches a flag off that is on by default.
 
-LLaVA's `scripts/v1_5/finetune.sh` runs with only its paths changed: the first line becomes `bash scripts/finetune.sh`,
-`--vision_tower` names an EvoTok tokenizer, and `--pretrain_mm_mlp_adapter` the output folder of stage 1.
+LLaVA's `scripts/v1_5/finetune.sh` runs after a few changes: the first line becomes `bash scripts/finetune.sh`,
+`--vision_tower` names an EvoTok tokenizer, `--pretrain_mm_mlp_adapter` the output folder of stage 1, and
+`--draw_share 1` is added, because its data only reads images. This was tried for 4 steps with a tiny model on a CPU,
+with `--use_cpu true`, a batch of 4 and no Weights & Biases.
 
 This page is written by `python -m llava_ext.training.flag_tables > docs/llava_flags.md`.
 """

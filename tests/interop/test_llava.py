@@ -255,7 +255,7 @@ def records(folder, pictures):
 
 
 def stand_in_for_deepspeed(folder):
-    """What LLaVA's training imports from DeepSpeed without using it in a single process."""
+    """An empty stand-in for DeepSpeed, which LLaVA's training imports but does not use in a single process."""
     partition = folder / "deepspeed" / "runtime" / "zero"
     partition.mkdir(parents=True)
     for package in (partition, partition.parent, partition.parent.parent):
