@@ -402,14 +402,19 @@ def _documents() -> tuple[dict, ...]:
     )
 
 
+def _draw_pictures(run: Path) -> list[tuple[dict, str]]:
+    """Write a picture for each document, and return the documents with the names of their pictures."""
+    (run / "images").mkdir(parents=True)
+    named = [(document, f"images/{document['index']}.png") for document in _documents()]
+    for document, name in named:
+        _picture(document["index"], size=48).save(run / name)
+    return named
+
+
 def write_samples(folder: Path) -> None:
     """A samples file of lmms-eval with its images."""
-    run = folder / "input" / "run"
-    (run / "images").mkdir(parents=True)
-    lines = []
-    for document in _documents():
-        name = f"images/{document['index']}.png"
-        _picture(document["index"], size=48).save(run / name)
+    run, lines = folder / "input" / "run", []
+    for document, name in _draw_pictures(run):
         answer = json.dumps({"text": "", "images": [name]})
         lines.append(json.dumps({"target": json.dumps(document), "filtered_resps": answer}))
     (run / "20260101_000000_samples_geneval_scenes.jsonl").write_text("\n".join(lines))
@@ -421,12 +426,8 @@ def read_judged(folder: Path) -> int | None:
 
 def write_drawn(folder: Path) -> None:
     """A folder of stored drawn images."""
-    run = folder / "input" / "run"
-    (run / "images").mkdir(parents=True)
-    lines = []
-    for document in _documents():
-        name = f"images/{document['index']}.png"
-        _picture(document["index"], size=48).save(run / name)
+    run, lines = folder / "input" / "run", []
+    for document, name in _draw_pictures(run):
         lines.append(json.dumps({"index": document["index"], "sample": 0, "image": name, "document": document}))
     (run / "drawn.jsonl").write_text("\n".join(lines))
     (run / "drawn.json").write_text(json.dumps({"task": "geneval_scenes", "images": 2, "faults": []}))
