@@ -17,6 +17,7 @@ from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.report import write_report
 from eval_tasks.judging.scores import OVERALL, Judgement, Score, Stopwatch, summarize
 from evotok_plugin.common.files import write_json, writing
+from evotok_plugin.common.locks import LOCK, locked
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 
@@ -71,11 +72,16 @@ def judge_run(run: DrawnRun, benchmark: Benchmark, options: JudgeOptions, output
         output: folder for the report, by default that of the run.
 
     Raises:
-        UserError: an image cannot be read, a judge is missing, or the folder cannot be written to.
+        UserError: an image cannot be read, a judge is missing, or the folder cannot be written to or another process
+            is judging into it.
     """
-    started, output = time.perf_counter(), output or run.folder
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    output = output or run.folder
+    with locked(output / LOCK, output):
+        return _judge_into(output, run, benchmark, options)
+
+
+def _judge_into(output: Path, run: DrawnRun, benchmark: Benchmark, options: JudgeOptions) -> Outcome:
+    started = time.perf_counter()
     judges = benchmark.find_judges(options)
     judge = benchmark.open_judge(options)
     loaded = time.perf_counter()

@@ -14,6 +14,7 @@ from torch import Tensor, optim
 from evotok_plugin.common.files import write_whole, writing
 from evotok_plugin.common.foreign_files import describe_error, open_regular, reading
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
+from evotok_plugin.common.weight_files import sha256_of_file
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
 
@@ -86,7 +87,7 @@ def describe_run(folder: Path) -> str:
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: int) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest `keep`.
+    """Write the checkpoint of a step, record its SHA-256, then remove all but the newest `keep`.
 
     Raises:
         UserError: it cannot be written, for example because the disk is full, and earlier checkpoints are kept; or one
@@ -96,10 +97,21 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: 
     values = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     advice = f"{newest_kept(folder)}; make room and run the same command again"
     owned.claim(path.name)
+    digests = {name: digest for name, digest in _digests(owned).items() if name != path.name}
+    owned.note(sha256=digests)  # a kill between the next two lines leaves a whole file without a digest
     write_whole(path, lambda part: save_file(values, part), sync=True, advice=advice)
+    removed = [old.name for old in checkpoints(folder)[:-keep]]
     with writing(folder):
-        owned.delete(*(old.name for old in checkpoints(folder)[:-keep]))
+        digests[path.name] = sha256_of_file(path)
+        owned.delete(*removed)
+    owned.note(sha256={name: digest for name, digest in digests.items() if name not in removed})
     return path
+
+
+def _digests(owned: OwnedFolder) -> dict[str, str]:
+    """The recorded SHA-256 of checkpoints by name; those of earlier versions have none."""
+    recorded = owned.facts.get("sha256")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def newest_kept(folder: Path) -> str:
@@ -114,10 +126,11 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
     Raises:
         UserError: there are checkpoints, but none of them can be read.
     """
-    found = checkpoints(folder)
+    found, digests = checkpoints(folder), _digests(owned_folder(folder))
     for path in reversed(found):
         try:
-            open_regular(path).close()  # opening a pipe would wait for a writer
+            if digests.get(path.name, digest := sha256_of_file(path)) != digest:
+                raise UserError(f"{path} cannot be read: it is not the file that was written (sha256 {digest[:12]}...)")
             with reading(path, verb="read"):
                 tensors = load_file(path)
                 _check_tensors(tensors, path)

@@ -92,15 +92,18 @@ def collapsed_levels(usage: CodeUsage, min_usage: float) -> list[str]:
 class Reporter:
     """Writes figures to `metrics.jsonl`, and figures and pictures to TensorBoard and Weights & Biases if requested.
 
+    Args:
+        resumed_at: the step after which the run continues. TensorBoard then hides what a killed run reported after it.
+
     Raises:
         UserError: the package of a requested reporter is not installed, or a file cannot be written.
     """
 
-    def __init__(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
+    def __init__(self, folder: Path, reporters: Sequence[str], settings: dict, resumed_at: int = 0) -> None:
         with writing(folder):
-            self._open(folder, reporters, settings)
+            self._open(folder, reporters, settings, resumed_at)
 
-    def _open(self, folder: Path, reporters: Sequence[str], settings: dict) -> None:
+    def _open(self, folder: Path, reporters: Sequence[str], settings: dict, resumed_at: int) -> None:
         self._folder, self._writer, self._run = folder, None, None
         if "tensorboard" in reporters:
             try:
@@ -109,7 +112,7 @@ class Reporter:
                 raise UserError(
                     "tensorboard is not installed: `pip install tensorboard`, or --report_to none"
                 ) from None
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         if "wandb" in reporters:
             try:
                 import wandb

@@ -267,7 +267,7 @@ class TokenizerTrainer:
             self.step = resumed_at or 0
             if self.processes.is_first:
                 cut_metrics(self.folder, resumed_at)
-                self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config))
+                self._reporter = Reporter(self.folder, self.config.reporters, as_plain(self.config), self.step)
             with self._signals:
                 self._train()
         except BaseException:

@@ -1,12 +1,13 @@
 """Callbacks of Trainer: a progress bar, a metrics file, and a clean stop on Ctrl-C, SIGTERM or SIGHUP."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from evotok_plugin.common.interruption import StopSignals
 from evotok_plugin.common.processes import Processes
@@ -58,6 +59,21 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def open_event_file(callbacks: Iterable[TrainerCallback], args: TrainingArguments, resumed_at: int) -> None:
+    """Give TensorBoard's callback a writer that hides what a killed run reported after the step that is resumed.
+
+    Args:
+        resumed_at: the step of the checkpoint; 0 for a run from the start.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and args.should_log and callback.tb_writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                from tensorboardX import SummaryWriter
+            callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=resumed_at + 1)
 
 
 class MetricsFile(TrainerCallback):

@@ -27,7 +27,7 @@ from llava_ext.model_folder import save_model
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration, EvoTokLlavaOutput
 from llava_ext.new_tokens import load_rows, save_rows
 from llava_ext.training.adapters import load_adapter, save_adapter
-from llava_ext.training.callbacks import LOSSES, MetricsFile, ProgressBar, StopOnSignal, on_any_process
+from llava_ext.training.callbacks import LOSSES, MetricsFile, ProgressBar, StopOnSignal, on_any_process, open_event_file
 from llava_ext.training.checkpoints import (
     RunShape,
     checkpoint_folder,
@@ -35,6 +35,7 @@ from llava_ext.training.checkpoints import (
     claim_checkpoint,
     delete_checkpoint,
     finish_checkpoint,
+    steps_of,
 )
 from llava_ext.training.config import StageConfig
 from llava_ext.training.heldout import HeldOut, HeldOutEvaluation
@@ -92,6 +93,8 @@ class EvoTokTrainer(Trainer):
         Raises:
             UserError: a file of the checkpoint is damaged or contains code.
         """
+        resumed_at = steps_of(Path(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else 0
+        open_event_file(self.callback_handler.callbacks, self.args, resumed_at)
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         with unpickling_without_code(resume_from_checkpoint):

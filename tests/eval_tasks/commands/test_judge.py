@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
+from other_process import in_other_process
 from PIL import Image
 
 from eval_tasks.cli import main
 from eval_tasks.judging.drawn_run import store_drawn_run
 from eval_tasks.judging.scene_detector import SceneDetector
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
+from evotok_plugin.common.locks import LOCK, locked
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
 
 
@@ -79,6 +82,16 @@ def test_an_interrupted_judging_leaves_the_judgements_made_so_far(drawn_scenes, 
     monkeypatch.setattr(SceneDetector, "detect_batch", detect)
     assert main(["judge", str(run.folder)]) == 0
     assert len((run.folder / "judgements.jsonl").read_text().splitlines()) == 12 and not unfinished.exists()
+
+
+def test_a_folder_is_judged_by_one_process_at_a_time(drawn_scenes, tmp_path, capfd):
+    run = store_drawn_run(tmp_path / "out/drawn/a", "geneval_scenes", drawn_scenes)
+    judge_again = partial(main, ["judge", str(tmp_path / "out")])
+    with locked(run.folder / LOCK, run.folder):
+        assert in_other_process(judge_again) == ""
+        assert f"another run is writing to {run.folder}" in capfd.readouterr().err
+        assert not (run.folder / "judgements.jsonl").exists()
+    assert judge_again() == 0 and not (run.folder / LOCK).exists()
 
 
 def test_bad_input_is_a_user_error(drawn_scenes, tmp_path, capsys):

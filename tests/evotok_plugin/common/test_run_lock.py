@@ -2,34 +2,14 @@
 
 import errno
 import fcntl
-import multiprocessing
 
 import pytest
+from other_process import in_other_process
 
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.locks import LOCK, locked
 from evotok_plugin.common.run_lock import only_run
 from evotok_plugin.errors import UserError
-
-
-def in_other_process(function, *arguments):
-    """The message of the UserError that a function raises in another process; empty without one."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-
-    def call():
-        try:
-            function(*arguments)
-        except UserError as error:
-            queue.put(str(error))
-        else:
-            queue.put("")
-
-    process = context.Process(target=call)
-    process.start()
-    message = queue.get(timeout=60)
-    process.join()
-    return message
 
 
 def use(folder):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from stage_runs import run_forked
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from evotok_plugin.common import interruption
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.errors import UserError
-from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopOnSignal, on_any_process
+from llava_ext.training.callbacks import MetricsFile, ProgressBar, StopOnSignal, on_any_process, open_event_file
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -44,6 +45,22 @@ def test_log_entries_are_appended_with_step_and_time(training, tmp_path):
         MetricsFile().on_log(*training, logs={"loss": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.5)] and "time" in lines[0]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(training, tmp_path, monkeypatch):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    arguments, state, control = training
+    for resumed_at, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        callback = TensorBoardCallback()
+        open_event_file([MetricsFile(), callback], arguments, resumed_at)
+        callback.on_train_begin(arguments, state, control)
+        for state.global_step in steps:
+            callback.on_log(arguments, state, control, logs={"loss": resumed_at + state.global_step})
+        callback.on_train_end(arguments, state, control)
+    events = accumulators.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 5), (4, 6), (5, 7)]
 
 
 def test_a_metrics_file_that_cannot_be_written_is_named(training, tmp_path):
