@@ -14,13 +14,14 @@ COMMANDS = {
     "evolve": "decode images level by level and plot what each level adds",
     "evaluate": "measure reconstruction, features and code usage",
     "convert": "convert a research checkpoint into a model folder",
+    "export-tower": "write the vision tower with its own code, for any transformers",
 }
 
 
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
     from evotok_plugin.commands.options import shared_options
 
-    import_module(f"evotok_plugin.commands.{name}").add(subparsers, shared_options())
+    import_module(f"evotok_plugin.commands.{name.replace('-', '_')}").add(subparsers, shared_options())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import argparse
 
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import check_new_folder
+from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions
 from llava_ext.export.causal_lm import export_causal_lm
 from llava_ext.export.portable import export_model
@@ -26,6 +27,12 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         default="evotok",
         help="causal-lm: a folder that any LLM server can load, for models with the flat head (cannot read images)",
     )
+    parser.add_argument(
+        "--remote-code",
+        "--remote_code",
+        action="store_true",
+        help="add the code, so that transformers opens the folder with trust_remote_code=True and without this package",
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,8 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Write a model folder that can be shared."""
     check_output_folder(arguments.output)
     check_new_folder(arguments.output)
+    if arguments.remote_code and arguments.format != "evotok":
+        raise UserError(f"--remote-code has no effect with --format {arguments.format}, which needs no code")
     if arguments.format == "causal-lm":
         export_causal_lm(arguments.folder, arguments.output, arguments.dtype)
     else:
-        export_model(arguments.folder, arguments.output, arguments.dtype, arguments.decoder_dtype)
+        export_model(
+            arguments.folder, arguments.output, arguments.dtype, arguments.decoder_dtype, arguments.remote_code
+        )
     print(arguments.output)

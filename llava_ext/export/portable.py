@@ -8,6 +8,7 @@ from torch import nn
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.templates import open_template
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.export.remote_code import write_remote_code
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model, tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -18,6 +19,7 @@ def export_model(
     output: str | Path,
     dtype: torch.dtype | str = "auto",
     decoder_dtype: torch.dtype | str = "float32",
+    remote_code: bool = False,
 ) -> None:
     """Write a self-contained model folder: weights, configuration, processor and a model card.
 
@@ -26,6 +28,7 @@ def export_model(
         dtype: of all weights except the tokenizer's; "auto" keeps the saved dtype.
         decoder_dtype: of the tokenizer's two decoders in the files; loading converts them to float32. The encoder and
             the codebooks, which determine the codes, are always written in float32.
+        remote_code: add the code of model and processor, for `trust_remote_code=True` without this package.
 
     Raises:
         UserError: the folder is not a complete model, or the output exists or cannot be written.
@@ -39,12 +42,14 @@ def export_model(
     def write(out: Path) -> None:
         save_model(model, out, max_shard_size="5GB")
         processor.save_pretrained(out)
-        (out / "README.md").write_text(_model_card(model), encoding="utf-8")
+        if remote_code:
+            write_remote_code(out)
+        (out / "README.md").write_text(_model_card(model, remote_code), encoding="utf-8")
 
     write_whole_folder(output, write)
 
 
-def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
+def _model_card(model: EvoTokLlavaForConditionalGeneration, remote_code: bool) -> str:
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     drawing = DrawingOptions().for_model(model).settings()
     with tower_aside(model):  # its size and dtype are listed separately
@@ -58,7 +63,7 @@ def _model_card(model: EvoTokLlavaForConditionalGeneration) -> str:
         "of the tokenizer": f"{_millions(model.vision_tower):.1f} M in float32",
         "draws with": ", ".join(f"{name} {value}" for name, value in drawing.items() if name != "negative_prompt"),
     }
-    return open_template("llava_ext.export", "model_card.md.jinja").render(rows=rows)
+    return open_template("llava_ext.export", "model_card.md.jinja").render(rows=rows, remote_code=remote_code)
 
 
 def _millions(module: nn.Module) -> float:

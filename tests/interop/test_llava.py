@@ -264,6 +264,36 @@ def stand_in_for_deepspeed(folder):
     (partition / "partition_parameters.py").write_text("class ZeroParamStatus:\n    NOT_AVAILABLE = 0\n")
 
 
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_the_hf_builder_takes_the_exported_tower(host, pictures, tmp_path, monkeypatch, feature, layer):
+    if not host.is_next:
+        pytest.skip("only LLaVA-NeXT builds towers by the name hf:FOLDER")
+    from evotok_plugin.export.tower import export_tower
+
+    export_tower(TOWER, tmp_path / "tower")
+    move = torch.nn.Module.to  # the builder moves every tower to a GPU
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, to: move(self, "cpu" if to == "cuda" else to))
+    cfg = SimpleNamespace(
+        mm_vision_tower=f"hf:{tmp_path / 'tower'}", mm_vision_select_layer=layer, mm_vision_select_feature=feature
+    )
+    tower = built(cfg)
+    assert type(tower).__name__ == "HFVisionTower" and not isinstance(tower.vision_tower, EvoTokVisionTower)
+    has_class = feature == "cls_patch"
+    assert (tower.hidden_size, tower.num_patches) == (WIDTH, POSITIONS + has_class)
+    images = torch.stack(
+        [tower.image_processor.preprocess(one, return_tensors="pt")["pixel_values"][0] for one in pictures]
+    )
+    ours = built(SimpleNamespace(mm_vision_tower=str(TOWER)))
+    expected = ours.image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+    assert images.shape == expected.shape and (images[0] - expected[0]).abs().max() < 0.01  # a square image
+    assert tower.vision_tower.dtype == torch.bfloat16 and tower.vision_tower.quantizer.codebooks.dtype == torch.float32
+    tower.float()
+    ours.bfloat16().float()  # the builder has rounded the weights, and rounds the images
+    same = ours(expected.bfloat16().float())
+    torch.testing.assert_close(tower(expected)[:, has_class:], same, atol=1e-4, rtol=1e-4)
+
+
 def test_training_in_two_stages(host, words, pictures, tmp_path, host_environment):
     """LLaVA's own `train()` on eight samples, started by the runner: the projector, then the language model."""
     if host.is_next:

@@ -1,0 +1,1 @@
+"""Export: folders that other programs open without this package."""
