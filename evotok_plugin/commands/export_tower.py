@@ -2,9 +2,9 @@
 
 import argparse
 
+from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import check_new_folder
-from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.export.tower import export_tower
 
 

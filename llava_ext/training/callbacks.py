@@ -1,6 +1,8 @@
 """Callbacks of Trainer: a progress bar, a metrics file, and a clean stop on Ctrl-C, SIGTERM or SIGHUP."""
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,9 @@ def open_event_file(callbacks: Iterable[TrainerCallback], args: TrainingArgument
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and args.should_log and callback.tb_writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                from tensorboardX import SummaryWriter
-            callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=resumed_at + 1)
+            library = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
+            writer = import_module(library).SummaryWriter
+            callback.tb_writer = writer(callback.logging_dir, purge_step=resumed_at + 1)
 
 
 class MetricsFile(TrainerCallback):
