@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from evotok_plugin.quantizer import ResidualVectorQuantizer
     from evotok_plugin.sampling import SamplingOptions, uniform_noise
 
+__version__ = "0.2.0"
+
 __all__ = [
     "DepthTransformerConfig",
     "DepthTransformerHead",

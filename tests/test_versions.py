@@ -1,12 +1,17 @@
 """The allowed versions of dependencies, and the tested ones."""
 
+import importlib.metadata
 import tomllib
 from itertools import chain
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import eval_tasks.cli
+import evotok_plugin.cli
+import llava_ext.cli
 from evotok_plugin.common.requirements import TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +73,16 @@ def test_the_license_is_declared_and_included():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "Copyright 2026 EvoTok contributors" in text
+
+
+def test_one_version_everywhere(capsys):
+    for main in (evotok_plugin.cli.main, llava_ext.cli.main, eval_tasks.cli.main):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--version"])
+    assert capsys.readouterr().out.split() == [
+        "evotok", evotok_plugin.__version__, "evotok-llava", evotok_plugin.__version__,
+        "evotok-eval", evotok_plugin.__version__,
+    ]  # fmt: skip
+    assert importlib.metadata.version("evotok") == evotok_plugin.__version__
+    assert f"\nversion: {evotok_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {evotok_plugin.__version__} " in (ROOT / "CHANGELOG.md").read_text()

@@ -131,7 +131,7 @@ def test_compatible_flags_are_accepted(given):
 def test_flags_replace_settings_of_the_recipe_that_fit_only_its_data():
     notices = []
     values = settings.stage_values("finetune", {"data_path": ["a.json"]}, notices.append)
-    assert "data_weights" not in values and "replaces the recipe's data_weights [32" in notices[0]
+    assert "data_weights" not in values and "replaces the recipe's data_weights [26" in notices[0]
     values = settings.stage_values("finetune", {"group_by_modality_length": "true"}, notices.append)
     assert values["packing"] is False and notices[1].endswith("replaces the recipe's packing true")
 
@@ -247,7 +247,7 @@ def test_null_in_a_recipe_leaves_a_required_setting_unset(tmp_path, name):
 def test_epochs_and_steps_replace_each_other():
     notices = []
     values = settings.stage_values("finetune", {"num_train_epochs": "1"}, notices.append)
-    assert "max_steps" not in values and values["num_train_epochs"] == 1 and "max_steps 4500" in notices.pop()
+    assert "max_steps" not in values and values["num_train_epochs"] == 1 and "max_steps 4600" in notices.pop()
     values = settings.stage_values("paper_finetune", {"max_steps": "7"}, notices.append)
     assert "num_train_epochs" not in values and values["max_steps"] == 7 and notices.pop()
     values = settings.stage_values("finetune", {"max_steps": "7", "num_train_epochs": "2"}, notices.append)
