@@ -28,7 +28,7 @@ install_project() {
   [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
   echo "installing the project and its dependencies (once; takes several minutes)" >&2
   python -m pip install --quiet --disable-pip-version-check \
-    -c "$repository/constraints.txt" -e "$repository[all,test,dev]" >&2 || {
+    -c "$repository/constraints.txt" -e "$repository[all,test,dev,docs]" >&2 || {
     echo "error: installation failed; see the messages above" >&2
     exit 2
   }
