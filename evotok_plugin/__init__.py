@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from evotok_plugin.common.lazy import lazy_package
+from evotok_plugin.common.version import VERSION
 
 if TYPE_CHECKING:
     from evotok_plugin.configuration_evotok import EvoTokConfig
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from evotok_plugin.quantizer import ResidualVectorQuantizer
     from evotok_plugin.sampling import SamplingOptions, uniform_noise
 
-__version__ = "0.2.0"
+__version__ = VERSION
 
 __all__ = [
     "DepthTransformerConfig",

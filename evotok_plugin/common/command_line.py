@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from evotok_plugin import __version__
 from evotok_plugin.common.interruption import Stopped, stop_on_signals
 from evotok_plugin.common.requirements import require_models
+from evotok_plugin.common.version import VERSION
 from evotok_plugin.errors import UserError
 
 USER_ERROR = 2
@@ -91,7 +91,7 @@ def parser_of(
 ) -> argparse.ArgumentParser:
     """The parser of a program of several commands; only the command that `argv` names has its flags."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
