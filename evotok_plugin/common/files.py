@@ -17,7 +17,7 @@ from evotok_plugin.errors import UserError
 
 _FILE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pdf .svg .json .jsonl .csv .tsv .md .txt .html .yaml .yml .npy .npz "
-    ".safetensors .bin .pt .pth .parquet .tar .zip .gz".split()
+    ".safetensors .gguf .bin .pt .pth .parquet .tar .zip .gz".split()
 )
 # A file system without hard links, or one that forbids them.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)

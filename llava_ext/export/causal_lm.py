@@ -47,24 +47,48 @@ def export_causal_lm(folder: str | Path, output: str | Path, dtype: torch.dtype 
         UserError: the folder is not a complete model or has another head, residual tokens cannot be added to its
             language model or tokenizer, or the output exists or cannot be written.
     """
-    model, processor = load_model(folder, dtype)
-    if model.config.image_head != "flat":
-        raise UserError(
-            f"{str(folder)!r} draws with a depth transformer, which a plain causal LM does not have; train a model "
-            "with --image_head flat (recipes pretrain_flat and finetune_flat), or omit --format causal-lm"
-        )
+    model, processor = load_flat_model(folder, "causal-lm", dtype)
     tokenizer = with_residual_tokens(processor.tokenizer, model.vocabulary)
-    card = _card(model, processor)
+    facts = card_facts(model, processor)
+    card = open_template("llava_ext.export", "causal_lm_card.md.jinja").render(facts)
     causal = as_causal_lm(model)
 
     def write(out: Path) -> None:
         causal.save_pretrained(out, max_shard_size="5GB")
         save_tokenizer(tokenizer, out)
-        model.vision_tower.save_pretrained(out / EVOTOK_FOLDER)
-        processor.image_processor.save_pretrained(out / EVOTOK_FOLDER)
+        save_image_tokenizer(model, processor, out)
         (out / "README.md").write_text(card, encoding="utf-8")
 
     write_whole_folder(output, write)
+
+
+def load_flat_model(
+    folder: str | Path, export_format: str, dtype: torch.dtype | str
+) -> tuple[EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor]:
+    """Load a model with the flat head and its processor.
+
+    Args:
+        export_format: the value of --format that requires this head.
+        dtype: as in `load_model`.
+
+    Raises:
+        UserError: the folder is not a complete model or has another head.
+    """
+    model, processor = load_model(folder, dtype)
+    if model.config.image_head != "flat":
+        raise UserError(
+            f"{str(folder)!r} draws with a depth transformer, which a plain causal LM does not have; train a model "
+            f"with --image_head flat (recipes pretrain_flat and finetune_flat), or omit --format {export_format}"
+        )
+    return model, processor
+
+
+def save_image_tokenizer(
+    model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor, folder: Path
+) -> None:
+    """Write the image tokenizer, which decodes residual tokens to images, to a subfolder."""
+    model.vision_tower.save_pretrained(folder / EVOTOK_FOLDER)
+    processor.image_processor.save_pretrained(folder / EVOTOK_FOLDER)
 
 
 # The model ---------------------------------------------------------------------------------------------------
@@ -228,7 +252,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 # The README --------------------------------------------------------------------------------------------------
 
 
-def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor) -> str:
+def card_facts(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor) -> dict[str, Any]:
+    """Values of the README's template: ids, counts and the settings of drawing."""
     vision, vocabulary = model.config.vision_config, model.vocabulary
     settings = DrawingOptions().for_model(model).settings()
     # transformers takes one value of each setting, ours may have one per level or position.
@@ -239,18 +264,18 @@ def _card(model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProc
         for name, value in settings.items()
         if value != uniform.get(name, value) or (isinstance(value, tuple) and name not in uniform)
     }
-    return open_template("llava_ext.export", "causal_lm_card.md.jinja").render(
-        first_id=vocabulary.offset,
-        num_levels=vocabulary.num_levels,
-        codebook_size=vocabulary.codebook_size,
-        num_positions=vision.num_positions,
-        image_size=vision.image_size,
-        start_id=processor.image_start_id,
-        end_id=processor.image_end_id,
-        placeholder_id=processor.image_token_id,
-        num_text_rows=model.lm_head.weight.shape[0],
-        guidance_scale=single["guidance_scale"],
-        greedy=single["temperature"] == 0,
-        sampling={name: single[name] for name in ("temperature", "top_k", "top_p", "min_p")},
-        varying=varying,
-    )
+    return {
+        "first_id": vocabulary.offset,
+        "num_levels": vocabulary.num_levels,
+        "codebook_size": vocabulary.codebook_size,
+        "num_positions": vision.num_positions,
+        "image_size": vision.image_size,
+        "start_id": processor.image_start_id,
+        "end_id": processor.image_end_id,
+        "placeholder_id": processor.image_token_id,
+        "num_text_rows": model.lm_head.weight.shape[0],
+        "guidance_scale": single["guidance_scale"],
+        "greedy": single["temperature"] == 0,
+        "sampling": {name: single[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+        "varying": varying,
+    }
