@@ -6,6 +6,11 @@ instances; their shape is that of the best overlapping template, their color the
 H, W image size in pixels; coverage in [0, 1]. `python -m eval_tasks.judging.scene_detector` measures the accuracy.
 """
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("eval")
+
 import argparse
 import math
 import sys
@@ -19,7 +24,6 @@ from scipy import ndimage
 
 from eval_tasks.judging.rules import Instance, Rules
 from eval_tasks.judging.shape_fitting import Fit, fit_shape
-from evotok_plugin.common import command_line
 from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from evotok_plugin.common.interruption import Stopped, stop_on_signals
-from evotok_plugin.common.requirements import require_models
+from evotok_plugin.common.requirements import require_extra, require_models
 from evotok_plugin.common.version import VERSION
 from evotok_plugin.errors import UserError
 
@@ -79,6 +79,18 @@ def run_command(
         return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision)
 
     return _run(make_parser, argv, None, stopped, needs_torchvision=needs_torchvision)
+
+
+def exit_without(extra: str) -> None:
+    """Exit with one line on stderr, as `run` does for a user error, unless an extra is installed.
+
+    A module that is started with `python -m` and imports libraries of an extra calls it before these imports, which
+    would fail with a traceback.
+    """
+    try:
+        require_extra(extra, "this command")
+    except UserError as error:
+        sys.exit(_report(str(error), debug=False))
 
 
 def parser_of(

@@ -1,4 +1,4 @@
-"""The libraries of the extra `models`, which everything but the vision tower for LLaVA requires."""
+"""The extras that commands require: `models`, which all but the vision tower for LLaVA needs, and those of programs."""
 
 import sys
 from functools import cache
@@ -12,7 +12,8 @@ TRANSFORMERS = (5, 17)
 
 _PYTHON = (3, 11)
 _OTHERS = ("yaml", "tqdm", "jinja2")
-_ADVICE = "pip install 'evotok[models]'"
+_PROGRAMS: dict[str, tuple[str, ...]] = {"models": (), "train": ("peft", "accelerate"), "eval": ("scipy",)}
+"""By extra, what its programs import when they start, beside the extra `models`."""
 
 
 @cache
@@ -31,16 +32,23 @@ def missing_models() -> "str | None":
 
 
 def require_models(what: str) -> None:
-    """Check that the extra `models` is installed.
+    """Check that the extra `models` is installed; see `require_extra`."""
+    require_extra("models", what)
+
+
+def require_extra(extra: str, what: str) -> None:
+    """Check that the libraries that the programs of an extra import are installed.
 
     Args:
+        extra: "models", "train" or "eval".
         what: the name or the command that requires it.
 
     Raises:
         UserError: a library is missing or too old.
     """
-    if missing := missing_models():
+    absent = (f"{name}, which is not installed" for name in _PROGRAMS[extra] if find_spec(name) is None)
+    if missing := missing_models() or next(absent, None):
         raise UserError(
-            f"{what} requires {missing}; {_ADVICE} in an environment of its own (the base installation contains only "
-            "the vision tower for LLaVA)"
+            f"{what} requires {missing}; pip install 'evotok[{extra}]' in an environment of its own (the base "
+            "installation contains only the vision tower for LLaVA)"
         )

@@ -3,6 +3,11 @@
 `python -m evotok_plugin.training.teacher --data FOLDER --tokenizer FOLDER --output_dir FOLDER`
 """
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("models")
+
 import argparse
 import json
 import math
@@ -20,7 +25,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from evotok_plugin.common import command_line
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
 from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.common.owned_folder import OwnedFolder

@@ -3,6 +3,11 @@
 A step is skipped if its result exists. Nothing is downloaded.
 """
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("models")
+
 import argparse
 import subprocess
 import sys
@@ -11,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder, write_json
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.recipes import check_seed, find_recipe, read_recipe

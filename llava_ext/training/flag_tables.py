@@ -1,5 +1,10 @@
 """The page `docs/llava_flags.md` of LLaVA's and transformers' flags: `python -m llava_ext.training.flag_tables`."""
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("train")
+
 import sys
 
 from llava_ext.training.llava_flags import LLAVA, SAME, TRANSFORMERS, LlavaFlag

@@ -1,5 +1,10 @@
 """One training stage, from a recipe to a model folder: `python -m llava_ext.training.train --recipe pretrain`."""
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("train")
+
 import argparse
 import logging
 import math
@@ -14,7 +19,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
-from evotok_plugin.common import command_line
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import scratch_folder
 from evotok_plugin.common.interruption import check_stopped, stop_on_signals

@@ -1,5 +1,10 @@
 """Reinforcement, from a recipe to a model: `python -m llava_ext.training.reinforcement.train --recipe reinforce`."""
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("train")
+
 import hashlib
 import logging
 import os
