@@ -201,7 +201,7 @@ def _write_records(place):
     for name in "ab":
         folder = place / "outputs/evaluation" / name / "m"
         folder.mkdir(parents=True)
-        results = {"results": {"mmbench_scenes": {"acc,none": 0.5}}, "model_name": "m",
+        results = {"results": {"mmbench_scenes": {"overall,none": 0.5}}, "model_name": "m",
                    "n-samples": {"mmbench_scenes": {"original": 1, "effective": 1}}}  # fmt: skip
         (folder / "20260101_000000_results.json").write_text(json.dumps(results))
 
