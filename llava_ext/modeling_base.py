@@ -253,10 +253,13 @@ class EvoTokLlavaModel(PreTrainedModel):
         """Put images into embeddings (B, S, D) where these are the embedding of the image placeholder."""
         read = self._read_images(pixel_values, image_codes)
         if read is not None:
-            token = torch.tensor([[self.config.image_token_id]], device=embeddings.device)
-            where = (embeddings == self._embed_tokens(token).to(embeddings.dtype)).all(dim=-1)
-            embeddings = merge_features(embeddings, where, read.flatten(0, 1), "image")
+            embeddings = merge_features(embeddings, self.placeholders_in(embeddings), read.flatten(0, 1), "image")
         return Embedded(embeddings, read)
+
+    def placeholders_in(self, embeddings: Tensor) -> Tensor:
+        """Where embeddings (B, S, D) are that of the image placeholder: (B, S), bool."""
+        token = torch.tensor([[self.config.image_token_id]], device=embeddings.device)
+        return (embeddings == self._embed_tokens(token).to(embeddings.dtype)).all(dim=-1)
 
     def embed_prompt(
         self,

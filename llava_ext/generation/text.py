@@ -83,9 +83,10 @@ class TextGenerationMixin(ModelInterface):
         selected = [of_row[of_row.shape[0] - count :] for of_row, count in of_rows if count]
         return torch.cat(selected) if selected else None
 
-    def _images_per_row(self, ids: Tensor) -> list[int]:
-        """Count the images that each row of ids (B, T) has placeholders for."""
-        num_placeholders = (ids == self.config.image_token_id).sum(dim=1)
+    def _images_per_row(self, ids: Tensor, embeddings: Tensor | None = None) -> list[int]:
+        """Count the images that each row of ids (B, T), or of embeddings (B, S, D), has placeholders for."""
+        where = ids == self.config.image_token_id if embeddings is None else self.placeholders_in(embeddings)
+        num_placeholders = where.sum(dim=1)
         return (num_placeholders // self.config.vision_config.num_positions).tolist()
 
     def _expand_inputs_for_generation(  # type: ignore[override]  # ids are annotated as LongTensor
@@ -102,7 +103,7 @@ class TextGenerationMixin(ModelInterface):
         """
         images = {name: model_kwargs.pop(name) for name in _IMAGES if model_kwargs.get(name) is not None}
         if expand_size > 1 and input_ids is not None:
-            counts = self._images_per_row(input_ids)
+            counts = self._images_per_row(input_ids, model_kwargs.get("inputs_embeds"))
             for name, given in images.items():
                 if given.shape[0] != sum(counts):
                     raise UserError(

@@ -106,6 +106,15 @@ def test_beam_search_in_a_batch_equals_single_rows(asked, settings):
     assert together == [answers(model, inputs_of(asked, [row]), num_beams=3)[0] for row in (0, 2, 1)]
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
+def test_embeddings_are_expanded_like_ids(asked, settings):
+    model, inputs = asked[0], inputs_of(asked, [0, 2, 1])
+    expected = first_logits(model, inputs, **settings)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    given = first_logits(model, {**inputs, "inputs_embeds": embeds}, **settings)
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_cached_codes_are_expanded_like_images(asked):
     model = asked[0]
     inputs = inputs_of(asked, [0, 2])
