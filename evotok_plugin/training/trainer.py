@@ -271,6 +271,8 @@ class TokenizerTrainer:
             with self._signals:
                 self._train()
         except BaseException:
+            if self._reporter is not None:
+                self._reporter.close()  # before its files are moved
             self._output.restore()
             raise
         if self.processes.is_first:
