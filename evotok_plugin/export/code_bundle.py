@@ -35,7 +35,7 @@ def bundle(entry: str, classes: Mapping[str, str], packages: Iterable[str] = ("e
             continue
         source = _source_file(module)
         if source is None:
-            raise ValueError(f"there is no source file of {module}")
+            raise ValueError(f"module {module} has no source file")
         text, needed = _relative(source.read_text(encoding="utf-8"), module, known)
         files[name] = _HEADER.format(module=module) + text
         waiting += needed
@@ -59,7 +59,7 @@ def _flat(module: str) -> str:
 
 
 def _source_file(module: str) -> Path | None:
-    """The file of a module of the project, found without importing it; None if there is no such module."""
+    """Find the source file of a module without importing it; None if the module does not exist."""
     package, *inside = module.split(".")
     spec = find_spec(package)
     if spec is None or spec.origin is None:

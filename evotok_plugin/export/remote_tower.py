@@ -66,11 +66,11 @@ class EvoTokTowerModel(PreTrainedModel):
     main_input_name = "pixel_values"
     base_model_prefix = "vision_tower"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["quantizer"]  # noqa: RUF012 - transformers' form
+    _keep_in_fp32_modules_strict = ["quantizer"]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        settings = config.settings()
+        settings = self.settings = config.settings()
         self.encoder = EvoTokEncoder(settings)
         self.quantizer = ResidualVectorQuantizer(
             settings.num_quantizers, settings.codebook_size, settings.codebook_dim
@@ -112,8 +112,8 @@ class EvoTokTowerModel(PreTrainedModel):
             ValueError: height or width is not a multiple of the patch size.
         """
         config = self.config
-        settings, decoder = config.settings(), self.semantic_decoder
-        grid, dtype = settings.grid_of(pixel_values.shape), decoder.class_token.dtype
+        decoder = self.semantic_decoder
+        grid, dtype = self.settings.grid_of(pixel_values.shape), decoder.class_token.dtype
         pixels = to_signed_range(pixel_values, config.pixel_range).to(decoder.class_token.device, dtype)
         quantized = self.quantizer(self.encoder(pixels), config.semantic_depth)
         features = decoder(quantized.latents_at(config.semantic_depth).to(dtype), grid)
@@ -132,7 +132,7 @@ class EvoTokTowerImageProcessor(BaseImageProcessor):
     crops, so that they differ a little more.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' form
+    model_input_names = ["pixel_values"]
 
     def __init__(self, size: Any = None, pixel_range: Any = (-1.0, 1.0), **kwargs: Any) -> None:
         super().__init__(**{key: kwargs[key] for key in kwargs if key == "processor_class"})

@@ -94,7 +94,8 @@ class EvoTokTrainer(Trainer):
             UserError: a file of the checkpoint is damaged or contains code.
         """
         resumed_at = steps_of(Path(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else 0
-        open_event_file(self.callback_handler.callbacks, self.args, resumed_at)
+        if resume_from_checkpoint is not True:  # Trainer then searches the checkpoint itself: its step is unknown here
+            open_event_file(self.callback_handler.callbacks, self.args, resumed_at)
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         with unpickling_without_code(resume_from_checkpoint):
