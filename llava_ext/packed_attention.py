@@ -74,10 +74,13 @@ def sdpa_by_segment(
     mask."""
     if segments is None or (sliding_window and sliding_window < max(end - first for _, first, end in segments)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs = []
-    for row, first, end in segments:
-        part = (slice(row, row + 1), slice(None), slice(first, end))
-        outputs.append(sdpa_attention_forward(module, query[part], key[part], value[part], None, **kwargs)[0])
+    # Slices would do the same, but each of their gradients fills a tensor of the whole batch with zeros.
+    lengths = [[end - first for r, first, end in segments if r == row] for row in range(query.shape[0])]
+    parts = [
+        [part for states, of_row in zip(tensor.split(1), lengths, strict=True) for part in states.split(of_row, dim=2)]
+        for tensor in (query, key, value)
+    ]
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts, strict=True)]
     joined = torch.cat(outputs, dim=1)  # (1, B x S, H, ...)
     return joined.view(query.shape[0], query.shape[2], *joined.shape[2:]), None
 
