@@ -17,6 +17,8 @@ from evotok_plugin.scenes.records import (
     places_records,
     pretrain_records,
     question_records,
+    relation_records,
+    single_records,
 )
 from evotok_plugin.scenes.scene import SKILLS, Scene, render, sample_mixed_scene, sample_scene
 
@@ -31,20 +33,25 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
     """Write the corpus that the embedded default model trains on.
 
     `folder/train/` and `folder/val/` contain `images/*.png`, `captions.jsonl` (one `{"image", "captions"}` per line)
-    and LLaVA records: `pretrain.json` (descriptions, read and drawn), `finetune.json` (GenEval prompts, drawn and
-    written), `questions.json`, `places.json` (lists of all objects and their places), `mixed.json` (scenes of several
-    different objects, described and drawn), `interleaved.json` (conversations that read and draw) and `other.json`
-    (text outside the domain). `prompts.jsonl` has drawing prompts with the skill as their tag; those of `val` do not
+    and LLaVA records: `pretrain.json` (descriptions, read and drawn), `single.json` (drawings of single objects),
+    `finetune.json` (GenEval prompts, drawn and written), `questions.json`, `relations.json` (more questions about two
+    objects), `places.json` (lists of all objects and their places), `mixed.json` (scenes of several different objects,
+    described and drawn), `interleaved.json` (conversations that read and draw) and `other.json` (text outside the
+    domain). `prompts.jsonl` has drawing prompts with the skill as their tag; those of `val` do not
     occur in `train`, except those of skills with few prompts.
     """
     for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
         root = Path(folder) / split
         (root / "images").mkdir(parents=True, exist_ok=True)
-        rng, places_rng = np.random.default_rng([seed, stream]), np.random.default_rng([seed, stream, 1])
+        # Kinds of records that were added later draw from streams of their own, which leaves all others as they were.
+        rng, places_rng, relations_rng = (np.random.default_rng([seed, stream, *more]) for more in ((), (1,), (2,)))
         captions: list[dict] = []
         records: dict[str, list[dict]] = {
-            name: [] for name in ("pretrain", "finetune", "questions", "places", "mixed", "interleaved")
-        }
+            name: []
+            for name in (
+                "pretrain", "single", "finetune", "questions", "places", "relations", "mixed", "interleaved"
+            )
+        }  # fmt: skip
         scenes: list[tuple[Scene, str]] = []
         previous: SceneImage | None = None
         for n in range(count):
@@ -64,7 +71,9 @@ def write_corpus(folder: str | Path, num_train: int, num_val: int, seed: int, im
                 records["interleaved"] += interleaved_records(this, previous or this, rng)
                 scenes.append((scene, skill))
                 previous = this
+            records["single"] += single_records(scene, name)
             records["places"] += places_records(scene, name, places_rng)
+            records["relations"] += relation_records(scene, name, relations_rng)
             records["questions"] += question_records(scene, name, QUESTIONS, rng)
             render(scene, image_size).save(root / name, compress_level=1)
         _write_lines(root / "captions.jsonl", captions)

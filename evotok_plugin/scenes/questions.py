@@ -139,6 +139,11 @@ def sample_question(scene: Scene, rng: np.random.Generator, shares: Mapping[str,
             return question
 
 
+def sample_relation_question(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Sample a question of the category "relation", or none if the scene has no two objects that it could ask about."""
+    return _relation_question(scene, rng)
+
+
 def options(question: Question, rng: np.random.Generator) -> tuple[list[str], str]:
     """Up to four options in random order, and the letter of the correct one."""
     wrong = rng.permutation(question.distractors)[: len(OPTION_LETTERS) - 1].tolist()

@@ -4,9 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evotok_plugin.scenes.captions import description, places, prompt_record, rich_prompt
+from evotok_plugin.scenes.captions import description, places, prompt_record, rich_prompt, with_article
 from evotok_plugin.scenes.other_topics import drawing_request, other_topic_turns
-from evotok_plugin.scenes.questions import TRAINING_SHARES, multiple_choice, options, sample_question
+from evotok_plugin.scenes.questions import (
+    TRAINING_SHARES,
+    Question,
+    multiple_choice,
+    options,
+    sample_question,
+    sample_relation_question,
+)
 from evotok_plugin.scenes.scene import SKILLS, Scene, sample_scene
 
 DESCRIBE_PROMPT = "Describe the image."
@@ -15,6 +22,7 @@ SHAPES_FIRST_PROMPT = "List shape, color and place."
 # The instruction by which a model judges its own drawings (`llava_ext.generation.reading_score`).
 WRITE_PROMPT = "Write a prompt for this image."
 _MULTIPLE_CHOICE = 0.2  # share of the questions
+_RELATION_CHOICES = 0.3  # the same share of the relation questions
 _OTHER_TOPIC = 0.1  # share of the images that are also asked something outside the domain
 
 
@@ -47,12 +55,15 @@ def question_turns(scene: Scene, rng: np.random.Generator, num_questions: int) -
     pairs: dict[str, str] = {}
     for _ in range(num_questions):
         question = sample_question(scene, rng, TRAINING_SHARES)
-        if rng.random() < _MULTIPLE_CHOICE:
-            text = multiple_choice(question.text, options(question, rng)[0])
-        else:
-            text = question.text
-        pairs.setdefault(text, question.answer)
+        pairs.setdefault(_form(question, rng, _MULTIPLE_CHOICE), question.answer)
     return list(pairs.items())
+
+
+def _form(question: Question, rng: np.random.Generator, multiple_choice_share: float) -> str:
+    """The text of a question, with options in a share of the cases."""
+    if rng.random() < multiple_choice_share:
+        return multiple_choice(question.text, options(question, rng)[0])
+    return question.text
 
 
 def question_records(scene: Scene, name: str, num_questions: int, rng: np.random.Generator) -> list[dict]:
@@ -92,6 +103,31 @@ def places_records(scene: Scene, name: str, rng: np.random.Generator) -> list[di
     shape_first = bool(rng.random() < 0.5)
     prompt = SHAPES_FIRST_PROMPT if shape_first else PLACES_PROMPT
     return [_record(name, "places", _turns((f"<image>\n{prompt}", places(scene, rng, shape_first))))]
+
+
+def relation_records(scene: Scene, name: str, rng: np.random.Generator) -> list[dict]:
+    """Up to two records of a question each about how two objects lie relative to each other.
+
+    It is the hardest kind of question for a small model: it has to find two objects and to compare their places.
+    """
+    records = []
+    for n in range(2):
+        question = sample_relation_question(scene, rng)
+        if question is not None:
+            turns = _turns((f"<image>\n{_form(question, rng, _RELATION_CHOICES)}", question.answer))
+            records.append(_record(name, f"relation-{n}", turns))
+    return records
+
+
+def single_records(scene: Scene, name: str) -> list[dict]:
+    """A record that draws the image of a single object from its color and shape, or none for several objects.
+
+    From these drawings a model learns which codes the words stand for. Prompts of several objects teach that much more
+    slowly: at each position, a word then matters only if its object is the one that is drawn there.
+    """
+    if len(scene.objects) != 1:
+        return []
+    return [_record(name, "single", _turns((f"a photo of {with_article(scene.objects[0].kind)}", "<image>")))]
 
 
 def mixed_records(scene: Scene, name: str) -> list[dict]:

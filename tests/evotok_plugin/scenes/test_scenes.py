@@ -72,6 +72,8 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         "pretrain.json",
         "questions.json",
         "places.json",
+        "relations.json",
+        "single.json",
         "mixed.json",
         "interleaved.json",
         "other.json",
@@ -81,11 +83,30 @@ def test_the_corpus_depends_only_on_its_seed(tmp_path):
         assert read("a", file) == read("b", file) != read("c", file)
     kinds = {
         file: [record["id"].split("-", 1)[1] for record in json.loads(read("a", file))]
-        for file in ("finetune.json", "mixed.json", "places.json")
+        for file in ("finetune.json", "mixed.json", "places.json", "single.json")
     }
     assert kinds["finetune.json"] == ["prompt", "draw", "draw-rich", "draw-asked"] * 6
     assert kinds["mixed.json"] == ["describe", "draw"] * 3
     assert kinds["places.json"] == ["places"] * (4 + 3)  # four of the six skills have several objects
+    assert kinds["single.json"] == ["single"] * 2
+
+
+def test_single_drawings_name_the_object_and_relation_questions_ask_about_two(tmp_path):
+    corpus.write_corpus(tmp_path, num_train=90, num_val=1, seed=3, image_size=8)
+    read = lambda file: json.loads((tmp_path / "train" / file).read_text())  # noqa: E731
+    of_image = {row["image"]: row["conversations"][1]["value"] for row in read("pretrain.json")[::2]}
+    singles = read("single.json")
+    assert len(singles) == 20
+    for row in singles:
+        prompt, drawing = (turn["value"] for turn in row["conversations"])
+        assert of_image[row["image"]].startswith(prompt.removeprefix("a photo of ") + " in the ")
+        assert "," not in of_image[row["image"]] and drawing == "<image>"
+    asked = [row["conversations"] for row in read("relations.json")]
+    assert len(asked) > 60
+    assert all(" relative to the " in question["value"] for question, _ in asked)
+    assert {answer["value"] for _, answer in asked} == set(scenes.RELATIONS)
+    with_options = [question["value"] for question, _ in asked if "\nA. " in question["value"]]
+    assert 0.1 < len(with_options) / len(asked) < 0.5
 
 
 @pytest.mark.parametrize("shape_first", [True, False])
