@@ -7,8 +7,16 @@ from importlib import import_module
 
 from evotok_plugin.common import command_line
 
-DESCRIPTION = "Use a trained model, prepare it for others, or estimate a training run."
+DESCRIPTION = "Train a multimodal model, use it, prepare it for others, or estimate a training run."
+STAGES = {
+    "pretrain": "stage 1: train projectors and image head, the LLM is frozen",
+    "finetune": "stage 2: also train the LLM",
+    "finetune-lora": "stage 2 with LoRA adapters on the LLM",
+    "finetune-qlora": "stage 2 with adapters on a 4-bit LLM",
+    "reinforce": "stage 3: reinforce the drawing by rewards",
+}
 COMMANDS = {
+    **STAGES,
     "draw": "draw images for prompts",
     "chat": "ask about images, and draw",
     "tune-sampling": "search the settings of drawing with a judge, and write the best to a model",
@@ -22,6 +30,10 @@ COMMANDS = {
 
 
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
+    if name in STAGES:
+        from llava_ext.commands import stages
+
+        return stages.add(subparsers, name)
     from llava_ext.commands.options import shared_options
 
     import_module(f"llava_ext.commands.{name.replace('-', '_')}").add(subparsers, shared_options())

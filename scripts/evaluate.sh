@@ -4,5 +4,6 @@
 #   bash scripts/evaluate.sh [--model DIR] [--tasks evotok_understanding geneval ...] [--limit N] [--output DIR]
 # Without arguments: the scene tasks on the newest model. NPROC=8 starts eight processes; EVOTOK_DATA_ROOT is a folder of local data sets.
 set -euo pipefail
+extras=eval
 . "$(dirname "$0")/lib/environment.sh"
 exec python -m eval_tasks.cli run "$@"

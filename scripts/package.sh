@@ -3,6 +3,7 @@
 #   bash scripts/package.sh [FOLDER]      FOLDER: a new folder for both packages; by default a temporary one
 # The libraries are those of the environment that runs the script; only the project comes from the wheel.
 set -euo pipefail
+extras="all dev"
 . "$(dirname "$0")/lib/environment.sh"
 target="${1:-$(mktemp -d)}"
 [ -z "$(ls -A "$target" 2>/dev/null)" ] || { echo "error: $target is not empty; give a new folder" >&2; exit 2; }
@@ -27,7 +28,8 @@ python -c 'import evotok_plugin, sys; sys.exit("checkout" if "site-packages" not
 evotok --version
 evotok-llava draw "a photo of a red circle" -o drawn
 python -m llava_ext.embedded.prepare --workspace work --fast
-python -m llava_ext.training.train --recipe pretrain --workspace work --max_steps 2 --use_cpu true
+evotok-llava pretrain --workspace work --max_steps 2 --use_cpu true
+evotok-llava finetune --workspace work --max_steps 2 --use_cpu true
 python -m lmms_eval --model evotok --tasks geneval_scenes --limit 2 --output_path evaluated
-ls drawn/*.png work/pretrain/model.safetensors evaluated
+ls drawn/*.png work/pretrain/model.safetensors work/finetune/model.safetensors evaluated
 ls "$target"

@@ -1,9 +1,10 @@
 """Scripts of the repository, and the scripts and recipes that the README names."""
 
+import os
 import runpy
 import subprocess
-import sys
-import time
+import venv
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -26,55 +27,48 @@ def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.parametrize("method", ["finetune", "finetune_lora", "finetune_qlora"])
-def test_every_method_has_a_short_script_and_a_recipe(method):
-    lines = (ROOT / "scripts" / f"{method}.sh").read_text().splitlines()
-    assert len(lines) < 10 and lines[-1] == f'train_stage {method} "$@"'
-    values = recipe_values(method, StageConfig, {})
-    assert values.get("lora_enable", False) == (method != "finetune")
-    assert values.get("bits", 16) == (4 if method == "finetune_qlora" else 16)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune_lora", "finetune_qlora", "reinforce"])
+def test_every_stage_has_a_short_script_and_a_recipe(stage):
+    lines = (ROOT / "scripts" / f"{stage}.sh").read_text().splitlines()
+    assert len(lines) < 10 and lines[-1] == f'exec python -m llava_ext.cli {stage.replace("_", "-")} "$@"'
+    if stage.startswith("finetune"):
+        values = recipe_values(stage, StageConfig, {})
+        assert values.get("lora_enable", False) == (stage != "finetune")
+        assert values.get("bits", 16) == (4 if stage == "finetune_qlora" else 16)
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"CUDA_VISIBLE_DEVICES": "0,1,3"}, "3"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
-        ({"CUDA_VISIBLE_DEVICES": "0,-1,2"}, "1"),
-        ({}, "4"),
-        ({"PATH": "/usr/bin:/bin"}, "1"),
-    ],
-)
-def test_the_default_number_of_processes_is_that_of_the_visible_gpus(tmp_path, environment, expected):
-    lister = tmp_path / "nvidia-smi"
-    lister.write_text('#!/bin/sh\nfor n in 0 1 2 3; do echo "GPU $n: NVIDIA (UUID: x)"; done\n')
-    lister.chmod(0o755)
-    script = (ROOT / "scripts" / "lib" / "environment.sh").read_text().rpartition("use_environment\n")[0]
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **environment}
-    shown = subprocess.run(["bash", "-c", f"set -euo pipefail\n{script}\nvisible_gpus"], env=environment, text=True,
-                           capture_output=True, check=True)  # fmt: skip
-    assert shown.stdout.strip() == expected
+def active(folder: Path) -> dict[str, str]:
+    """The environment variables of a user who has activated a virtual environment."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return {**kept, "VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
 
-TORCHRUN = [sys.executable, str(ROOT / "scripts" / "lib" / "torchrun.py"), "--standalone", "--nproc_per_node", "2"]
+def test_a_script_never_installs_into_an_active_environment(tmp_path):
+    venv.create(tmp_path / "own", with_pip=False)
+    before = sorted((tmp_path / "own").rglob("*"))
+    command = ["bash", str(ROOT / "scripts" / "pretrain.sh"), "--help"]
+    ended = subprocess.run(command, env=active(tmp_path / "own"), capture_output=True, text=True)
+    assert ended.returncode == 2 and not ended.stdout
+    first, install, _ = ended.stderr.splitlines()
+    assert first.startswith(f"error: the active environment {tmp_path / 'own'} lacks evotok")
+    assert install.split() == ["python", "-m", "pip", "install", "-c", f"'{ROOT}/constraints.txt'", "-e",
+                               f"'{ROOT}[train]'"]  # fmt: skip
+    assert sorted((tmp_path / "own").rglob("*")) == before
 
 
-def test_torchrun_returns_the_exit_code_of_a_failed_process(tmp_path):
-    (tmp_path / "job.py").write_text("import sys\nsys.exit(2)\n")
-    ended = subprocess.run([*TORCHRUN, str(tmp_path / "job.py")], capture_output=True, text=True)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+def test_what_an_environment_lacks_is_listed(monkeypatch):
+    lacking = runpy.run_path(str(ROOT / "scripts" / "lib" / "missing.py"))["missing"]
+    known = lacking.__globals__["version"]
 
+    def version(name):
+        if name == "deepspeed":
+            raise PackageNotFoundError(name)
+        return "1.0" if name == "peft" else known(name)
 
-def test_torchrun_that_is_terminated_returns_the_exit_code_of_its_processes(tmp_path):
-    job = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-    (tmp_path / "job.py").write_text(job + f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(3600)\n")
-    running = subprocess.Popen([*TORCHRUN, str(tmp_path / "job.py")], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "up").exists():
-        assert running.poll() is None
-        time.sleep(0.05)
-    running.terminate()
-    _, errors = running.communicate(timeout=900)
-    assert running.returncode == 143 and "Traceback" not in errors
+    monkeypatch.setitem(lacking.__globals__, "version", version)
+    assert sorted(one[:9] for one in lacking({"train"})) == ["deepspeed", "peft<0.22"]
+    assert lacking({"demo"}) == [] == lacking(set())
+    assert len(lacking({"all"})) == 2
 
 
 def test_the_readme_names_only_scripts_and_recipes_that_exist():

@@ -38,7 +38,6 @@ BLOCKS = {
 # Programs that do not run here, by their first words, with the reason.
 NOT_RUN = {
     "pip install": "downloads torch and the other dependencies",
-    "python -m pip install": "the same, by the scripts",
     "evotok-llava demo": "a server that runs until it is stopped (tests/llava_ext/serving starts it)",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",
@@ -75,9 +74,11 @@ SMALLER = {
 _STAGE = "--max_steps 1 --per_device_train_batch_size 1 --report_to none"
 _TOKENIZER = "--max_steps 1 --batch_size 4 --kmeans_images 0 --val_images 2 --num_workers 0 --report_to none"
 ADDED = {
-    "llava_ext.training.train": _STAGE,
-    "llava_ext.training.reinforcement.train": f"{_STAGE} --prompts_per_step 2 --drawings_per_prompt 2 "
-    "--evaluation_prompts 2",
+    "evotok-llava pretrain": _STAGE,
+    "evotok-llava finetune": _STAGE,
+    "evotok-llava finetune-lora": _STAGE,
+    "evotok-llava finetune-qlora": _STAGE,
+    "evotok-llava reinforce": f"{_STAGE} --prompts_per_step 2 --drawings_per_prompt 2 --evaluation_prompts 2",
     "evotok train": _TOKENIZER,
     "evotok encode": "--batch_size 8 --num_workers 0",
     "evotok evaluate": "--batch_size 8 --num_workers 0",
@@ -91,9 +92,9 @@ ADDED = {
 }
 # The same for recipes with models that are too large, or downloaded, and that expect a GPU.
 ADDED_TO_RECIPE = {
-    ("llava_ext.training.train", "paper"): "--model_name_or_path Qwen2.5-7B-Instruct --head_hidden_size 32 "
+    ("evotok-llava pretrain", "paper"): "--model_name_or_path Qwen2.5-7B-Instruct --head_hidden_size 32 "
     "--head_num_layers 2 --head_num_heads 2 --use_cpu true",
-    ("llava_ext.training.train", "paper_finetune"): "--use_cpu true",
+    ("evotok-llava finetune", "paper_finetune"): "--use_cpu true",
     ("evotok train", "base"): "--preset tiny --teacher siglip2 --lpips_weight 0",
     ("evotok train", "paper"): "--preset tiny --teacher siglip2 --lpips_weight 0",
 }

@@ -44,7 +44,8 @@ def run(
 
     Args:
         parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
-            given. If it sets `takes_rest`, unknown flags are passed as `rest`; otherwise they are an error.
+            given. If it sets `takes_rest`, unknown flags and `--debug` are passed as `rest`; without it, unknown flags
+            are an error.
         argv: the command-line arguments, by default `sys.argv[1:]`.
         work: replaces the parser's `run`.
         stopped: the line shown after Ctrl-C, SIGTERM or SIGHUP.
@@ -87,6 +88,7 @@ def exit_without(extra: str) -> None:
     A module that is started with `python -m` and imports libraries of an extra calls it before these imports, which
     would fail with a traceback.
     """
+    _quiet_loggers()
     try:
         require_extra(extra, "this command")
     except UserError as error:
@@ -214,9 +216,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | No
     arguments, rest = parser.parse_known_args(argv)
     values = vars(arguments)
     flags = values.pop("flags")
-    values.pop("debug")
+    debug = values.pop("debug")
     if values.pop("takes_rest", False):
-        arguments.rest = rest
+        arguments.rest = [*rest, *(["--debug"] if debug else [])]
     else:
         reject_unknown_flags(rest, flags)
     return arguments, work or values.pop("run")
@@ -234,12 +236,19 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 def _quiet_libraries(needs_torchvision: bool) -> None:
     """Hide warnings and progress bars of libraries that a user cannot act on."""
+    _quiet_loggers()
     transformers: Any = import_module("transformers") if needs_torchvision else _transformers_without_torchvision()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # accelerate, on every start
     warnings.formatwarning = _one_line
+
+
+def _quiet_loggers() -> None:
+    """Hide what libraries log while they are imported, before any logging is configured."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel for CPUs that it could download
 
 
 def _one_line(message: Warning | str, *place: Any, **line: Any) -> str:

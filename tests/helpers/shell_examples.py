@@ -23,14 +23,14 @@ from llava_ext import cli as llava_cli
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {"evotok": tokenizer_cli.main, "evotok-llava": llava_cli.main, "evotok-eval": eval_cli.main}
 RECORDED = (*PROGRAMS, "lmms-eval", "python", "torchrun", "deepspeed", "pip", "srun", "scontrol")
-# Writes the number of words and the words, each followed by a zero byte. `python -c` occurs only in the scripts, which
-# ask for the environment's folder. Of a cluster, `srun` starts its command, and `scontrol` prints the first node.
+# Writes the number of words and the words, each followed by a zero byte. The scripts ask what the environment lacks:
+# nothing. Of a cluster, `srun` starts its command, and `scontrol` prints the first node.
 RECORDER = """#!/bin/bash
 name="${0##*/}"
 case "$name $1" in
   "srun "*) exec "$@" ;;
   "scontrol "*) echo host0; exit ;;
-  "python -c") echo "$RECORD_FOLDER"; exit ;;
+  "python "*/scripts/lib/missing.py) exit ;;
 esac
 printf '%s\\0' "$(($# + 1))" "$name" "$@" >> "$RECORD_FOLDER/calls"
 """
@@ -61,12 +61,13 @@ def without_launcher(words: Sequence[str]) -> list[str]:
 
     torchrun's own parser checks its flags.
     """
-    is_script = words[0] == "python" and words[1].endswith("scripts/lib/torchrun.py")
-    if words[0] != "torchrun" and not is_script:
+    if words[:3] == ["python", "-m", "evotok_plugin.common.launcher"]:
+        return ["python", "-m", *words[3:]]
+    if words[0] != "torchrun":
         return list(words)
     from torch.distributed.run import get_args_parser
 
-    launched = get_args_parser().parse_args(words[2 if is_script else 1 :])
+    launched = get_args_parser().parse_args(words[1:])
     assert launched.module, words
     return ["python", "-m", launched.training_script, *launched.training_script_args]
 
@@ -86,6 +87,7 @@ def run_here(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     program, *arguments = words
     with monkeypatch.context() as patched:
         patched.setattr("sys.stdin", io.StringIO())
+        patched.setattr("llava_ext.commands.stages.start", lambda module, flags: import_module(module).main(flags))
         if program in PROGRAMS:
             return PROGRAMS[program](arguments)
         if program == "lmms-eval":
