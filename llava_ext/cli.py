@@ -20,6 +20,7 @@ COMMANDS = {
     "draw": "draw images for prompts",
     "chat": "ask about images, and draw",
     "tune-sampling": "search the settings of drawing with a judge, and write the best to a model",
+    "serve": "serve a model over HTTP, with the interface of OpenAI's API",
     "demo": "open a web page to chat, draw and watch an image evolve",
     "convert": "convert research adapters into a model folder",
     "merge": "merge a LoRA or QLoRA adapter into the model it was trained on",

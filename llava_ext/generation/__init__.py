@@ -1,8 +1,9 @@
 """Answers: text, images drawn through the image head, and both in one document."""
 
+from llava_ext.generation.answer_options import AnswerOptions
 from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
 from llava_ext.generation.images import ImageGenerationMixin
-from llava_ext.generation.interleaved import AnswerOptions, InterleavedGenerationMixin
+from llava_ext.generation.interleaved import InterleavedGenerationMixin
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.reading_score import PromptReader, ReadingJudge, ReadingScores
 from llava_ext.generation.selection import Candidate, Choice

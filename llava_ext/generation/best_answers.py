@@ -1,6 +1,7 @@
 """Answers that are one image each, selected among several candidates."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,13 +17,13 @@ _CANDIDATES_PER_BATCH = 16  # of each conversation
 
 
 def best_answers(
-    run: Callable[[dict[str, Tensor], list[int]], Iterator[Event]],
+    run: Callable[[int, list[int]], Iterator[Event]],
     model: ModelInterface,
     processor: EvoTokLlavaProcessor,
-    inputs: dict[str, Tensor],
     seeds: list[int],
     best_of: int,
     prompts: Sequence[str] | None,
+    lock: AbstractContextManager[None] | None = None,
 ) -> Iterator[Event]:
     """Yield the events of answers; with `best_of` above 1, of the best of that many candidates of each.
 
@@ -30,17 +31,18 @@ def best_answers(
     those of the first candidate of each batch of candidates.
 
     Args:
-        run: yields the events of the answers to inputs (rows, ...), one seed per row.
-        inputs: one row per conversation.
+        run: yields the events of the answers of that many rows per conversation, the rows of a conversation together,
+            from one seed per row.
         seeds: of the conversations; candidate 0 has this seed, further ones that of `candidate_seed`.
         best_of: above 1, each answer must be one image.
         prompts: for `best_of` above 1, what the image of each conversation should show: candidates are scored for it.
+        lock: held while the model scores candidates.
 
     Raises:
         UserError: a prompt is missing or empty.
     """
     if best_of == 1:
-        yield from run(inputs, seeds)
+        yield from run(1, seeds)
         return
     wanted = [] if prompts is None else list(prompts)
     if len(wanted) != len(seeds) or not all(prompt.strip() for prompt in wanted):
@@ -54,7 +56,7 @@ def best_answers(
     for first in range(0, best_of, _CANDIDATES_PER_BATCH):
         numbers = range(first, min(first + _CANDIDATES_PER_BATCH, best_of))
         row_seeds = [candidate_seed(seed, number) for seed in seeds for number in numbers]
-        for event in run(model.expand_rows(inputs, len(numbers)), row_seeds):
+        for event in run(len(numbers), row_seeds):
             row, place = divmod(event.row, len(numbers))
             if isinstance(event, ImageDrawn):
                 drawn[row, numbers[place]] = event
@@ -66,7 +68,9 @@ def best_answers(
                 yield replace(event, row=row)
     candidates = candidates_for(wanted, seeds, best_of)
     codes = torch.stack([drawn[one.image, one.number].codes for one in candidates])
-    for choice in selector.add(candidates, codes):
+    with lock or nullcontext():
+        choices = selector.add(candidates, codes)
+    for choice in choices:
         best = (choice.candidate.image, choice.candidate.number)
         yield replace(drawn[best], row=best[0], choice=choice)
         yield Finished(best[0], ids[best])

@@ -67,6 +67,17 @@ class SlotLayer(CacheLayerMixin):
         """Keep the rows (G',) in this order; a row can be repeated."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def resize(self, num_filled: int, num_free: int) -> None:
+        """Move the filled slots so that there are `num_filled` of them, dropping or adding slots on the left, and
+        `num_free` slots after them."""
+        kept = min(self.num_filled, num_filled)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], num_filled + num_free, old.shape[-1])
+            new[:, :, num_filled - kept : num_filled] = old[:, :, self.num_filled - kept : self.num_filled]
+            setattr(self, name, new)
+        self.num_filled, self.num_slots = num_filled, num_filled + num_free
+
 
 class SlotCache(Cache):
     """The cache of a language model whose layers all use full attention."""
@@ -91,8 +102,13 @@ class SlotCache(Cache):
         for layer in self.slot_layers:
             layer.select_rows(rows)
 
+    def resize(self, num_filled: int, num_free: int) -> None:
+        """Resize every layer, see `SlotLayer.resize`."""
+        for layer in self.slot_layers:
+            layer.resize(num_filled, num_free)
+
     def add_rows(self, other: "SlotCache", num_rows: int) -> None:
-        """Append `num_rows` copies of the single row of another cache, aligned to the last filled slot.
+        """Append the rows of another cache, or `num_rows` copies of its single row, aligned to the last filled slot.
 
         Raises:
             ValueError: the other cache has more filled slots.

@@ -51,10 +51,12 @@ class ImageDrawn:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer in `row` is complete: its new ids (T,), made of text, delimiters and residual tokens."""
+    """The answer in `row` is complete: its new ids (T,), made of text, delimiters and residual tokens, and the number
+    of ids of its prompt."""
 
     row: int
     ids: Tensor
+    num_prompt_ids: int = 0
 
 
 Event = TextDelta | ImageStarted | ImagePreview | ImageDrawn | Finished

@@ -57,7 +57,7 @@ class ImageHeadStepper(ABC):
         """Embed the codes (R, codes_per_step) of a step as input of the language model, (R, D).
 
         Args:
-            position: a number or a tensor of one.
+            position: a number, or a tensor of one or of R.
         """
 
 

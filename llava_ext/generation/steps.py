@@ -75,8 +75,29 @@ class Steps:
         self.hidden, self._mask = self.hidden[index], self._mask[index]
         self._next_position_ids = self._next_position_ids[index]
 
+    @property
+    def longest(self) -> int:
+        """The number of filled slots that the longest row uses, with those after its first."""
+        used = self._mask[:, : self.taken].any(dim=0)
+        return self.taken - int(used.int().argmax())
+
+    def resize(self, taken: int, num_free: int) -> None:
+        """Make room: `taken` filled slots, of which rows use the last ones, and `num_free` free slots.
+
+        Raises:
+            ValueError: a row uses more slots than `taken`.
+        """
+        if taken < self.longest:
+            raise ValueError(f"a row uses {self.longest} slots, more than {taken}")
+        self._cache.resize(taken, num_free)
+        mask = self._mask.new_zeros(self.num_rows, taken + num_free)
+        kept = min(self.taken, taken)
+        mask[:, taken - kept : taken] = self._mask[:, self.taken - kept : self.taken]
+        self._mask, self.taken = mask, taken
+
     def add_rows(self, other: "Steps", num_rows: int) -> None:
-        """Append `num_rows` copies of the single row of `other`, aligned to the last step of the rows here."""
+        """Append the rows of `other`, or `num_rows` copies of its single row, aligned to the last step of the rows
+        here."""
         self._cache.add_rows(other._cache, num_rows)
         self._mask = torch.cat([self._mask, self._shifted_mask(other).expand(num_rows, -1)])
         self.hidden = torch.cat([self.hidden, other.hidden.expand(num_rows, -1)])
@@ -85,14 +106,14 @@ class Steps:
     def restart_row(self, row: int, other: "Steps") -> None:
         """Replace the state of a row by that of the single row of `other`."""
         self._cache.write_row(row, other._cache)
-        self._mask[row] = self._shifted_mask(other)
+        self._mask[row] = self._shifted_mask(other)[0]
         self.hidden[row] = other.hidden[0]
         self._next_position_ids[row] = other._next_position_ids[0]
 
     def _shifted_mask(self, other: "Steps") -> Tensor:
-        """Align the mask (S,) of the single row of `other` to the last step of the rows here."""
-        mask = torch.zeros_like(self._mask[0])
-        mask[self.taken - other.taken : self.taken] = other._mask[0, : other.taken]
+        """Align the masks (rows, S) of `other` to the last step of the rows here."""
+        mask = self._mask.new_zeros(other.num_rows, self._mask.shape[1])
+        mask[:, self.taken - other.taken : self.taken] = other._mask[:, : other.taken]
         return mask
 
 

@@ -1,80 +1,171 @@
-"""Answers to several visitors: requests that wait for the model are generated in one batch."""
+"""Answers to several visitors: one batch of rows that requests join and leave while it is being generated."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from evotok_plugin.errors import UserError
 from llava_ext.generation import AnswerOptions, Event
-from llava_ext.generation.events import Finished
+from llava_ext.generation.answer_settings import text_settings
+from llava_ext.generation.answers import Answers
+from llava_ext.generation.best_answers import best_answers
+from llava_ext.generation.evaluation_view import evaluation_view
+from llava_ext.generation.events import Finished, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 _STOP_INTERVAL_S = 0.2  # within which a stopped request that waits is noticed
 
 
+class Busy(UserError):
+    """Too many requests wait for the model."""
+
+
+class _Stopped(Exception):
+    """The caller has stopped a request."""
+
+
+class FairLock:
+    """A lock whose holders take turns in the order in which they asked.
+
+    With a `threading.Lock`, a thread that releases it and takes it again at once keeps all others out.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next_ticket = self._served = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+            self._changed.wait_for(lambda: self._served == ticket)
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._served += 1
+            self._changed.notify_all()
+
+
 @dataclass(eq=False)
 class _Request:
-    """A conversation to answer, and the queue of its events; None ends the queue, an exception is raised."""
+    """Rows of one conversation, one per seed, and the queue of their events; None ends the queue, an exception is
+    raised."""
 
     conversation: list[dict[str, Any]]
-    prompt: str
     options: AnswerOptions
-    seed: int
+    seeds: list[int]
     events: SimpleQueue[Event | Exception | None] = field(default_factory=SimpleQueue)
+    left: int = 0  # rows that are not finished
     is_cancelled: bool = False
 
 
+@dataclass
+class Counts:
+    """What has been generated since the start: requests with their errors, steps of the model with their rows, images
+    and pieces of text."""
+
+    requests: int = 0
+    errors: int = 0
+    steps: int = 0
+    rows: int = 0
+    images: int = 0
+    texts: int = 0
+
+
 class AnswerBatches:
-    """Generates answers in a thread of its own: one batch at a time, of the waiting requests with the same options.
+    """Generates answers in a thread of its own. A request joins the batch at the next step of the model and leaves it
+    when its answer is complete, whatever the others do and whatever their options are (continuous batching).
 
     An answer depends only on its own conversation, seed and options. A request that fails, for example because its
     conversation is too long, fails alone.
 
     Args:
-        max_rows: rows of the largest batch; a request takes one per candidate.
+        max_rows: rows of the batch; a request takes one per candidate. One that needs more waits until it is alone.
+        max_waiting: requests that can wait for rows; None for any number.
 
     Attributes:
-        model_lock: held while the model computes; other users of the model take it too.
+        model_lock: held during every step of the model; other users of the model take it too.
+        counts: of everything since the start.
     """
 
     def __init__(
-        self, model: EvoTokLlavaForConditionalGeneration, processor: EvoTokLlavaProcessor, max_rows: int
+        self,
+        model: EvoTokLlavaForConditionalGeneration,
+        processor: EvoTokLlavaProcessor,
+        max_rows: int,
+        max_waiting: int | None = None,
     ) -> None:
-        self.model_lock = threading.Lock()
-        self._model, self._processor, self._max_rows = model, processor, max_rows
+        self.model_lock, self.counts = FairLock(), Counts()
+        self._model, self._processor, self._max_rows, self._max_waiting = model, processor, max_rows, max_waiting
         self._lock = threading.Lock()  # protects the two attributes below
         self._waiting: list[_Request] = []
         self._is_working = False
+        self._answers: Answers | None = None  # this and the following are used by the working thread only
+        self._active: dict[int, tuple[_Request, int]] = {}  # requests, and their rows, by numbers of `_answers`
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests that wait for rows."""
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """The number of rows that are being generated."""
+        return len(self._active)
 
     def stream(
         self,
         conversation: list[dict[str, Any]],
         prompt: str,
         options: AnswerOptions,
-        seed: int,
+        seed: int | Sequence[int],
         is_stopped: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Event]:
-        """Yield the events of an answer, whose `row` is 0.
+    ) -> Generator[Event, None, None]:
+        """Yield the events of an answer, whose `row` is 0, or of one answer per seed.
 
         Args:
             conversation: Hugging Face messages that end with the user's.
             prompt: what an image should show, for `options.best_of`.
             is_stopped: asked regularly; the events end when it is true.
+
+        Raises:
+            Busy: too many requests wait.
+            UserError: the conversation leaves no room for an answer, or an option does not fit the model.
         """
-        request = _Request(conversation, prompt, options, seed)
+        self.counts.requests += 1
+
+        def run(_: int, seeds: list[int]) -> Iterator[Event]:
+            for event in self._stream_rows(_Request(conversation, options, seeds)):
+                if event is not None:
+                    yield event
+                if is_stopped():
+                    raise _Stopped
+
+        wanted = [seed] if isinstance(seed, int) else list(seed)
+        prompts = [prompt] * len(wanted)
+        with suppress(_Stopped):
+            yield from best_answers(
+                run, self._model, self._processor, wanted, options.best_of, prompts, self.model_lock
+            )
+
+    def _stream_rows(self, request: _Request) -> Iterator[Event | None]:
+        """Yield the events of a request, and None now and then while there is none."""
         with self._lock:
+            if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+                raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)
             if not self._is_working:
                 self._is_working = True
                 threading.Thread(target=self._work).start()  # a daemon would crash in PyTorch when Python exits
         try:
-            while not is_stopped():
+            while True:
                 try:
                     event = request.events.get(timeout=_STOP_INTERVAL_S)
                 except Empty:
+                    yield None
                     continue
                 if event is None:
                     return
@@ -84,51 +175,99 @@ class AnswerBatches:
         finally:
             request.is_cancelled = True
 
+    # The working thread --------------------------------------------------------------------------------------
+
     def _work(self) -> None:
-        """Answer batch after batch, until no request waits or Python exits."""
+        """Step until no request waits and no answer is in progress, or Python exits."""
         while threading.main_thread().is_alive():
             with self.model_lock:
-                batch = self._next_batch()
-                if not batch:
+                self._drop_cancelled()
+                self._admit_waiting()
+                if self._active:
+                    self._step()
+                    continue
+            with self._lock:
+                if not self._waiting:
+                    self._is_working = False
                     return
-                self._answer(batch)
 
-    def _next_batch(self) -> list[_Request]:
+    def _drop_cancelled(self) -> None:
+        for number, (request, _) in list(self._active.items()):
+            if request.is_cancelled:
+                assert self._answers is not None
+                self._answers.drop(number)
+                del self._active[number]
+
+    def _admit_waiting(self) -> None:
+        """Move requests from the queue into the batch, in their order, as far as there are rows."""
         with self._lock:
-            waiting = [request for request in self._waiting if not request.is_cancelled]
-            limit = max(1, self._max_rows // waiting[0].options.best_of) if waiting else 0
-            batch = [request for request in waiting if request.options == waiting[0].options][:limit]
-            self._waiting = [request for request in waiting if request not in batch]
-            self._is_working = bool(batch)
-            return batch
+            self._waiting = [request for request in self._waiting if not request.is_cancelled]
+            admitted: list[_Request] = []
+            taken = len(self._active)
+            for request in self._waiting:
+                if taken and taken + len(request.seeds) > self._max_rows:
+                    break
+                admitted.append(request)
+                taken += len(request.seeds)
+            self._waiting = self._waiting[len(admitted) :]
+        if admitted:
+            self._admit(admitted)
 
-    def _answer(self, batch: Sequence[_Request]) -> None:
-        has_started = False
+    def _admit(self, requests: Sequence[_Request]) -> None:
         try:
-            with closing(self._events(batch)) as events:
-                for event in events:
-                    has_started = True
-                    request = batch[event.row]
-                    request.events.put(replace(event, row=0))
-                    if isinstance(event, Finished):
-                        request.events.put(None)
-                    if all(request.is_cancelled for request in batch) or not threading.main_thread().is_alive():
-                        return
-        except Exception as error:  # the thread goes on, and the requests raise the error
-            if len(batch) > 1 and not has_started:
-                for request in batch:
-                    self._answer([request])
+            if self._answers is None:
+                view, settings = evaluation_view(self._model), text_settings(self._model)
+                self._answers = Answers(view, self._processor, settings)
+            rows = [(request, row) for request in requests for row in range(len(request.seeds))]
+            inputs = self._processor.apply_chat_template(
+                [request.conversation for request, _ in rows], add_generation_prompt=True, tokenize=True
+            )
+            inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
+            lengths, settings = inputs["attention_mask"].sum(dim=1).tolist(), text_settings(self._model)
+            options = [
+                request.options.complete(self._model, settings, length)
+                for (request, _), length in zip(rows, lengths, strict=True)
+            ]
+            numbers = self._answers.admit(inputs, options, [request.seeds[row] for request, row in rows])
+        except Exception as error:
+            if len(requests) > 1:
+                for request in requests:
+                    self._admit([request])
                 return
-            for request in batch:
-                request.events.put(error)
-        for request in batch:
-            request.events.put(None)
+            self._fail(requests[0], error)
+            return
+        for request in requests:
+            request.left = len(request.seeds)
+        self._active |= dict(zip(numbers, rows, strict=True))
 
-    def _events(self, batch: Sequence[_Request]) -> Any:
-        conversations = [request.conversation for request in batch]
-        inputs = self._processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True)
-        seeds, prompts = [request.seed for request in batch], [request.prompt for request in batch]
-        return self._model.stream(inputs, self._processor, batch[0].options, seeds, prompts)
+    def _fail(self, request: _Request, error: Exception) -> None:
+        """The thread goes on, and the request raises the error."""
+        self.counts.errors += 1
+        request.events.put(error)
+
+    def _step(self) -> None:
+        assert self._answers is not None
+        self.counts.steps, self.counts.rows = self.counts.steps + 1, self.counts.rows + len(self._active)
+        try:
+            for event in self._answers.step():
+                self._pass_on(event)
+        except Exception as error:  # of the model itself: all rows are lost
+            for request in dict.fromkeys(request for request, _ in self._active.values()):
+                self._fail(request, error)
+            self._active, self._answers = {}, None
+
+    def _pass_on(self, event: Event) -> None:
+        if event.row not in self._active:
+            return  # of an answer that was dropped
+        self.counts.images += isinstance(event, ImageDrawn)
+        self.counts.texts += isinstance(event, TextDelta)
+        request, row = self._active[event.row]
+        request.events.put(replace(event, row=row))
+        if isinstance(event, Finished):
+            del self._active[event.row]
+            request.left -= 1
+            if not request.left:
+                request.events.put(None)
 
 
 class Turns:

@@ -50,7 +50,7 @@ class BodyLimits:
     bytes_per_s: int = 16_384
 
 
-class _Rejected(Exception):
+class Rejected(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -97,11 +97,11 @@ class RequestFilter:
 
         try:
             if len(scope["path"]) + len(scope.get("query_string", b"")) > _MAX_PATH:
-                raise _Rejected(414, f"the path is longer than {_MAX_PATH} characters")
+                raise Rejected(414, f"the path is longer than {_MAX_PATH} characters")
             if scope["method"] in _SAFE_METHODS:
                 await self.app(scope, receive, send_with_headers)
                 return
-            _check_origin(scope)
+            check_origin(scope)
             if scope["path"].rstrip("/").endswith("/upload"):
                 await self._upload(scope, receive, send_with_headers)
             else:
@@ -110,7 +110,7 @@ class RequestFilter:
                 _check_body(bytes(body))
                 await self.app(scope, _replay([bytes(body)], receive), send_with_headers)
             self._after_request()
-        except _Rejected as error:
+        except Rejected as error:
             await _reject(send_with_headers, error)
         except _Disconnected:
             return
@@ -118,12 +118,12 @@ class RequestFilter:
     async def _upload(self, scope: Message, receive: Receive, send: Send) -> None:
         """Receive an upload into a file without a name, then pass it on."""
         if len(scope.get("query_string", b"")) > 2 * _MAX_ID:
-            raise _Rejected(414, "the identifier of the upload is too long")
+            raise Rejected(414, "the identifier of the upload is too long")
         declared = _content_length(scope)
         if declared > self._limits.max_upload:
-            raise _Rejected(413, f"the upload is larger than {self._limits.max_upload} bytes")
+            raise Rejected(413, f"the upload is larger than {self._limits.max_upload} bytes")
         if self._num_uploads >= _MAX_UPLOADS:
-            raise _Rejected(503, "too many uploads at the same time; try again")
+            raise Rejected(503, "too many uploads at the same time; try again")
         reserved = declared or self._limits.max_upload
         self._num_uploads, self._reserved = self._num_uploads + 1, self._reserved + reserved
         try:
@@ -144,7 +144,7 @@ class RequestFilter:
         try:
             await asyncio.to_thread(self._files.make_room, self._reserved)
         except UserError as error:
-            raise _Rejected(507, str(error)) from error
+            raise Rejected(507, str(error)) from error
 
     async def _read(self, receive: Receive, max_bytes: int, store: Callable[[bytes], Any]) -> None:
         """Read a request's body within the limits of size and time."""
@@ -155,13 +155,13 @@ class RequestFilter:
             try:
                 message = await asyncio.wait_for(receive(), min(left, limits.idle_s))
             except TimeoutError:
-                raise _Rejected(408, "the request arrives too slowly") from None
+                raise Rejected(408, "the request arrives too slowly") from None
             if message["type"] != "http.request":
                 raise _Disconnected
             body = message.get("body", b"")
             num_bytes, more = num_bytes + len(body), message.get("more_body", False)
             if num_bytes > max_bytes:
-                raise _Rejected(413, f"the request is larger than {max_bytes} bytes")
+                raise Rejected(413, f"the request is larger than {max_bytes} bytes")
             store(body)
 
 
@@ -199,15 +199,19 @@ def _content_length(scope: Message) -> int:
     return int(given) if given.isdigit() else 0
 
 
-def _check_origin(scope: Message) -> None:
-    """Reject a request that a page of another origin has sent; programs other than browsers send neither header."""
+def check_origin(scope: Message) -> None:
+    """Check that no page of another origin has sent a request; programs other than browsers send neither header.
+
+    Raises:
+        Rejected: such a page has.
+    """
     headers = [(name.lower(), value) for name, value in scope["headers"]]
     hosts = {value.decode("latin-1").lower() for name, value in headers if name == b"host"}
     for name, value in headers:
         is_foreign_site = name == b"sec-fetch-site" and value.lower() not in _OWN_SITES
         is_foreign_origin = name == b"origin" and {_host_of(value)} != hosts
         if is_foreign_site or is_foreign_origin:
-            raise _Rejected(403, "requests from pages of other origins are rejected")
+            raise Rejected(403, "requests from pages of other origins are rejected")
 
 
 def _host_of(origin: bytes) -> str:
@@ -226,14 +230,14 @@ def _check_body(body: bytes) -> None:
     if isinstance(values, dict):
         for name in ("session_hash", "event_id"):
             if values.get(name) is not None and not (isinstance(values[name], str) and len(values[name]) <= _MAX_ID):
-                raise _Rejected(400, f"{name}: expected a text of up to {_MAX_ID} characters")
+                raise Rejected(400, f"{name}: expected a text of up to {_MAX_ID} characters")
     if any(
         str(file.get("path", "")).lower().startswith(("http:", "https:", "data:"))
         or str(file.get("url", "")).lower().startswith("data:")
         or ("path" in file and file.get("meta") != _FILE_META)  # without it, gradio does not check the path
         for file in _files(values)
     ):
-        raise _Rejected(400, "files must be uploaded, not given by a URL")
+        raise Rejected(400, "files must be uploaded, not given by a URL")
 
 
 def _files(values: Any) -> Iterator[dict[str, Any]]:
@@ -249,7 +253,7 @@ def _files(values: Any) -> Iterator[dict[str, Any]]:
             waiting += value
 
 
-async def _reject(send: Send, error: _Rejected) -> None:
+async def _reject(send: Send, error: Rejected) -> None:
     body = json.dumps({"detail": error.reason, "error": error.reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers.append((b"connection", b"close"))  # the rest of the request is not read

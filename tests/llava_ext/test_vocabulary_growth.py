@@ -10,7 +10,7 @@ from stage_runs import run, run_forked, write_recipe
 from evotok_plugin.errors import UserError
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor
 from llava_ext.assembly import assemble
-from llava_ext.generation.interleaved import AnswerOptions
+from llava_ext.generation import AnswerOptions
 from llava_ext.model_folder import load_model
 
 IN_THE_RANGE = r"tokens in the range .* the first is '<loc1>' with id .* model.resize_token_embeddings"

@@ -1,11 +1,8 @@
 """The page under attack: foreign web sites, full disks, interrupted uploads, slow clients, many sessions."""
 
 import http.client
-import itertools
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,15 +15,13 @@ pytest.importorskip("gradio", reason="the page needs gradio: pip install 'evotok
 import gradio_client
 
 from evotok_plugin.errors import UserError
-from llava_ext.generation import AnswerOptions, TextDelta
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving import page_files, slow_clients
-from llava_ext.serving.answer_batches import AnswerBatches, Turns
+from llava_ext.serving.answer_batches import Turns
 from llava_ext.serving.handlers import DemoLimits
 from llava_ext.serving.page import build_demo, launch_demo
 from llava_ext.serving.page_files import PageFiles
 from llava_ext.serving.request_filter import BodyLimits, RequestFilter
-from llava_ext.serving.session import ChatSession
 from llava_ext.serving.uploads import UploadLimits
 
 TIMEOUT_S = 600  # only ends a test that hangs
@@ -222,74 +217,6 @@ def test_bodies_that_arrive_too_slowly_are_rejected(path, limits):
 # Load ------------------------------------------------------------------------------------------------------------
 
 
-def ask(model, processor, batches, prompt, options, seed):
-    events = ChatSession().ask(model, processor, prompt, [], options, seed, batches and batches.stream)
-    return [event for event in events if hasattr(event, "codes")]
-
-
-def test_waiting_requests_are_answered_in_one_batch_like_single_ones(tiny_mllm, monkeypatch):
-    model, processor = tiny_mllm
-    stream, sizes = type(model).stream, []
-
-    def counted(self, inputs, *arguments):
-        sizes.append(len(inputs["input_ids"]))
-        return stream(self, inputs, *arguments)
-
-    monkeypatch.setattr(type(model), "stream", counted)
-    batches, options = AnswerBatches(model, processor, max_rows=4), AnswerOptions(8, image_first=True)
-    requests = [(f"{number} rings", options, number) for number in range(5)] + [("a ring", AnswerOptions(4, 0), 0)]
-    requests.append(("ring " * 39_000, options, 0))
-    found = {}
-
-    def run(number):
-        try:
-            found[number] = ask(model, processor, batches, *requests[number])
-        except UserError as error:
-            found[number] = str(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(requests))]
-    with batches.model_lock:
-        for thread in threads:
-            thread.start()
-            time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    assert sizes == [4, 2, 1, 1, 1]  # the second batch fails as a whole, and only one of its requests alone
-    assert "shorten the prompt" in found[6] and found[5] == []
-    for number in range(5):
-        (drawn,), (alone,) = found[number], ask(model, processor, None, *requests[number])
-        assert (drawn.codes == alone.codes).all() and drawn.row == 0
-
-
-def test_a_request_that_is_stopped_while_it_waits_is_not_answered(tiny_mllm, monkeypatch):
-    def stream(model, inputs, *arguments):
-        raise AssertionError("nobody waits for this answer")
-
-    monkeypatch.setattr(type(tiny_mllm[0]), "stream", stream)
-    batches = AnswerBatches(*tiny_mllm, max_rows=4)
-    conversation = [{"role": "user", "content": [{"type": "text", "text": "a ring"}]}]
-    with batches.model_lock:
-        assert list(batches.stream(conversation, "a ring", AnswerOptions(4), 0, is_stopped=lambda: True)) == []
-
-
-def test_an_answer_that_nobody_reads_is_given_up(tiny_mllm, monkeypatch):
-    ended = threading.Event()
-
-    def endless(model, *arguments):
-        try:
-            for number in itertools.count():
-                yield TextDelta(0, f" {number}")
-        finally:
-            ended.set()
-
-    monkeypatch.setattr(type(tiny_mllm[0]), "stream", endless)
-    conversation = [{"role": "user", "content": [{"type": "text", "text": "count"}]}]
-    events = AnswerBatches(*tiny_mllm, max_rows=4).stream(conversation, "count", AnswerOptions(4), 0)
-    assert next(events).text == " 0"
-    events.close()
-    assert ended.wait(TIMEOUT_S)
-
-
 def test_a_session_has_one_answer_at_a_time_and_no_state_without_one():
     turns, order = Turns(), []
 
@@ -321,28 +248,3 @@ def test_visitors_at_the_same_time_get_their_own_images(address):
     assert all(len(messages) == 2 for messages in shown)
     images = [Path(messages[-1]["content"][0]["file"]).read_bytes() for messages in shown]
     assert len(set(images)) == 3
-
-
-EXIT = """
-import itertools, sys, threading, time
-from types import SimpleNamespace
-from llava_ext.generation import AnswerOptions, TextDelta
-from llava_ext.serving.answer_batches import AnswerBatches
-
-def stream(*arguments):
-    for number in itertools.count():
-        time.sleep(0.01)
-        yield TextDelta(0, "x")
-
-model = SimpleNamespace(stream=stream)
-batches = AnswerBatches(model, SimpleNamespace(apply_chat_template=lambda *a, **k: None), 1)
-events = batches.stream([], "", AnswerOptions(4), 0)
-next(events)
-sys.exit(3)
-"""
-
-
-@pytest.mark.slow  # imports the libraries
-def test_an_answer_in_progress_ends_when_python_exits():
-    ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert ended.returncode == 3, ended.stderr

@@ -1,0 +1,363 @@
+"""The answers of a batch of conversations, step by step; conversations can join while others are being answered.
+
+Every step of the language model advances all rows, whether a row writes text or draws. While any row draws with
+guidance, each row has an unconditional partner row that has seen only its negative prompt. An answer depends only on
+its own conversation, options and seed, not on the other rows.
+
+B rows, G = B or 2 B, N positions, L levels, D width of the language model.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.generation import LogitsProcessorList
+
+from evotok_plugin.sampling import sample, uniform_noise
+from llava_ext.generation.answer_options import AnswerOptions
+from llava_ext.generation.answer_settings import TextSettings, process_logits
+from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
+from llava_ext.generation.head_steps import stepper_for
+from llava_ext.generation.model_interface import ModelInterface
+from llava_ext.generation.options import DrawingOptions
+from llava_ext.generation.previews import preview
+from llava_ext.generation.steps import Steps, check_room
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+
+_INCOMPLETE_CHARACTER = "\ufffd"
+_KEPT_NEGATIVE_PROMPTS = 16
+
+
+@dataclass(eq=False)
+class _Answer:
+    """State of one answer: it writes text, draws an image, or is done."""
+
+    number: int  # in the events
+    row: int  # of the steps
+    options: AnswerOptions  # complete
+    seed: int
+    noise: torch.Generator
+    prompt: Tensor  # ids (T,)
+    room: int  # steps that it can still take
+    processors: LogitsProcessorList
+    ids: list[int] = field(default_factory=list)
+    num_text_tokens: int = 0
+    words: list[int] = field(default_factory=list)  # text ids since the last image
+    shown: str = ""  # the part of their text that was emitted
+    num_images: int = 0
+    image_noise: Tensor | None = None  # (steps, codes per step) of the image being drawn
+    drawn: list[Tensor] = field(default_factory=list)  # codes (1, l) of its steps
+    must_close: bool = False  # the image is complete, <|image_end|> comes next
+    done: bool = False
+
+    @property
+    def in_image(self) -> bool:
+        return self.image_noise is not None and not self.done
+
+    @property
+    def may_be_guided(self) -> bool:
+        return self.options.drawing.guided and self.options.max_images > 0
+
+
+class Answers:
+    """A batch of answers in progress: `admit` adds conversations, `step` advances all of them."""
+
+    def __init__(self, model: ModelInterface, processor: EvoTokLlavaProcessor, settings: TextSettings) -> None:
+        """
+        Args:
+            model: in evaluation mode.
+        """
+        self._model, self._processor, self._settings = model, processor, settings
+        self._stepper, self._limit = stepper_for(model), model.config.max_positions
+        self._rows: list[_Answer] = []
+        self._steps: Steps | None = None
+        self._negative: OrderedDict[str | None, Steps] = OrderedDict()  # single rows, by their prompts
+        self._num_admitted, self._ends = 0, settings.ends
+        self._filler = self._embed(processor.image_end_id)  # input of rows that are done
+
+    @property
+    def num_active(self) -> int:
+        """The number of answers that are not complete."""
+        return sum(not row.done for row in self._rows)
+
+    @property
+    def _image_steps(self) -> int:
+        """Steps of an image with its delimiters."""
+        return self._stepper.steps_per_image + 2
+
+    # Rows ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def admit(self, inputs: dict[str, Tensor], options: Sequence[AnswerOptions], seeds: Sequence[int]) -> list[int]:
+        """Run conversations through the model, and answer them from the next step on.
+
+        Args:
+            inputs: result of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)`, B rows.
+            options: complete, one per row.
+            seeds: one per row.
+
+        Returns:
+            the number of every row in the events, counted from 0 over all conversations that were admitted.
+
+        Raises:
+            UserError: a conversation leaves no room for an answer; nothing has changed then.
+        """
+        embeddings, mask = self._model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
+        lengths = mask.sum(dim=1).tolist()
+        for length, own in zip(lengths, options, strict=True):
+            check_room(self._model.config.text_config, length + (self._image_steps if own.image_first else 1))
+        prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        new: list[_Answer] = []
+        for own, seed, prompt, length in zip(options, seeds, prompts, lengths, strict=True):
+            number, row = self._num_admitted + len(new), self.num_active + len(new)
+            noise, processors = torch.Generator().manual_seed(seed), self._settings.processors(self._model, len(prompt))
+            new.append(_Answer(number, row, own, seed, noise, prompt, self._room_for(own, length), processors))
+        negative = {prompt: self._run_negative_prompt(prompt) for prompt in self._negative_prompts([*self._rows, *new])}
+        self._drop_done()
+        if self._steps is None:
+            self._start(embeddings, mask, new, negative)
+        else:
+            self._join(Steps(self._model.language_model, embeddings, mask, mask.shape[1]), new, negative)
+        self._num_admitted += len(new)
+        self._rows += new
+        return [row.number for row in new]
+
+    def _room_for(self, options: AnswerOptions, prompt_length: int) -> int:
+        """The steps of the longest answer."""
+        assert options.max_new_tokens is not None
+        wanted = options.max_new_tokens + options.max_images * self._image_steps
+        return wanted if self._limit is None else min(wanted, self._limit - prompt_length)
+
+    @staticmethod
+    def _negative_prompts(rows: Sequence[_Answer]) -> list[str | None]:
+        return list(dict.fromkeys(row.options.drawing.negative_prompt for row in rows if row.may_be_guided))
+
+    def _start(self, embeddings: Tensor, mask: Tensor, new: list[_Answer], negative: dict[str | None, Steps]) -> None:
+        # The prompt of a partner row must fit into the steps before the answer.
+        missing = max(0, max((one.taken for one in negative.values()), default=0) - mask.shape[1])
+        if missing:
+            embeddings = torch.cat([embeddings.new_zeros(len(new), missing, embeddings.shape[2]), embeddings], dim=1)
+            mask = torch.cat([mask.new_zeros(len(new), missing), mask], dim=1)
+        num_slots = mask.shape[1] + max(row.room for row in new)
+        self._steps = Steps(self._model.language_model, embeddings, mask, num_slots)
+
+    def _join(self, joining: Steps, new: list[_Answer], negative: dict[str | None, Steps]) -> None:
+        """Append the new rows to the steps, and a partner to each if the other rows have one."""
+        assert self._steps is not None
+        steps, before, has_partners = self._steps, len(self._rows), self._has_partners
+        taken = max(joining.taken, steps.longest, *(one.taken for one in negative.values()), 0)
+        steps.resize(taken, max(row.room for row in [*self._rows, *new]))
+        steps.add_rows(joining, len(new))
+        if has_partners:
+            steps.add_rows(next(iter(negative.values())), len(new))  # restarted when an image starts
+            first = 2 * before
+            rows = [*range(before), *range(first, first + len(new)), *range(before, first)]
+            steps.select([*rows, *range(first + len(new), first + 2 * len(new))])
+
+    def _drop_done(self) -> None:
+        """Remove the rows of complete answers."""
+        kept = [row.row for row in self._rows if not row.done]
+        if len(kept) == len(self._rows):
+            return
+        if not kept:
+            self._rows, self._steps = [], None
+            return
+        assert self._steps is not None
+        count = len(self._rows)
+        self._steps.select([*kept, *(count + row for row in kept if self._has_partners)])
+        self._rows = [row for row in self._rows if not row.done]
+        for place, row in enumerate(self._rows):
+            row.row = place
+
+    def drop(self, number: int) -> None:
+        """Stop an answer; nothing further is computed for it once other rows join."""
+        for row in self._rows:
+            if row.number == number:
+                row.done = True
+
+    def _run_negative_prompt(self, text: str | None) -> Steps:
+        """Run a single row through a negative prompt, up to where an image would start; the last ones are kept."""
+        if text not in self._negative:
+            prompt = self._processor.drawing_prompts([text]).to(self._model.device)
+            ids, mask = prompt["input_ids"][:, :-1], prompt["attention_mask"][:, :-1]
+            check_room(self._model.config.text_config, ids.shape[1] + self._image_steps)
+            embeddings = self._model.get_input_embeddings()(ids)
+            self._negative[text] = Steps(self._model.language_model, embeddings, mask, ids.shape[1])
+        self._negative.move_to_end(text)
+        while len(self._negative) > max(_KEPT_NEGATIVE_PROMPTS, len(self._rows) + 1):
+            self._negative.popitem(last=False)
+        return self._negative[text]
+
+    def _embed(self, token: int) -> Tensor:
+        return self._model.get_input_embeddings()(torch.tensor([token], device=self._model.device))
+
+    # The loop ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self) -> Iterator[Event]:
+        """Step until all answers are complete, and yield events as they occur."""
+        while self.num_active:
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> Iterator[Event]:
+        """Advance all answers by one step, and yield the events of the step as they occur.
+
+        A step counts once its events are consumed.
+        """
+        # The next input of each row, (1, D); None for rows that are done.
+        next_inputs: list[Tensor | None] = [None] * len(self._rows)
+        yield from self._write_text(next_inputs)
+        yield from self._draw(next_inputs)
+        if not self.num_active:
+            return
+        assert self._steps is not None
+        self._update_partners()
+        embeddings = torch.cat([self._filler if one is None else one for one in next_inputs])
+        self._steps.step(torch.cat([embeddings, embeddings]) if self._has_partners else embeddings)
+        for row in self._rows:
+            row.room -= 1
+
+    @property
+    def _has_partners(self) -> bool:
+        return self._steps is not None and self._steps.num_rows > len(self._rows)
+
+    def _update_partners(self) -> None:
+        """Keep a partner for every row while any row draws with guidance, and restart it where an image starts."""
+        assert self._steps is not None
+        count, drawing = len(self._rows), [row for row in self._rows if row.in_image and row.may_be_guided]
+        if not any(row.may_be_guided for row in self._rows):
+            return
+        if not drawing:
+            self._steps.select(list(range(count)))
+            return
+        if not self._has_partners:
+            self._steps.add_rows(self._run_negative_prompt(drawing[0].options.drawing.negative_prompt), count)
+        for row in drawing:
+            if not row.drawn:
+                partner = self._run_negative_prompt(row.options.drawing.negative_prompt)
+                self._steps.restart_row(count + row.row, partner)
+
+    # Text ----------------------------------------------------------------------------------------------------
+
+    def _write_text(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
+        """Choose the next token of every row that writes text."""
+        rows = [row for row in self._rows if not row.done and not row.in_image]
+        if not rows:
+            return
+        tokens = self._choose(rows)
+        for row, token in zip(rows, tokens, strict=True):
+            row.ids.append(token)
+            next_inputs[row.row] = self._embed(token)
+            if row.must_close:
+                row.must_close = False
+                if row.options.image_first or row.room <= 0:
+                    yield from self._finish(row)
+            elif token == self._processor.image_start_id:
+                yield from self._emit_text(row, last=True)
+                yield ImageStarted(row.number, row.num_images)
+                self._start_image(row)
+            else:
+                yield from self._append_token(row, token)
+
+    def _append_token(self, row: _Answer, token: int) -> Iterator[Event]:
+        row.num_text_tokens += 1
+        ended = token in self._ends
+        if not ended:
+            row.words.append(token)
+        assert row.options.max_new_tokens is not None
+        no_room = row.num_text_tokens >= row.options.max_new_tokens or row.room <= 0
+        yield from self._emit_text(row, last=ended or no_room)
+        if ended or no_room:
+            yield from self._finish(row)
+
+    def _choose(self, rows: list[_Answer]) -> list[int]:
+        """Choose the next token of each row."""
+        assert self._steps is not None
+        hidden = self._steps.hidden[[row.row for row in rows]]
+        logits = self._model.lm_head(hidden).float()
+        for index, row in enumerate(rows):
+            if len(row.processors):
+                ids = torch.cat([row.prompt, row.prompt.new_tensor(row.ids)])
+                logits[index] = process_logits(row.processors, ids, logits[index : index + 1])[0]
+        start = self._processor.image_start_id
+        logits[:, [token for token in self._model.image_token_ids if token != start]] = -torch.inf
+        forced: dict[int, int] = {}
+        for index, row in enumerate(rows):
+            if row.must_close:
+                forced[index] = self._processor.image_end_id
+            elif row.options.image_first and not row.ids:
+                forced[index] = self._processor.image_start_id
+            elif row.num_images >= row.options.max_images or row.room < self._image_steps:
+                logits[index, self._processor.image_start_id] = -torch.inf
+        noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows])
+        for sampling in dict.fromkeys(row.options.text for row in rows):
+            assert sampling is not None
+            same = [index for index, row in enumerate(rows) if row.options.text == sampling]
+            for index, token in zip(same, sample(logits[same], sampling, noise[same]).tolist(), strict=True):
+                forced.setdefault(index, token)
+        return [forced[index] for index in range(len(rows))]
+
+    def _emit_text(self, row: _Answer, last: bool) -> Iterator[Event]:
+        """Emit the new text; an incomplete character waits for its remaining bytes unless this is the `last` call."""
+        text = self._processor.tokenizer.decode(row.words, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one sequence
+        if not last and text.endswith(_INCOMPLETE_CHARACTER):
+            return
+        if len(text) > len(row.shown):
+            yield TextDelta(row.number, text[len(row.shown) :])
+            row.shown = text
+
+    def _finish(self, row: _Answer) -> Iterator[Event]:
+        row.done = True
+        yield Finished(row.number, torch.tensor(row.ids), len(row.prompt))
+
+    # Images --------------------------------------------------------------------------------------------------
+
+    def _start_image(self, row: _Answer) -> None:
+        seed, stepper = row.seed + row.num_images, self._stepper
+        row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._model.device)
+        row.drawn, row.words, row.shown = [], [], ""
+
+    def _draw(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
+        """Run one step of every image; rows are computed together if their settings, levels and guidance are equal,
+        whatever their positions are."""
+        # An image that has just started waits: the language model has not read its <|image_start|> yet.
+        rows = [row for row in self._rows if row.in_image and next_inputs[row.row] is None]
+        groups: dict[tuple[int, DrawingOptions, tuple[float, ...]], list[tuple[_Answer, int]]] = {}
+        for row in rows:  # before any of them is advanced: each row draws once in this call
+            step, drawing = len(row.drawn), row.options.drawing
+            key = (step % self._stepper.steps_per_position, drawing, tuple(self._stepper.scales_at(step, drawing)))
+            groups.setdefault(key, []).append((row, step))
+        for (kind, drawing, scales), together in groups.items():
+            assert self._steps is not None
+            numbers = [row.row for row, _ in together]
+            partners = [len(self._rows) + n for n in numbers] if drawing.guided and self._has_partners else []
+            noise = torch.stack([row.image_noise[step] for row, step in together if row.image_noise is not None])
+            codes = self._stepper.draw(self._steps.hidden[numbers + partners], kind, noise, drawing, scales)
+            positions = torch.tensor([step // self._stepper.steps_per_position for _, step in together])
+            embeddings = self._stepper.embed(codes, kind, positions.to(codes.device))
+            for index, (row, _) in enumerate(together):
+                row.drawn.append(codes[index : index + 1])
+                next_inputs[row.row] = embeddings[index : index + 1]
+                yield from self._after_step(row)
+
+    def _after_step(self, row: _Answer) -> Iterator[Event]:
+        """Emit a preview if one is due, and the image when it is complete."""
+        vision, tower, every = self._model.config.vision_config, self._model.vision_tower, row.options.preview_every
+        drawn, partial_position = divmod(len(row.drawn), self._stepper.steps_per_position)
+        complete = drawn == vision.num_positions
+        if partial_position or not (complete or every and drawn % every == 0):
+            return
+        codes = torch.cat(row.drawn, dim=1).unflatten(1, (-1, vision.pixel_depth))  # (1, p, L)
+        if not complete:
+            image = preview(tower, self._processor, codes)[0]
+            yield ImagePreview(row.number, row.num_images, image, drawn, vision.num_positions)
+            return
+        image = self._processor.image_processor.to_pil(tower.decode_pixels(codes))[0]
+        row.ids += self._processor.vocabulary.to_ids(codes[0]).flatten().tolist()
+        row.image_noise, row.must_close = None, True
+        yield ImageDrawn(row.number, row.num_images, image, codes[0])
+        row.num_images += 1

@@ -1,0 +1,156 @@
+"""Measure the server under load: requests a second and latency for 1, 4 and 16 clients that ask one after another.
+
+    python scripts/benchmark/serving.py [--model FOLDER] [--clients 1 4 16] [--seconds 20] [--threads 1] [--json FILE]
+
+The server runs in a process of its own on this machine, and the clients in this one. Every request draws one image (or
+answers a question about one). One client after the other warms up; the phases are repeated in turn, and the median of
+each is shown. The images of the last phase are compared with those that the model draws without a server.
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from measuring import device_name
+from openai import OpenAI
+from PIL import Image
+
+PROMPTS = ("a photo of a red circle", "a photo of two rings", "a photo of a blue square above a white cross")
+
+
+@contextlib.contextmanager
+def running_server(options: argparse.Namespace) -> Iterator[str]:
+    """Start the server; yields its address."""
+    command = [sys.executable, "-m", "llava_ext.cli", "serve", "--port", "0", "--max_rows", str(options.max_rows)]
+    command += ["--model", options.model] if options.model else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stderr is not None
+            found = next(filter(None, (re.search(r"http://\S+/v1", line) for line in server.stderr)), None)
+            if found is None:
+                sys.exit("the server did not start")
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield found[0]
+        finally:
+            server.terminate()
+
+
+def draw(client: OpenAI, number: int) -> bytes:
+    """Ask for one image."""
+    prompt = PROMPTS[number % len(PROMPTS)]
+    answer = client.images.generate(model="default", prompt=prompt, size="auto", extra_body={"seed": number})
+    return base64.b64decode(answer.data[0].b64_json)
+
+
+def question(picture: str) -> Callable[[OpenAI, int], bytes]:
+    """A request that asks about an image, given as a data URL."""
+    parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Describe the image."}]
+
+    def ask(client: OpenAI, number: int) -> bytes:
+        messages = [{"role": "user", "content": parts}]
+        answer = client.chat.completions.create(model="default", messages=messages, modalities=["text"], max_tokens=32)
+        return answer.choices[0].message.content.encode()
+
+    return ask
+
+
+def load(address: str, work: Callable[[OpenAI, int], bytes], num_clients: int, seconds: float) -> list[float]:
+    """Let clients ask for a time; returns the latency of every request that ended within it."""
+    latencies: list[float] = []
+    ends = time.monotonic() + seconds
+
+    def ask(index: int) -> None:
+        client, number = OpenAI(base_url=address, api_key="none", max_retries=0), index
+        while True:
+            started = time.monotonic()
+            work(client, number)
+            now = time.monotonic()
+            if now > ends:
+                return
+            latencies.append(now - started)
+            number += num_clients
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return latencies
+
+
+def row(latencies: list[float], seconds: float, clients: int, what: str) -> dict:
+    """The figures of a phase."""
+    return {
+        "request": what, "clients": clients, "per_second": len(latencies) / seconds,
+        "median_ms": 1000 * statistics.median(latencies), "p95_ms": 1000 * float(np.quantile(latencies, 0.95)),
+    }  # fmt: skip
+
+
+def check(address: str, model: str | None, number: int) -> bool:
+    """Whether the server draws the image that the model draws alone (up to rounding)."""
+    from llava_ext.model_folder import default_model_folder, load_model
+    from llava_ext.serving.image_files import file_scale
+
+    folder = model or default_model_folder()
+    loaded, processor = load_model(folder)
+    prompt = PROMPTS[number % len(PROMPTS)]
+    (expected,) = loaded.generate_images(prompt, processor, seed=number)
+    scale = file_scale(expected.width)
+    found = Image.open(io.BytesIO(draw(OpenAI(base_url=address, api_key="none"), number))).reduce(scale)
+    return int(np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max()) <= 1
+
+
+def main() -> int:
+    """Measure, and print the rows of the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="numbers of clients (1 4 16)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of every phase (20)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every phase is measured (3)")
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the server (1)")
+    parser.add_argument("--max_rows", type=int, default=16, help="of the server (16)")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    with running_server(options) as address:
+        client = OpenAI(base_url=address, api_key="none")
+        picture = "data:image/png;base64," + base64.b64encode(draw(client, 0)).decode()
+        kinds = {"one image": draw, "one answer": question(picture)}
+        measured: dict[tuple[str, int], list[dict]] = {}
+        for _ in range(options.rounds):
+            for what, work in kinds.items():
+                for clients in options.clients:
+                    latencies = load(address, work, clients, options.seconds)
+                    measured.setdefault((what, clients), []).append(row(latencies, options.seconds, clients, what))
+        equal = check(address, options.model, 1)
+    rows = [sorted(found, key=lambda one: one["per_second"])[len(found) // 2] for found in measured.values()]
+    base = {one["request"]: one["per_second"] for one in rows if one["clients"] == options.clients[0]}
+    print("| request | clients | per second | times the first | median latency | 95 % |")
+    print("|---|---|---|---|---|---|")
+    for one in rows:
+        print(
+            f"| {one['request']} | {one['clients']} | {one['per_second']:.1f} | "
+            f"{one['per_second'] / base[one['request']]:.1f} | {one['median_ms']:.0f} ms | {one['p95_ms']:.0f} ms |"
+        )
+    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
+    print(f"\n{machine}; {options.threads} thread(s); the served image equals the model's own: {equal}")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"rows": rows, "machine": machine, "threads": options.threads, "equal": equal}, file, indent=1)
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

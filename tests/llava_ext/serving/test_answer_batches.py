@@ -1,0 +1,196 @@
+"""Requests that share the batches of one model: joining, leaving, failing and stopping."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from evotok_plugin.errors import UserError
+from llava_ext.generation import AnswerOptions, DrawingOptions, ImageDrawn, TextDelta
+from llava_ext.generation.answers import Answers
+from llava_ext.serving.answer_batches import AnswerBatches, Busy, FairLock
+from llava_ext.serving.session import ChatSession
+
+TIMEOUT_S = 600  # only ends a test that hangs
+IMAGE = AnswerOptions(8, image_first=True)
+
+
+def ask(model, processor, batches, prompt, options, seed):
+    """The text of an answer and the codes of its images."""
+    events = list(ChatSession().ask(model, processor, prompt, [], options, seed, batches and batches.stream))
+    assert all(event.row == 0 for event in events)
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    return text, [event.codes.tolist() for event in events if isinstance(event, ImageDrawn)]
+
+
+def conversation(text):
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+def together(work, arguments):
+    """Run `work` with each arguments in a thread of its own; returns the results or errors, in order."""
+    found = [None] * len(arguments)
+
+    def run(number):
+        try:
+            found[number] = work(*arguments[number])
+        except UserError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The number of active rows in every step."""
+    step, seen = Answers.step, []
+
+    def counted(self):
+        seen.append(self.num_active)
+        return step(self)
+
+    monkeypatch.setattr(Answers, "step", counted)
+    return seen
+
+
+REQUESTS = [
+    ("a ring", IMAGE, 0),
+    ("two rings and a cross", IMAGE, 1),
+    ("a ring", AnswerOptions(3, image_first=True, drawing=DrawingOptions(3.0, negative_prompt="a square")), 2),
+    ("What is a circle?", AnswerOptions(4, 0), 3),
+    ("a square", AnswerOptions(2, image_first=True, drawing=DrawingOptions(2.0, temperature=0.5)), 4),
+    ("a cross", AnswerOptions(2, image_first=True, best_of=3), 5),
+]
+
+
+def test_answers_do_not_depend_on_the_other_requests(tiny_mllm, sizes):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=5)
+    found = together(lambda *request: ask(model, processor, batches, *request), REQUESTS * 2)
+    assert max(sizes) == 5 and batches.counts.rows == sum(sizes) and batches.counts.steps == len(sizes)
+    assert batches.num_active == batches.num_waiting == 0
+    assert found == [ask(model, processor, None, *request) for request in REQUESTS] * 2
+
+
+def test_a_request_joins_while_another_is_drawn_and_leaves_it_undisturbed(tiny_mllm, sizes):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+    first = batches.stream(conversation("a ring"), "", AnswerOptions(8, image_first=True, preview_every=3), 0)
+    next(event for event in first if getattr(event, "positions", 0) == 3)
+    late = ask(model, processor, batches, "a long prompt that has far more words than the first one", IMAGE, 1)
+    drawn = [event.codes.tolist() for event in first if isinstance(event, ImageDrawn)]
+    assert drawn == ask(model, processor, None, *REQUESTS[0])[1]
+    assert late == ask(model, processor, None, "a long prompt that has far more words than the first one", IMAGE, 1)
+
+
+def test_a_conversation_without_room_fails_alone(tiny_mllm):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+    with batches.model_lock:
+        waiting = threading.Thread(target=lambda: time.sleep(0.2))
+        waiting.start()
+    requests = [("a ring", IMAGE, 0), ("ring " * 39_000, IMAGE, 0), ("a cross", IMAGE, 1)]
+    first, failed, last = together(lambda *request: ask(model, processor, batches, *request), requests)
+    assert "shorten the prompt" in str(failed) and batches.counts.errors == 1
+    assert [first, last] == [ask(model, processor, None, *requests[n]) for n in (0, 2)]
+
+
+def test_an_error_of_the_model_reaches_all_requests_and_the_next_ones_are_answered(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+
+    def fail(self):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Answers, "step", fail)
+        for seed in range(2):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                ask(model, processor, batches, "a ring", IMAGE, seed)
+    assert ask(model, processor, batches, *REQUESTS[0]) == ask(model, processor, None, *REQUESTS[0])
+
+
+def test_requests_beyond_the_queue_are_rejected(tiny_mllm):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=1, max_waiting=1)
+    with batches.model_lock:
+        threads = [threading.Thread(target=ask, args=(model, processor, batches, "a ring", IMAGE, 0))]
+        threads[0].start()
+        while not batches.num_waiting:
+            time.sleep(0.01)
+        with pytest.raises(Busy, match="1 requests are waiting already; try again later"):
+            ask(model, processor, batches, "a cross", IMAGE, 0)
+    threads[0].join()
+    assert ask(model, processor, batches, "a cross", IMAGE, 0)[1]
+
+
+def test_a_request_that_is_stopped_while_it_waits_is_not_answered(tiny_mllm, sizes):
+    batches = AnswerBatches(*tiny_mllm, max_rows=4)
+    with batches.model_lock:
+        assert list(batches.stream(conversation("a ring"), "", AnswerOptions(4), 0, is_stopped=lambda: True)) == []
+    while batches._is_working:
+        time.sleep(0.01)
+    assert not sizes
+
+
+def test_an_answer_that_nobody_reads_is_given_up(tiny_mllm, sizes):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+    events = batches.stream(conversation("count"), "", AnswerOptions(500, image_first=True, preview_every=1), 0)
+    next(event for event in events if getattr(event, "positions", 0) == 1)
+    events.close()
+    while batches._is_working:
+        time.sleep(0.01)
+    assert batches.num_active == 0 and batches.counts.images == 0
+
+
+def test_the_lock_is_given_in_the_order_of_asking():
+    lock, order, threads = FairLock(), [], []
+
+    def take(number):
+        for _ in range(3):
+            with lock:
+                order.append(number)
+
+    with lock:
+        for number in range(3):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            while lock._next_ticket < number + 2:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order[:3] == [0, 1, 2] and sorted(order) == sorted([0, 1, 2] * 3)
+
+
+EXIT = """
+import sys, time
+import llava_ext.serving.answer_batches as module
+from types import SimpleNamespace
+from llava_ext.generation import AnswerOptions, TextDelta
+
+class Endless:
+    def step(self):
+        time.sleep(0.01)
+        yield TextDelta(0, "x")
+
+batches = module.AnswerBatches(None, None, 1)
+batches._admit = lambda requests: batches._active.setdefault(0, (requests[0], 0))
+batches._answers = Endless()
+events = batches.stream([], "", AnswerOptions(4), 0)
+next(events)
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow  # imports the libraries
+def test_an_answer_in_progress_ends_when_python_exits():
+    ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert ended.returncode == 3, ended.stderr
