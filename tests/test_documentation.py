@@ -5,6 +5,9 @@ import os
 import re
 import runpy
 import shlex
+import socket
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from evotok_plugin.common.recipes import add_arguments, flags_of
 from evotok_plugin.scenes.scene import render, sample_scene
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from llava_ext import cli as llava_cli
-from llava_ext.model_folder import default_model_folder, load_model
+from llava_ext.model_folder import default_model_folder, load_model, open_model
+from llava_ext.serving.api.requests import ApiLimits
+from llava_ext.serving.api.server import make_server
 from llava_ext.training.config import StageConfig
 from llava_ext.training.reinforcement.config import ReinforceConfig
 
@@ -87,22 +92,38 @@ def workplace(tmp_path_factory, tiny_backbone_folder):
     return place
 
 
+@pytest.fixture
+def server():
+    """A server of the included model; its port."""
+    running = make_server(open_model(default_model_folder()), ApiLimits(), "127.0.0.1", 0, None)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: running.run(sockets=[listening]))
+    thread.start()
+    while not running.started and thread.is_alive():
+        time.sleep(0.05)
+    assert running.started
+    yield str(listening.getsockname()[1])
+    running.should_exit = True
+    thread.join()
+
+
 def examples():
     return [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", examples(), ids=lambda page: page.name)
-def test_python_examples_run(page, workplace, monkeypatch):
+def test_python_examples_run(page, workplace, monkeypatch, request):
     """The blocks of a page run one after another, as a reader types them."""
     monkeypatch.chdir(workplace)
     if page.name == "train_tokenizer.md":
         assert tokenizer_cli.main(["encode", "imagenet/train", "-o", "codes", "--model", "outputs/evotok"]) == 0
     names: dict = {}
+    port = request.getfixturevalue("server") if page.name == "serve.md" else "8000"
     if page.name == "best_of.md":  # continues play.md
         names["model"], names["processor"] = load_model(default_model_folder())
     for block in blocks(page, "python"):
         if not any(needed in block for needed in NEEDS_OTHERS):
-            exec(compile(block, str(page), "exec"), names)
+            exec(compile(block.replace("8000", port), str(page), "exec"), names)
 
 
 def test_the_llava_of_the_example_is_loaded_again(workplace, monkeypatch):

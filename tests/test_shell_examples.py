@@ -38,6 +38,7 @@ BLOCKS = {
 # Programs that do not run here, by their first words, with the reason.
 NOT_RUN = {
     "pip install": "downloads torch and the other dependencies",
+    "evotok-llava serve": "a server (tests/llava_ext/serving/test_api.py starts it)",
     "evotok-llava demo": "a server that runs until it is stopped (tests/llava_ext/serving starts it)",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from evotok_plugin.common.launcher import start
 from evotok_plugin.common.requirements import require_extra
@@ -51,7 +52,6 @@ def run(name: str, recipe: str, flags: Sequence[str]) -> int:
     module = _REINFORCEMENT if name == "reinforce" else _SUPERVISED
     if {"-h", "--help"}.intersection(flags):
         _print_help(name)
-        return 0
     from llava_ext.embedded.prepare import main as prepare  # a command of its own, which prints its errors
 
     code = prepare(["--recipe", recipe, *flags])
@@ -60,7 +60,7 @@ def run(name: str, recipe: str, flags: Sequence[str]) -> int:
     return start(module, ["--recipe", recipe, *flags])
 
 
-def _print_help(name: str) -> None:
+def _print_help(name: str) -> NoReturn:
     from evotok_plugin.common.recipes import add_arguments
 
     if name == "reinforce":
@@ -82,3 +82,4 @@ def _print_help(name: str) -> None:
     )
     add_arguments(parser, schema)
     parser.print_help()
+    parser.exit()
