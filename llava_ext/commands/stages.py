@@ -31,7 +31,7 @@ _EXAMPLES = {
 
 def add(commands: argparse._SubParsersAction, name: str) -> None:
     """Add the command of a stage; all its flags but `--recipe` are those of the training itself."""
-    parser = commands.add_parser(name, add_help=False)
+    parser = commands.add_parser(name, add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default=name.replace("-", "_"))
     parser.set_defaults(takes_rest=True, run=lambda arguments: run(name, arguments.recipe, arguments.rest))
 
