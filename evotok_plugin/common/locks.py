@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from evotok_plugin.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ def lock_bytes(path: Path, what: Path, start: int = 0, length: int = 0) -> IO:
         except OSError as error:
             named = what if isinstance(error, (FileExistsError, NotADirectoryError)) else error.filename or what
             raise UserError(f"{named} cannot be written: {error.strerror}; choose another output") from error
+        if fcntl is None:
+            logger.warning("%s: this system has no file locks; start no other run with this output", what)
+            return file
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
@@ -54,6 +61,8 @@ def lock_bytes(path: Path, what: Path, start: int = 0, length: int = 0) -> IO:
 
 def unlock_bytes(file: IO, start: int, length: int) -> None:
     """Release some of the bytes that `lock_bytes` has locked."""
+    if fcntl is None:
+        return
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.lockf(file, fcntl.LOCK_UN, length, start)
 
