@@ -4,6 +4,11 @@ The number of processes is that of the environment variable NPROC, by default on
 MASTER_ADDR and MASTER_PORT start processes on several nodes, as for torchrun.
 """
 
+from evotok_plugin.common import command_line
+
+if __name__ == "__main__":
+    command_line.exit_without("models")
+
 import os
 import subprocess
 import sys

@@ -10,7 +10,6 @@ each is shown. The images of the last phase are compared with those that the mod
 import argparse
 import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -25,7 +24,8 @@ import numpy as np
 import torch
 from measuring import device_name
 from openai import OpenAI
-from PIL import Image
+
+from evotok_plugin.data.images import open_picture
 
 PROMPTS = ("a photo of a red circle", "a photo of two rings", "a photo of a blue square above a white cross")
 
@@ -109,7 +109,7 @@ def check(address: str, model: str | None, number: int) -> bool:
     prompt = PROMPTS[number % len(PROMPTS)]
     (expected,) = loaded.generate_images(prompt, processor, seed=number)
     scale = file_scale(expected.width)
-    found = Image.open(io.BytesIO(draw(OpenAI(base_url=address, api_key="none"), number))).reduce(scale)
+    found = open_picture(draw(OpenAI(base_url=address, api_key="none"), number), "served image").reduce(scale)
     return int(np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max()) <= 1
 
 
