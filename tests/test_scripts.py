@@ -3,6 +3,7 @@
 import os
 import runpy
 import subprocess
+import sys
 import venv
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_a_script_never_installs_into_an_active_environment(tmp_path):
     assert install.split() == ["python", "-m", "pip", "install", "-c", f"'{ROOT}/constraints.txt'", "-e",
                                f"'{ROOT}[train]'"]  # fmt: skip
     assert sorted((tmp_path / "own").rglob("*")) == before
+
+
+def test_another_checkout_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "evotok_plugin").mkdir()
+    (tmp_path / "evotok_plugin" / "__init__.py").touch()
+    command = [sys.executable, str(ROOT / "scripts" / "lib" / "missing.py"), "train"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    lacking = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert lacking == f"evotok of this checkout (it has {tmp_path / 'evotok_plugin' / '__init__.py'})\n"
 
 
 def test_what_an_environment_lacks_is_listed(monkeypatch):

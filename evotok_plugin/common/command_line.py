@@ -44,7 +44,7 @@ def run(
 
     Args:
         parser: sets `run`, the function that takes the parsed flags and returns an exit code or None, unless `work` is
-            given. If it sets `takes_rest`, unknown flags and `--debug` are passed as `rest`; without it, unknown flags
+            given. If it sets `takes_rest`, unknown flags are passed as `rest`, together with `debug`; otherwise they
             are an error.
         argv: the command-line arguments, by default `sys.argv[1:]`.
         work: replaces the parser's `run`.
@@ -218,7 +218,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work | No
     flags = values.pop("flags")
     debug = values.pop("debug")
     if values.pop("takes_rest", False):
-        arguments.rest = [*rest, *(["--debug"] if debug else [])]
+        arguments.rest, arguments.debug = rest, debug
     else:
         reject_unknown_flags(rest, flags)
     return arguments, work or values.pop("run")

@@ -13,12 +13,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from evotok_plugin.errors import UserError
 
 _SECONDS_TO_SAVE = 600  # how long torchrun waits for its processes after a signal; its own default is 30
-_CPU_FLAGS = ("--use_cpu=true", "--device=cpu")
+_CPU_FLAGS = (("--use_cpu", "true"), ("--device", "cpu"))
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
@@ -37,7 +38,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
 def runs_on_cpu(arguments: Sequence[str]) -> bool:
     """Whether flags choose the CPU, as `--use_cpu true` or `--device cpu`."""
     words = " ".join(arguments).lower().replace("=", " ").split()
-    return any(flag.split("=") in [words[n : n + 2] for n in range(len(words))] for flag in _CPU_FLAGS)
+    return any(pair in _CPU_FLAGS for pair in pairwise(words))
 
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -1,7 +1,6 @@
 """`evotok-llava pretrain`, `finetune`, `finetune-lora`, `finetune-qlora` and `reinforce`: the training stages."""
 
 import argparse
-from collections.abc import Sequence
 from typing import NoReturn
 
 from evotok_plugin.common.launcher import start
@@ -33,31 +32,31 @@ def add(commands: argparse._SubParsersAction, name: str) -> None:
     """Add the command of a stage; all its flags but `--recipe` are those of the training itself."""
     parser = commands.add_parser(name, add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default=name.replace("-", "_"))
-    parser.set_defaults(takes_rest=True, run=lambda arguments: run(name, arguments.recipe, arguments.rest))
+    parser.set_defaults(takes_rest=True, run=lambda arguments: run(name, arguments))
 
 
-def run(name: str, recipe: str, flags: Sequence[str]) -> int:
+def run(name: str, arguments: argparse.Namespace) -> int:
     """Prepare the inputs of the embedded default if the recipe uses them, then train in all processes.
 
     The training replaces this process, unless the preparation fails, whose exit code is returned.
 
     Args:
-        flags: those of the training besides `--recipe`.
+        arguments: `recipe`, `debug`, and the other flags of the training as `rest`.
 
     Raises:
         UserError: the libraries for training are not installed, or the environment variables for several processes are
             wrong.
     """
     require_extra("train", f"evotok-llava {name}")
-    module = _REINFORCEMENT if name == "reinforce" else _SUPERVISED
-    if {"-h", "--help"}.intersection(flags):
+    if {"-h", "--help"}.intersection(arguments.rest):
         _print_help(name)
     from llava_ext.embedded.prepare import main as prepare  # a command of its own, which prints its errors
 
-    code = prepare(["--recipe", recipe, *flags])
+    flags = ["--recipe", arguments.recipe, *arguments.rest, *(["--debug"] if arguments.debug else [])]
+    code = prepare(flags)
     if code:
         return code
-    return start(module, ["--recipe", recipe, *flags])
+    return start(_REINFORCEMENT if name == "reinforce" else _SUPERVISED, flags)
 
 
 def _print_help(name: str) -> NoReturn:

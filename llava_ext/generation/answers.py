@@ -157,7 +157,7 @@ class Answers:
             steps.select([*rows, *range(first + len(new), first + 2 * len(new))])
 
     def _drop_done(self) -> None:
-        """Remove the rows of complete answers."""
+        """Remove the rows of complete answers, and free the cache if there are no others."""
         kept = [row.row for row in self._rows if not row.done]
         if len(kept) == len(self._rows):
             return
@@ -172,10 +172,12 @@ class Answers:
             row.row = place
 
     def drop(self, number: int) -> None:
-        """Stop an answer; nothing further is computed for it once other rows join."""
+        """Stop an answer."""
         for row in self._rows:
             if row.number == number:
                 row.done = True
+        if not self.num_active:
+            self._drop_done()
 
     def _run_negative_prompt(self, text: str | None) -> Steps:
         """Run a single row through a negative prompt, up to where an image would start; the last ones are kept."""
@@ -203,15 +205,13 @@ class Answers:
 
     @torch.no_grad()
     def step(self) -> Iterator[Event]:
-        """Advance all answers by one step, and yield the events of the step as they occur.
-
-        A step counts once its events are consumed.
-        """
+        """Advance all answers by one step, and yield its events as they occur; all of them must be read."""
         # The next input of each row, (1, D); None for rows that are done.
         next_inputs: list[Tensor | None] = [None] * len(self._rows)
         yield from self._write_text(next_inputs)
         yield from self._draw(next_inputs)
         if not self.num_active:
+            self._drop_done()
             return
         assert self._steps is not None
         self._update_partners()
@@ -219,6 +219,8 @@ class Answers:
         self._steps.step(torch.cat([embeddings, embeddings]) if self._has_partners else embeddings)
         for row in self._rows:
             row.room -= 1
+        if 2 * self.num_active <= len(self._rows):  # not for every row: each time, the whole cache is copied
+            self._drop_done()
 
     @property
     def _has_partners(self) -> bool:

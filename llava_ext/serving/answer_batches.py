@@ -1,6 +1,7 @@
 """Answers to several visitors: one batch of rows that requests join and leave while it is being generated."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -36,16 +37,22 @@ class FairLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._next_ticket = self._served = 0
+        self._queue: deque[object] = deque()  # one mark per thread that holds the lock, which is first, or waits
 
     def __enter__(self) -> None:
+        mark = object()
         with self._changed:
-            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-            self._changed.wait_for(lambda: self._served == ticket)
+            self._queue.append(mark)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is mark)
+            except BaseException:  # interrupted: the others must not wait for this thread
+                self._queue.remove(mark)
+                self._changed.notify_all()
+                raise
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
-            self._served += 1
+            self._queue.popleft()
             self._changed.notify_all()
 
 
@@ -64,8 +71,15 @@ class _Request:
 
 @dataclass
 class Counts:
-    """What has been generated since the start: requests with their errors, steps of the model with their rows, images
-    and pieces of text."""
+    """Counters since the start.
+
+    Attributes:
+        requests: including those that were rejected or failed.
+        errors: requests that failed.
+        steps: of the language model.
+        rows: sum of the active rows of all steps.
+        images, texts: finished images, and pieces of text.
+    """
 
     requests: int = 0
     errors: int = 0
@@ -100,7 +114,7 @@ class AnswerBatches:
     ) -> None:
         self.model_lock, self.counts = FairLock(), Counts()
         self._model, self._processor, self._max_rows, self._max_waiting = model, processor, max_rows, max_waiting
-        self._lock = threading.Lock()  # protects the two attributes below
+        self._lock = threading.Lock()  # protects `counts.requests` and the two attributes below
         self._waiting: list[_Request] = []
         self._is_working = False
         self._answers: Answers | None = None  # this and the following are used by the working thread only
@@ -135,7 +149,8 @@ class AnswerBatches:
             Busy: too many requests wait.
             UserError: the conversation leaves no room for an answer, or an option does not fit the model.
         """
-        self.counts.requests += 1
+        with self._lock:
+            self.counts.requests += 1
 
         def run(_: int, seeds: list[int]) -> Iterator[Event]:
             for event in self._stream_rows(_Request(conversation, options, seeds)):
@@ -215,15 +230,15 @@ class AnswerBatches:
 
     def _admit(self, requests: Sequence[_Request]) -> None:
         try:
+            settings = text_settings(self._model)
             if self._answers is None:
-                view, settings = evaluation_view(self._model), text_settings(self._model)
-                self._answers = Answers(view, self._processor, settings)
+                self._answers = Answers(evaluation_view(self._model), self._processor, settings)
             rows = [(request, row) for request in requests for row in range(len(request.seeds))]
             inputs = self._processor.apply_chat_template(
                 [request.conversation for request, _ in rows], add_generation_prompt=True, tokenize=True
             )
             inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
-            lengths, settings = inputs["attention_mask"].sum(dim=1).tolist(), text_settings(self._model)
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
             options = [
                 request.options.complete(self._model, settings, length)
                 for (request, _), length in zip(rows, lengths, strict=True)

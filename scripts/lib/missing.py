@@ -2,6 +2,10 @@
 
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def missing(extras: set[str]) -> list[str]:
@@ -10,6 +14,9 @@ def missing(extras: set[str]) -> list[str]:
         texts = distribution("evotok").requires or []
     except PackageNotFoundError:
         return ["evotok"]
+    package = find_spec("evotok_plugin")
+    if package is None or package.origin is None or REPOSITORY not in Path(package.origin).resolve().parents:
+        return [f"evotok of this checkout (it has {None if package is None else package.origin})"]
     requirement = _requirement_class()
     requirements = [requirement(text) for text in texts]
     found, todo = set(), {"", *extras}

@@ -8,11 +8,13 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -45,6 +47,7 @@ class Api:
     opened: OpenModel
     limits: ApiLimits
     batches: AnswerBatches
+    threads: anyio.CapacityLimiter  # for every request that is answered or waits, so that all of them reach the queue
     started: float
 
     @property
@@ -91,12 +94,12 @@ def draw(api: Api, request: ImageRequest, is_stopped: Callable[[], bool]) -> dic
             ]}  # fmt: skip
 
 
-def draw_events(api: Api, request: ImageRequest) -> Iterator[str]:
+def draw_events(api: Api, request: ImageRequest, is_stopped: Callable[[], bool]) -> Generator[str, None, None]:
     """The events of a streamed image: previews, then the image."""
     options, scale = request.options(api.num_positions, api.limits), request.scale(api.side, file_scale(api.side))
     common = {"created_at": int(time.time()), "output_format": "png", "size": f"{api.side * scale}x{api.side * scale}"}
     index = 0
-    with closing(api.batches.stream(_prompt(request), request.prompt, options, request.seed)) as events:
+    with closing(api.batches.stream(_prompt(request), request.prompt, options, request.seed, is_stopped)) as events:
         for event in events:
             if isinstance(event, ImagePreview):
                 body = {"b64_json": api.png(event.image, scale), "partial_image_index": index}
@@ -128,7 +131,7 @@ class _Chat:
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": api.opened.name}
         self.num_prompt_tokens, self.num_tokens, self.ends_early = 0, 0, False
 
-    def events(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    def events(self, is_stopped: Callable[[], bool]) -> Generator[Event, None, None]:
         events = self.api.batches.stream(self.conversation, self.prompt, self.options, self.request.seed, is_stopped)
         with closing(events):
             for event in events:
@@ -179,24 +182,27 @@ def answer(api: Api, request: ChatRequest, is_stopped: Callable[[], bool]) -> di
     return {**chat.head, "object": "chat.completion", "choices": [choice], "usage": chat.usage}
 
 
-def answer_chunks(chat: _Chat) -> Iterator[str]:
+def answer_chunks(api: Api, request: ChatRequest, is_stopped: Callable[[], bool]) -> Generator[str, None, None]:
     """The chunks of a streamed answer: texts, and lists of one part for images and previews."""
+    chat = _Chat(api, request)
 
     def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         return _event({**chat.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
-    yield chunk({"role": "assistant", "content": ""})
-    for event in chat.events():
-        if isinstance(event, TextDelta):
-            yield chunk({"content": event.text})
-        elif isinstance(event, ImagePreview):
-            place = {"index": event.index, "positions": event.positions, "num_positions": event.num_positions}
-            yield chunk({"preview": {**place, **_image_part(chat.api.png(event.image, chat.scale))}})
-        elif isinstance(event, ImageDrawn):
-            yield chunk({"content": [chat.image_part(event)]})
+    with closing(chat.events(is_stopped)) as events:
+        first = next(events, None)  # before any chunk, so that errors have a status of their own
+        yield chunk({"role": "assistant", "content": ""})
+        for event in chain([first] if first else [], events):
+            if isinstance(event, TextDelta):
+                yield chunk({"content": event.text})
+            elif isinstance(event, ImagePreview):
+                place = {"index": event.index, "positions": event.positions, "num_positions": event.num_positions}
+                yield chunk({"preview": {**place, **_image_part(api.png(event.image, chat.scale))}})
+            elif isinstance(event, ImageDrawn):
+                yield chunk({"content": [chat.image_part(event)]})
     yield chunk({}, chat.finish_reason)
-    if (chat.request.stream_options or {}).get("include_usage"):
+    if (request.stream_options or {}).get("include_usage"):
         yield _event({**chat.head, "object": "chat.completion.chunk", "choices": [], "usage": chat.usage})
     yield "data: [DONE]\n\n"
 
@@ -215,7 +221,8 @@ def _event(body: dict[str, Any]) -> str:
 def build_app(opened: OpenModel, limits: ApiLimits) -> FastAPI:
     """The application, without `ApiGuard`."""
     batches = AnswerBatches(opened.model, opened.processor, limits.max_rows, limits.max_waiting)
-    api = Api(opened, limits, batches, time.time())
+    threads = anyio.CapacityLimiter(limits.max_rows + limits.max_waiting + _SPARE_THREADS)
+    api = Api(opened, limits, batches, threads, time.time())
     app = FastAPI(title="EvoTok", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.api = api
     _add_errors(app)
@@ -241,17 +248,15 @@ def build_app(opened: OpenModel, limits: ApiLimits) -> FastAPI:
     async def images(body: ImageRequest, request: Request) -> Any:
         _check_model(api, body.model)
         if body.stream:
-            body.options(api.num_positions, limits), body.scale(api.side, 1)  # errors before the stream begins
-            return await _streamed(draw_events(api, body), limits)
-        return await _while_connected(request, lambda stopped: draw(api, body, stopped), limits)
+            return await _streamed(api, request, lambda stopped: draw_events(api, body, stopped))
+        return await _while_connected(api, request, lambda stopped: draw(api, body, stopped), threading.Event())
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
         _check_model(api, body.model)
         if body.stream:
-            started = await anyio.to_thread.run_sync(_Chat, api, body, limiter=_threads(limits))
-            return await _streamed(answer_chunks(started), limits)
-        return await _while_connected(request, lambda stopped: answer(api, body, stopped), limits)
+            return await _streamed(api, request, lambda stopped: answer_chunks(api, body, stopped))
+        return await _while_connected(api, request, lambda stopped: answer(api, body, stopped), threading.Event())
 
     return app
 
@@ -265,54 +270,44 @@ def _check_model(api: Api, name: str | None) -> None:
         raise HTTPException(404, f"the model {name!r} does not exist; this server has {api.opened.name!r}")
 
 
-_limiters: dict[int, anyio.CapacityLimiter] = {}
-
-
-def _threads(limits: ApiLimits) -> anyio.CapacityLimiter:
-    """Threads for all requests that may be answered or wait, so that none keeps another from the queue."""
-    key = id(asyncio.get_running_loop())
-    if key not in _limiters:
-        _limiters[key] = anyio.CapacityLimiter(limits.max_rows + limits.max_waiting + _SPARE_THREADS)
-    return _limiters[key]
-
-
-async def _while_connected(request: Request, work: Callable[[Callable[[], bool]], T], limits: ApiLimits) -> T:
-    """Work in a thread, which is told to stop when the client has gone."""
-    stop = threading.Event()
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(work, stop.is_set, limiter=_threads(limits)))
+async def _while_connected(
+    api: Api, request: Request, work: Callable[[Callable[[], bool]], T], stop: threading.Event
+) -> T:
+    """Work in a thread. The event is set when the client has gone, and the work should then end."""
+    task = asyncio.ensure_future(anyio.to_thread.run_sync(work, stop.is_set, limiter=api.threads))
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=_ASK_EVERY_S)
             if not task.done() and await request.is_disconnected():
                 stop.set()
         return task.result()
-    finally:
+    except asyncio.CancelledError:
         stop.set()
+        raise
 
 
-async def _streamed(pieces: Iterator[str], limits: ApiLimits) -> StreamingResponse:
+async def _streamed(
+    api: Api, request: Request, make: Callable[[Callable[[], bool]], Generator[str, None, None]]
+) -> StreamingResponse:
     """A response of server-sent events; an error before the first event is an ordinary response."""
-    end = object()
-    limiter = _threads(limits)
-
-    def advance() -> Any:
-        return next(pieces, end)
-
-    first = await anyio.to_thread.run_sync(advance, limiter=limiter)
+    end, stop = object(), threading.Event()
+    pieces = make(stop.is_set)
+    first = await _while_connected(api, request, lambda _: next(pieces, end), stop)
 
     async def rest() -> AsyncIterator[str]:
-        piece = first
+        piece: Any = first
         try:
             while piece is not end:
                 yield piece
-                piece = await anyio.to_thread.run_sync(advance, limiter=limiter)
+                piece = await anyio.to_thread.run_sync(next, pieces, end, limiter=api.threads)
         except UserError as error:
             yield _event(error_body(400, str(error)))
         except Exception:
             logger.exception("a streamed answer failed")
             yield _event(error_body(500, "internal error"))
         finally:
-            await anyio.to_thread.run_sync(pieces.close, limiter=limiter)  # type: ignore[attr-defined]  # a generator
+            stop.set()
+            pieces.close()
 
     return StreamingResponse(rest(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 

@@ -4,6 +4,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,20 +16,32 @@ from llava_ext.generation.options import SCHEDULES
 from llava_ext.serving.uploads import UploadLimits, open_upload
 
 _LARGEST_SIDE = 2048  # pixels of an enlarged image
+# Fields of OpenAI's requests that do not concern the answer.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "moderation",
+    "parallel_tool_calls",
+}  # fmt: skip
 # Fields of OpenAI's requests that would change the answer if they were honored, and their values without effect.
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "stop": (None, []),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "response_format": (None, {"type": "text"}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "audio": (None,),
-    "prediction": (None,),
+    "stop": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "audio": (),
+    "prediction": (),
+    "quality": ("auto",),
+    "background": ("auto", "opaque"),
+    "style": (),
+    "output_compression": (100,),
 }
 
 
@@ -67,13 +80,29 @@ class _Drawing(BaseModel):
 
     model: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
-    user: str | None = None
     guidance_scale: float | list[float] | None = None
     guidance_schedule: str | None = None
     guidance_interval: list[float] | None = None
     guidance_rescale: float | None = None
     negative_prompt: str | None = None
     best_of: int = Field(1, ge=1)
+
+    def check_fields(self) -> None:
+        """Check that no field is unknown or not supported: it would be ignored without a word.
+
+        Raises:
+            UserError: one is.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in _WITHOUT_EFFECT:
+                continue
+            if name not in _NOT_SUPPORTED:
+                near = get_close_matches(name, type(self).model_fields, n=1)
+                raise UserError(
+                    f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else "leave it out")
+                )
+            if value not in _NOT_SUPPORTED[name]:
+                raise UserError(f"{name} is not supported; leave it out")
 
     def drawing(self, sampling: dict[str, Any]) -> DrawingOptions:
         """The drawing settings, with those of sampling.
@@ -115,8 +144,9 @@ class ImageRequest(_Drawing):
         """The options of the images.
 
         Raises:
-            UserError: a value is out of its range.
+            UserError: a value is out of its range, or a field is unknown or not supported.
         """
+        self.check_fields()
         check_length("the prompt", self.prompt, limits)
         check_length("the negative prompt", self.negative_prompt or "", limits)
         if not self.prompt.strip():
@@ -171,12 +201,9 @@ class ChatRequest(_Drawing):
         """The options of the answer.
 
         Raises:
-            UserError: a value is out of its range, or a field of OpenAI's is not supported.
+            UserError: a value is out of its range, or a field is unknown or not supported.
         """
-        for name, harmless in _NOT_SUPPORTED.items():
-            value = (self.model_extra or {}).get(name)
-            if value not in harmless:
-                raise UserError(f"{name} is not supported; leave it out")
+        self.check_fields()
         check_length("the negative prompt", self.negative_prompt or "", limits)
         wanted = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         if wanted is not None and wanted > limits.max_new_tokens:

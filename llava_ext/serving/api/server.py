@@ -12,6 +12,7 @@ from llava_ext.serving.api.guard import ApiGuard
 from llava_ext.serving.api.requests import ApiLimits
 from llava_ext.serving.slow_clients import limit_slow_clients
 
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 _SECONDS_TO_FINISH = 30  # for answers in progress, after Ctrl-C or SIGTERM
 
 
@@ -42,6 +43,11 @@ def serve(opened: OpenModel, limits: ApiLimits, host: str, port: int, token: str
         UserError: the address cannot be used.
     """
     server = make_server(opened, limits, host, port, token)
+    if host not in _THIS_MACHINE and token is None:
+        print(
+            "warning: everyone who can reach this address can use the model; --api_key asks for a token",
+            file=sys.stderr,
+        )
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:

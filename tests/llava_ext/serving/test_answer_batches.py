@@ -10,6 +10,7 @@ import pytest
 from evotok_plugin.errors import UserError
 from llava_ext.generation import AnswerOptions, DrawingOptions, ImageDrawn, TextDelta
 from llava_ext.generation.answers import Answers
+from llava_ext.generation.steps import Steps
 from llava_ext.serving.answer_batches import AnswerBatches, Busy, FairLock
 from llava_ext.serving.session import ChatSession
 
@@ -23,6 +24,13 @@ def ask(model, processor, batches, prompt, options, seed):
     assert all(event.row == 0 for event in events)
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
     return text, [event.codes.tolist() for event in events if isinstance(event, ImageDrawn)]
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def conversation(text):
@@ -90,12 +98,34 @@ def test_a_request_joins_while_another_is_drawn_and_leaves_it_undisturbed(tiny_m
     assert late == ask(model, processor, None, "a long prompt that has far more words than the first one", IMAGE, 1)
 
 
+def test_complete_answers_cost_nothing_and_leave_no_cache(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    step, sizes = Steps.step, []
+
+    def counted(self, embeddings):
+        sizes.append(len(embeddings))
+        step(self, embeddings)
+
+    monkeypatch.setattr(Steps, "step", counted)
+    batches = AnswerBatches(model, processor, max_rows=4)
+    with batches.model_lock:  # so that all join in the same step
+        found = []
+        asked = [*[("a ring", AnswerOptions(2, 0), 0)] * 3, ("a ring", AnswerOptions(30, 0), 0)]
+        threads = [threading.Thread(target=lambda a=a: found.append(ask(model, processor, batches, *a))) for a in asked]
+        for thread in threads:
+            thread.start()
+        until(lambda: batches.num_waiting == 4)
+    for thread in threads:
+        thread.join()
+    until(lambda: not batches._is_working)
+    longest = len(sizes)
+    assert longest > 5 and sizes[0] == 4 and sizes[5:] == [1] * (longest - 5)
+    assert batches._answers._steps is None and not batches._answers._rows
+
+
 def test_a_conversation_without_room_fails_alone(tiny_mllm):
     model, processor = tiny_mllm
     batches = AnswerBatches(model, processor, max_rows=4)
-    with batches.model_lock:
-        waiting = threading.Thread(target=lambda: time.sleep(0.2))
-        waiting.start()
     requests = [("a ring", IMAGE, 0), ("ring " * 39_000, IMAGE, 0), ("a cross", IMAGE, 1)]
     first, failed, last = together(lambda *request: ask(model, processor, batches, *request), requests)
     assert "shorten the prompt" in str(failed) and batches.counts.errors == 1
@@ -123,8 +153,7 @@ def test_requests_beyond_the_queue_are_rejected(tiny_mllm):
     with batches.model_lock:
         threads = [threading.Thread(target=ask, args=(model, processor, batches, "a ring", IMAGE, 0))]
         threads[0].start()
-        while not batches.num_waiting:
-            time.sleep(0.01)
+        until(lambda: batches.num_waiting)
         with pytest.raises(Busy, match="1 requests are waiting already; try again later"):
             ask(model, processor, batches, "a cross", IMAGE, 0)
     threads[0].join()
@@ -135,8 +164,7 @@ def test_a_request_that_is_stopped_while_it_waits_is_not_answered(tiny_mllm, siz
     batches = AnswerBatches(*tiny_mllm, max_rows=4)
     with batches.model_lock:
         assert list(batches.stream(conversation("a ring"), "", AnswerOptions(4), 0, is_stopped=lambda: True)) == []
-    while batches._is_working:
-        time.sleep(0.01)
+    until(lambda: not batches._is_working)
     assert not sizes
 
 
@@ -146,8 +174,7 @@ def test_an_answer_that_nobody_reads_is_given_up(tiny_mllm, sizes):
     events = batches.stream(conversation("count"), "", AnswerOptions(500, image_first=True, preview_every=1), 0)
     next(event for event in events if getattr(event, "positions", 0) == 1)
     events.close()
-    while batches._is_working:
-        time.sleep(0.01)
+    until(lambda: not batches._is_working)
     assert batches.num_active == 0 and batches.counts.images == 0
 
 
@@ -163,8 +190,7 @@ def test_the_lock_is_given_in_the_order_of_asking():
         for number in range(3):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
-            while lock._next_ticket < number + 2:
-                time.sleep(0.001)
+            until(lambda number=number: len(lock._queue) == number + 2)
     for thread in threads:
         thread.join()
     assert order[:3] == [0, 1, 2] and sorted(order) == sorted([0, 1, 2] * 3)

@@ -178,6 +178,8 @@ WRONG_IMAGES = [
     ({"prompt": "a", "stream": True, "n": 2}, "stream: expected n = 1"),
     ({"prompt": "a", "temperature": -1}, "temperature"),
     ({"prompt": "a", "guidance_scale": [1.0, 2.0]}, "guidance_scale"),
+    ({"prompt": "a", "guidence_scale": 2.0}, "unknown field 'guidence_scale'; did you mean 'guidance_scale'?"),
+    ({"prompt": "a", "background": "transparent"}, "background is not supported"),
     ({"prompt": "a", "guidance_schedule": "wild"}, "guidance_schedule: expected one of constant"),
     ({}, "prompt: Field required"),
     ([], "body"),
@@ -207,6 +209,8 @@ WRONG_CHATS = [
     ({"messages": content(), "max_tokens": 65}, "max_tokens must be at most 64, got 65"),
     ({"messages": content(), "stop": ["x"]}, "stop is not supported"),
     ({"messages": content(), "tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"messages": content(), "temprature": 0.5}, "unknown field 'temprature'; did you mean 'temperature'?"),
+    ({"messages": content("ring " * 100), "max_tokens": 64, "max_images": 0, "guidance_scale": 0.5}, "guidance_scale"),
     ({"messages": content(), "best_of": 2}, "best_of=2 needs answers that are one image"),
     ({"messages": content(), "modalities": ["sound"]}, "modalities.0: Input should be 'text' or 'image'"),
 ]
@@ -259,24 +263,33 @@ def test_sixteen_clients_get_what_each_would_get_alone(client, port):
     assert metrics["evotok_rows_active"] == metrics["evotok_requests_waiting"] == "0"
 
 
-def test_requests_beyond_the_queue_get_429(tiny_mllm):
+STREAMS = [
+    ("/v1/images/generations", {"prompt": "a"}),
+    ("/v1/images/generations", {"prompt": "a", "stream": True}),
+    ("/v1/chat/completions", {"messages": content(), "max_tokens": 3, "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS, ids=["image", "streamed image", "streamed chat"])
+def test_requests_beyond_the_queue_get_429(tiny_mllm, path, body):
     server, port, batches = start(*tiny_mllm, limits=ApiLimits(max_rows=1, max_waiting=1))
     with batches.model_lock:
         waiting = threading.Thread(target=post, args=(port, "/v1/images/generations", {"prompt": "a"}))
         waiting.start()
         until(lambda: batches.num_waiting)
-        status, answer = post(port, "/v1/images/generations", {"prompt": "a"})
+        status, answer = post(port, path, body)
     waiting.join()
     assert status == 429 and answer["error"]["type"] == "rate_limit_error"
     server.should_exit = True
 
 
-def test_a_client_that_leaves_frees_its_rows(tiny_mllm):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_rows(tiny_mllm, stream):
     server, port, batches = start(*tiny_mllm)
-    body = json.dumps({"messages": content(), "max_tokens": 60, "modalities": ["text"]}).encode()
+    asked = {"messages": content(), "max_tokens": 60, "modalities": ["text"], "stream": stream}
     with batches.model_lock:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"content-type": "application/json"})
         until(lambda: batches.num_waiting)
         connection.close()
         time.sleep(1.5)
