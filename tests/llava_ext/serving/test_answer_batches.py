@@ -98,6 +98,18 @@ def test_a_request_joins_while_another_is_drawn_and_leaves_it_undisturbed(tiny_m
     assert late == ask(model, processor, None, "a long prompt that has far more words than the first one", IMAGE, 1)
 
 
+def test_with_the_flat_head_rows_at_different_levels_of_their_images_are_drawn_together(flat_mllm):
+    model, processor = flat_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+    guided = AnswerOptions(8, image_first=True, drawing=DrawingOptions((3.0, 1.0, 2.0, 1.5)), preview_every=3)
+    first = batches.stream(conversation("a ring"), "", guided, 0)
+    next(event for event in first if getattr(event, "positions", 0) == 3)
+    late = ask(model, processor, batches, "two rings and a cross", guided, 1)
+    drawn = [event.codes.tolist() for event in first if isinstance(event, ImageDrawn)]
+    assert drawn == ask(model, processor, None, "a ring", guided, 0)[1]
+    assert late == ask(model, processor, None, "two rings and a cross", guided, 1)
+
+
 def test_complete_answers_cost_nothing_and_leave_no_cache(tiny_mllm, monkeypatch):
     model, processor = tiny_mllm
     step, sizes = Steps.step, []
