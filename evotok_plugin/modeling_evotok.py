@@ -8,6 +8,7 @@ which are learned at the configuration's `image_size`, are interpolated.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from evotok_plugin.semantic_decoder import SemanticDecoder
 
 @dataclass
 class EvoTokOutput(ModelOutput):
-    """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L) and the scalar
-    `commitment_loss`."""
+    """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L), the scalar
+    `commitment_loss`, and `latents`, the sums of levels (B, N, C) at the depths that were asked for."""
 
     pixels: Tensor | None = None
     features: Tensor | None = None
     codes: Tensor | None = None
     commitment_loss: Tensor | None = None
+    latents: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -64,6 +66,8 @@ class EvoTokPreTrainedModel(PreTrainedModel):
         init = nn.init
         if isinstance(module, PatchEmbeddings):
             init.normal_(module.position_embedding.weight, std=module.position_embedding.embedding_dim**-0.5)
+            if module.special_tokens is not None:
+                init.normal_(module.special_tokens, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -108,11 +112,12 @@ class EvoTokModel(EvoTokPreTrainedModel):
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> EvoTokOutput:
+    def forward(self, pixel_values: Tensor, depths: Sequence[int] = ()) -> EvoTokOutput:
         """Reconstruct pixels and semantic features from one residual code sequence.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
+            depths: also return the latents at these depths, with straight-through gradients to the encoder.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size.
@@ -124,6 +129,7 @@ class EvoTokModel(EvoTokPreTrainedModel):
             features=self._to_features(quantized.latents_at(self.config.semantic_depth), grid),
             codes=quantized.codes,
             commitment_loss=quantized.commitment_loss,
+            latents=tuple(quantized.latents_at(depth) for depth in depths) or None,
         )
 
     def _to_pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:

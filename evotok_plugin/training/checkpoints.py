@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json")
 RUN_FILES = (
-    RECIPE, "metrics.jsonl", "bad_images.jsonl", "wandb_id", "tensorboard/**/events.out.tfevents.*", *MODEL_FILES,
+    RECIPE, "metrics.jsonl", "bad_images.jsonl", "wandb_id", "teacher.json", "tensorboard/**/events.out.tfevents.*",
+    *MODEL_FILES,
 )  # fmt: skip
 
 

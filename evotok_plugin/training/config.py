@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from evotok_plugin.common.recipes import LARGEST_COUNT, check_seed
 from evotok_plugin.errors import UserError
+from evotok_plugin.teachers.layers import TeacherLayers
 
 REPORTERS = ("tensorboard", "wandb")
 
@@ -22,8 +23,29 @@ class TokenizerTrainingConfig:
     val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a held-out part)"))
     preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
     model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
-    teacher: str | None = field(default=None, metadata=_help("SigLIP folder or hub id: target and initial encoder"))
-    init_encoder: bool = field(default=True, metadata=_help("initialize the encoder from the teacher"))
+    teacher: str | None = field(
+        default=None,
+        metadata=_help(
+            "target of the semantic features: folder or hub id of SigLIP, SigLIP2, CLIP, ViT, DINOv2 or DINOv3, "
+            "timm:NAME, or timm:NAME:FILE.safetensors"
+        ),
+    )
+    teacher_layer: str | None = field(
+        default=None,
+        metadata=_help(
+            "layer -2, sum -2+-6, or by depth 4:6,16:-2 (default: second-to-last layer of a ViT, last stage of a CNN)"
+        ),
+    )
+    teacher_size: int | None = field(
+        default=None, metadata=_help("pixels at which the teacher sees images (default: as its positions require)")
+    )
+    teacher_standardize: bool = field(
+        default=False,
+        metadata=_help("standardize each channel of the teacher's features, measured on the first images"),
+    )
+    init_encoder: bool = field(
+        default=True, metadata=_help("initialize the encoder from the teacher: SigLIP, CLIP, ViT or DINOv2")
+    )
     max_steps: int = 500_000
     batch_size: int = field(default=256, metadata=_help("images per step, over all processes"))
     learning_rate: float = 1e-4
@@ -75,8 +97,8 @@ class TokenizerTrainingConfig:
             raise UserError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
         if self.semantic_weight > 0 and not self.teacher:
             raise UserError(
-                "semantic_weight is above 0 but teacher is not set; pass --teacher FOLDER (a SigLIP model), or train "
-                "only on pixels with --semantic_weight 0, as the recipe photos does"
+                "semantic_weight is above 0 but teacher is not set; pass --teacher FOLDER (a vision transformer), or "
+                "train only on pixels with --semantic_weight 0, as the recipe photos does"
             )
         self._check_without_effect()
         for name in ("max_steps", "batch_size", "val_every", "save_every", "log_every", "keep_checkpoints"):
@@ -92,6 +114,10 @@ class TokenizerTrainingConfig:
         if self.batch_size >= LARGEST_COUNT:
             raise UserError(f"batch_size must be below {LARGEST_COUNT}, got {self.batch_size}")
         check_seed(self.seed)
+        if self.teacher_layer is not None:
+            TeacherLayers.parse(self.teacher_layer)
+        if self.teacher_size is not None and self.teacher_size < 1:
+            raise UserError(f"teacher_size must be at least 1 pixel, got {self.teacher_size}")
         if self.max_loss_growth <= 1:
             raise UserError(f"max_loss_growth must be above 1, got {self.max_loss_growth}")
         for name in ("val_fraction", "weights_ema"):
@@ -105,6 +131,9 @@ class TokenizerTrainingConfig:
                 "--semantic_weight, or omit --teacher"
             )
         defaults = type(self)
+        for name in ("teacher_layer", "teacher_size", "teacher_standardize"):
+            if not self.teacher and getattr(self, name) != getattr(defaults, name):
+                raise UserError(f"{name} {getattr(self, name)} has no effect without --teacher; omit --{name}")
         for name in ("gan_start", "gan_adaptive"):
             if self.gan_weight <= 0 and getattr(self, name) != getattr(defaults, name):
                 raise UserError(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from evotok_plugin.common.files import check_output_folder, writing
 from evotok_plugin.common.owned_folder import check_replaceable
@@ -16,6 +15,7 @@ from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.common.run_lock import only_run
 from evotok_plugin.data.sources import ImageSource
+from evotok_plugin.teacher import Teacher
 from evotok_plugin.training.checkpoints import (
     RUN_FILES,
     checkpoints,
@@ -49,7 +49,8 @@ BY_CONTENT = frozenset("data teacher".split())  # paths that may change if their
 # They would contradict the checkpoint's optimizer, averages or order of data.
 REJECTED = frozenset(
     """
-    data_weights val_data preset model init_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
+    data_weights val_data preset model teacher_layer teacher_size teacher_standardize init_encoder batch_size
+    warmup_steps cosine_decay bf16 weights_ema pixel_loss
     pixel_weight lpips_weight commitment_weight semantic_weight gan_weight gan_start gan_adaptive kmeans_images augment
     val_fraction seed
     """.split()
@@ -224,12 +225,12 @@ def contents_of(sources: Sequence[ImageSource]) -> list[str]:
     ]
 
 
-def fingerprint_of(teacher: nn.Module | None) -> str | None:
+def fingerprint_of(teacher: Teacher | None) -> str | None:
     """Identity of a teacher: a digest of the names, shapes and first values of its weights; None without a teacher."""
     if teacher is None:
         return None
     digest = hashlib.sha256()
-    for name, weight in sorted(teacher.state_dict().items()):
+    for name, weight in sorted(teacher.tower.used_weights().items()):
         values = weight.detach().flatten()[:_DIGESTED_VALUES].float().cpu().numpy()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + values.tobytes())
     return digest.hexdigest()[:16]

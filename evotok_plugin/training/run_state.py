@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 
 from evotok_plugin.common.foreign_files import reading
@@ -50,6 +50,7 @@ class RunState:
     watch: LossWatch
     weights_ema: WeightsEMA | None
     discriminator: TrainedDiscriminator | None
+    heads: nn.Module | None
 
     def save(self, step: int, keep: int) -> None:
         """Save the state after a step; the newest `keep` checkpoints are kept. All processes must call this.
@@ -77,6 +78,8 @@ class RunState:
         if self.discriminator is not None:
             tensors |= under("discriminator", self.discriminator.model.state_dict())
             tensors |= under("discriminator_optimizer", optimizer_tensors(self.discriminator.optimizer))
+        if self.heads is not None:
+            tensors |= under("heads", self.heads.state_dict())
         for rank, state in enumerate(random_states):
             tensors |= under(f"random.{rank}", state)
         tensors["step"] = torch.tensor(step)
@@ -112,6 +115,8 @@ class RunState:
         if self.discriminator is not None:
             load_strictly(self.discriminator.model, part("discriminator", tensors), str(path), remedy)
             load_optimizer(self.discriminator.optimizer, part("discriminator_optimizer", tensors))
+        if self.heads is not None:
+            load_strictly(self.heads, part("heads", tensors), str(path), remedy)
         self._restore_random_state(part(f"random.{self.processes.rank}", tensors))
 
     def _random_state(self) -> dict[str, Tensor]:

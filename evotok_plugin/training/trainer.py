@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import operator
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from evotok_plugin.training.weights_ema import WeightsEMA
 logger = logging.getLogger(__name__)
 
 _KMEANS_BATCH = 64
+_STATISTICS_IMAGES = 512  # images to measure the teacher's features on, without k-means
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class TokenizerTrainer:
             watch=self._watch,
             weights_ema=self.weights_ema,
             discriminator=self._discriminator,
+            heads=self.objective.heads,
         )
         self._validator = Validator(
             self._held_out, config.val_images, self.processor, self.objective.teacher, processes, self._note_broken
@@ -155,7 +159,10 @@ class TokenizerTrainer:
             self.objective.compile()
         self.weights_ema = WeightsEMA(self.model, config.weights_ema) if config.weights_ema else None
         self.network = self._on_all_processes(self.model)
-        self.optimizer = self._adam(self.model)
+        heads = self.objective.heads
+        self._heads_network = self._on_all_processes(heads) if heads is not None else None
+        self._trained = [self.model, *([heads] if heads is not None else [])]
+        self.optimizer = self._adam(*self._trained)
         self._discriminator: TrainedDiscriminator | None = None
         if self.objective.discriminator is not None:
             discriminator = self.objective.discriminator
@@ -168,8 +175,8 @@ class TokenizerTrainer:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
-    def _adam(self, network: nn.Module) -> Adam:
-        trained = [weight for weight in network.parameters() if weight.requires_grad]
+    def _adam(self, *networks: nn.Module) -> Adam:
+        trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
         fused = self.device.type == "cuda"
         return Adam(trained, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
@@ -199,10 +206,10 @@ class TokenizerTrainer:
         """
         self._set_learning_rate()
         with self._autocast():
-            output = self.network(pixel_values)
-            terms = self.objective.terms(pixel_values, output, self.step)
+            output = self.network(pixel_values, self.objective.depths)
+            terms = self.objective.terms(pixel_values, output, self.step, self._heads_network)
         functools.reduce(operator.add, terms.values()).backward()
-        norm = self._update(self.optimizer, self.model)
+        norm = self._update(self.optimizer, *self._trained)
         if self._discriminator is not None and self.objective.is_active(self.step):
             with self._autocast():
                 terms["discriminator"] = self.objective.discriminator_term(
@@ -213,8 +220,9 @@ class TokenizerTrainer:
         self._usage.update(output.codes)
         return {name: value.detach().float() for name, value in terms.items()} | {"gradient_norm": norm}
 
-    def _update(self, optimizer: Adam, network: nn.Module) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.grad_clip)
+    def _update(self, optimizer: Adam, *networks: nn.Module) -> Tensor:
+        weights = itertools.chain.from_iterable(network.parameters() for network in networks)
+        norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach().float()
@@ -259,6 +267,8 @@ class TokenizerTrainer:
 
     def _run(self) -> Path:
         teacher = fingerprint_of(self.objective.teacher)
+        if self.objective.teacher is not None and self.config.teacher_standardize:
+            self.objective.teacher.fit_statistics(self._first_images(self.config.kmeans_images or _STATISTICS_IMAGES))
         self._output.begin(contents_of(self._sources), data=identity_of(self._sources), teacher=teacher)
         try:
             resumed_at = self._state.restore()
@@ -279,6 +289,8 @@ class TokenizerTrainer:
             with self._averaged(), writing(self.folder):
                 self.model.save_pretrained(self.folder)
                 self.processor.save_pretrained(self.folder)
+                if self.objective.teacher is not None:
+                    self.objective.teacher.record(self.folder)
         if self._reporter is not None:
             self._reporter.close()
         self.processes.barrier()
@@ -346,14 +358,19 @@ class TokenizerTrainer:
 
         Every process uses the same images and random numbers, so that all get the same codebooks.
         """
-        count = min(self.config.kmeans_images, len(self.stream))
         latents = []
-        for start in range(0, count, _KMEANS_BATCH):
-            pixels, _ = collate([self.stream[i] for i in range(start, min(start + _KMEANS_BATCH, count))])
+        for pixel_values in self._first_images(self.config.kmeans_images):
             with self._autocast():
-                latents.append(self.model.encoder(to_pixel_values(pixels, self.device)).float())
+                latents.append(self.model.encoder(pixel_values).float())
         if latents:
             self.model.quantizer.init_from(torch.cat(latents))
+
+    def _first_images(self, count: int) -> Iterator[Tensor]:
+        """The first `count` images of the stream in batches (B, 3, H, W), the same in every process."""
+        count = min(count, len(self.stream))
+        for start in range(0, count, _KMEANS_BATCH):
+            pixels, _ = collate([self.stream[i] for i in range(start, min(start + _KMEANS_BATCH, count))])
+            yield to_pixel_values(pixels, self.device)
 
     def _averaged(self) -> contextlib.AbstractContextManager:
         """Context in which the model has the weights that will be saved: the average, if the run keeps one."""

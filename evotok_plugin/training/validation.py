@@ -16,6 +16,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.losses.semantic import cosine_loss
 from evotok_plugin.metrics.codes import CodeUsage
+from evotok_plugin.metrics.cosine import ConstantBaseline
 from evotok_plugin.metrics.image import psnr
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features
@@ -61,14 +62,16 @@ class Validator:
 
     @torch.no_grad()
     def run(self, model: EvoTokModel, autocast: Callable[[], AbstractContextManager]) -> Validation:
-        """PSNR, semantic cosine and code usage. All processes must call this; `model` ends in training mode.
+        """PSNR, semantic cosine (and that of a constant) and code usage.
+
+        All processes must call this; `model` ends in training mode.
 
         Raises:
             UserError: none of the images can be read.
         """
         if not self._indices:
             return Validation()
-        usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
+        usage, baseline = CodeUsage(model.config.num_quantizers, model.config.codebook_size), ConstantBaseline()
         sums, shown = torch.zeros(3, dtype=torch.float64), None
         broken: BrokenImages = []
         model.eval()
@@ -78,12 +81,16 @@ class Validator:
             usage.update(output.codes)
             sums[0] += psnr(output.pixels, pixel_values).sum().cpu()
             if self._teacher is not None:
-                sums[1] += len(pixel_values) * self._cosine(self._teacher, output.features, pixel_values, autocast)
+                with autocast():
+                    target = teacher_features(self._teacher, pixel_values)
+                sums[1] += len(pixel_values) * (1 - float(cosine_loss(output.features, target)))
+                baseline.update(target)
             sums[2] += len(pixel_values)
             shown = shown or (pixel_values[:_SHOWN], output.pixels[:_SHOWN])
         model.train()
         self._processes.add_up(sums)
         usage.add_up(self._processes)
+        baseline.add_up(self._processes)
         self._report_broken(broken)
         total_psnr, total_cosine, count = sums.tolist()
         if not count:
@@ -91,6 +98,7 @@ class Validator:
         figures = {"val_psnr": total_psnr / count}
         if self._teacher is not None:
             figures["val_semantic_cosine"] = total_cosine / count
+            figures["val_semantic_cosine_constant"] = baseline.result()
         share = usage.usage()
         figures |= {"val_code_usage_first": share[0], "val_code_usage_last": share[-1]}
         return Validation(figures, _compare(*shown) if self._processes.is_first and shown else None)
@@ -102,15 +110,6 @@ class Validator:
             broken += [(self._source.key(index), reason) for index, reason in batch.broken.items()]
             if batch.indices:
                 yield batch.pixel_values.to(self._processes.device)
-
-    @staticmethod
-    def _cosine(
-        teacher: Teacher, features: Tensor, pixel_values: Tensor, autocast: Callable[[], AbstractContextManager]
-    ) -> float:
-        """Mean cosine to the teacher's features."""
-        with autocast():
-            target = teacher_features(teacher, pixel_values)
-        return 1 - float(cosine_loss(features, target))
 
 
 def _compare(pixel_values: Tensor, pixels: Tensor) -> Image.Image:

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from research_layout import research_depth_transformer, research_tokenizer
+from safetensors.torch import load_file
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
 from evotok_plugin.cli import main
@@ -213,3 +214,17 @@ def test_a_folder_that_is_not_empty_is_not_changed(tmp_path, capsys, weights):
     code, error = convert(tmp_path, capsys, {"ema": weights})
     assert code == 2 and "is not empty" in error
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_pickled_weights_are_rewritten_as_safetensors(tmp_path, capsys):
+    weights = {"a": torch.randn(3, 4).T, "b": torch.arange(3)}
+    weights["shared"] = weights["b"]
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
+    assert main(["convert", str(tmp_path / "weights.pth"), str(tmp_path / "weights.safetensors")]) == 0
+    assert "3 weights" in capsys.readouterr().out
+    written = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in weights.items()) and len(written) == 3
+    torch.save({"code": os.system}, tmp_path / "code.pth")
+    assert main(["convert", str(tmp_path / "code.pth"), str(tmp_path / "code.safetensors")]) == 2
+    assert "unpickling anything but tensors can run code" in capsys.readouterr().err
+    assert not (tmp_path / "code.safetensors").exists()

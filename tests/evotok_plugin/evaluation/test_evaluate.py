@@ -22,6 +22,7 @@ from evotok_plugin.losses import perceptual
 from evotok_plugin.metrics.frechet import FeatureStatistics
 from evotok_plugin.metrics.image import psnr, ssim
 from evotok_plugin.metrics.probes import knn_accuracy, linear_probe_accuracy
+from evotok_plugin.teacher import load_teacher
 
 # Metrics ------------------------------------------------------------------------------------------------------------
 
@@ -151,9 +152,12 @@ def test_metrics_that_cannot_be_measured_are_rejected(given, message):
         chosen_metrics(options(metrics=["rfid"]), Pictures(1))
 
 
-def test_a_teacher_with_another_image_size_is_rejected(model, teacher):
-    with pytest.raises(UserError, match="number of positions per side to be 6, got 3"):
-        evaluate(model, EvoTokImageProcessor(size=96), Pictures(2), options(teacher=teacher))
+def test_a_teacher_s_positions_are_interpolated_for_another_image_size(model, teacher_folder, caplog):
+    teacher = load_teacher(str(teacher_folder))
+    with caplog.at_level("INFO"):
+        values = evaluate(model, EvoTokImageProcessor(size=96), Pictures(2), options(teacher=teacher)).values
+    assert "interpolated from 3x3 to 6x6" in caplog.text and len(values["semantic_cosine"]) == 8
+    assert -1 <= values["semantic_cosine_constant"] <= 1
 
 
 # Several processes --------------------------------------------------------------------------------------------------

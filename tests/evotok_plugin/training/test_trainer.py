@@ -27,7 +27,7 @@ from evotok_plugin.common.recipes import as_plain
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.codes import CodeUsage
-from evotok_plugin.teacher import load_teacher, teacher_features
+from evotok_plugin.teacher import load_recorded_teacher, load_teacher, teacher_features
 from evotok_plugin.training import output
 from evotok_plugin.training.checkpoints import checkpoints, owned_folder
 from evotok_plugin.training.config import TokenizerTrainingConfig
@@ -544,6 +544,10 @@ def test_the_encoder_starts_as_the_teacher(scene_folder, teacher_folder, tmp_pat
         ({"semantic_weight": 1.0}, "teacher is not set"),
         ({"semantic_weight": 1.0, "teacher": "nowhere"}, "teacher 'nowhere' cannot be loaded"),
         ({"teacher": "siglip"}, "teacher siglip has no effect with semantic_weight 0"),
+        ({"teacher_layer": "-1"}, "teacher_layer -1 has no effect without --teacher"),
+        ({"teacher_standardize": True}, "teacher_standardize True has no effect without --teacher"),
+        ({"semantic_weight": 1.0, "teacher": "t", "teacher_layer": "last"}, "expected a layer such as -2"),
+        ({"semantic_weight": 1.0, "teacher": "t", "teacher_size": 0}, "teacher_size must be at least 1 pixel"),
         ({"gan_start": 1}, "gan_start 1 has no effect with gan_weight 0"),
         ({"gan_adaptive": True}, "gan_adaptive True has no effect with gan_weight 0"),
         ({"val_data": ["images"]}, "val_fraction 0.1 has no effect with val_data"),
@@ -624,7 +628,9 @@ def test_a_teacher_learns_from_the_names_of_photographs(tmp_path, tiny_tokenizer
 
 
 def test_a_teacher_of_another_size_is_rejected(scene_folder, teacher_folder, tmp_path):
-    with pytest.raises(UserError, match="number of positions per side to be 4, got 3"):
+    with pytest.raises(
+        UserError, match="trained with 9 positions, the tokenizer has 16; set image_size to 3 x patch_size"
+    ):
         TokenizerTrainer.open(
             config(scene_folder, tmp_path, semantic_weight=1.0, teacher=str(teacher_folder), model={"image_size": 64})
         )
@@ -649,6 +655,38 @@ def test_damaged_weights_are_not_loaded_silently(tmp_path, tiny_evotok_folder):
 def test_preset_and_teacher_shapes_agree():
     tiny = EvoTokConfig.preset("tiny")
     assert tiny.semantic_dim == tiny.encoder_hidden_size
+
+
+def test_shallow_and_deep_layers_are_targets_of_their_depths(scene_folder, teacher_folder, tmp_path):
+    options = {"teacher": str(teacher_folder), "teacher_layer": "2:1, 8:-2", "teacher_standardize": True}
+    options |= {"semantic_weight": 0.1}
+    TokenizerTrainer.open(config(scene_folder, tmp_path / "whole", **options)).run()
+    first = TokenizerTrainer.open(config(scene_folder, tmp_path / "parts", **options, save_every=1))
+    heads = {name: value.clone() for name, value in first.objective.heads.state_dict().items()}
+    original = first.save_checkpoint
+
+    def stop():
+        original()
+        raise KeyboardInterrupt
+
+    first.save_checkpoint = stop
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    changed = [
+        name for name, value in first.objective.heads.state_dict().items() if not torch.equal(value, heads[name])
+    ]
+    assert len(changed) == len(heads) == 4
+    resumed = TokenizerTrainer.open(config(scene_folder, tmp_path / "parts", **options, save_every=1))
+    resumed.run()
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(tmp_path / "parts" / "model.safetensors")[name]), name
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["semantic_at_2"] > 0 for line in lines if "semantic" in line)
+    assert -1 <= lines[-1]["val_semantic_cosine_constant"] <= 1
+    again = load_recorded_teacher(str(teacher_folder), tmp_path / "whole")
+    again.fit_to(EvoTokConfig.preset("tiny"))
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    assert torch.equal(again(images), resumed.objective.teacher(images))
 
 
 def test_a_tokenizer_records_whether_its_semantic_decoder_was_trained(scene_folder, teacher_folder, tmp_path):

@@ -1,0 +1,1 @@
+"""Pretrained vision networks of transformers and timm as teachers."""
