@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evotok_plugin.checkpointed_layer import CheckpointedLayer
+from evotok_plugin.errors import UserError
 from evotok_plugin.positions import resize_positions
 from evotok_plugin.tokenizer_settings import TokenizerSettings
 
@@ -116,6 +117,11 @@ class EvoTokEncoder(nn.Module):
 
     def __init__(self, config: TokenizerSettings) -> None:
         super().__init__()
+        if config.encoder_backbone:
+            raise UserError(
+                f"this tokenizer's encoder is timm's {config.encoder_backbone}, which the vision tower for other hosts "
+                "does not contain; use a tokenizer with a ViT as encoder, or the vision tower of this project's models"
+            )
         self.embeddings = PatchEmbeddings(config)
         self.encoder = EncoderLayers(config)
         self.to_latent = nn.Sequential(

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from evotok_plugin.backbone_encoder import build_encoder
 from evotok_plugin.common.files import apply_umask_to_weights
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.encoder import EvoTokEncoder, PatchEmbeddings
+from evotok_plugin.encoder import PatchEmbeddings
 from evotok_plugin.errors import UserError
 from evotok_plugin.pixel_decoder import PixelDecoder
 from evotok_plugin.quantizer import ResidualVectorQuantizer
@@ -97,7 +98,7 @@ class EvoTokModel(EvoTokPreTrainedModel):
 
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
-        self.encoder = EvoTokEncoder(config)
+        self.encoder = build_encoder(config)
         self.quantizer = ResidualVectorQuantizer(
             num_quantizers=config.num_quantizers,
             codebook_size=config.codebook_size,

@@ -5,7 +5,7 @@ B batch, N positions, D width of the features.
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class Teacher(nn.Module):
     `fit_to` a tokenizer, which chooses the size of the images, and `fit_statistics` if the features are standardized.
     Without `fit_to` the teacher sees images as they are, and its positions are its own.
 
+    Attributes:
+        statistics: mean and standard deviation of the channels (D,) by depth, if the features are standardized.
+        remember: a cache: given the images and the computation, it returns the features.
+
     Raises:
         UserError: a layer does not exist, or layers with different widths are summed.
     """
@@ -71,6 +75,7 @@ class Teacher(nn.Module):
         self._positions = self._size = 0  # set by fit_to
         self._patch_size = tower.stride(self._main_layers[0])
         tower.layers = tuple(layer % tower.num_layers for layer in self._main_layers)
+        self.remember: Callable[[Tensor, Callable[[Tensor], list[Tensor]]], list[Tensor]] | None = None
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
         self.eval().requires_grad_(False)
 
@@ -149,13 +154,20 @@ class Teacher(nn.Module):
         return (features.float() - mean) / std
 
     def _raw_targets(self, pixel_values: Tensor) -> dict[int, Tensor]:
+        depths = self._depths or {0: self._main_layers}
+        if self.remember is not None:
+            return dict(zip(depths, self.remember(pixel_values, self._features), strict=True))
+        return dict(zip(depths, self._features(pixel_values), strict=True))
+
+    def _features(self, pixel_values: Tensor) -> list[Tensor]:
+        """The features (B, N, D) of every depth."""
         rows, columns = (side // self._patch_size for side in pixel_values.shape[2:])
         maps = iter(self.tower.feature_maps(self._pixels(pixel_values, rows, columns)))
-        targets = {}
-        for depth, layers in (self._depths or {0: self._main_layers}).items():
+        targets = []
+        for layers in self._depths.values() or [self._main_layers]:
             total = sum(self._at_positions(next(maps), rows, columns) for _ in layers)
             assert isinstance(total, Tensor)
-            targets[depth] = total.flatten(2).transpose(1, 2)
+            targets.append(total.flatten(2).transpose(1, 2))
         return targets
 
     def _pixels(self, pixel_values: Tensor, rows: int, columns: int) -> Tensor:

@@ -71,6 +71,8 @@ class TokenizerSettings:
         encoder_norm_eps: epsilon of the layer norms.
         encoder_num_special_tokens: learned tokens before the positions, the class and register tokens of other towers.
         encoder_pre_norm: whether there is a layer norm before the first layer, as in CLIP.
+        encoder_backbone: name of a CNN of timm that takes the place of the ViT, beside a linear map of the pixels.
+        encoder_backbone_stage: its stage whose features are used.
         num_quantizers, codebook_size, codebook_dim: levels L, codes per level K, dimensions of a code C.
         pixel_depth, semantic_depth: number of levels summed for the pixel and for the semantic decoder.
         decoder_channel_multipliers: one per resolution, finest first. Each resolution is twice as fine as the next;
@@ -94,6 +96,8 @@ class TokenizerSettings:
     encoder_norm_eps: float = 1e-6
     encoder_num_special_tokens: int = 0
     encoder_pre_norm: bool = False
+    encoder_backbone: str = ""
+    encoder_backbone_stage: int = -1
     codebook_dim: int = 32
     codebook_size: int = 32768
     num_quantizers: int = 16

@@ -8,7 +8,7 @@ from evotok_plugin.common.files import check_output_folder, write_whole, writing
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
-from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves
+from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves, plot_fits
 from evotok_plugin.evaluation.levels import Evolution, measure_evolution
 from evotok_plugin.teacher import load_recorded_teacher
 from evotok_plugin.tokenizer_folder import open_tokenizer
@@ -27,6 +27,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("--max_images", type=int, default=256, help="maximum number of images, evenly spread (256)")
     parser.add_argument("--strips", type=int, default=4, help="number of images in the strips, from the first (4)")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit linear decoders of pixels and teacher features, and with labels a probe, for every depth: fits.png",
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,8 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
         max_images=arguments.max_images,
         num_strips=arguments.strips,
         batch_size=arguments.batch_size,
+        fit=arguments.fit,
     )
     _print_table(evolution)
+    if evolution.fits is not None:
+        values = {name: getattr(evolution.fits, name) for name in ("pixel_r2", "teacher_r2", "probe_accuracy")}
+        known = ", ".join(f"{_COLUMNS[name][0]} {value[-1]:.3f}" for name, value in values.items() if value is not None)
+        print(f"latents before quantization: {known}")
     for name, constant in (("teacher", evolution.constant_teacher), ("own", evolution.constant_own)):
         if constant is not None:
             print(f"a constant, the mean of the features, has cosine {constant:.4f} ({name})")
@@ -72,6 +82,9 @@ _COLUMNS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "cosine_teacher": ("cos teacher", "{:.4f}"),
     "cosine_own": ("cos own", "{:.4f}"),
+    "pixel_r2": ("R2 pixels", "{:.3f}"),
+    "teacher_r2": ("R2 teacher", "{:.3f}"),
+    "probe_accuracy": ("probe", "{:.3f}"),
     "code_usage": ("codes used", "{:.1%}"),
     "perplexity": ("perplexity", "{:.1f}"),
 }
@@ -94,5 +107,10 @@ def _write(evolution: Evolution, out: Path) -> None:
     write_whole(out / "curves.png", lambda part: curves.savefig(part, format="png"), shared=True)
     write_whole(out / "code_usage.png", lambda part: usage.savefig(part, format="png"), shared=True)
     write_whole(out / "evolution.csv", evolution.write_csv, shared=True)
-    for name in ("evolution.png", "curves.png", "code_usage.png", "evolution.csv"):
+    written = ["evolution.png", "curves.png", "code_usage.png", "evolution.csv"]
+    if evolution.fits is not None:
+        fits = plot_fits(evolution)
+        write_whole(out / "fits.png", lambda part: fits.savefig(part, format="png"), shared=True)
+        written.append("fits.png")
+    for name in written:
         print(out / name)

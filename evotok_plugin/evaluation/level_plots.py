@@ -149,6 +149,36 @@ def _finish_depth_axis(axes: "Axes", num_levels: int) -> None:
     axes.spines["top"].set_visible(False)
 
 
+def plot_fits(evolution: Evolution) -> "Figure":
+    """Plot what the first levels hold of pixels and of meaning, by linear fits for every depth.
+
+    Raises:
+        ValueError: the evolution was measured without fits.
+    """
+    if evolution.fits is None:
+        raise ValueError("measure_evolution was called without fit=True")
+    figure = _figure(4.4)
+    axes = figure.add_subplot()
+    for values, label, color, marker in (
+        (evolution.fits.pixel_r2, "pixels: share of the variance", _LEFT, "o"),
+        (evolution.fits.teacher_r2, "teacher's features: share of the variance", _RIGHT, "s"),
+        (evolution.fits.probe_accuracy, "linear probe: accuracy", "#2a9d4a", "^"),
+    ):
+        if values is not None:
+            axes.plot(
+                evolution.depths, values[:-1], label=label, color=color, marker=marker, linewidth=1.8, markersize=5
+            )
+            axes.axhline(values[-1], color=color, linestyle=":", linewidth=1.2)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("depth: levels summed")
+    axes.set_ylabel("linear fit of this depth, on held-out images")
+    _mark_depths(axes, evolution.config)
+    _finish_depth_axis(axes, evolution.config.num_quantizers)
+    figure.suptitle(f"What the codes hold: {evolution.images}; dotted: before quantization", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
 def plot_code_usage(evolution: Evolution) -> "Figure":
     """Plot the fraction of the codes that occur, and their perplexity, by level.
 

@@ -19,6 +19,7 @@ from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.batches import decoded
 from evotok_plugin.data.sources import ImageSource, evenly_spread
 from evotok_plugin.errors import UserError
+from evotok_plugin.evaluation.depth_fits import DepthFits, DepthFitter
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.cosine import ConstantBaseline
@@ -69,6 +70,7 @@ class Evolution:
             positions; 1 at that depth by definition. None if the semantic decoder was not trained.
         cosine_teacher: cosine of the semantic features with the teacher's; None without a teacher.
         constant_own, constant_teacher: the cosine that a constant, the mean of the target, would reach.
+        fits: scores of linear decoders and of a probe, fitted for every depth; None without `fit`.
         code_usage, perplexity: fraction of the codes that occur, and their perplexity, by level (L,).
         num_codes: number of codes counted per level: images times positions.
         strips: the first images.
@@ -86,6 +88,7 @@ class Evolution:
     perplexity: list[float]
     num_codes: int
     strips: list[Strip]
+    fits: DepthFits | None = None
 
     @property
     def depths(self) -> range:
@@ -104,6 +107,10 @@ class Evolution:
         for name in ("psnr", "cosine_teacher", "cosine_own"):
             if (curve := getattr(self, name)) is not None:
                 table |= {name: curve.mean, f"{name}_q25": curve.lower, f"{name}_q75": curve.upper}
+        if self.fits is not None:
+            for name in ("pixel_r2", "teacher_r2", "probe_accuracy"):
+                if (values := getattr(self.fits, name)) is not None:
+                    table[name] = values[:-1]
         return table | {"code_usage": self.code_usage, "perplexity": self.perplexity}
 
     def write_csv(self, path: Path) -> None:
@@ -130,6 +137,7 @@ def measure_evolution(
     max_images: int = 256,
     num_strips: int = 4,
     batch_size: int = 32,
+    fit: bool = False,
 ) -> Evolution:
     """Decode images from 1, 2, .. L levels and score the results.
 
@@ -140,6 +148,7 @@ def measure_evolution(
         model: in eval mode, on the device to use.
         teacher: the frozen vision tower whose features the semantic decoder was trained to predict.
         bad: collects broken images and limits their number; by default none are tolerated.
+        fit: also fit linear decoders and a probe for every depth.
         max_images: of a larger source, this many evenly spread images are used.
 
     Raises:
@@ -158,10 +167,16 @@ def measure_evolution(
     usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
     scores = _Scores()
     strips: list[Strip] = []
-    for names, pixel_values in _batches(source, processor, max_images, batch_size, bad):
+    fitter = DepthFitter(model) if fit else None
+    for indices, pixel_values in _batches(source, processor, max_images, batch_size, bad):
+        names = [source.key(index) for index in indices]
         pixel_values = pixel_values.to(model.device)
-        codes = model.encode(pixel_values).codes
-        assert codes is not None
+        encoded = model.encode(pixel_values)
+        codes, latents = encoded.codes, encoded.latents
+        assert codes is not None and latents is not None
+        if fitter is not None:
+            target = teacher_features(teacher, pixel_values) if teacher is not None else None
+            fitter.update(pixel_values, latents, codes, target, [source.label(index) for index in indices])
         num_positions = codes.shape[1]
         usage.update(codes)
         rebuilt = _decode_all(model, codes, pixel_values, teacher, scores, num_kept=num_strips - len(strips))
@@ -180,6 +195,7 @@ def measure_evolution(
         perplexity=usage.perplexity(),
         num_codes=usage.num_codes(),
         strips=strips,
+        fits=fitter.result() if fitter is not None else None,
     )
 
 
@@ -234,8 +250,8 @@ def _decode_all(
 
 def _batches(
     source: ImageSource, processor: EvoTokImageProcessor, max_images: int, batch_size: int, bad: BadSamples
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Names and `pixel_values` (B, 3, H, W) of the readable images; broken ones are added to `bad`."""
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices and `pixel_values` (B, 3, H, W) of the readable images; broken ones are added to `bad`."""
     chosen = evenly_spread(len(source), max_images)
     num_batches = -(-len(chosen) // batch_size)
     batches = decoded(source, chosen, processor, batch_size)
@@ -246,6 +262,6 @@ def _batches(
         bad.check(len(chosen))
         if batch.indices:
             found = True
-            yield [source.key(index) for index in batch.indices], batch.pixel_values
+            yield batch.indices, batch.pixel_values
     if not found:
         raise UserError(f"none of the {len(chosen)} images of {source.name!r} can be read")

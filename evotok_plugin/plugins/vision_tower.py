@@ -22,9 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import TensorType
 from transformers.utils.generic import can_return_tuple
 
+from evotok_plugin.backbone_encoder import build_encoder
 from evotok_plugin.common.weight_files import is_model_folder, read_config
 from evotok_plugin.configuration_evotok import EvoTokConfig
-from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_preparation import check_pixel_range, to_signed_range
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
@@ -96,7 +96,7 @@ class EvoTokVisionModel(EvoTokPreTrainedModel):
     def __init__(self, config: EvoTokVisionConfig) -> None:
         config.require_semantics(f"the vision tower {config.name_or_path!r}")
         super().__init__(config)
-        self.encoder = EvoTokEncoder(config)
+        self.encoder = build_encoder(config)
         quantizer = ResidualVectorQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
         self.quantizer = quantizer.float().eval()  # also if the model is created in half precision
         self.semantic_decoder = SemanticDecoder(config)

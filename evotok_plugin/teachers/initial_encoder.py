@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evotok_plugin.backbone_encoder import BackboneEncoder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.errors import UserError
+from evotok_plugin.teachers.timm_towers import TimmTower
 from evotok_plugin.teachers.tower import TeacherTower
 from evotok_plugin.teachers.transformers_towers import TransformersTower
 
@@ -58,8 +60,10 @@ def required_settings(tower: TeacherTower) -> dict[str, Any]:
     }
 
 
-def init_encoder(encoder: EvoTokEncoder, config: EvoTokConfig, tower: TeacherTower) -> None:
+def init_encoder(encoder: EvoTokEncoder | BackboneEncoder, config: EvoTokConfig, tower: TeacherTower) -> None:
     """Copy the weights of a teacher's embeddings and first layers to the encoder, which then computes the same.
+
+    An encoder with a CNN gets the weights of a teacher with the same CNN.
 
     The encoder takes pixels from -1 to 1: another normalization becomes part of the first convolution, and layer
     scales become part of the matrices in front of them.
@@ -67,6 +71,9 @@ def init_encoder(encoder: EvoTokEncoder, config: EvoTokConfig, tower: TeacherTow
     Raises:
         UserError: the encoder cannot compute this network, or has other sizes or fewer positions.
     """
+    if isinstance(encoder, BackboneEncoder):
+        _init_backbone(encoder, config, tower)
+        return
     needed = required_settings(tower)
     if different := {key: value for key, value in needed.items() if getattr(config, key) != value}:
         raise UserError(
@@ -89,6 +96,17 @@ def init_encoder(encoder: EvoTokEncoder, config: EvoTokConfig, tower: TeacherTow
     result = encoder.load_state_dict(state, strict=False)
     left = [name for name in result.missing_keys if not name.startswith("to_latent.")]
     assert not left and not result.unexpected_keys, (left, result.unexpected_keys)
+
+
+def _init_backbone(encoder: BackboneEncoder, config: EvoTokConfig, tower: TeacherTower) -> None:
+    network = encoder.backbone.network
+    if not isinstance(tower, TimmTower) or tower.network_name != config.encoder_backbone:
+        raise UserError(
+            f"the encoder's backbone {config.encoder_backbone} starts from a teacher of the same kind, "
+            f"timm:{config.encoder_backbone}[:FILE], got {tower.name}; change the teacher or encoder_backbone"
+        )
+    weights = tower.network.state_dict()
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
 
 
 def _embeddings(tower: TransformersTower, config: EvoTokConfig) -> dict[str, Tensor]:

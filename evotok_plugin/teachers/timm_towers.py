@@ -18,11 +18,11 @@ PREFIX = "timm:"
 
 
 class TimmTower(TeacherTower):
-    """A network of timm with `forward_intermediates`."""
+    """A network of timm with `forward_intermediates`; `network_name` is its name in timm."""
 
-    def __init__(self, network: Any, name: str) -> None:
+    def __init__(self, network: Any, network_name: str, name: str) -> None:
         super().__init__()
-        self.network, self.name = network.eval().requires_grad_(False), name
+        self.network, self.network_name, self.name = network.eval().requires_grad_(False), network_name, name
         self._info = (
             network.feature_info.get_dicts() if hasattr(network.feature_info, "get_dicts") else network.feature_info
         )
@@ -93,7 +93,7 @@ def load_timm_tower(spec: str) -> TimmTower:
 
     name, _, file = spec.removeprefix(PREFIX).partition(":")
     if not file:
-        return TimmTower(create_timm_network(name, pretrained=True), spec)
+        return TimmTower(create_timm_network(name, pretrained=True), name, spec)
     if not file.endswith(".safetensors"):
         raise UserError(
             f"{file}: expected weights in a safetensors file; convert others first (docs/teachers.md has the command), "
@@ -109,4 +109,4 @@ def load_timm_tower(spec: str) -> TimmTower:
     heads = tuple(f"{one}." for one in ([head] if isinstance(head, str) else head))
     weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
     load_strictly(network, weights, file, f"give the weights of timm's {name}")
-    return TimmTower(network, spec)
+    return TimmTower(network, name, spec)

@@ -46,6 +46,14 @@ class TokenizerTrainingConfig:
     init_encoder: bool = field(
         default=True, metadata=_help("initialize the encoder from the teacher: SigLIP, CLIP, ViT or DINOv2")
     )
+    semantic_share: float = field(
+        default=0.5,
+        metadata=_help("with encoder_backbone: standard deviation of features relative to pixels in the first latents"),
+    )
+    freeze_encoder: bool = field(default=False, metadata=_help("train only quantizer and decoders"))
+    feature_cache: bool = field(
+        default=False, metadata=_help("keep the features of frozen networks in memory; needs --augment false")
+    )
     max_steps: int = 500_000
     batch_size: int = field(default=256, metadata=_help("images per step, over all processes"))
     learning_rate: float = 1e-4
@@ -106,8 +114,8 @@ class TokenizerTrainingConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
             "learning_rate", "warmup_steps", "grad_clip", "pixel_weight", "lpips_weight", "commitment_weight",
-            "semantic_weight", "gan_weight", "gan_start", "kmeans_images", "val_images", "num_workers",
-            "max_bad_fraction",
+            "semantic_share", "semantic_weight", "gan_weight", "gan_start", "kmeans_images", "val_images",
+            "num_workers", "max_bad_fraction",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:  # also true for NaN
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -134,6 +142,12 @@ class TokenizerTrainingConfig:
         for name in ("teacher_layer", "teacher_size", "teacher_standardize"):
             if not self.teacher and getattr(self, name) != getattr(defaults, name):
                 raise UserError(f"{name} {getattr(self, name)} has no effect without --teacher; omit --{name}")
+        if self.feature_cache and self.augment:
+            raise UserError(
+                "feature_cache has no effect with augment, which never repeats an image; pass --augment false"
+            )
+        if "encoder_backbone" not in self.model and self.semantic_share != defaults.semantic_share:
+            raise UserError(f"semantic_share {self.semantic_share:g} has no effect without encoder_backbone; omit it")
         for name in ("gan_start", "gan_adaptive"):
             if self.gan_weight <= 0 and getattr(self, name) != getattr(defaults, name):
                 raise UserError(

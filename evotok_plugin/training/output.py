@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 IRRELEVANT = frozenset(
     """
     output_dir overwrite val_images val_every save_every keep_checkpoints log_every report_to max_loss_growth
-    min_code_usage num_workers max_bad_fraction compile gradient_checkpointing
+    min_code_usage num_workers max_bad_fraction feature_cache compile gradient_checkpointing
     """.split()
 )
 APPLIED = frozenset("max_steps learning_rate grad_clip".split())  # from the checkpoint on, and logged
@@ -49,8 +49,8 @@ BY_CONTENT = frozenset("data teacher".split())  # paths that may change if their
 # They would contradict the checkpoint's optimizer, averages or order of data.
 REJECTED = frozenset(
     """
-    data_weights val_data preset model teacher_layer teacher_size teacher_standardize init_encoder batch_size
-    warmup_steps cosine_decay bf16 weights_ema pixel_loss
+    data_weights val_data preset model teacher_layer teacher_size teacher_standardize init_encoder semantic_share
+    freeze_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
     pixel_weight lpips_weight commitment_weight semantic_weight gan_weight gan_start gan_adaptive kmeans_images augment
     val_fraction seed
     """.split()

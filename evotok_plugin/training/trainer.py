@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
+from evotok_plugin.backbone_encoder import BackboneEncoder
 from evotok_plugin.common.files import writing
 from evotok_plugin.common.interruption import StopSignals, exit_with_parent, stop_on_signals
 from evotok_plugin.common.pictures import save_picture
@@ -34,6 +35,7 @@ from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.training.checkpoints import newest_kept, owned_folder
 from evotok_plugin.training.config import TokenizerTrainingConfig
+from evotok_plugin.training.feature_cache import FeatureCache
 from evotok_plugin.training.metrics_file import cut_metrics
 from evotok_plugin.training.monitor import LossWatch, Reporter, collapsed_levels
 from evotok_plugin.training.objective import TokenizerObjective
@@ -148,6 +150,13 @@ class TokenizerTrainer:
         self.model = EvoTokModel(EvoTokConfig.preset(config.preset, **config.model))
         self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers' decorator hides `self` from mypy
         self.objective = TokenizerObjective(config, self.model)
+        if config.feature_cache:
+            if self.objective.teacher is not None:
+                self.objective.teacher.remember = FeatureCache()
+            if isinstance(self.model.encoder, BackboneEncoder):
+                self.model.encoder.backbone.remember = FeatureCache()
+        if config.freeze_encoder:
+            self.model.encoder.requires_grad_(False)
         self.model.config.semantic_decoder_trained = self.objective.teacher is not None
         if self.objective.teacher is None:
             self.model.semantic_decoder.requires_grad_(False)  # it gets no gradient
@@ -358,7 +367,9 @@ class TokenizerTrainer:
 
         Every process uses the same images and random numbers, so that all get the same codebooks.
         """
-        latents = []
+        latents, encoder = [], self.model.encoder
+        if isinstance(encoder, BackboneEncoder) and self.config.init_encoder:
+            encoder.init_from_images(self._first_images(self.config.kmeans_images), self.config.semantic_share)
         for pixel_values in self._first_images(self.config.kmeans_images):
             with self._autocast():
                 latents.append(self.model.encoder(pixel_values).float())

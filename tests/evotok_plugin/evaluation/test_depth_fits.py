@@ -1,0 +1,67 @@
+"""Linear fits for every depth, against regressions of scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LinearRegression
+
+from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.evaluation.depth_fits import DepthFitter
+from evotok_plugin.metrics.probes import linear_probe_accuracy
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return EvoTokModel(
+        EvoTokConfig.preset("tiny", codebook_dim=6, num_quantizers=3, pixel_depth=2, semantic_depth=3)
+    ).eval()
+
+
+def cross_validated(x, y, scale=1.0):
+    """Share of explained variance of (n, N, C) -> (n, N, T); each half of the images is predicted by the other half."""
+    left = total = 0.0
+    for half in (0, 1):
+        train, test = ([a[h::2].reshape(-1, a.shape[-1]) for a in (x, y)] for h in (1 - half, half))
+        predicted = LinearRegression().fit(*train).predict(test[0])
+        left += (np.square(predicted - test[1]) * scale).sum()
+        total += (np.square(test[1] - test[1].mean(0)) * scale).sum()
+    return 1 - left / total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_fits_equal_regressions_of_scikit_learn(model, batch_size):
+    generator = torch.Generator().manual_seed(1)
+    pixels = F.interpolate(torch.rand(40, 3, 6, 6, generator=generator) * 2 - 1, 48, mode="bilinear")
+    encoded = model.encode(pixels)
+    target = torch.randn(40, 9, 5, generator=generator) + encoded.latents[..., :5] * 2
+    target[..., 4] = 3.0  # a constant channel explains nothing and must not count
+    labels = [f"class {number % 3}" for number in range(40)]
+    fitter = DepthFitter(model)
+    for part in torch.arange(40).split(batch_size):
+        chosen = part.tolist()
+        fitter.update(
+            pixels[part], encoded.latents[part], encoded.codes[part], target[part], [labels[i] for i in chosen]
+        )
+    fits = fitter.result()
+    patches = F.unfold(pixels, 16, stride=16).transpose(1, 2).numpy().astype(np.float64)
+    teacher = target.numpy().astype(np.float64)
+    variances = teacher.reshape(-1, 5).var(0)
+    scale = np.divide(1, variances, out=np.zeros(5), where=variances > 1e-6)
+    depths = [model.codes_to_latents(encoded.codes[..., :depth]) for depth in (1, 2, 3)] + [encoded.latents]
+    for number, latents in enumerate(latents.numpy().astype(np.float64) for latents in depths):
+        assert fits.pixel_r2[number] == pytest.approx(cross_validated(latents, patches), abs=2e-3)
+        assert fits.teacher_r2[number] == pytest.approx(cross_validated(latents, teacher, scale), abs=2e-3)
+        assert fits.probe_accuracy[number] == pytest.approx(linear_probe_accuracy(latents.mean(1), labels), abs=1 / 40)
+
+
+@torch.no_grad()
+def test_without_teacher_and_labels_only_pixels_are_fitted(model):
+    pixels = torch.rand(4, 3, 48, 48) * 2 - 1
+    encoded = model.encode(pixels)
+    fitter = DepthFitter(model)
+    fitter.update(pixels, encoded.latents, encoded.codes, None, [None] * 4)
+    fits = fitter.result()
+    assert fits.teacher_r2 is None and fits.probe_accuracy is None and len(fits.pixel_r2) == 4
