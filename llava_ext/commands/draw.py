@@ -29,6 +29,7 @@ from llava_ext.serving.image_files import (
 )
 
 _GRID_COLUMNS = 4
+_PREVIEWS = 8  # previews per batch, unless --preview_every is given
 _LONGEST_PROMPTS = 100_000_000  # characters of a file of prompts
 _PREVIEW = {"preview": "evotok-llava draw"}  # PNG text that marks a preview, which may be overwritten
 
@@ -50,7 +51,12 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the images")
     parser.add_argument("--batch_size", type=int, default=16, help="images (with --best_of, candidates) drawn at once")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="PNG file that shows the images in progress")
-    parser.add_argument("--preview_every", type=int, default=16, metavar="N", help="positions between two previews")
+    parser.add_argument(
+        "--preview_every",
+        type=int,
+        metavar="N",
+        help="positions between two previews (default: an eighth of an image's positions)",
+    )
     parser.add_argument(
         "--best_of",
         type=int,
@@ -82,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     options, selection = drawing_options(arguments), SelectionOptions(arguments.best_of)
     judge = load_rewards(arguments.judge) if arguments.judge else None
     opened = open_selected_model(arguments)
+    preview_every = _preview_every(arguments, opened.model.config.vision_config.num_positions)
     settings = options.for_model(opened.model).settings()
     best_of = selection.for_model(opened.model).best_of
     selected: dict[str, Any] = {"best_of": best_of, "judge": arguments.judge or READING} if best_of > 1 else {}
@@ -98,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(write_drawn(image, arguments.output, file_name(job.prompt) + ending, provenance), flush=True)
 
     try:
-        for job, image, choice in _draw(opened, jobs, settings, best_of, judge, arguments):
+        for job, image, choice in _draw(opened, jobs, settings, best_of, judge, preview_every, arguments):
             write(enlarged(image, scale), f"_seed{job.seed}", job, scale, **choice.record())
             images.append(image)
     except KeyboardInterrupt:
@@ -115,6 +122,7 @@ def _draw(
     settings: Mapping[str, Any],
     best_of: int,
     judge: WeightedRewards | None,
+    preview_every: int,
     arguments: argparse.Namespace,
 ) -> Iterator[tuple[_Job, Image.Image, Choice]]:
     """Draw batch by batch under a progress bar; yield each job with its image and the choice among its candidates."""
@@ -142,10 +150,28 @@ def _draw(
                 on_choice=choices.extend,
                 on_progress=on_progress,
                 on_preview=on_preview,
-                preview_every=arguments.preview_every if arguments.preview else 0,
+                preview_every=preview_every,
                 **settings,
             )
             yield from zip(batch, drawn, choices, strict=True)
+
+
+def _preview_every(arguments: argparse.Namespace, num_positions: int) -> int:
+    """The number of positions between two previews, 0 for no previews; reports the file of the previews on stderr.
+
+    Raises:
+        UserError: the images would be finished before the first preview.
+    """
+    if not arguments.preview:
+        return 0
+    every = arguments.preview_every or -(-num_positions // _PREVIEWS)
+    if every >= num_positions:
+        raise UserError(
+            f"--preview_every {every}: expected less than {num_positions}, the positions of an image of this model; "
+            "no preview would be written"
+        )
+    print(f"preview: {arguments.preview}, written after every {every} of {num_positions} positions", file=sys.stderr)
+    return every
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -177,9 +203,12 @@ def _check(arguments: argparse.Namespace) -> None:
         UserError: a number is too small, or an output cannot be written.
     """
     for name in ("num_images", "batch_size", "preview_every"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     preview = arguments.preview
+    if arguments.preview_every and not preview:
+        raise UserError(f"--preview_every {arguments.preview_every} needs --preview FILE, the file of the previews")
     if preview:
         check_output_file(preview, [".png"], "--preview")
     if preview and preview.exists() and read_png_text(preview) != _PREVIEW:

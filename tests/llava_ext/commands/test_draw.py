@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from llava_ext.cli import main
+from llava_ext.commands import draw as draw_command
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 
 RING = "a photo of a ring"
@@ -114,6 +115,24 @@ def test_a_preview_shows_the_batch_and_overwrites_only_previews(draw, tmp_path):
     drawn = tmp_path / "a_photo_of_a_ring_seed0.png"
     code, error = draw(RING, "--preview", drawn)
     assert code == 2 and "exists and was not written as a preview" in error
+
+
+def test_previews_are_written_at_the_default_interval_of_any_model(draw, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(draw_command, "write_png", lambda image, path, text: shown.append(np.asarray(image)))
+    code, error = draw(RING, "--preview", tmp_path / "preview.png")
+    assert code == 0 and len(shown) == 4  # after 2, 4, 6 and 8 of the 9 positions
+    assert [int((picture == 128).all(axis=2).sum()) // 96**2 for picture in shown] == [7, 5, 3, 1]  # gray positions
+    assert f"preview: {tmp_path / 'preview.png'}, written after every 2 of 9 positions" in error
+
+
+def test_an_interval_without_any_preview_is_rejected(draw, tmp_path):
+    code, error = draw(RING, "--preview", tmp_path / "preview.png", "--preview_every", 9)
+    assert code == 2 and "--preview_every 9: expected less than 9" in error
+    assert draw(RING, "--preview", tmp_path / "preview.png", "--preview_every", 8)[0] == 0
+    assert (tmp_path / "preview.png").is_file()
+    code, error = draw(RING, "--preview_every", 2)
+    assert code == 2 and "--preview_every 2 needs --preview FILE" in error
 
 
 def test_the_best_candidate_is_kept_and_recorded(draw, tmp_path):
