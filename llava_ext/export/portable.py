@@ -12,6 +12,7 @@ from llava_ext.export.remote_code import write_remote_code
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.model_folder import load_model, save_model, tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
+from llava_ext.serving.introduction import copy_introduction
 
 
 def export_model(
@@ -21,7 +22,8 @@ def export_model(
     decoder_dtype: torch.dtype | str = "float32",
     remote_code: bool = False,
 ) -> None:
-    """Write a self-contained model folder: weights, configuration, processor and a model card.
+    """Write a self-contained model folder: weights, configuration, processor and a model card, which keeps the
+    introduction for the demo page of the exported folder's card.
 
     Args:
         folder: a trained model, or a checkpoint of a run.
@@ -44,7 +46,8 @@ def export_model(
         processor.save_pretrained(out)
         if remote_code:
             write_remote_code(out)
-        (out / "README.md").write_text(_model_card(model, remote_code), encoding="utf-8")
+        card = copy_introduction(folder, out) + _model_card(model, remote_code)
+        (out / "README.md").write_text(card, encoding="utf-8")
 
     write_whole_folder(output, write)
 

@@ -23,10 +23,12 @@ class LevelByLevel:
     Attributes:
         pictures: the image as the model sees it, then rebuilt from 1, 2, ... levels, each with a caption.
         curves: plot of PSNR and cosine similarity over depth.
+        dark_curves: the same plot for dark pages.
     """
 
     pictures: list[tuple[Image.Image, str]]
     curves: Image.Image
+    dark_curves: Image.Image
 
 
 @dataclass
@@ -65,9 +67,13 @@ def level_by_level(
     """
     source = _OnePicture(image)  # an image in memory needs neither `stamp` nor `content`
     evolution = measure_evolution(tokenizer, processor, source, teacher, num_strips=1)  # type: ignore[arg-type]
+    return LevelByLevel(_pictures(evolution), _curves(evolution, dark=False), _curves(evolution, dark=True))
+
+
+def _curves(evolution: Evolution, dark: bool) -> Image.Image:
     file = io.BytesIO()
-    plot_curves(evolution).savefig(file, format="png")
-    return LevelByLevel(_pictures(evolution), open_picture(file.getvalue(), "the plot of the curves"))
+    plot_curves(evolution, dark).savefig(file, format="png")
+    return open_picture(file.getvalue(), "the plot of the curves")
 
 
 def _pictures(evolution: Evolution) -> list[tuple[Image.Image, str]]:

@@ -1,9 +1,10 @@
 """The web page: its components, and the server for them."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.routes import file_upload_statuses
@@ -16,6 +17,7 @@ from llava_ext.generation import DrawingOptions
 from llava_ext.generation.options import SCHEDULES
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving.handlers import ANY_ANSWER, IMAGE_ANSWER, DemoLimits, PageChat, PageHandlers
+from llava_ext.serving.introduction import Example, Introduction
 from llava_ext.serving.page_files import PageFiles, use_own_folder
 from llava_ext.serving.request_filter import BodyLimits, RequestFilter
 from llava_ext.serving.slow_clients import limit_slow_clients
@@ -28,20 +30,28 @@ _MAX_UNREAD = 100
 _LOOPBACK = ["127.0.0.1", "localhost"]
 
 
-def build_demo(opened: OpenModel, limits: DemoLimits | None = None, teacher: Teacher | None = None) -> gr.Blocks:
+def build_demo(
+    opened: OpenModel,
+    limits: DemoLimits | None = None,
+    teacher: Teacher | None = None,
+    introduction: Introduction | None = None,
+) -> gr.Blocks:
     """Build the page for a model; `launch_demo` serves it.
 
     Args:
         teacher: the evolution tab compares features with the teacher's; without it, with the tokenizer's own.
+        introduction: what the model knows, and examples; by default the page shows neither.
     """
     use_own_folder()
-    handlers = PageHandlers(opened, limits or DemoLimits(), teacher)
+    handlers = PageHandlers(opened, limits or DemoLimits(), teacher, introduction)
     with gr.Blocks(
         title=f"EvoTok: {opened.name}",
         analytics_enabled=False,
         delete_cache=(_CLEANUP_INTERVAL_S, _FILE_LIFETIME_S),
     ) as demo:
         gr.Markdown(f"### {html.escape(opened.name)}: one model that reads and draws images")
+        if handlers.introduction.knows:
+            gr.HTML(f"What it knows: {html.escape(handlers.introduction.knows)}", elem_id="knows")
         with gr.Tab("Chat"):
             _chat_tab(handlers)
         with gr.Tab("Evolution"):
@@ -146,34 +156,57 @@ def _chat_tab(handlers: PageHandlers) -> None:
                 buttons=["copy_all"],
                 elem_id="conversation",
             )
+            examples = []
+            if handlers.introduction.examples:
+                with gr.Row(elem_id="examples"):
+                    examples = [_example_button(example) for example in handlers.introduction.examples]
             message = gr.MultimodalTextbox(
                 file_count="multiple",
                 file_types=["image"],
                 sources=["upload"],
                 max_plain_text_length=limits.max_chars,
-                placeholder="Ask about an image, or say what to draw",
+                placeholder="Ask about images, or say what to draw",
                 show_label=False,
                 elem_id="message",
             )
-            with gr.Row():
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
-                reset = gr.Button("New conversation", elem_id="reset")
+            with gr.Row(equal_height=True):
+                stop = gr.Button("Stop", variant="stop", visible=False, min_width=90, elem_id="stop")
+                redraw = gr.Button("Draw again", interactive=False, min_width=90, elem_id="redraw")
+                reset = gr.Button("New conversation", min_width=90, elem_id="reset")
         with gr.Column(scale=1, min_width=280):
             settings = _settings(limits, DrawingOptions().for_model(handlers.opened.model))
-    lock = partial(gr.update, interactive=False)  # until the new answer is there
-    asked = message.submit(lock, outputs=message, api_visibility="private", queue=False).then(
-        handlers.ask,
-        inputs=[message, chat, *settings],
-        outputs=[message, shown, chat],
-        api_name="ask",
-        concurrency_limit=limits.max_batch,  # those that wait for the model form its next batch
-        concurrency_id="answers",
-        show_progress="minimal",
-        show_progress_on=message,
-    )
-    # The box is locked meanwhile, because its text is cleared once the answer starts. `then` does not run after errors.
-    for ended in (asked.success, asked.failure):
-        ended(lambda: gr.update(interactive=True), outputs=message, api_visibility="private", queue=False)
+    # While an answer is generated. The text of the box is cleared once the answer starts.
+    locked = [message, *examples, redraw]
+
+    def answering() -> list[Any]:
+        return [gr.update(visible=True), *(gr.update(interactive=False) for _ in locked)]
+
+    def answered(chat: PageChat) -> list[Any]:
+        *others, _ = locked
+        can_redraw = gr.update(interactive=chat.last_drawing is not None)
+        return [gr.update(visible=False), *(gr.update(interactive=True) for _ in others), can_redraw]
+
+    def answer(on: Callable, handler: Callable, api_name: str, box: Sequence[gr.components.Component] = ()) -> None:
+        """Let a handler answer when an event occurs; `box` is its first input and output."""
+        unlisted: dict[str, Any] = {"api_visibility": "private", "queue": False}
+        asked = on(answering, outputs=[stop, *locked], **unlisted).then(
+            handler,
+            inputs=[*box, chat, *settings],
+            outputs=[*box, shown, chat],
+            api_name=api_name,
+            concurrency_limit=limits.max_batch,  # those that wait for the model form its next batch
+            concurrency_id="answers",
+            show_progress="minimal",
+            show_progress_on=message,
+        )
+        # `then` does not run after errors.
+        for ended in (asked.success, asked.failure):
+            ended(answered, inputs=chat, outputs=[stop, *locked], **unlisted)
+
+    answer(message.submit, handlers.ask, "ask", [message])
+    for number, button in enumerate(examples):
+        answer(button.click, handlers.example(number), f"example_{number + 1}")
+    answer(redraw.click, handlers.redraw, "redraw")
     stop.click(handlers.stop, api_name="stop", queue=False)
     gr.on([reset.click, shown.clear], handlers.stop, api_visibility="private", queue=False).then(
         handlers.reset,
@@ -181,7 +214,12 @@ def _chat_tab(handlers: PageHandlers) -> None:
         api_name="reset",
         concurrency_limit=limits.max_waiting,
         concurrency_id="reset",
-    )
+    ).then(lambda: gr.update(interactive=False), outputs=redraw, api_visibility="private", queue=False)
+
+
+def _example_button(example: Example) -> gr.Button:
+    text = example.text if example.image is None else f"{example.text} (with an image)"
+    return gr.Button(text, size="sm", min_width=0, scale=0, elem_classes="example")
 
 
 def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components.Component]:
@@ -192,21 +230,14 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
     """
     answer = gr.Radio([ANY_ANSWER, IMAGE_ANSWER], value=ANY_ANSWER, label="Answer with")
     tokens = gr.Slider(1, limits.max_new_tokens, min(256, limits.max_new_tokens), step=1, label="Text: maximum tokens")
-    guidance = _guidance_scale(drawing)
-    schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
-    start, end = drawing.guidance_interval or (0, 1)
-    with gr.Accordion("Limits of guidance", open=False):
-        limits_of_guidance = [
-            gr.Slider(0, 1, start, step=0.01, label="Start", info="fraction of the positions"),
-            gr.Slider(0, 1, end, step=0.01, label="End", info="fraction of the positions"),
-            gr.Slider(0, 1, drawing.guidance_rescale, step=0.05, label="Guidance rescale", info="0: off"),
-        ]
-    negative = gr.Textbox("", label="Negative prompt", info="prompt that guidance steers away from", max_lines=2)
-    seed = gr.Number(0, label="Seed", precision=0, info="of the first answer; each later answer adds 1")
-    best_of = gr.Slider(
-        1, limits.max_candidates, 1, step=1, label="Candidates", info='answers with "an image": best of'
+    drawings = gr.Slider(
+        1, limits.max_drawings, 1, step=1, label="Drawings", info='of answers with "an image", and of "Draw again"'
     )
-    with gr.Accordion("Sampling of images", open=True):
+    best_of = gr.Slider(
+        1, limits.max_candidates, 1, step=1, label="Candidates", info="of each drawing: the best one is kept"
+    )
+    seed = gr.Number(0, label="Seed", precision=0, info="of the first answer or drawing; each later one adds 1")
+    with gr.Accordion("Sampling of images", open=False):
         sampling = [
             _sampling_setting(getattr(drawing.sampling, name), label, *limits)
             for name, label, limits in (
@@ -216,7 +247,18 @@ def _settings(limits: DemoLimits, drawing: DrawingOptions) -> list[gr.components
                 ("min_p", "Min-p", (0, 1, 0.01)),
             )
         ]
-    return [answer, tokens, guidance, schedule, *limits_of_guidance, negative, seed, best_of, *sampling]
+    with gr.Accordion("Guidance", open=False):
+        guidance = _guidance_scale(drawing)
+        schedule = gr.Radio(list(SCHEDULES), value=drawing.guidance_schedule, label="Guidance over the image")
+        start, end = drawing.guidance_interval or (0, 1)
+        limits_of_guidance = [
+            gr.Slider(0, 1, start, step=0.01, label="Start", info="fraction of the positions"),
+            gr.Slider(0, 1, end, step=0.01, label="End", info="fraction of the positions"),
+            gr.Slider(0, 1, drawing.guidance_rescale, step=0.05, label="Guidance rescale", info="0: off"),
+        ]
+        negative = gr.Textbox("", label="Negative prompt", info="prompt that guidance steers away from", max_lines=2)
+    guided = [guidance, schedule, *limits_of_guidance, negative]
+    return [answer, tokens, *guided, seed, best_of, drawings, *sampling]
 
 
 def _guidance_scale(drawing: DrawingOptions) -> gr.components.Component:
@@ -255,21 +297,24 @@ def _evolution_tab(handlers: PageHandlers) -> None:
                 elem_id="evolving",
             )
             start = gr.Button("Rebuild", variant="primary", elem_id="rebuild")
-        curves = gr.Image(
-            show_label=False,
-            interactive=False,
-            format="png",
-            buttons=["download", "fullscreen"],
-            scale=2,
-            elem_id="curves",
-        )
+        with gr.Column(scale=2, min_width=300):
+            curves, dark_curves = (  # the style sheet shows the one that suits the page
+                gr.Image(
+                    show_label=False,
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                    elem_id=name,
+                )
+                for name in ("curves", "dark_curves")
+            )
     pictures = gr.Gallery(
         show_label=False, columns=5, object_fit="contain", format="png", interactive=False, elem_id="levels"
     )
     start.click(
         handlers.evolve,
         inputs=[image],
-        outputs=[image, pictures, curves],
+        outputs=[image, pictures, curves, dark_curves],
         preprocess=False,  # gradio would decode the upload before its limits are checked
         api_name="evolve",
         concurrency_id="model",

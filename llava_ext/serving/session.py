@@ -11,8 +11,8 @@ from llava_ext.generation import AnswerOptions, Event, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
-# Yields the events of the answer to a conversation, from its messages, its last text, the options and the seed.
-Streamer = Callable[[list[dict[str, Any]], str, AnswerOptions, int], Iterator[Event]]
+# Yields the events of the answers to a conversation, from its messages, its last text, the options and the seeds.
+Streamer = Callable[[list[dict[str, Any]], str, AnswerOptions, int | Sequence[int]], Iterator[Event]]
 
 
 @dataclass
@@ -32,13 +32,15 @@ class ChatSession:
         text: str,
         images: Sequence[Image.Image],
         options: AnswerOptions,
-        seed: int,
+        seed: int | Sequence[int],
         stream: Streamer | None = None,
     ) -> Generator[Event, None, None]:
         """Ask a question and stream the answer; with `options.best_of`, candidates are scored for `text`.
 
         Args:
-            stream: generates the answer; by default the model, with this conversation alone.
+            seed: of the answer. With several seeds there is one answer per seed, whose number is `row` of its events;
+                the parts of all of them, in this order, are one message of the conversation.
+            stream: generates the answer; by default the model, with this conversation alone and one seed.
 
         Question and answer are added to the conversation when the answer ends. If the caller stops early (closes the
         generator), they are added with the part of the answer so far. After an error the conversation is unchanged.
@@ -53,21 +55,48 @@ class ChatSession:
             content.append({"type": "text", "text": text.strip()})
         if not content:
             raise UserError("the message is empty; ask something, or give an image")
-        asked = [*self.messages, {"role": "user", "content": content}]
-        parts: list[dict[str, Any]] = []
+        question = {"role": "user", "content": content}
+        yield from self.answer(model, processor, self.messages, question, text, options, seed, stream)
+
+    def answer(
+        self,
+        model: EvoTokLlavaForConditionalGeneration,
+        processor: EvoTokLlavaProcessor,
+        context: Sequence[dict[str, Any]],
+        question: dict[str, Any],
+        text: str,
+        options: AnswerOptions,
+        seed: int | Sequence[int],
+        stream: Streamer | None = None,
+    ) -> Generator[Event, None, None]:
+        """Stream the answer to a user message, as `ask`.
+
+        Args:
+            context: messages before the question that the answer depends on. They need not be this conversation, to
+                the end of which question and answer are added.
+            question: the user message.
+            text: what candidates are scored for.
+        """
+        asked = [*context, question]
+        parts: dict[int, list[dict[str, Any]]] = {}  # by rows
         if stream is not None:
             events = stream(asked, text, options, seed)
         else:
+            assert isinstance(seed, int)
             inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
             events = model.stream(inputs, processor, options, seed, [text])
         try:
             for event in events:
-                _append(parts, event)
+                _append(parts.setdefault(event.row, []), event)
                 yield event
         except (GeneratorExit, KeyboardInterrupt):
-            self.messages = [*asked, {"role": "assistant", "content": parts}]
+            self._add(question, parts)
             raise
-        self.messages = [*asked, {"role": "assistant", "content": parts}]
+        self._add(question, parts)
+
+    def _add(self, question: dict[str, Any], parts: dict[int, list[dict[str, Any]]]) -> None:
+        content = [part for row in sorted(parts) for part in parts[row]]
+        self.messages = [*self.messages, question, {"role": "assistant", "content": content}]
 
 
 def _append(parts: list[dict[str, Any]], event: Event) -> None:

@@ -32,7 +32,7 @@ TIMEOUT_S = 600  # only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.2, max_pixels=250_000), max_images=2, max_chars=200_000)
 SETTINGS = {"answer": "an image", "tokens": 8, "guidance": 3.0, "schedule": "constant"}
 SETTINGS |= {"start": 0.0, "end": 1.0, "rescale": 0.0, "negative": "", "seed": 0}
-SETTINGS |= {"candidates": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SETTINGS |= {"candidates": 1, "drawings": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def free_port():
@@ -288,7 +288,7 @@ def test_uploads_beyond_the_limits_are_rejected(ask, client, tmp_path):
         ask("What is it?", write(tmp_path, size=(600, 500)))
     with pytest.raises(AppError, match="may have 2 images, got 3"):
         ask("What is it?", *[write(tmp_path, f"{number}.png") for number in range(3)])
-    levels, _ = client.predict(gradio_client.handle_file(write(tmp_path)), api_name="/evolve")[1:]
+    levels, *_ = client.predict(gradio_client.handle_file(write(tmp_path)), api_name="/evolve")[1:]
     assert len(levels) == 1 + 8
 
 

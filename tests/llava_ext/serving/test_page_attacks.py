@@ -26,7 +26,7 @@ from llava_ext.serving.uploads import UploadLimits
 
 TIMEOUT_S = 600  # only ends a test that hangs
 LIMITS = DemoLimits(UploadLimits(max_mb=0.1), max_total_mb=0.5, max_sessions=8)
-SETTINGS = ["an image", 8, 1.0, "constant", 0.0, 1.0, 0.0, "", 0, 1, 1.0, 0, 1.0, 0.0]
+SETTINGS = ["an image", 8, 1.0, "constant", 0.0, 1.0, 0.0, "", 0, 1, 1, 1.0, 0, 1.0, 0.0]
 UPLOAD = "/gradio_api/upload"
 
 
