@@ -68,6 +68,31 @@ def sizes(monkeypatch):
     return seen
 
 
+def test_the_answers_of_several_seeds_are_one_message_of_a_conversation(tiny_mllm):
+    model, processor = tiny_mllm
+    batches, session = AnswerBatches(model, processor, 16), ChatSession()
+    events = list(session.ask(model, processor, "a ring", [], IMAGE, [7, 3], batches.stream))
+    drawn = {event.row: event for event in events if isinstance(event, ImageDrawn)}
+    question, answer = session.messages
+    assert question["role"] == "user" and answer["content"] == [
+        {"type": "image", "image": drawn[row].image} for row in (0, 1)
+    ]
+    for row, seed in enumerate((7, 3)):
+        assert [drawn[row].codes.tolist()] == ask(model, processor, batches, "a ring", IMAGE, seed)[1]
+
+
+def test_an_answer_may_depend_on_less_than_the_conversation_it_is_added_to(tiny_mllm):
+    model, processor = tiny_mllm
+    session, alone = ChatSession(), ChatSession()
+    list(session.ask(model, processor, "a ring", [], IMAGE, 0))
+    question = session.messages[0]
+    events = list(session.answer(model, processor, [], question, "a ring", IMAGE, 1))
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+    expected = list(alone.ask(model, processor, "a ring", [], IMAGE, 1))
+    codes = [[event.codes.tolist() for event in all_ if isinstance(event, ImageDrawn)] for all_ in (events, expected)]
+    assert codes[0] == codes[1]
+
+
 REQUESTS = [
     ("a ring", IMAGE, 0),
     ("two rings and a cross", IMAGE, 1),
