@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import examples_of
 
 COMMANDS = {
     "train": "train a tokenizer",
@@ -17,6 +18,13 @@ COMMANDS = {
     "export-tower": "write the vision tower with its own code, for any transformers",
 }
 
+EXAMPLES = examples_of(
+    "evotok train --recipe photos --data photos --output_dir outputs/evotok",
+    "evotok reconstruct photos -o reconstruction.png",
+    "evotok evaluate photos",
+    text="`evotok COMMAND --help` shows the flags and examples of a command.",
+)
+
 
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
     from evotok_plugin.commands.options import shared_options
@@ -26,7 +34,8 @@ def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    return command_line.run_command("evotok", "Train, measure and use an EvoTok tokenizer.", COMMANDS, _add, argv)
+    description = "Train, measure and use an EvoTok tokenizer."
+    return command_line.run_command("evotok", description, COMMANDS, _add, argv, epilog=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import examples_of
 
 DESCRIPTION = "Train a multimodal model, use it, prepare it for others, or estimate a training run."
 STAGES = {
@@ -29,6 +30,13 @@ COMMANDS = {
     "estimate": "estimate parameters, memory, disk and hours of a training run",
 }
 
+EXAMPLES = examples_of(
+    'evotok-llava draw "a photo of a red circle"',
+    'evotok-llava chat --image photo.png "How many objects are there?"',
+    "evotok-llava finetune --recipe paper_finetune --data_path mix665k.json --image_folder images",
+    text="`evotok-llava COMMAND --help` shows the flags and examples of a command.",
+)
+
 
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
     if name in STAGES:
@@ -42,7 +50,7 @@ def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    return command_line.run_command("evotok-llava", DESCRIPTION, COMMANDS, _add, argv)
+    return command_line.run_command("evotok-llava", DESCRIPTION, COMMANDS, _add, argv, epilog=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""Run every stage of the embedded default in order, then show the results: one table and two pictures."""
+"""Run every stage of the embedded default in order, then show the results: one table and two pictures.
+
+    python scripts/quickstart.py                 # about 30 minutes
+    python scripts/quickstart.py --fast --workspace outputs/fast
+
+Interruptible: rerun the same command to resume. docs/quickstart.md explains the stages.
+"""
 
 import argparse
 import json
@@ -12,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.files import write_json, write_text, writing
 from evotok_plugin.common.pictures import labeled_rows
 from evotok_plugin.common.recipes import check_seed
@@ -266,12 +273,12 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--fast", action="store_true", help="far fewer steps: the models learn little, but every stage runs"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus and of all training (0)")
-    parser.add_argument("--workspace", type=Path, default=WORKSPACE, help=f"folder for all results ({WORKSPACE})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus and of all training")
+    parser.add_argument("--workspace", type=Path, default=WORKSPACE, help="folder for all results")
     return command_line.run(parser, work=run_all, stopped="stopped; rerun the command to resume")
 
 

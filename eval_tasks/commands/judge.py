@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.errors import UserError
 
@@ -14,29 +15,39 @@ if TYPE_CHECKING:
 
 TASKS = ("dpg_bench", "genai_bench", "geneval", "geneval_scenes")
 DEFAULT_IMAGES = Path("outputs/lmms_eval_images")  # of models of this project in lmms-eval
+_DEFAULT = " (default: EVOTOK_JUDGE_<OPTION>, then the benchmark's)"
 SAMPLES_NAME = re.compile(r"_samples_(?P<task>\w+)\.jsonl$")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "judge",
-        description="Defaults come from EVOTOK_JUDGE_<OPTION>, then from the benchmark.",
+        epilog=examples_of(
+            "evotok-eval judge outputs/evaluation/outputs__finetune --task geneval_scenes",
+            "evotok-eval judge results --task geneval --detector mask2former --clip clip -o judged",
+        ),
     )
     parser.add_argument(
         "folder", type=Path, help="a folder of drawn images, an lmms-eval output folder, or its *_samples_<task>.jsonl"
     )
-    parser.add_argument("--task", choices=TASKS, help="required if the folder holds images of several tasks")
+    parser.add_argument(
+        "--task", choices=TASKS, help="required if the folder holds images of several tasks (default: the only one)"
+    )
     parser.add_argument(
         "--images",
         type=Path,
         help="folder of the images that a samples file names (default: the given folder, and outputs/lmms_eval_images)",
     )
     parser.add_argument("-o", "--output", type=Path, help="folder for the report (default: that of the images)")
-    parser.add_argument("--detector", help="geneval: Mask2Former with COCO's classes, folder or hub id; or scenes")
-    parser.add_argument("--clip", help="geneval: CLIP in open_clip's format, folder or hub id")
-    parser.add_argument("--vqa", help="genai_bench, dpg_bench: a VQA model of transformers, folder or hub id")
+    parser.add_argument(
+        "--detector", help="geneval: Mask2Former with COCO's classes, folder or hub id; or scenes" + _DEFAULT
+    )
+    parser.add_argument("--clip", help="geneval: CLIP in open_clip's format, folder or hub id" + _DEFAULT)
+    parser.add_argument(
+        "--vqa", help="genai_bench, dpg_bench: a VQA model of transformers, folder or hub id" + _DEFAULT
+    )
     parser.add_argument("--device", help="cpu, cuda:0, ... (default: CUDA if available)")
-    parser.add_argument("--batch_size", type=int, help="images, crops or questions per batch")
+    parser.add_argument("--batch_size", type=int, help="images, crops or questions per batch" + _DEFAULT)
     parser.set_defaults(run=run)
 
 

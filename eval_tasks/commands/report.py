@@ -8,18 +8,27 @@ from eval_tasks.reporting.card import ReportCard, make_card
 from eval_tasks.reporting.plot import plot_card
 from eval_tasks.reporting.published import card_rows, published
 from eval_tasks.reporting.runs import Run, read_run
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder, write_text, writing
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report")
+    parser = commands.add_parser(
+        "report",
+        epilog=examples_of(
+            "evotok-eval report outputs/evaluation/outputs__finetune",
+            "evotok-eval report before=outputs/evaluation/a after=outputs/evaluation/b -o outputs/report --compare",
+        ),
+    )
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
         help="a model's output folder of scripts/evaluate.sh or lmms-eval, or a results file; NAME=FOLDER names it",
     )
-    parser.add_argument("-o", "--output", type=Path, help="folder for report.md, report.json and report.png")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder for report.md, report.json and report.png (default: only print)"
+    )
     parser.add_argument(
         "--compare", nargs="*", metavar="MODEL", help="published models to show (default: all; without names: none)"
     )

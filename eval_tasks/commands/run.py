@@ -17,6 +17,7 @@ from typing import Any
 from eval_tasks.commands.report import show
 from eval_tasks.reporting.results import read_results_file, require_figures
 from eval_tasks.reporting.runs import make_run, read_run
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder, user_path, write_json, writing
 from evotok_plugin.common.foreign_files import read_json
 from evotok_plugin.common.progress import progress_environment
@@ -32,15 +33,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("run")
-    parser.add_argument("--model", type=Path, help="output folder of scripts/finetune.sh (default: the newest)")
+    parser = commands.add_parser(
+        "run",
+        epilog=examples_of(
+            "evotok-eval run                                # the newest model of outputs/, the tasks of scenes",
+            "evotok-eval run --model outputs/finetune --tasks mmbench_scenes geneval_scenes --limit 20",
+            "NPROC=8 evotok-eval run --model outputs/finetune --tasks geneval evotok_understanding",
+            text="Interruptible: rerun the same command, which skips the tasks that are finished.",
+        ),
+    )
+    parser.add_argument(
+        "--model", type=Path, help="output folder of a stage (default: the newest in outputs/, or the included model)"
+    )
     parser.add_argument(
         "--tasks",
         nargs="+",
         default=list(SCENE_TASKS),
         help=f"tasks of lmms-eval or of this project (default: {' '.join(SCENE_TASKS)})",
     )
-    parser.add_argument("--limit", type=int, help="documents per task (evotok_reconstruction: images), for trial runs")
+    parser.add_argument(
+        "--limit", type=int, help="documents per task (evotok_reconstruction: images), for trial runs (default: all)"
+    )
     parser.add_argument("--output", type=Path, help="folder for results (default: outputs/evaluation/<model>)")
     parser.add_argument("--images", type=Path, help="for evotok_reconstruction (default: a folder of rendered scenes)")
     parser.add_argument("--batch_size", default="32", help="questions or images per batch")

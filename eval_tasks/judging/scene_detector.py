@@ -24,6 +24,7 @@ from scipy import ndimage
 
 from eval_tasks.judging.rules import Instance, Rules
 from eval_tasks.judging.shape_fitting import Fit, fit_shape
+from evotok_plugin.common.command_parser import CommandParser, examples_of
 from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
@@ -346,12 +347,25 @@ def reconstructing(folder: str) -> Callable[[Image.Image], Image.Image]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the accuracy on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Measure the accuracy of the scene detector on newly rendered scenes.")
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image_size", type=int, default=48)
+    parser = CommandParser(
+        prog="python -m eval_tasks.judging.scene_detector",
+        description="Measure the accuracy of the scene detector on newly rendered scenes.",
+        epilog=examples_of(
+            "python -m eval_tasks.judging.scene_detector",
+            "python -m eval_tasks.judging.scene_detector --degrade 1.0 20 --scenes 500",
+        ),
+    )
+    parser.add_argument("--scenes", type=int, default=2000, help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    parser.add_argument("--image_size", type=int, default=48, help="width and height of the images, in pixels")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--degrade", type=float, nargs=2, metavar=("BLUR", "NOISE"), help="pixels, gray levels")
+    how.add_argument(
+        "--degrade",
+        type=float,
+        nargs=2,
+        metavar=("BLUR", "NOISE"),
+        help="blur (pixels) and noise (gray levels) added to the scenes",
+    )
     how.add_argument("--tokenizer", metavar="FOLDER", help="an EvoTok model that reconstructs the scenes first")
     return command_line.run(parser, argv, _measure)
 

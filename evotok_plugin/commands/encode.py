@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from evotok_plugin.commands.options import SharedOptions, at_size
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.bad_samples import shorten
@@ -17,6 +18,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "encode",
         parents=[shared.model, shared.counting, shared.sizing],
+        epilog=examples_of(
+            "evotok encode photos -o codes                  # rerun it to resume, or to add new images",
+            "evotok encode photos -o codes --verify",
+            "evotok encode hf:NAME data/*.tar --model outputs/evotok",
+        ),
     )
     defaults = EncodingOptions()
     parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")

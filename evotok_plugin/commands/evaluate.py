@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions, at_size
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, check_output_folder, write_text, writing
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
@@ -20,6 +21,10 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "evaluate",
         parents=[shared.model, shared.counting, shared.sizing],
+        epilog=examples_of(
+            "evotok evaluate photos",
+            "evotok evaluate imagenet/val --model outputs/evotok --metrics all --teacher siglip2 -o outputs/measured",
+        ),
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument(
@@ -40,7 +45,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument(
         "--stats_cache", type=Path, metavar="FOLDER", help="for rfid: cache of statistics of the originals"
     )
-    parser.add_argument("--batch_size", type=int, default=EvaluationOptions.batch_size)
+    parser.add_argument("--batch_size", type=int, default=EvaluationOptions.batch_size, help="images per batch")
     parser.add_argument(
         "--num_workers", type=int, default=EvaluationOptions.num_workers, help="processes that decode images"
     )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions, at_size
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder, write_whole, writing
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.data.bad_samples import BadSamples
@@ -18,15 +19,19 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "evolve",
         parents=[shared.model, shared.counting, shared.sizing],
+        epilog=examples_of(
+            "evotok evolve photos -o outputs/evolution",
+            "evotok evolve imagenet/val --model outputs/evotok --teacher siglip2 --max_images 1000",
+        ),
     )
     parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
     parser.add_argument("-o", "--output", default="evolution", help="folder for pictures, plots and the CSV")
     parser.add_argument(
         "--teacher", help="also compare features with this teacher's: a folder, a hub id or timm:NAME[:FILE]"
     )
-    parser.add_argument("--max_images", type=int, default=256, help="maximum number of images, evenly spread (256)")
-    parser.add_argument("--strips", type=int, default=4, help="number of images in the strips, from the first (4)")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_images", type=int, default=256, help="maximum number of images, evenly spread")
+    parser.add_argument("--strips", type=int, default=4, help="number of images in the strips, from the first")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
     parser.add_argument(
         "--fit",
         action="store_true",

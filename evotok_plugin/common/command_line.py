@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.interruption import Stopped, stop_on_signals
 from evotok_plugin.common.requirements import require_extra, require_models
 from evotok_plugin.common.version import VERSION
@@ -66,6 +67,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     stopped: str = "stopped",
     needs_torchvision: bool = False,
+    epilog: str = "",
 ) -> int:
     """`run` for a program of several commands.
 
@@ -74,10 +76,11 @@ def run_command(
         add: adds a command, by its name, with its flags. It is called only for the command that `argv` names, so that
             `--help` does not import the others.
         needs_torchvision: whether a command uses transformers' image processors based on torchvision.
+        epilog: the text under the list of commands.
     """
 
     def make_parser() -> argparse.ArgumentParser:
-        return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision)
+        return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision, epilog)
 
     return _run(make_parser, argv, None, stopped, needs_torchvision=needs_torchvision)
 
@@ -102,11 +105,12 @@ def parser_of(
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str],
     needs_torchvision: bool = False,
+    epilog: str = "",
 ) -> argparse.ArgumentParser:
     """The parser of a program of several commands; only the command that `argv` names has its flags."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    parser = CommandParser(prog=prog, description=description, epilog=epilog)
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}", help="show the version")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
         if name == named:
@@ -249,6 +253,11 @@ def _quiet_libraries(needs_torchvision: bool) -> None:
 def _quiet_loggers() -> None:
     """Hide what libraries log while they are imported, before any logging is configured."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel for CPUs that it could download
+    logging.getLogger("DeepSpeed").addFilter(_is_no_choice_of_the_cpu)
+
+
+def _is_no_choice_of_the_cpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")  # on every start without a GPU
 
 
 def _one_line(message: Warning | str, *place: Any, **line: Any) -> str:

@@ -7,13 +7,14 @@ import math
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from evotok_plugin.common.command_parser import describe_default
 from evotok_plugin.common.files import write_text
 from evotok_plugin.common.foreign_files import decoded, describe_error, read_bytes
 from evotok_plugin.errors import UserError
@@ -25,6 +26,7 @@ LARGEST_COUNT = 2**31  # beyond every useful size of a batch or a sequence
 _NOUNS = {
     str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"
 }  # fmt: skip
+_METAVARS = {int: "N", float: "NUMBER", dict: "MAPPING"}
 
 REQUIRED = "required"  # key in the metadata of a field that a recipe or a flag must set; the program checks that
 
@@ -32,6 +34,15 @@ REQUIRED = "required"  # key in the metadata of a field that a recipe or a flag 
 def recipes_folder(package: str) -> Path:
     """The folder of the recipes in a package."""
     return Path(str(files(package))) / "recipes"
+
+
+def _recipe_names(package: str) -> str:
+    return ", ".join(sorted(recipe.stem for recipe in recipes_folder(package).glob("*.yaml"))) or "(none installed)"
+
+
+def recipe_help(package: str) -> str:
+    """The help of a flag that names a recipe of a package."""
+    return f"YAML file, or the name of a recipe of the project: {_recipe_names(package)}"
 
 
 def _known_names(schema: type) -> list[str]:
@@ -45,7 +56,7 @@ def find_recipe(name_or_path: str | Path, package: str) -> Path:
         UserError: the recipe does not exist; the message lists the names of the package's recipes.
     """
     path, folder = Path(name_or_path), recipes_folder(package)
-    names = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml"))) or "(none installed)"
+    names = _recipe_names(package)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -285,19 +296,51 @@ def _is_of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
 
 
-def add_arguments(parser: argparse.ArgumentParser, schema: type) -> None:
-    """Add one `--field` per field of `schema`, absent from the result unless given; `--bf16` alone means true."""
+def add_arguments(
+    parser: "argparse.ArgumentParser | argparse._ArgumentGroup",
+    schema: type,
+    names: Sequence[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Add one `--field` per field of `schema`, absent from the result unless given; `--bf16` alone means true.
+
+    Args:
+        names: the fields to add, in this order; by default all.
+        values: the settings of a recipe, which the help shows instead of the defaults of the schema.
+        texts: the help of fields by name, instead of that in their metadata; `argparse.SUPPRESS` hides a field.
+    """
     hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        if not field.init:
-            continue
+    known = {field.name: field for field in dataclasses.fields(schema) if field.init}
+    for field in [known[name] for name in (known if names is None else names)]:
         kind = _plain_type(hints[field.name])
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata.get("help", "")}
+        text = (texts or {}).get(field.name, field.metadata.get("help", ""))
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _with_default(text, field, values or {})}
         if kind is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
-        elif typing.get_origin(kind) in (list, tuple) or kind in (list, tuple):
+        else:
+            options |= {"metavar": _METAVARS.get(kind, "VALUE")}
+        if typing.get_origin(kind) in (list, tuple) or kind in (list, tuple):
             options |= {"nargs": "+"}
         parser.add_argument(f"--{field.name}", **options)
+
+
+def _with_default(text: str, field: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> str:
+    """The help of a field with its default, or with its value in a recipe."""
+    if text == argparse.SUPPRESS:
+        return text
+    if field.name in values:
+        return f"{text} (recipe: {_escaped(values[field.name])})"
+    if field.metadata.get(REQUIRED) or field.default is field.default_factory is dataclasses.MISSING:
+        return f"{text} (required)"
+    if "default" in text:
+        return text
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return f"{text} (default: {_escaped(default)})"
+
+
+def _escaped(value: Any) -> str:
+    return describe_default(value).replace("%", "%%")  # argparse formats the help
 
 
 def as_plain(instance: Any) -> dict[str, Any]:

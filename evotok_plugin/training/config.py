@@ -54,22 +54,24 @@ class TokenizerTrainingConfig:
     feature_cache: bool = field(
         default=False, metadata=_help("keep the features of frozen networks in memory; needs --augment false")
     )
-    max_steps: int = 500_000
+    max_steps: int = field(default=500_000, metadata=_help("number of training steps"))
     batch_size: int = field(default=256, metadata=_help("images per step, over all processes"))
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
+    learning_rate: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
+    warmup_steps: int = field(default=0, metadata=_help("steps of linear warm-up of the learning rate"))
     cosine_decay: bool = field(default=False, metadata=_help("cosine decay to zero, otherwise constant"))
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata=_help("maximum norm of the gradient"))
     bf16: bool = field(default=False, metadata=_help("bfloat16 autocast; the code search stays in fp32"))
     gradient_checkpointing: bool = field(default=False, metadata=_help("less memory for a third more computation"))
     compile: bool = field(default=False, metadata=_help("torch.compile the networks"))
     weights_ema: float = field(default=0.0, metadata=_help("decay of the weight average that is saved; 0: no average"))
     pixel_loss: str = field(default="l2", metadata=_help("l2 or l1"))
-    pixel_weight: float = 1.0
-    lpips_weight: float = 1.0
-    commitment_weight: float = 1.0
-    semantic_weight: float = field(default=1.0, metadata=_help("cosine + folded cosine to the teacher"))
-    gan_weight: float = 0.5
+    pixel_weight: float = field(default=1.0, metadata=_help("weight of the pixel loss"))
+    lpips_weight: float = field(default=1.0, metadata=_help("weight of the perceptual loss LPIPS; 0: not loaded"))
+    commitment_weight: float = field(default=1.0, metadata=_help("weight of the commitment loss"))
+    semantic_weight: float = field(
+        default=1.0, metadata=_help("weight of the cosine and folded cosine losses to the teacher")
+    )
+    gan_weight: float = field(default=0.5, metadata=_help("weight of the adversarial loss; 0: no discriminator"))
     gan_start: int = field(default=20_000, metadata=_help("first step of the discriminator"))
     gan_adaptive: bool = field(default=False, metadata=_help("scale the adversarial term by gradient norms"))
     kmeans_images: int = field(default=0, metadata=_help("images for k-means of the initial codebooks; 0: random"))
@@ -78,10 +80,10 @@ class TokenizerTrainingConfig:
         default=0.01, metadata=_help("held-out fraction of the images, chosen by a hash of their names")
     )
     val_images: int = field(default=256, metadata=_help("number of held-out images per validation"))
-    val_every: int = 2000
-    save_every: int = 2000
+    val_every: int = field(default=2000, metadata=_help("steps between two validations"))
+    save_every: int = field(default=2000, metadata=_help("steps between two checkpoints"))
     keep_checkpoints: int = field(default=2, metadata=_help("number of checkpoints to keep"))
-    log_every: int = 20
+    log_every: int = field(default=20, metadata=_help("steps between two lines of metrics"))
     report_to: str = field(default="tensorboard", metadata=_help("tensorboard, wandb, both or none"))
     max_loss_growth: float = field(
         default=100.0, metadata=_help("stop when a term exceeds the usual loss by this factor, ten steps in a row")
@@ -89,9 +91,9 @@ class TokenizerTrainingConfig:
     min_code_usage: float = field(
         default=0.05, metadata=_help("warn when a level uses a smaller fraction of its codes between validations")
     )
-    num_workers: int = 0
+    num_workers: int = field(default=0, metadata=_help("processes that decode images; 0: the training process"))
     max_bad_fraction: float = field(default=0.001, metadata=_help("tolerated fraction of broken images"))
-    seed: int = 0
+    seed: int = field(default=0, metadata=_help("seed of the initial weights and of the order of the images"))
     overwrite: bool = field(default=False, metadata=_help("start over even if output_dir contains a run"))
 
     def __post_init__(self) -> None:

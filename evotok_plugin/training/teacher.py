@@ -25,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from evotok_plugin.common.command_parser import CommandParser, examples_of
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
 from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.common.owned_folder import OwnedFolder
@@ -164,16 +165,23 @@ def train_teacher(
 
 def main(argv: list[str] | None = None) -> int:
     """Train a teacher; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(
+        prog="python -m evotok_plugin.training.teacher",
+        description="Train a small SigLIP teacher on captioned images.",
+        epilog=examples_of(
+            "python -m evotok_plugin.training.teacher --data outputs/scenes/train --tokenizer outputs/backbone "
+            "--output_dir outputs/teacher"
+        ),
+    )
     parser.add_argument(
         "--data", type=Path, required=True, help="images with captions.jsonl, or with captions as names"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a text tokenizer")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=300)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the teacher")
+    parser.add_argument("--max_steps", type=int, default=300, help="number of training steps")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the images")
     parser.add_argument("--augment", action="store_true", help="random scale, crop and flip")
     parser.add_argument(
         "--model", default="{}", help="YAML mapping of tokenizer fields that differ from the tiny preset"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.interruption import Stopped, forget_stop
@@ -44,9 +45,19 @@ _IMAGE = re.compile(
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("chat", parents=[shared.model, shared.drawing])
+    parser = commands.add_parser(
+        "chat",
+        parents=[shared.model, shared.drawing],
+        epilog=examples_of(
+            "evotok-llava chat                              # a conversation; /help lists its commands",
+            'evotok-llava chat --image photo.png "How many objects are there?"',
+            "evotok-llava chat --model outputs/finetune --best_of 4 -o drawn",
+        ),
+    )
     parser.add_argument("question", nargs="?", help="a single question; without it, an interactive chat starts")
-    parser.add_argument("--image", action="append", default=[], help="image file; can be given several times")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image file; can be given several times"
+    )
     parser.add_argument("--max_new_tokens", type=int, help="text tokens per answer (default: the model's, or 256)")
     parser.add_argument("--max_images", type=int, default=4, help="images per answer")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.errors import UserError
 from llava_ext.commands.options import SharedOptions, open_selected_model
 from llava_ext.model_folder import default_model_folder
@@ -11,7 +12,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "demo",
         parents=[shared.model],
-        epilog="By default only this machine can open the page; with --host, anyone who can reach it can use it.",
+        epilog=examples_of(
+            "evotok-llava demo                              # the newest model of outputs/, or the included one",
+            "evotok-llava demo --model outputs/finetune --port 8080",
+            text="By default only this machine can open the page; with --host, anyone who can reach it can use it.",
+        ),
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")

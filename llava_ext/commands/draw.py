@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, check_output_folder
 from evotok_plugin.common.pictures import enlarged, image_grid
 from evotok_plugin.common.progress import progress_bar
@@ -38,12 +39,17 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "draw",
         parents=[shared.model, shared.drawing],
-        epilog="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
-        "images are also combined in PROMPT_grid.png. Small images are enlarged to at least 256 pixels (--scale), in "
-        "grids always. The PNG text records how each one was drawn: prompt, seed, model, settings, scale, and with "
-        "--best_of the candidate that was kept. A file is replaced only by an image of the same prompt, seed, "
-        "settings, scale and weights; otherwise the new file gets a number. Ctrl-C keeps the images of finished "
-        "batches.",
+        epilog=examples_of(
+            'evotok-llava draw "a photo of a red circle above a blue square" -n 4',
+            'evotok-llava draw "a photo of a ring" "a photo of two squares" --preview preview.png --temperature 0.8',
+            "evotok-llava draw --prompts prompts.txt --model outputs/finetune --best_of 4 -o drawn",
+            text="Images of a prompt have the seeds SEED, SEED + 1, ... and are written as PROMPT_seedN.png; several "
+            "images are also combined in PROMPT_grid.png. Small images are enlarged to at least 256 pixels (--scale), "
+            "in grids always. The PNG text records how each one was drawn: prompt, seed, model, settings, scale, and "
+            "with --best_of the candidate that was kept. A file is replaced only by an image of the same prompt, seed, "
+            "settings, scale and weights; otherwise the new file gets a number. Ctrl-C keeps the images of finished "
+            "batches.",
+        ),
     )
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with more prompts, one per line")

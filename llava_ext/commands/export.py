@@ -2,6 +2,7 @@
 
 import argparse
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import check_new_folder
 from evotok_plugin.errors import UserError
@@ -12,7 +13,14 @@ from llava_ext.export.portable import export_model
 
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("export")
+    parser = commands.add_parser(
+        "export",
+        epilog=examples_of(
+            "evotok-llava export outputs/finetune -o shared --dtype bfloat16",
+            "evotok-llava export outputs/finetune -o shared --remote-code",
+            "evotok-llava export outputs/finetune_flat -o gguf --format gguf",
+        ),
+    )
     parser.add_argument("folder", help="a trained model or a checkpoint of a run")
     parser.add_argument("-o", "--output", required=True, help="new folder")
     parser.add_argument(

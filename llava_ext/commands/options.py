@@ -12,6 +12,7 @@ from llava_ext.generation.options import SCHEDULES, DrawingOptions
 from llava_ext.model_folder import OpenModel, default_model_folder, open_model
 
 DTYPES = ("float32", "bfloat16", "float16")
+_OF_THE_MODEL = " (default: the model's)"
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,35 @@ def shared_options() -> SharedOptions:
         "--guidance_scale",
         type=_numbers(float),
         metavar="NUMBER",
-        help="how closely images follow the prompt; 1 turns guidance off",
+        help="how closely images follow the prompt; 1 turns guidance off" + _OF_THE_MODEL,
     )
-    group.add_argument("--guidance_schedule", choices=SCHEDULES, help="schedule of the guidance scale over the image")
+    group.add_argument(
+        "--guidance_schedule", choices=SCHEDULES, help="schedule of the guidance scale over the image" + _OF_THE_MODEL
+    )
     group.add_argument(
         "--guidance_interval",
         type=_numbers(float),
         metavar="START,END",
-        help="guide only between these fractions of the positions: 0,0.5 is the first half; 0,1 the whole image",
+        help="guide only between these fractions of the positions: 0,0.5 is the first half; 0,1 the whole image"
+        + _OF_THE_MODEL,
     )
     group.add_argument(
         "--guidance_rescale",
         type=float,
         metavar="SHARE",
-        help="share of the guided logits that keeps the standard deviation of unguided ones, 0 to 1; 0: off",
+        help="share of the guided logits that keeps the standard deviation of unguided ones, 0 to 1; 0: off"
+        + _OF_THE_MODEL,
     )
-    group.add_argument("--negative_prompt", metavar="TEXT", help="prompt that guidance steers away from")
+    group.add_argument(
+        "--negative_prompt", metavar="TEXT", help="prompt that guidance steers away from" + _OF_THE_MODEL
+    )
     for name, kind, explanation in (
         ("temperature", float, "0 always picks the most likely code"),
         ("top_k", int, "sample from the k most likely codes; 0: all"),
         ("top_p", float, "sample from the most likely codes that reach this total probability; 1: all"),
         ("min_p", float, "drop codes below this fraction of the highest probability; 0: none"),
     ):
-        group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=explanation)
+        group.add_argument(f"--{name}", type=_numbers(kind), metavar="NUMBER", help=explanation + _OF_THE_MODEL)
     group.add_argument(
         "--scale",
         type=int,

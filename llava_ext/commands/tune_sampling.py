@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, user_path
 from evotok_plugin.common.locks import locked
 from evotok_plugin.common.progress import progress_bar
@@ -31,12 +32,17 @@ from llava_ext.tuning.table import as_table
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
         "tune-sampling",
-        epilog="The score of settings is the mean over skills of the mean score of their images. All candidates draw "
-        "a few images with the same prompts and seeds, the better half twice as many, and so on; at most four draw all "
-        "of them, among them the model's current settings and the best ones without guidance. Ties within one standard "
-        "error of the best score go to the settings that cost least: guidance 1 first, then the interval of guidance "
-        "that ends first. Only image_generation in MODEL/generation_config.json changes. Interruptible: rerun the same "
-        "command to resume from the journal, which belongs to the weights, the prompts, the judge and the seed.",
+        epilog=examples_of(
+            "evotok-llava tune-sampling outputs/finetune --prompts prompts.jsonl --judge scene_judge",
+            "evotok-llava tune-sampling outputs/finetune --prompts prompts.txt --judge clip_score=1 -n 8 --dry_run",
+            text="The score of settings is the mean over skills of the mean score of their images. All candidates draw "
+            "a few images with the same prompts and seeds, the better half twice as many, and so on; at most four "
+            "draw all of them, among them the model's current settings and the best ones without guidance. Ties "
+            "within one standard error of the best score go to the settings that cost least: guidance 1 first, "
+            "then the interval of guidance that ends first. Only image_generation in MODEL/generation_config.json "
+            "changes. Interruptible: rerun the same command to resume from the journal, which belongs to the "
+            "weights, the prompts, the judge and the seed.",
+        ),
     )
     parser.add_argument("model", metavar="MODEL", help="model folder whose settings are tuned")
     parser.add_argument(
@@ -48,7 +54,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument(
         "--judge", metavar="SPEC", required=True, help="NAME or NAME=WEIGHT,...: rewards, or package.module:function"
     )
-    parser.add_argument("-n", "--num_images", type=int, default=4, help="images per prompt (default: 4)")
+    parser.add_argument("-n", "--num_images", type=int, default=4, help="images per prompt")
     parser.add_argument(
         "--settings",
         metavar="FILE.yaml",

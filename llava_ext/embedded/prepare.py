@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from evotok_plugin.common.command_parser import CommandParser, examples_of
 from evotok_plugin.common.files import check_output_folder, write_json
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.recipes import check_seed, find_recipe, read_recipe
@@ -202,14 +203,25 @@ def _is_made_by_quickstart(workspace: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workspace", help="folder for all results (outputs)")
+    parser = CommandParser(
+        prog="python -m llava_ext.embedded.prepare",
+        description=__doc__,
+        epilog=examples_of(
+            "python -m llava_ext.embedded.prepare",
+            "python -m llava_ext.embedded.prepare --fast --workspace work",
+            "python -m llava_ext.embedded.prepare --only scenes",
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workspace", help="folder for all results (default: outputs)")
     parser.add_argument("--fast", action="store_true", help="far fewer scenes and steps")
     parser.add_argument(  # not --seed, which is a setting of the training stage that may follow
-        "--preparation_seed", type=int, default=0, metavar="SEED", help="seed of the scenes and of all steps (0)"
+        "--preparation_seed", type=int, default=0, metavar="SEED", help="seed of the scenes and of all steps"
     )
-    parser.add_argument("--only", choices=STEPS, help="run only this step")
-    parser.add_argument("--recipe", help="do nothing unless this training recipe uses the embedded default")
+    parser.add_argument("--only", choices=STEPS, help="run only this step (default: all)")
+    parser.add_argument(
+        "--recipe", help="do nothing unless this training recipe uses the embedded default (default: prepare always)"
+    )
     parser.set_defaults(takes_rest=True)
     return command_line.run(parser, argv, _prepare)
 

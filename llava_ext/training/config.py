@@ -98,11 +98,15 @@ class StageConfig(TrainingArguments):
     head_hidden_size: int = field(default=2560, metadata=_help("width of a new depth transformer"))
     head_num_layers: int = field(default=6, metadata=_help("number of layers of a new depth transformer"))
     head_num_heads: int = field(default=40, metadata=_help("number of attention heads of a new depth transformer"))
-    mm_projector_lr: float | None = field(default=None, metadata=_help("learning rate of both projectors"))
-    image_head_lr: float | None = field(default=None, metadata=_help("learning rate of the image head"))
+    mm_projector_lr: float | None = field(
+        default=None, metadata=_help("learning rate of both projectors (default: learning_rate)")
+    )
+    image_head_lr: float | None = field(
+        default=None, metadata=_help("learning rate of the image head (default: learning_rate)")
+    )
     language_model_lr: float | None = field(
         default=None,
-        metadata=_help("learning rate of the text backbone or its adapters; each defaults to learning_rate"),
+        metadata=_help("learning rate of the text backbone or its adapters (default: learning_rate)"),
     )
     lora_enable: bool = field(default=False, metadata=_help("train LoRA adapters instead of the backbone"))
     lora_r: int = field(default=64, metadata=_help("LoRA rank"))
@@ -153,10 +157,12 @@ class StageConfig(TrainingArguments):
     output_dir: str = field(
         default="", metadata=_help("folder for checkpoints, logs and the trained model", required=True)
     )
-    remove_unused_columns: bool = False
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: None | str | list[str] = "tensorboard"
+    remove_unused_columns: bool = field(default=False, metadata=_help("must be false: the collator needs all fields"))
+    logging_steps: float = field(default=10, metadata=_help("steps between two lines of metrics"))
+    save_total_limit: int | None = field(default=2, metadata=_help("number of checkpoints to keep; none: all"))
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata=_help("tensorboard, wandb, other reporters of transformers, all or none")
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.data_path, str):

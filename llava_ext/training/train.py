@@ -19,10 +19,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
+from evotok_plugin.common.command_parser import CommandParser, examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import scratch_folder
 from evotok_plugin.common.interruption import check_stopped, stop_on_signals
-from evotok_plugin.common.recipes import add_arguments, flags_of, reject_unknown_flags
+from evotok_plugin.common.recipes import flags_of, recipe_help, reject_unknown_flags
 from evotok_plugin.common.run_lock import only_run
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError
@@ -50,6 +51,7 @@ from llava_ext.training.checkpoints import (
 )
 from llava_ext.training.config import StageConfig, check_reporting, check_required
 from llava_ext.training.deepspeed_config import unpartitioned_models, zero_stage
+from llava_ext.training.flag_groups import add_stage_flags
 from llava_ext.training.head_settings import check_given_head_settings
 from llava_ext.training.launch import prepare_processes
 from llava_ext.training.output_folder import (
@@ -81,6 +83,7 @@ class Stage:
 
     Attributes:
         description: of its command.
+        example: a call of its command.
         schema: its settings.
         read_values: reads a recipe and overrides like `settings.stage_values`.
         check: checks a config for which `launch.prepare_processes` has been called, before anything is loaded.
@@ -88,6 +91,7 @@ class Stage:
     """
 
     description: str
+    example: str
     schema: type[StageConfig]
     read_values: Callable[[str, dict[str, Any], Callable[[str], None]], dict[str, Any]]
     check: Callable[[Any], None]
@@ -122,9 +126,15 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _parser(stage: Stage) -> argparse.ArgumentParser:
     # --debug is a field of TrainingArguments that a stage does not support; on the command line it shows tracebacks.
-    parser = argparse.ArgumentParser(description=stage.description, allow_abbrev=False, conflict_handler="resolve")
-    parser.add_argument("--recipe", required=True, help="YAML file, or the name of a recipe of the project")
-    add_arguments(parser, stage.schema)
+    parser = CommandParser(
+        usage="%(prog)s --recipe RECIPE [--FLAG VALUE ...]",
+        description=stage.description,
+        epilog=examples_of(stage.example),
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+    parser.add_argument("--recipe", required=True, help=recipe_help("llava_ext"))
+    add_stage_flags(parser, stage.schema)
     return parser
 
 
@@ -414,7 +424,8 @@ def check_engine(trainer: EvoTokTrainer, config: StageConfig) -> None:
 
 
 SUPERVISED = Stage(
-    description=__doc__,
+    description="One training stage, from a recipe to a model folder.",
+    example="python -m llava_ext.training.train --recipe pretrain --max_steps 10",
     schema=StageConfig,
     read_values=stage_values,
     check=lambda config: None,

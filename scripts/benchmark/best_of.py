@@ -25,6 +25,7 @@ from scipy.stats import rankdata
 from eval_tasks.judging.rules import evaluate
 from eval_tasks.judging.scene_detector import SceneDetector
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import check_seed
 from evotok_plugin.errors import UserError
@@ -167,12 +168,12 @@ def agreement(found: Candidates) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the measurement on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Measure the accuracy of the best of N drawn scenes, selected by the model's reading."
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
-    parser.add_argument("--prompts_per_skill", type=int, default=80, help="repeated where a skill has fewer prompts")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and images")
+    parser.add_argument(
+        "--prompts_per_skill", type=int, default=80, help="prompts per skill, repeated where a skill has fewer"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--instruction", help="the user's text under an image (default: the model's setting)")
     return command_line.run(parser, argv, run)

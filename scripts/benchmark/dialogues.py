@@ -10,7 +10,6 @@ circles), the dialogue is repeated with another prompt, and counted. An answer i
 corpus's answers.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ import numpy as np
 from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
 from PIL import Image
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import NUMBERS, prompt_record, rich_prompt
 from evotok_plugin.scenes.questions import Question, sample_question
@@ -106,9 +106,11 @@ def hold_dialogue(
 
 def main() -> None:
     """Hold the dialogues and print accuracy by kind as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__)
     add_model_options(parser)
-    parser.add_argument("--dialogues", type=int, default=200, help="split evenly over the kinds of questions")
+    parser.add_argument(
+        "--dialogues", type=int, default=200, help="dialogues, split evenly over the kinds of questions"
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="list up to N wrong answers")
     options = parser.parse_args()
     opened = open_from(options)

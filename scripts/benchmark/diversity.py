@@ -11,7 +11,6 @@ and the same errors of the detector. Drawings without the named objects are left
 ratio adds the bias term of Miller and Madow, (occupied values - 1) / (2 samples) nats, to each entropy.
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import prompt_record, scene_prompts
 from evotok_plugin.scenes.scene import SKILLS, Scene, SceneObject, relation, render, sample_scene
@@ -97,12 +97,19 @@ def corpus_samples(record: dict, image_size: int, count: int, rng: np.random.Gen
 
 def main() -> None:
     """Draw, compare with the corpus, and print the ratios as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__)
     add_model_options(parser)
-    parser.add_argument("--skills", nargs="+", choices=SKILLS, default=SKILLS, metavar="SKILL")
+    parser.add_argument(
+        "--skills",
+        nargs="+",
+        choices=SKILLS,
+        default=SKILLS,
+        metavar="SKILL",
+        help=f"skills to measure: {', '.join(SKILLS)} (default: all)",
+    )
     parser.add_argument("--prompts", type=int, default=4, help="prompts per skill")
     parser.add_argument("--images", type=int, default=64, help="images per prompt")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once")
     options = parser.parse_args()
     opened = open_from(options)
     image_size = opened.model.config.vision_config.image_size

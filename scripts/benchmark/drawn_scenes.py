@@ -14,8 +14,8 @@ from llava_ext.model_folder import OpenModel, default_model_folder, open_model
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add --model, --device, --seed and --threads."""
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and images")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
 
 

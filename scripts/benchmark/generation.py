@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, DynamicCache
 
 from evotok_plugin import EvoTokConfig, SamplingOptions
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.sampling import sample, uniform_noise
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
 from llava_ext.generation import DrawingOptions
@@ -284,12 +285,12 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     """Run the comparison and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--head", default="paper", choices=list(HEADS))
-    parser.add_argument("--backbone", default="0.5b", choices=list(BACKBONES))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the weights")
+    parser.add_argument("--head", default="paper", choices=list(HEADS), help="sizes of the image head")
+    parser.add_argument("--backbone", default="0.5b", choices=list(BACKBONES), help="sizes of the language model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="numbers of images drawn at once")
     parser.add_argument("--positions", type=int, default=3, help="number of measured positions; at most 255")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the minimum time counts")
     parser.add_argument("--use_graphs", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: on CUDA)")

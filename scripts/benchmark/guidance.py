@@ -21,6 +21,7 @@ from measuring import device_name
 
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.files import check_output_file, write_text
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
@@ -123,13 +124,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the flags and run the comparison."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default=str(INCLUDED_MODEL), help="model folder (default: the included model)")
     parser.add_argument("--prompts", metavar="FILE", help="prompts with tags instead of generated scene prompts")
     parser.add_argument("--num_prompts", type=int, default=40, help="generated prompts per skill")
     parser.add_argument("-n", "--num_images", type=int, default=2, help="images per prompt")
     parser.add_argument("--judge", default="scene_judge", metavar="SPEC", help="reward that scores the images")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated prompts and of the first image")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated prompts and of the first image")
     parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--save_prompts", type=Path, metavar="FILE.jsonl", help="write the prompts, and do not draw")

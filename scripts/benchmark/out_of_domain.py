@@ -8,7 +8,6 @@ images of scenes, and prompts of the corpus that ask for a drawing; these should
 and a prompt should be answered with an image. Answers are greedy, and the model decides between text and image.
 """
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from drawn_scenes import add_model_options, markdown_table, open_from
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import prompt_record, rich_prompt
 from evotok_plugin.scenes.other_topics import OUT_OF_DOMAIN_ANSWER, other_topic_question, other_topic_turns
@@ -81,10 +81,10 @@ def _text(processor: Any, ids: torch.Tensor) -> str:
 
 def main() -> None:
     """Answer all messages and print the shares as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__)
     add_model_options(parser)
     parser.add_argument("--count", type=int, default=400, help="messages of each kind")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32, help="messages answered at once")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="list up to N wrong answers of each kind")
     options = parser.parse_args()
     opened = open_from(options)

@@ -23,6 +23,7 @@ import torch
 from measuring import CLOCKS, device_name, peak_mebibytes, seconds
 
 from evotok_plugin import ResidualVectorQuantizer
+from evotok_plugin.common.command_parser import CommandParser
 
 _CHECKED = 32  # vectors whose codes are compared with a float64 search
 
@@ -136,17 +137,17 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     """Run the comparison and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8], help="batch sizes to compare at")
     parser.add_argument("--positions", type=int, default=256, help="positions per image")
-    parser.add_argument("--levels", type=int, default=16)
-    parser.add_argument("--codebook_size", type=int, default=32768)
-    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--levels", type=int, default=16, help="number of levels")
+    parser.add_argument("--codebook_size", type=int, default=32768, help="codes per level")
+    parser.add_argument("--dim", type=int, default=32, help="width of the vectors")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant; the minimum time counts")
     parser.add_argument("--peer_rounds", type=int, default=1, help="turns of vector-quantize-pytorch; 0 skips it")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     if options.threads:

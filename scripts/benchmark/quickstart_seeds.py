@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from drawn_scenes import markdown_table
 
+from evotok_plugin.common.command_parser import CommandParser
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -73,8 +75,8 @@ def summary(runs: list[dict[str, float]]) -> list[list[str]]:
 
 def main() -> int:
     """Run all seeds and print the table; the exit code is 1 if a run failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each run")
     parser.add_argument("--fast", action="store_true", help="the quickstart's --fast, to try this script")

@@ -1,6 +1,6 @@
 """Measure the server under load: requests a second and latency for 1, 4 and 16 clients that ask one after another.
 
-    python scripts/benchmark/serving.py [--model FOLDER] [--clients 1 4 16] [--seconds 20] [--threads 1] [--json FILE]
+    python scripts/benchmark/serving.py --clients 1 4 16 --seconds 20 --json serving.json
 
 The server runs in a process of its own on this machine, and the clients in this one. Every request draws one image (or
 answers a question about one). One client after the other warms up; the phases are repeated in turn, and the median of
@@ -25,6 +25,7 @@ import torch
 from measuring import device_name
 from openai import OpenAI
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.data.images import open_picture
 
 PROMPTS = ("a photo of a red circle", "a photo of two rings", "a photo of a blue square above a white cross")
@@ -115,13 +116,13 @@ def check(address: str, model: str | None, number: int) -> bool:
 
 def main() -> int:
     """Measure, and print the rows of the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="numbers of clients (1 4 16)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of every phase (20)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every phase is measured (3)")
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the server (1)")
-    parser.add_argument("--max_rows", type=int, default=16, help="of the server (16)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="numbers of clients")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of every phase")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every phase is measured")
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the server")
+    parser.add_argument("--max_rows", type=int, default=16, help="the server's --max_rows")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     with running_server(options) as address:

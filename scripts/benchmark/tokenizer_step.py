@@ -23,6 +23,7 @@ from measuring import synchronize
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.scenes.corpus import write_corpus
@@ -124,8 +125,13 @@ def _peak_bytes(device: torch.device) -> int:
 
 def main() -> None:
     """Measure the recipes one after another, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--recipes", nargs="+", default=["tiny", "photos", "base", "paper", "paper_384"])
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["tiny", "photos", "base", "paper", "paper_384"],
+        help="tokenizer recipes to measure",
+    )
     parser.add_argument("--batch_size", type=int, help="images per step (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=3, help="steps after the first; the median counts")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the recipe to change")

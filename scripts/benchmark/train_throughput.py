@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource
@@ -389,11 +390,13 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     """Run the comparison and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sizes", choices=list(SIZES), help="(default: small on a CPU, large on a GPU)")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--sizes", choices=list(SIZES), help="sizes of the models (default: small on a CPU, large on a GPU)"
+    )
     parser.add_argument("--codebook_size", type=int, help="codes per level (default: that of --sizes)")
-    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=40, help="number of samples")
     parser.add_argument("--batch_size", type=int, default=4, help="samples per batch where samples are padded")
     parser.add_argument("--row_length", type=int, default=1024, help="LLM steps per packed row; a batch is one row")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant; the minimum time counts")

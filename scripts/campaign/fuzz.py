@@ -9,7 +9,6 @@ process with a limit of time and memory. It passes if the command accepts the in
     python scripts/campaign/fuzz.py --kinds image --case 17 --keep DIR   # one case again, with its traceback
 """
 
-import argparse
 import io
 import json
 import os
@@ -35,6 +34,7 @@ import torch
 from inputs import INPUTS, Input
 from mutations import mutations_of
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.errors import UserError
 
 GOOD = ("accepted", "one line")
@@ -189,12 +189,19 @@ def table(cases: Sequence[Case]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=list(INPUTS), default=list(INPUTS))
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=list(INPUTS),
+        default=list(INPUTS),
+        metavar="KIND",
+        help=f"kinds of inputs: {', '.join(INPUTS)} (default: all)",
+    )
     parser.add_argument("--count", type=int, default=40, help="cases of each kind")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of each case")
-    parser.add_argument("--case", type=int, help="run only the case with this number")
+    parser.add_argument("--case", type=int, help="run only the case with this number (default: all)")
     parser.add_argument("--all", action="store_true", help="print the error of every case, not only of failures")
     parser.add_argument("--keep", type=Path, help="new folder where the damaged inputs stay")
     arguments = parser.parse_args()

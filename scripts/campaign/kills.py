@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from evotok_plugin import cli as tokenizer_cli
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.data.code_cache import CodeCache
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
@@ -242,11 +243,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__)
     names = ["encode", "draw", "tokenizer", "stage"]
     parser.add_argument("--kinds", nargs="+", default=names, choices=names, help="commands to stop")
     parser.add_argument("--kills", type=int, default=8, help="stops of each command")
-    parser.add_argument("--signals", nargs="+", default=["KILL"], choices=["KILL", "INT", "TERM", "HUP"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the stops")
+    parser.add_argument(
+        "--signals",
+        nargs="+",
+        default=["KILL"],
+        choices=["KILL", "INT", "TERM", "HUP"],
+        help="signals that stop a command",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the stops")
     parser.add_argument("--folder", help="for temporary files (default: the system's)")
     sys.exit(command_line.run(parser, work=main))

@@ -27,6 +27,7 @@ from pathlib import Path
 import gradio_client
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.errors import UserError
 
 _HOST = "127.0.0.1"
@@ -227,6 +228,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--visitors", type=int, default=8, help="visitors that draw at the same time")
     sys.exit(command_line.run(parser, work=main))

@@ -7,13 +7,13 @@ position by position, and a conversation about it). Nothing is selected: the pro
 seeds of the images are 0 to 3.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.pictures import enlarged, labeled_rows, save_picture
 from evotok_plugin.scenes.captions import scene_prompts
 from evotok_plugin.scenes.scene import SKILLS
@@ -80,7 +80,7 @@ def first_screen(opened: OpenModel) -> Image.Image:
 
 def main() -> None:
     """Write both pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: the included model)")
     parser.add_argument("-o", "--output", type=Path, default=DOCS, help="folder of the pictures")
     options = parser.parse_args()

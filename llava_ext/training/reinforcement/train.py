@@ -111,7 +111,8 @@ def prepare(config: ReinforceConfig, values: dict[str, Any]) -> tuple[ReinforceT
 
 
 REINFORCEMENT = Stage(
-    description=__doc__,
+    description="Reinforcement, from a trained model and prompts to a model folder.",
+    example="python -m llava_ext.training.reinforcement.train --recipe reinforce --max_steps 10",
     schema=ReinforceConfig,
     read_values=read_values,
     check=check,
