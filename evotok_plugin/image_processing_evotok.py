@@ -164,4 +164,10 @@ def to_pixel_values(batch: Tensor, device: torch.device) -> Tensor:
     return batch.to(device, torch.float32, non_blocking=True) / 127.5 - 1.0
 
 
-AutoImageProcessor.register(EvoTokConfig, slow_image_processor_class=EvoTokImageProcessor, exist_ok=True)
+# One class for both backends of transformers, which would warn that it falls back to the one that is registered.
+AutoImageProcessor.register(
+    EvoTokConfig,
+    slow_image_processor_class=EvoTokImageProcessor,
+    fast_image_processor_class=EvoTokImageProcessor,
+    exist_ok=True,
+)

@@ -143,7 +143,7 @@ class Evaluation:
             sys.executable, *launcher, "--model", "evotok",
             "--model_args", f"{arguments},{self.model_args}" if self.model_args else arguments,
             "--tasks", task, "--batch_size", self.batch_size,
-            "--output_path", str(self.folder(task)), "--log_samples",
+            "--output_path", str(self.folder(task)), "--log_samples", "--verbosity", "WARNING",
             *(["--limit", str(self.limit)] if self.limit and task != "evotok_reconstruction" else []),
         ]  # fmt: skip
 

@@ -20,8 +20,8 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         "train",
         epilog=examples_of(
             "evotok train --recipe photos --data photos --output_dir outputs/evotok",
-            "torchrun --nproc_per_node 8 -m evotok_plugin.cli train --recipe paper --data imagenet/train "
-            "--teacher siglip2 --output_dir outputs/evotok",
+            "torchrun --standalone --nproc_per_node 8 -m evotok_plugin.cli train --recipe paper "
+            "--data imagenet/train --teacher siglip2 --output_dir outputs/evotok",
             text="A recipe overrides the defaults, and flags override the recipe. Interruptible: rerun the same "
             "command to resume.",
         ),

@@ -167,4 +167,10 @@ class EvoTokVisionImageProcessor(BaseImageProcessor):
 
 AutoConfig.register(EvoTokVisionConfig.model_type, EvoTokVisionConfig, exist_ok=True)
 AutoModel.register(EvoTokVisionConfig, EvoTokVisionModel, exist_ok=True)
-AutoImageProcessor.register(EvoTokVisionConfig, slow_image_processor_class=EvoTokVisionImageProcessor, exist_ok=True)
+# One class for both backends of transformers, as for EvoTokImageProcessor.
+AutoImageProcessor.register(
+    EvoTokVisionConfig,
+    slow_image_processor_class=EvoTokVisionImageProcessor,
+    fast_image_processor_class=EvoTokVisionImageProcessor,
+    exist_ok=True,
+)

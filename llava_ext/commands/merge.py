@@ -10,7 +10,8 @@ from llava_ext.commands.options import SharedOptions
 
 def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser = commands.add_parser(
-        "merge", epilog=examples_of("evotok-llava merge outputs/pretrain outputs/finetune_lora -o outputs/merged")
+        "merge",
+        epilog=examples_of("evotok-llava merge outputs/pretrain outputs/finetune_lora/adapter -o outputs/merged"),
     )
     parser.add_argument("base", help="the model folder that training started from, or the causal LM")
     parser.add_argument("adapter", help="adapter folder or a checkpoint of the run")

@@ -1,6 +1,7 @@
 """The web page: its components, and the server for them."""
 
 import html
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ _FILE_LIFETIME_S = 86400  # age at which files of the page are deleted
 _CLEANUP_INTERVAL_S = 3600
 _MULTIPART_BYTES = 2**16  # of an upload, next to its files
 _MAX_UNREAD = 100
+_POLLING_SECONDS = 0.1
 _LOOPBACK = ["127.0.0.1", "localhost"]
 
 
@@ -118,7 +120,8 @@ def launch_demo(
     print(f"{address} (press Ctrl-C to stop)", flush=True)
     if wait:
         try:
-            demo.block_thread()
+            while demo.is_running:  # gradio's block_thread would swallow Ctrl-C and print a line of its own
+                time.sleep(_POLLING_SECONDS)
         finally:
             demo.close(verbose=False)
     return address

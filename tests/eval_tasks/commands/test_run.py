@@ -124,6 +124,7 @@ def test_the_command_and_environment_of_lmms_eval(module, tmp_path, monkeypatch)
     asked = " ".join(evaluation.command("geneval"))
     assert f"pretrained={tmp_path / 'model'},images_dir={tmp_path / 'out/geneval/images'},seed=2" in asked
     assert "--tasks geneval" in asked and "--limit 5" in asked
+    assert "--verbosity WARNING" in asked  # lmms-eval reports each of its steps otherwise
     assert "--limit" not in evaluation.command("evotok_reconstruction")  # counts images, through a variable
     environment = evaluation.environment("evotok_reconstruction")
     assert environment["EVOTOK_RECONSTRUCTION_IMAGES"] == str(tmp_path / "photos")

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from llava_ext.cli import main
 from llava_ext.generation import TextDelta
 from llava_ext.generation.answers import Answers
 from llava_ext.model_folder import OpenModel
+from llava_ext.serving import page
 from llava_ext.serving.handlers import DemoLimits
 from llava_ext.serving.level_view import level_by_level
 from llava_ext.serving.page import build_demo, launch_demo
@@ -138,6 +140,20 @@ def test_upload_limits_are_enforced(tmp_path):
 def test_ports_that_do_not_exist_are_rejected(port):
     with pytest.raises(UserError, match=f"--port must be from 1 to 65535, got {port}"):
         launch_demo(None, port=port)
+
+
+def test_ctrl_c_closes_the_page_without_a_line_of_gradio(tiny_mllm, uploads, monkeypatch, capsys):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    demo = build_demo(OpenModel(*tiny_mllm, "tiny", "fingerprint"), LIMITS)
+    port = free_port()
+    monkeypatch.setattr(page, "time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        launch_demo(demo, LIMITS, port=port)
+    assert capsys.readouterr().out == f"http://127.0.0.1:{port}/ (press Ctrl-C to stop)\n"
+    with socket.create_server(("127.0.0.1", port)):  # the port is free again
+        assert not demo.is_running
 
 
 # Evolution -------------------------------------------------------------------------------------------------------
