@@ -10,6 +10,8 @@ circles), the dialogue is repeated with another prompt, and counted. An answer i
 corpus's answers.
 """
 
+import argparse
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ import numpy as np
 from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
 from PIL import Image
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import NUMBERS, prompt_record, rich_prompt
@@ -104,7 +107,7 @@ def hold_dialogue(
     return None
 
 
-def main() -> None:
+def main() -> int:
     """Hold the dialogues and print accuracy by kind as Markdown."""
     parser = CommandParser(description=__doc__)
     add_model_options(parser)
@@ -112,7 +115,11 @@ def main() -> None:
         "--dialogues", type=int, default=200, help="dialogues, split evenly over the kinds of questions"
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="list up to N wrong answers")
-    options = parser.parse_args()
+    return command_line.run(parser, work=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Hold the dialogues and print the table."""
     opened = open_from(options)
     answering = AnswerOptions(drawing=DrawingOptions().for_model(opened.model))
     kinds, counts, outcomes = list(KINDS), Counter(), []
@@ -137,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,9 @@ and the same errors of the detector. Drawings without the named objects are left
 ratio adds the bias term of Miller and Madow, (occupied values - 1) / (2 samples) nats, to each entropy.
 """
 
+import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import prompt_record, scene_prompts
@@ -95,7 +98,7 @@ def corpus_samples(record: dict, image_size: int, count: int, rng: np.random.Gen
     raise RuntimeError(f"the corpus has too few scenes for {record['prompt']!r}")
 
 
-def main() -> None:
+def main() -> int:
     """Draw, compare with the corpus, and print the ratios as Markdown."""
     parser = CommandParser(description=__doc__)
     add_model_options(parser)
@@ -110,7 +113,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="prompts per skill")
     parser.add_argument("--images", type=int, default=64, help="images per prompt")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once")
-    options = parser.parse_args()
+    return command_line.run(parser, work=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw, and print the tables."""
     opened = open_from(options)
     image_size = opened.model.config.vision_config.image_size
     rng = np.random.default_rng([options.seed, _STREAM])
@@ -145,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

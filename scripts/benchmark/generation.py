@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import torch
 import transformers

@@ -8,6 +8,8 @@ images of scenes, and prompts of the corpus that ask for a drawing; these should
 and a prompt should be answered with an image. Answers are greedy, and the model decides between text and image.
 """
 
+import argparse
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from drawn_scenes import add_model_options, markdown_table, open_from
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.scenes.captions import prompt_record, rich_prompt
@@ -79,14 +82,18 @@ def _text(processor: Any, ids: torch.Tensor) -> str:
     return processor.decode(ids, skip_special_tokens=True).strip()
 
 
-def main() -> None:
+def main() -> int:
     """Answer all messages and print the shares as Markdown."""
     parser = CommandParser(description=__doc__)
     add_model_options(parser)
     parser.add_argument("--count", type=int, default=400, help="messages of each kind")
     parser.add_argument("--batch_size", type=int, default=32, help="messages answered at once")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="list up to N wrong answers of each kind")
-    options = parser.parse_args()
+    return command_line.run(parser, work=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer the messages and print the table."""
     opened = open_from(options)
     rows, wrong = [], []
     for number, kind in enumerate(KINDS):
@@ -107,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

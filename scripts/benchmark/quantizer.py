@@ -17,7 +17,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import torch
 from measuring import CLOCKS, device_name, peak_mebibytes, seconds

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silence the profiler, which measures memory
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import numpy as np
 import torch

@@ -7,12 +7,15 @@ position by position, and a conversation about it). Nothing is selected: the pro
 seeds of the images are 0 to 3.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.pictures import enlarged, labeled_rows, save_picture
 from evotok_plugin.scenes.captions import scene_prompts
@@ -78,16 +81,19 @@ def first_screen(opened: OpenModel) -> Image.Image:
     return canvas
 
 
-def main() -> None:
-    """Write both pictures."""
+def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: the included model)")
     parser.add_argument("-o", "--output", type=Path, default=DOCS, help="folder of the pictures")
-    options = parser.parse_args()
+    return command_line.run(parser, work=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write both pictures."""
     opened = open_model(options.model or default_model_folder(), "cpu")
     save_picture(skills_picture(opened), options.output / "drawn.png")
     save_picture(first_screen(opened), options.output / "first_screen.png")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
