@@ -12,7 +12,8 @@ from evotok_plugin import EvoTokModel
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.data.stream import TrainingStream
-from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
+from evotok_plugin.evaluation.evaluate import evaluate
+from evotok_plugin.evaluation.options import EvaluationOptions
 from llava_ext.commands.chat import open_chat_image
 from llava_ext.serving.uploads import UploadLimits, open_upload
 

@@ -1,7 +1,8 @@
-"""`evotok evaluate`: reconstruction quality, semantic features and code usage of a tokenizer."""
+"""`evotok evaluate`: reconstruction quality, semantic features and code usage of a tokenizer, or of its images."""
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from evotok_plugin.commands.options import SharedOptions, at_size
@@ -11,8 +12,13 @@ from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.sources import open_sources
 from evotok_plugin.errors import UserError
-from evotok_plugin.evaluation.evaluate import METRICS, EvaluationOptions, evaluate
+from evotok_plugin.evaluation.evaluate import evaluate
+from evotok_plugin.evaluation.held_out import held_out_images
+from evotok_plugin.evaluation.metric_choice import METRICS
+from evotok_plugin.evaluation.options import EvaluationOptions
+from evotok_plugin.evaluation.reconstructions import evaluate_reconstructions
 from evotok_plugin.evaluation.report import Evaluation
+from evotok_plugin.metrics.zero_shot import has_text_tower, load_zero_shot, read_class_names
 from evotok_plugin.teacher import load_recorded_teacher
 from evotok_plugin.tokenizer_folder import open_tokenizer
 
@@ -26,7 +32,18 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
             "evotok evaluate imagenet/val --model outputs/evotok --metrics all --teacher siglip2 -o outputs/measured",
         ),
     )
-    parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
+    parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")
+    parser.add_argument(
+        "--held_out",
+        type=Path,
+        metavar="RUN",
+        help="instead of a source: the images that this run of `evotok train` held out; its tokenizer is the default",
+    )
+    parser.add_argument(
+        "--reconstructions",
+        metavar="FOLDER",
+        help="instead of a tokenizer: images of any tokenizer, named as the originals (rfid, psnr, ssim, lpips)",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, help="folder for metrics.json, metrics.md and grid.png; NAME.json: only that file"
     )
@@ -39,7 +56,11 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
     parser.add_argument(
         "--teacher",
         metavar="FOLDER",
-        help="teacher to compare semantic features with: a folder, a hub id or timm:NAME[:FILE]",
+        help="teacher to compare semantic features with: a folder, a hub id or timm:NAME[:FILE]; with the text tower "
+        "of a SigLIP, also zero-shot accuracy",
+    )
+    parser.add_argument(
+        "--class_names", type=Path, metavar="FILE", help="for zero_shot: JSON with the words for each class folder"
     )
     parser.add_argument("--inception_weights", metavar="FILE", help="for rfid (default: torch's hub folder)")
     parser.add_argument(
@@ -55,6 +76,7 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate in all processes that torchrun has started, then print and write the tables."""
     _check_output(arguments.output)
+    _check_together(arguments)
     processes = Processes.join(arguments.device)
     try:
         evaluation = _evaluate(arguments, processes)
@@ -66,14 +88,43 @@ def run(arguments: argparse.Namespace) -> None:
             _write(evaluation, arguments.output)
 
 
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Check that exactly one set of images and one origin of reconstructions is given."""
+    if bool(arguments.source) == bool(arguments.held_out):
+        given = "both" if arguments.source else "neither"
+        raise UserError(f"expected images to evaluate on, or --held_out RUN; got {given}")
+    if arguments.reconstructions:
+        for name in ("model", "teacher", "size", "class_names"):
+            if getattr(arguments, name) is not None:
+                raise UserError(
+                    f"--{name} has no effect with --reconstructions, which compares images only; leave one of them out"
+                )
+    if arguments.class_names and not arguments.teacher:
+        raise UserError("--class_names has no effect without --teacher, whose text tower reads the names")
+
+
 def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation | None:
-    model, processor = open_tokenizer(arguments.model, str(processes.device))
-    teacher = (
-        load_recorded_teacher(arguments.teacher, model.name_or_path).to(processes.device) if arguments.teacher else None
-    )
-    options = EvaluationOptions(
+    source = held_out_images(arguments.held_out) if arguments.held_out else open_sources(arguments.source)
+    if arguments.reconstructions:
+        given = open_sources([arguments.reconstructions])
+        return evaluate_reconstructions(source, given, _options(arguments), processes)
+    folder = arguments.model or (str(arguments.held_out) if arguments.held_out else None)
+    model, processor = open_tokenizer(folder, str(processes.device))
+    options = _options(arguments)
+    if arguments.teacher:
+        classifier = load_zero_shot(arguments.teacher) if has_text_tower(arguments.teacher) else None
+        options = replace(
+            options,
+            teacher=load_recorded_teacher(arguments.teacher, model.name_or_path).to(processes.device),
+            classifier=classifier.to(processes.device) if classifier is not None else None,
+            class_names=read_class_names(arguments.class_names) if arguments.class_names else {},
+        )
+    return evaluate(model, at_size(processor, model, arguments.size), source, options, processes)
+
+
+def _options(arguments: argparse.Namespace) -> EvaluationOptions:
+    return EvaluationOptions(
         metrics=arguments.metrics,
-        teacher=teacher,
         inception_weights=arguments.inception_weights,
         stats_cache=arguments.stats_cache,
         batch_size=arguments.batch_size,
@@ -81,8 +132,6 @@ def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation
         max_bad_fraction=arguments.max_bad_fraction,
         report=_folder(arguments.output) / "bad_samples.jsonl" if arguments.output else None,
     )
-    processor = at_size(processor, model, arguments.size)
-    return evaluate(model, processor, open_sources(arguments.source), options, processes)
 
 
 def _is_json(output: Path) -> bool:

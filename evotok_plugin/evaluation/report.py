@@ -29,7 +29,7 @@ class Evaluation:
         return json.dumps(self.values, indent=2) + "\n"
 
     def as_markdown(self) -> str:
-        """Format one table of metrics, and one of metrics by level."""
+        """Format one table of metrics, one of metrics by level, and the metrics that were not measured with reasons."""
         values = self.values
         rows: list[tuple[str, ...]] = [
             ("images", f"{values['images']} of {values['image_size']} x {values['image_size']} pixels")
@@ -47,6 +47,8 @@ class Evaluation:
                 (str(level + 1), *(form.format(column[level]) for _, form, column in columns)) for level in levels
             ]
             tables.append(_table(("level", *(name for name, _, _ in columns)), by_level))
+        if missing := values.get("not_measured"):
+            tables.append("Not measured:\n\n" + "".join(f"* {name}: {reason}\n" for name, reason in missing.items()))
         return "\n".join(tables)
 
     def grid(self) -> Image.Image:
@@ -69,6 +71,9 @@ _ROWS = (
     ("knn_accuracy", "k-NN accuracy", "{:.1%}"),
     ("semantic_cosine_constant", "cosine of a constant (the mean) to the teacher", "{:.4f}"),
     ("linear_probe_accuracy", "linear probe accuracy", "{:.1%}"),
+    ("zero_shot_accuracy", "zero-shot accuracy", "{:.1%}"),
+    ("teacher_zero_shot_accuracy", "zero-shot accuracy of the teacher", "{:.1%}"),
+    ("zero_shot_classes", "classes, named by folders", "{}"),
 )
 _LEVEL_COLUMNS = (
     ("code_usage", "codes used", "{:.1%}"),

@@ -105,12 +105,14 @@ def train_teacher(
     seed: int = 0,
     vision: EvoTokConfig | None = None,
     augment: bool = False,
+    with_text: bool = False,
 ) -> float:
     """Train contrastively on captioned images and save the vision tower; returns the last loss.
 
     Args:
         vision: the configuration of the tokenizer that the teacher must fit; by default the tiny preset.
         augment: random scale, crop and flip.
+        with_text: also save the text tower and its tokenizer, with which `evotok evaluate` measures zero-shot accuracy.
 
     Raises:
         UserError: a number is out of range, the captions are missing or malformed, or the loss is not finite.
@@ -158,7 +160,9 @@ def train_teacher(
         schedule.step()
         bar.set_postfix(loss=f"{float(output.loss.detach()):.3f}")
     with writing(output_dir):
-        model.vision_model.save_pretrained(output_dir)
+        (model if with_text else model.vision_model).save_pretrained(output_dir)
+        if with_text:
+            tokenizer.save_pretrained(output_dir)
         apply_umask_to_weights(output_dir)
     return float(output.loss.detach())
 
@@ -184,6 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the images")
     parser.add_argument("--augment", action="store_true", help="random scale, crop and flip")
     parser.add_argument(
+        "--with_text", action="store_true", help="also save the text tower, for zero-shot accuracy in `evotok evaluate`"
+    )
+    parser.add_argument(
         "--model", default="{}", help="YAML mapping of tokenizer fields that differ from the tiny preset"
     )
     return command_line.run(parser, argv, _train)
@@ -193,7 +200,7 @@ def _train(arguments: argparse.Namespace) -> None:
     vision = EvoTokConfig.preset("tiny", **parse_mapping(arguments.model))
     check_output_folder(arguments.output_dir, "--output_dir")
     OwnedFolder(arguments.output_dir).claim("config.json", "model.safetensors")
-    names = ("output_dir", "max_steps", "batch_size", "learning_rate", "seed", "augment")
+    names = ("output_dir", "max_steps", "batch_size", "learning_rate", "seed", "augment", "with_text")
     options = {name: getattr(arguments, name) for name in names}
     train_teacher(arguments.data, arguments.tokenizer, vision=vision, **options)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.evaluation.evaluate import EvaluationOptions
+from evotok_plugin.evaluation.options import EvaluationOptions
 
 DIM = 12  # of the features of `SmallNetwork`
 

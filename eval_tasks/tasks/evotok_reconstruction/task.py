@@ -70,7 +70,8 @@ def measure(
     Raises:
         UserError: too many broken images, or the folder cannot be written to.
     """
-    from evotok_plugin.evaluation.evaluate import EvaluationOptions, evaluate
+    from evotok_plugin.evaluation.evaluate import evaluate
+    from evotok_plugin.evaluation.options import EvaluationOptions
 
     source, processes = images_source(), processes or Processes(0, 1, tokenizer.device)
     left_out = processes.gather(_left_out(len(source)) if processes.is_first else {})[0]

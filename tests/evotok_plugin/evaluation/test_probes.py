@@ -5,7 +5,8 @@ import pytest
 from evaluation_inputs import Pictures, options
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.evaluation.evaluate import chosen_metrics, evaluate
+from evotok_plugin.evaluation.evaluate import evaluate
+from evotok_plugin.evaluation.metric_choice import chosen_metrics
 from evotok_plugin.metrics.probes import in_classes, knn_accuracy, linear_probe_accuracy
 
 
