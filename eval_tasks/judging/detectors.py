@@ -17,7 +17,7 @@ from eval_tasks.judging.rules import GENEVAL_RULES, Box, Instance, Rules
 from eval_tasks.judging.vocabulary import CLASSES
 from eval_tasks.judging.weights import require_weights
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import load_whole, model_type_of, open_processor
+from evotok_plugin.model_folder import load_whole, model_type_of, open_config, open_processor
 
 _WHAT = "the detector's weights"
 # COCO's names where GenEval's differ.
@@ -28,6 +28,22 @@ _SPELLINGS = {
     "diningtable": "dining table", "tvmonitor": "tv", "hair dryer": "hair drier",
 }  # fmt: skip
 _MAX_DETECTIONS = 100  # pairs of query and class per image, as in mmdet's Mask2Former
+
+
+def check_detector(folder: Path) -> None:
+    """Check, without loading weights, that a folder holds a Mask2Former with COCO's classes.
+
+    Raises:
+        UserError: a missing folder, another kind of model, or other classes than COCO's 80.
+    """
+    require_weights(folder, _WHAT)
+    from transformers import Mask2FormerConfig
+
+    kind = model_type_of(folder)
+    if kind != "mask2former":
+        raise UserError(f"{_WHAT}: {folder} holds a model of type {kind!r}, expected 'mask2former'")
+    labels = open_config(Mask2FormerConfig, folder).id2label or {}
+    _check_labels({int(number): name for number, name in labels.items()})
 
 
 class Detector(Protocol):
@@ -67,12 +83,9 @@ class Mask2FormerDetector:
             UserError: a missing folder, another kind of model, damaged files, missing or mismatched weights, or other
                 classes than COCO's 80.
         """
-        require_weights(folder, _WHAT)
+        check_detector(folder)
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        kind = model_type_of(folder)
-        if kind != "mask2former":
-            raise UserError(f"{_WHAT}: {folder} holds a model of type {kind!r}, expected 'mask2former'")
         model = load_whole(
             Mask2FormerForUniversalSegmentation,
             folder,

@@ -2,7 +2,7 @@
 
 Judging such a folder needs neither the model nor lmms-eval:
 
-DIR/drawn.json      the task, and the faults of answers that could not be stored
+DIR/drawn.json      the task, the model and its settings, and the faults of answers that could not be stored
 DIR/drawn.jsonl     one line per image: index, sample, image, document
 DIR/images/         the images
 """
@@ -10,14 +10,15 @@ DIR/images/         the images
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 from PIL import Image
 
+from eval_tasks.judging import drawn_with
 from eval_tasks.judging.answers import image_paths, open_image
 from evotok_plugin.common.files import write_json, writing
 from evotok_plugin.common.foreign_files import read_json, read_text, reading
@@ -49,11 +50,16 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawnRun:
-    """A folder of drawn images of one task."""
+    """A folder of drawn images of one task.
+
+    Attributes:
+        about: the model and the settings of its drawings, as far as they are known: values by label.
+    """
 
     folder: Path
     task: str
     drawn: tuple[Drawn, ...]
+    about: dict[str, str] = field(default_factory=dict)
 
     def images(self, batch_size: int) -> Iterator[list[tuple[Drawn, Image.Image]]]:
         """All images in batches; the next batch is read in the background.
@@ -97,7 +103,11 @@ def _is_created(folder: Path) -> bool:
 
 
 def store_drawn_run(
-    folder: Path, task: str, answers: Iterable[tuple[dict, str]], roots: Sequence[Path] | None = None
+    folder: Path,
+    task: str,
+    answers: Iterable[tuple[dict, str]],
+    roots: Sequence[Path] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> DrawnRun:
     """Copy the images of a model's answers into a new folder.
 
@@ -107,6 +117,7 @@ def store_drawn_run(
         answers: documents with `index`, and the model's answers.
         roots: folders of which one must contain an image; a relative path begins at one of them or at the working
             folder. None for answers of this process, whose model names its own files.
+        about: the model and its settings, by label; the settings that the images record are added.
 
     Raises:
         UserError: an answer without images, or a missing image; all other images are stored nevertheless.
@@ -136,13 +147,14 @@ def store_drawn_run(
                     item = Drawn(document["index"], sample, name, document)
                     drawn.append(item)
                     lines.write(json.dumps(vars(item)) + "\n")
-    write_json(folder / _ABOUT, {"task": task, "images": len(drawn), "faults": faults})
+    known = {**(about or {}), **drawn_with.of_images(folder / item.image for item in drawn)}
+    write_json(folder / _ABOUT, {"task": task, "images": len(drawn), "about": known, "faults": faults})
     if faults:
         raise UserError(
             f"{len(faults)} of the model's answers cannot be judged, first {faults[0]}; the other {len(drawn)} images "
             f"are stored in {folder}. Draw again (if answers come from lmms-eval's --use_cache, delete its cache first)"
         )
-    return DrawnRun(folder, task, tuple(drawn))
+    return DrawnRun(folder, task, tuple(drawn), known)
 
 
 def _checked_path(path: Path, roots: Sequence[Path] | None) -> str | Path:
@@ -164,8 +176,8 @@ def open_drawn_run(folder: Path) -> DrawnRun:
     """
     remedy = "draw again"
     about = read_json(folder / _ABOUT, remedy=remedy)
-    task, faults = about.get("task"), about.get("faults")
-    if not isinstance(task, str) or not isinstance(faults, list):
+    task, faults, known = about.get("task"), about.get("faults"), about.get("about", {})
+    if not isinstance(task, str) or not isinstance(faults, list) or not isinstance(known, dict):
         raise UserError(f"{folder / _ABOUT} cannot be read: expected a task and a list of faults; {remedy}")
     with reading(folder / _LINES, remedy, "read"):
         drawn = tuple(_drawn_of(json.loads(line), folder) for line in _lines(folder / _LINES))
@@ -173,7 +185,7 @@ def open_drawn_run(folder: Path) -> DrawnRun:
         raise UserError(f"{folder} is incomplete: {len(faults)} answers are missing, first {faults[0]}; draw again")
     if not drawn:
         raise UserError(f"{folder} holds no images: the run was empty")
-    return DrawnRun(folder, task, drawn)
+    return DrawnRun(folder, task, drawn, {str(label): str(value) for label, value in known.items()})
 
 
 def _drawn_of(row: dict, folder: Path) -> Drawn:

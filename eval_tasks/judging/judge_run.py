@@ -43,6 +43,8 @@ class Benchmark:
     Attributes:
         name: name of the lmms-eval task.
         overall: whether the overall score is the mean over skills or over images.
+        num_images: images per prompt behind published scores.
+        documents: returns the prompts, with what the judge needs; raises a UserError if they are missing.
         find_judges: locates the weights of the judges, downloading them if necessary, and returns the judges' names;
             raises a UserError that says what is missing.
         open_judge: loads the judge.
@@ -50,6 +52,8 @@ class Benchmark:
 
     name: str
     overall: Literal["skills", "images"]
+    num_images: int
+    documents: Callable[[], list[dict]]
     find_judges: Callable[[JudgeOptions], dict[str, str]]
     open_judge: Callable[[JudgeOptions], ImageJudge]
 

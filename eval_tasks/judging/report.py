@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval_tasks.judging.answers import open_image
@@ -14,7 +15,7 @@ from evotok_plugin.common.files import write_whole
 from evotok_plugin.common.templates import open_template
 
 _THUMBNAIL = 112  # pixels
-_PROMPTS_PER_SKILL = 4  # in the PNG
+_PROMPTS_PER_SKILL, _HEAD_LINES = 4, 6  # in the PNG
 _GOOD, _BAD = "#1a7f37", "#cf222e"
 
 
@@ -27,6 +28,8 @@ def write_report(folder: Path, run: DrawnRun, judgements: Sequence[Judgement], s
     skills = _by_skill_and_prompt(judgements)
     page = open_template("eval_tasks.judging", "contact_sheet.html.jinja").stream(
         title=f"{run.task}: {len(run.drawn)} images",
+        about=run.about,
+        num_wrong=sum(item.correct is False for item in judgements),
         side=_THUMBNAIL,
         good=_GOOD,
         bad=_BAD,
@@ -34,6 +37,7 @@ def write_report(folder: Path, run: DrawnRun, judgements: Sequence[Judgement], s
         skills=skills,
         thumbnail=lambda item: _as_base64_jpeg(_thumbnail(run.folder / item.image)),
         verdict=_verdict,
+        passed=lambda items: Markup(' class="passed"') if all(item.correct for item in items) else "",
     )
     write_whole(folder / "contact_sheet.html", lambda part: page.dump(str(part), encoding="utf-8"), shared=True)
     picture = _picture(run, skills)
@@ -73,14 +77,19 @@ def _verdict(item: Judgement) -> str:
 
 
 def _picture(run: DrawnRun, prompts: dict[str, list[list[Judgement]]]) -> Image.Image:
-    """A row per skill: two images of each of its first prompts, framed by verdict, with the prompt below."""
+    """The model and settings, then a row per skill: two images of each of its first prompts, framed by verdict."""
     cell, text, gap = _THUMBNAIL + 8, 34, 8
     rows = [[item for images in groups[:_PROMPTS_PER_SKILL] for item in images[:2]] for groups in prompts.values()]
     width = max(len(row) for row in rows) * (cell + gap) + gap
-    canvas = Image.new("RGB", (width, len(rows) * (cell + text + 18 + gap) + gap), "white")
-    pen, font, bold = ImageDraw.Draw(canvas), ImageFont.load_default(size=10), ImageFont.load_default(size=13)
+    font, bold = ImageFont.load_default(size=10), ImageFont.load_default(size=13)
+    head = _lines(_as_line(run), font, width - 2 * gap, most=_HEAD_LINES)
+    start = gap + 12 * len(head)
+    canvas = Image.new("RGB", (width, start + len(rows) * (cell + text + 18 + gap) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for line, words in enumerate(head):
+        pen.text((gap, gap + 12 * line), words, "#222222", font)
     for number, (skill, row) in enumerate(zip(prompts, rows, strict=True)):
-        top = gap + number * (cell + text + 18 + gap)
+        top = gap + start + number * (cell + text + 18 + gap)
         pen.text((gap, top), skill, "#222222", bold)
         for column, item in enumerate(row):
             left = gap + column * (cell + gap)
@@ -90,6 +99,13 @@ def _picture(run: DrawnRun, prompts: dict[str, list[list[Judgement]]]) -> Image.
             for line, words in enumerate(_lines(item.prompt, font, cell)):
                 pen.text((left, top + 20 + cell + 11 * line), words, "#222222", font)
     return canvas
+
+
+def _as_line(run: DrawnRun) -> str:
+    """The task, the number of images, the model and its settings in one line."""
+    return ", ".join(
+        [f"{run.task}: {len(run.drawn)} images", *(f"{name} {value}" for name, value in run.about.items())]
+    )
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:

@@ -7,6 +7,7 @@ from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.tasks.dpg_bench import task as dpg_bench
 from eval_tasks.tasks.genai_bench import task as genai_bench
 from eval_tasks.tasks.geneval import task as geneval
+from eval_tasks.tasks.geneval_scenes.prompts import documents
 
 
 def _on_scenes(options: JudgeOptions) -> JudgeOptions:
@@ -17,6 +18,8 @@ def _on_scenes(options: JudgeOptions) -> JudgeOptions:
 GENEVAL_SCENES = Benchmark(
     name="geneval_scenes",
     overall="skills",
+    num_images=4,
+    documents=documents,
     find_judges=lambda options: geneval.find_judges(_on_scenes(options)),
     open_judge=lambda options: geneval.open_judge(_on_scenes(options)),
 )

@@ -6,19 +6,23 @@ first, stores and judges the images of all documents.
 """
 
 import json
+import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
+from eval_tasks.judging import drawn_with
 from eval_tasks.judging.drawn_run import new_folder, store_drawn_run
 from eval_tasks.judging.judge_run import Benchmark, judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.scores import OVERALL, Score
 from evotok_plugin.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _INTERVAL = {f"{OVERALL}_low": "low", f"{OVERALL}_high": "high"}
 _DEFAULT_FOLDER = "outputs/lmms_eval"  # without --output_path
@@ -64,12 +68,16 @@ class JudgedTask:
             self._documents = self._load()
         return options.as_dict()
 
-    def before_drawing(self) -> None:
-        """Locate the judges, so that a missing one is reported before anything is drawn.
+    def before_drawing(self, generation_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Check the judges and the number of images per prompt before anything is drawn.
+
+        Args:
+            generation_kwargs: of the task, with the keys of `--gen_kwargs`.
 
         Raises:
-            UserError: a judge is missing.
+            UserError: a judge is missing or has other classes than the benchmark, or the number is not at least 1.
         """
+        self._check_num_images((generation_kwargs or {}).get("num_images", self.benchmark.num_images))
         try:
             self.benchmark.find_judges(JudgeOptions.from_environment())
         except UserError as error:
@@ -77,6 +85,20 @@ class JudgedTask:
                 f"{self.benchmark.name}: {error}. Nothing has been drawn: --predict_only draws without judging, and "
                 "`evotok-eval judge OUTPUT_PATH` judges what was drawn"
             ) from error
+
+    def _check_num_images(self, number: Any) -> None:
+        """Reject a number of images per prompt that cannot be drawn, and log one that published scores do not have."""
+        expected, name = self.benchmark.num_images, self.benchmark.name
+        if type(number) is not int or number < 1:
+            raise UserError(f"{name}: num_images must be a whole number of at least 1, got {number!r}")
+        if number != expected:
+            logger.warning(
+                "%s: %d images per prompt instead of %d; the score is not comparable with published ones, leave "
+                "num_images out of --gen_kwargs for a comparable run",
+                name,
+                number,
+                expected,
+            )
 
     def process_docs(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Replace the placeholder row, without which lmms-eval does not load a task, by the documents."""
@@ -99,13 +121,14 @@ class JudgedTask:
         """Store the images of all answers, judge them and write the report; returns the overall score.
 
         Args:
-            args: lmms-eval's command line, of which `output_path` is used.
+            args: lmms-eval's command line: `output_path`, and for the contact sheet the model and its arguments.
 
         Raises:
             UserError: an answer without images, or a broken image; the message says where the images are stored.
         """
         folder = new_folder(Path(getattr(args, "output_path", None) or _DEFAULT_FOLDER) / "drawn", self.benchmark.name)
-        run = store_drawn_run(folder, self.benchmark.name, [(item["document"], item["answer"]) for item in items])
+        answers = [(item["document"], item["answer"]) for item in items]
+        run = store_drawn_run(folder, self.benchmark.name, answers, about=drawn_with.of_command_line(args))
         try:
             outcome = judge_run(run, self.benchmark, JudgeOptions.from_environment())
         except Exception as error:

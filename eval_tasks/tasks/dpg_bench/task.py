@@ -163,7 +163,14 @@ def open_judge(options: JudgeOptions) -> DpgJudge:
     return DpgJudge(open_vqa(options), options.batch_size)
 
 
-BENCHMARK = Benchmark(name="dpg_bench", overall="images", find_judges=find_judges, open_judge=open_judge)
+BENCHMARK = Benchmark(
+    name="dpg_bench",
+    overall="images",
+    num_images=4,
+    documents=documents,
+    find_judges=find_judges,
+    open_judge=open_judge,
+)
 
 _TASK = JudgedTask(BENCHMARK, documents, _categories)
 process_docs, process_results = _TASK.process_docs, _TASK.process_results

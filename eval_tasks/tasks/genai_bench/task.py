@@ -151,6 +151,8 @@ def documents() -> list[dict]:
 BENCHMARK = Benchmark(
     name="genai_bench",
     overall="images",
+    num_images=1,
+    documents=documents,
     find_judges=find_judges,
     open_judge=lambda options: VqaScoreJudge(open_vqa(options)),
 )

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from eval_tasks.judging.clip import find_clip
 from eval_tasks.judging.colors import WHAT as COLOR_CLASSIFIER
 from eval_tasks.judging.colors import ColorClassifier, Crop
-from eval_tasks.judging.detectors import Detector, Mask2FormerDetector
+from eval_tasks.judging.detectors import Detector, Mask2FormerDetector, check_detector
 from eval_tasks.judging.drawn_run import Drawn
 from eval_tasks.judging.judge_run import Batch, Benchmark
 from eval_tasks.judging.options import JudgeOptions, variable
@@ -20,7 +20,7 @@ from eval_tasks.judging.rules import Instance, colors_wanted, evaluate
 from eval_tasks.judging.scene_detector import SceneDetector
 from eval_tasks.judging.scores import Judgement, Stopwatch
 from eval_tasks.judging.vocabulary import COLORS, SKILLS
-from eval_tasks.judging.weights import fetch, require_weights
+from eval_tasks.judging.weights import fetch
 from eval_tasks.tasks.geneval.prompts import geneval_records
 from eval_tasks.tasks.judged_task import JudgedTask
 from evotok_plugin.errors import UserError
@@ -128,7 +128,7 @@ def _names(options: JudgeOptions) -> dict[str, str]:
 
 def _folders(options: JudgeOptions) -> dict[str, Path]:
     detector = fetch(options.detector or MASK2FORMER, "the detector's weights", variable("detector"))
-    require_weights(detector, "the detector's weights")
+    check_detector(detector)
     return {"detector": detector, "clip": find_clip(options, COLOR_CLASSIFIER)}
 
 
@@ -136,7 +136,7 @@ def find_judges(options: JudgeOptions) -> dict[str, str]:
     """Locate the judges, downloading them if necessary; returns their names.
 
     Raises:
-        UserError: a judge is missing; the message says where to get it.
+        UserError: a judge is missing (the message says where to get it), or the detector has other classes than COCO's.
     """
     names = _names(options)
     if names["detector"] != SCENES:
@@ -166,7 +166,14 @@ def documents() -> list[dict]:
     return [document for turn in zip_longest(*by_skill) for document in turn if document is not None]
 
 
-BENCHMARK = Benchmark(name="geneval", overall="skills", find_judges=find_judges, open_judge=open_judge)
+BENCHMARK = Benchmark(
+    name="geneval",
+    overall="skills",
+    num_images=4,
+    documents=documents,
+    find_judges=find_judges,
+    open_judge=open_judge,
+)
 
 _TASK = JudgedTask(BENCHMARK, documents, lambda document: (document["tag"],))
 process_docs, process_results = _TASK.process_docs, _TASK.process_results

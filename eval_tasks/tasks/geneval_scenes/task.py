@@ -14,71 +14,22 @@ from typing import Any
 import datasets
 import numpy as np
 
+from eval_tasks.judging import drawn_with
 from eval_tasks.judging.answers import open_image, parse_images
+from eval_tasks.judging.drawn_run import new_folder, store_drawn_run
+from eval_tasks.judging.judge_run import judge_run
+from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.rules import evaluate, overall_score
 from eval_tasks.judging.scene_detector import SceneDetector
+from eval_tasks.tasks.benchmarks import GENEVAL_SCENES
+from eval_tasks.tasks.geneval.task import SCENES
+from eval_tasks.tasks.geneval_scenes.prompts import make_documents
 from evotok_plugin.common.files import write_text, writing
 from evotok_plugin.errors import UserError
-from evotok_plugin.scenes.captions import scene_prompts
 
 logger = logging.getLogger(__name__)
 
-# Corpora use the random streams [seed, 0], [seed, 1], ...; this stream differs from all of them.
-_STREAM = 7_001
-
-
 # Documents -----------------------------------------------------------------------------------------------------
-
-
-def derangement(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
-    """Assign to every document another one with a different prompt, each exactly once.
-
-    Raises:
-        UserError: more than half of the prompts are equal, so no such assignment exists.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(index)
-    largest = max(map(len, groups.values()), default=0)
-    if 2 * largest > len(prompts):
-        raise UserError(f"one prompt occurs {largest} times among {len(prompts)}: too few others to be its partners")
-    # Equal prompts are adjacent; shifting by the longest run of them pairs no prompt with itself.
-    names = list(groups)
-    ring = [index for position in rng.permutation(len(names)) for index in groups[names[position]]]
-    partner = [0] * len(ring)
-    for position, index in enumerate(ring):
-        partner[index] = ring[(position + largest) % len(ring)]
-    return partner
-
-
-def make_documents(skills: Sequence[dict], seed: int) -> list[dict]:
-    """The documents of the task, with skills alternating so that a limit covers all.
-
-    A skill with fewer distinct prompts than requested repeats them; each document gets its own images.
-
-    Args:
-        skills: rows `{"skill": name, "prompts": number}`.
-        seed: of the prompts and of the baseline's partners.
-    """
-    rng = np.random.default_rng([seed, _STREAM])
-    by_skill = []
-    for row in skills:
-        different = scene_prompts(row["skill"], row["prompts"], rng)
-        by_skill.append([different[n % len(different)] for n in range(row["prompts"])])
-    longest = max(map(len, by_skill))
-    records = [records[n] for n in range(longest) for records in by_skill if n < len(records)]
-    partners = derangement([record["prompt"] for record in records], rng)
-    # Clauses mix types ("position": ["left of", 0]), which columns cannot hold: they travel as JSON.
-    return [
-        {
-            "index": index,
-            "tag": record["tag"],
-            "prompt": record["prompt"],
-            "record": json.dumps(record),
-            "baseline_record": json.dumps(records[partner]),
-        }
-        for index, (record, partner) in enumerate(zip(records, partners, strict=True))
-    ]
 
 
 def process_docs(rows: datasets.Dataset) -> datasets.Dataset:
@@ -123,7 +74,7 @@ def process_results(doc: dict, results: Sequence[str]) -> dict:
     judged_as_other = [(judgement["baseline_tag"], float(judgement["baseline_correct"])) for judgement in judgements]
     score = float(np.mean([judgement["correct"] for judgement in judgements]))
     return {
-        "overall": {"score": score, "judgements": judgements},
+        "overall": {"score": score, "judgements": judgements, "document": dict(doc), "answer": results[0]},
         "baseline": {"score": float(np.mean([value for _, value in judged_as_other])), "scored": judged_as_other},
         record["tag"]: score,
     }
@@ -140,12 +91,29 @@ def write_judgements(judgements: Sequence[dict], folder: Path, task: str) -> Pat
 
 
 def aggregate_overall(items: Sequence[dict], args: Any = None) -> float:
-    """The mean of the task scores; with an output folder, also write the judgements next to the results."""
+    """The mean of the task scores; with an output folder, also write the judgements and a contact sheet there."""
     judgements = [judgement for item in items for judgement in item["judgements"]]
     folder = getattr(args, "output_path", None)
     if folder:
         logger.info("judgements: %s", write_judgements(judgements, Path(folder), "geneval_scenes"))
+        _write_contact_sheet(items, Path(folder), args)
     return overall_score([(judgement["tag"], float(judgement["correct"])) for judgement in judgements])
+
+
+def _write_contact_sheet(items: Sequence[dict], output: Path, args: Any) -> None:
+    """Store the images below `output/drawn` with a report, as the other drawing tasks do.
+
+    The score is known by then, so a report that cannot be written is logged and does not end the run.
+    """
+    answers = [(item["document"], item["answer"]) for item in items]
+    try:
+        folder = new_folder(output / "drawn", GENEVAL_SCENES.name)
+        run = store_drawn_run(folder, GENEVAL_SCENES.name, answers, about=drawn_with.of_command_line(args))
+        judge_run(run, GENEVAL_SCENES, JudgeOptions(detector=SCENES))
+    except UserError as error:
+        logger.error("geneval_scenes: no contact sheet: %s", error)
+        return
+    logger.info("contact sheet: %s", folder / "contact_sheet.html")
 
 
 def aggregate_baseline(items: Sequence[dict]) -> float:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
+from eval_tasks.tasks.geneval_scenes.prompts import derangement, make_documents
 from evotok_plugin.errors import UserError
 from evotok_plugin.scenes.captions import prompt_record
 from evotok_plugin.scenes.scene import SKILLS, render, sample_scene
@@ -17,7 +18,7 @@ SKILL_ROWS = [{"skill": skill, "prompts": 20} for skill in SKILLS]
 
 @cache
 def documents() -> list[dict]:
-    return geneval_scenes.make_documents(SKILL_ROWS, seed=20260312)
+    return make_documents(SKILL_ROWS, seed=20260312)
 
 
 @cache
@@ -37,8 +38,8 @@ def perfect(prompt: str, seed: int) -> Image.Image:
 
 def test_documents_are_reproducible_and_alternate_skills():
     docs = documents()
-    assert docs == geneval_scenes.make_documents(SKILL_ROWS, seed=20260312)
-    assert docs != geneval_scenes.make_documents(SKILL_ROWS, seed=1)
+    assert docs == make_documents(SKILL_ROWS, seed=20260312)
+    assert docs != make_documents(SKILL_ROWS, seed=1)
     assert len(docs) == 120 and [doc["index"] for doc in docs] == list(range(120))
     assert [doc["tag"] for doc in docs[:12]] == [*SKILLS, *SKILLS]
     for doc in docs:
@@ -62,9 +63,9 @@ def test_derangement_of_any_list():
         most = max(map(prompts.count, prompts))
         if 2 * most > len(prompts):
             with pytest.raises(ValueError, match="too few others to be its partners"):
-                geneval_scenes.derangement(prompts, rng)
+                derangement(prompts, rng)
             continue
-        partner = geneval_scenes.derangement(prompts, rng)
+        partner = derangement(prompts, rng)
         assert sorted(partner) == list(range(len(prompts)))
         assert all(prompts[index] != prompts[other] for index, other in enumerate(partner))
 
@@ -115,6 +116,27 @@ def test_a_perfect_drawer_scores_one(make_lm, evaluate, tmp_path):
     assert len(rows) == 96 and [row["index"] for row in rows] == sorted(row["index"] for row in rows)
     assert {"tag", "prompt", "image", "correct", "reason", "instances", "baseline_correct"} <= rows[0].keys()
     assert not hasattr(lm, "_model")  # lmms-eval freed it before scoring
+
+
+def test_a_run_leaves_a_contact_sheet_with_model_and_settings(make_lm, evaluate, tmp_path):
+    """Every third image is blank; the sheet, the judgements and the scores are those of the task."""
+    numbers = iter(range(1000))
+    lm = make_lm(
+        drawer=lambda prompt, seed: perfect(prompt, 0) if next(numbers) % 3 else Image.new("RGB", (48, 48)),
+        batch_size=8,
+        guidance_scale=2.5,
+    )
+    results = evaluate(lm, ["geneval_scenes"], limit=12)["results"]["geneval_scenes"]
+    (folder,) = (tmp_path / "results/drawn").iterdir()
+    rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
+    assert len(rows) == 48 and sum(not row["correct"] for row in rows) == 16
+    scores = json.loads((folder / "scores.json").read_text())["scores"]
+    assert scores["overall"]["value"] == results["overall,none"]
+    page = (folder / "contact_sheet.html").read_text()
+    assert "<dt>guidance_scale</dt><dd>2.5</dd>" in page and "<dt>weights</dt><dd>fake</dd>" in page
+    assert page.count('<figure class="bad">') == 16 and page.count('<figure class="good">') == 32
+    assert '<input type="checkbox" id="failures">' in page and "failures only (16 images)" in page
+    assert Image.open(folder / "contact_sheet.png").width > 400
 
 
 def test_a_blank_drawer_scores_zero(make_lm, evaluate):
