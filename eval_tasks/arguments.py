@@ -13,6 +13,7 @@ _NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_new_tokens": (int, 1, float("inf")),
     "num_beams": (int, 1, float("inf")),
     "num_images": (int, 1, float("inf")),
+    "max_images": (int, 0, float("inf")),
     "best_of": (int, 1, MOST_CANDIDATES),
     "seed": (int, float("-inf"), float("inf")),
     "guidance_scale": (float, 1, float("inf")),
@@ -26,7 +27,7 @@ _NUMBERS: dict[str, tuple[type, float, float]] = {
 }
 _LISTS = ("guidance_scale", "guidance_interval", "temperature", "top_k", "top_p", "min_p")  # of numbers
 _SAMPLING = ("temperature", "top_k", "top_p")
-MODALITIES = ("text", "image", "reconstruction")
+MODALITIES = ("text", "image", "edit", "document", "reconstruction")
 
 
 def split_lists(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args, split_lists
 from eval_tasks.loading import choose_device, choose_dtype, load_checkpoint
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
     OPTION_NAMES,
+    DocumentOptions,
     ImageOptions,
     Options,
     PlannedImage,
@@ -31,20 +33,24 @@ from eval_tasks.requests import (
     TextOptions,
     drawn_with,
     image_seed,
+    images_digest,
+    is_drawn,
     sample_numbers,
     to_conversation,
     to_prompt,
 )
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
+from eval_tasks.upstream_drawing import modality_of, options_of
 from evotok_plugin.common.files import user_path
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions, SelectionOptions
+from llava_ext.generation.events import ImageDrawn, TextDelta
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import OpenModel, default_model_folder
-from llava_ext.serving.image_files import read_png_text, write_png
+from llava_ext.serving.image_files import write_png
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
@@ -56,8 +62,9 @@ class EvoTokLmms(lmms):
     """`lmms-eval --model evotok --model_args pretrained=DIR,guidance_scale=3,dtype=float32,...`
 
     The `modality` in a task's `generation_kwargs` selects the answer: `image` draws images and answers with the JSON
-    `{"text": "", "images": [absolute paths]}`, `reconstruction` measures the tokenizer, `text` (the default) answers
-    with text.
+    `{"text": "", "images": [absolute paths]}`, `edit` draws one image from images and an instruction, and `document`
+    answers with text and images, both as the same JSON; `reconstruction` measures the tokenizer, `text` (the default)
+    answers with text. The modalities of upstream's own tasks are in `upstream_drawing.UPSTREAM`.
 
     `--gen_kwargs` reaches every task of a run: its temperature, top_k and top_p apply to the text of an understanding
     task and to the images of a drawing task. Put options for images only into `--model_args`. A key without effect on
@@ -180,7 +187,7 @@ class EvoTokLmms(lmms):
 
     def may_be_cached(self, request: Instance) -> bool:
         """Whether an answer is text; images and measured folders are files, which may change."""
-        return (request.args[2].get("modality") or "text") == "text"
+        return modality_of(request.args[4], request.args[2]) == "text"
 
     # lmms-eval's interface -----------------------------------------------------------------------------------
 
@@ -202,6 +209,8 @@ class EvoTokLmms(lmms):
             return self._read(batch, options)
         if isinstance(options, ImageOptions):
             return self._draw(batch, options)
+        if isinstance(options, DocumentOptions):
+            return self._compose(batch, options)
         return self._reconstruct(batch)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -227,15 +236,19 @@ class EvoTokLmms(lmms):
         return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
 
     def _options(self, gen_kwargs: dict[str, Any], task: str) -> Options:
-        where, gen_kwargs = f"{task}: generation_kwargs", split_lists(gen_kwargs)
+        given = GIVEN[task].given if task in GIVEN else {}
+        where, gen_kwargs = f"{task}: generation_kwargs", split_lists(options_of(task, gen_kwargs, given))
         check_values(gen_kwargs, where)
-        modality = gen_kwargs.get("modality") or "text"
+        modality = gen_kwargs["modality"]
         self._warn_of_unused(set(gen_kwargs) - OPTION_NAMES[modality] - {"modality", "until"}, task)
         try:
             if modality == "text":
                 return TextOptions.from_gen_kwargs(gen_kwargs)
             if modality == "image":
                 return ImageOptions.from_gen_kwargs(gen_kwargs, {**self.drawing, "best_of": self.best_of})
+            if modality in ("edit", "document"):
+                defaults = {**self.drawing, "best_of": self.best_of}
+                return DocumentOptions.from_gen_kwargs(gen_kwargs, defaults, image_first=modality == "edit")
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         return ReconstructionOptions()
@@ -251,7 +264,8 @@ class EvoTokLmms(lmms):
         for options in dict.fromkeys(request.options for request in requests):
             group = [request for request in requests if request.options == options]
             group.sort(key=lambda request: -len(request.context))
-            num_drawn = options.num_images * options.best_of if isinstance(options, ImageOptions) else 1
+            num_drawn = options.best_of if isinstance(options, ImageOptions | DocumentOptions) else 1
+            num_drawn *= options.num_images if isinstance(options, ImageOptions) else 1
             size = max(1, self.batch_size // num_drawn)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
@@ -259,8 +273,13 @@ class EvoTokLmms(lmms):
     # Text ----------------------------------------------------------------------------------------------------
 
     def _read(self, batch: Sequence[Request], options: TextOptions) -> list[str]:
-        conversations = [to_conversation(request) for request in batch]
-        inputs = self._processor.apply_chat_template(
+        inputs = self._inputs([to_conversation(request) for request in batch])
+        ids = self._model.generate(**inputs, **options.generate_kwargs())
+        texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
+
+    def _inputs(self, conversations: list[list[dict]]) -> BatchFeature:
+        return self._processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
@@ -269,9 +288,47 @@ class EvoTokLmms(lmms):
             padding=True,
             padding_side="left",
         ).to(device=self.device, dtype=self._model.dtype)
-        ids = self._model.generate(**inputs, **options.generate_kwargs())
-        texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
+
+    # Text and images -----------------------------------------------------------------------------------------
+
+    def _compose(self, batch: Sequence[Request], options: DocumentOptions) -> list[str]:
+        """Answer with text and images; an edited image of an interrupted run is reused."""
+        conversations = [to_conversation(request) for request in batch]
+        planned = [
+            self._plan_answer(request, conversation, options)
+            for request, conversation in zip(batch, conversations, strict=True)
+        ]
+        new = [row for row, image in enumerate(planned) if not options.image_first or not is_drawn(image)]
+        texts, paths = [""] * len(batch), [[planned[row].path] if row not in new else [] for row in range(len(batch))]
+        if new:
+            events = self._model.stream(
+                dict(self._inputs([conversations[row] for row in new])),
+                self._processor,
+                options.answer_options(),
+                seed=[planned[row].seed for row in new],
+                prompts=[planned[row].prompt for row in new] if options.best_of > 1 else None,
+            )
+            for event in events:
+                if isinstance(event, TextDelta):
+                    texts[new[event.row]] += event.text
+                elif isinstance(event, ImageDrawn):
+                    row = new[event.row]
+                    path = planned[row].path
+                    if not options.image_first:
+                        path = path.with_stem(f"{path.stem}_{event.index}")
+                    write_png(event.image, path, planned[row].chunks)
+                    paths[row].append(path)
+        return [
+            json.dumps({"text": _CONTROL_CHARACTERS.sub("", text).strip(), "images": [str(path) for path in drawn]})
+            for text, drawn in zip(texts, paths, strict=True)
+        ]
+
+    def _plan_answer(self, request: Request, conversation: list[dict], options: DocumentOptions) -> PlannedImage:
+        """The first image of an answer; its file also records the images that the model has read."""
+        parts = [part for message in conversation for part in message["content"]]
+        prompt = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        chunks = {"read": images_digest([part["image"] for part in parts if part["type"] == "image"])}
+        return self._planned(request, request.repeat, prompt, {**options.settings(), **chunks})
 
     # Reconstruction ------------------------------------------------------------------------------------------
 
@@ -289,7 +346,7 @@ class EvoTokLmms(lmms):
             [self._plan(request, sample, settings) for sample in sample_numbers(request, options.num_images)]
             for request in batch
         ]
-        missing = [image for images in planned for image in images if read_png_text(image.path) != image.chunks]
+        missing = [image for images in planned for image in images if not is_drawn(image)]
         if missing:
             drawn = self._model.generate_images(
                 [image.prompt for image in missing],
@@ -305,7 +362,10 @@ class EvoTokLmms(lmms):
         return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in planned]
 
     def _plan(self, request: Request, sample: int, settings: dict[str, Any]) -> PlannedImage:
-        prompt, seed = to_prompt(request), image_seed(self.seed, request.task, request.doc_id, sample)
+        return self._planned(request, sample, to_prompt(request), settings)
+
+    def _planned(self, request: Request, sample: int, prompt: str, settings: dict[str, Any]) -> PlannedImage:
+        seed = image_seed(self.seed, request.task, request.doc_id, sample)
         chunks = {
             "prompt": prompt,
             "seed": str(seed),

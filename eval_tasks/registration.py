@@ -18,6 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from eval_tasks.revisions import is_missing_pin, revision_of
+from eval_tasks.unavailable import check_login, load_available, skips_unavailable, warn_of_login
+from eval_tasks.upstream_drawing import UPSTREAM, modality_of, warn_of_judge
 from evotok_plugin.common.files import user_path
 from evotok_plugin.errors import UserError
 
@@ -54,6 +57,7 @@ def register() -> Any:
     from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 
     try:
+        warn_of_login(DATA_ROOT_VARIABLE)
         _resolve_default_name(ModelRegistryV2)
         _patch_tasks_when_imported()
     except Exception as error:  # an error here would also disable every plugin after ours
@@ -114,7 +118,8 @@ class _PatchingLoader(importlib.machinery.SourceFileLoader):
 
 
 def _patch(tasks: ModuleType) -> None:
-    """Add our task folder, redirect data sets by `EVOTOK_DATA_ROOT`, locate judges first, and record `--gen_kwargs`.
+    """Add our task folder, redirect data sets by `EVOTOK_DATA_ROOT`, leave out tasks that cannot run if asked to, check
+    judges before drawing, and record `--gen_kwargs`.
 
     Only the first call has an effect.
     """
@@ -123,6 +128,7 @@ def _patch(tasks: ModuleType) -> None:
     if getattr(tasks.TaskManager, _MARK, False):
         return
     index_tasks, download = tasks.TaskManager.initialize_tasks, tasks.ConfigurableTask.download
+    load_tasks = tasks.TaskManager.load_task_or_group
     build_requests, set_config = tasks.ConfigurableTask.build_all_requests, tasks.ConfigurableTask.set_config
 
     @functools.wraps(index_tasks)
@@ -132,25 +138,49 @@ def _patch(tasks: ModuleType) -> None:
             folders.append(str(TASKS_FOLDER))  # last: tasks of lmms-eval and of the user take precedence
         return index_tasks(self, folders, *args, **kwargs)
 
+    @functools.wraps(load_tasks)
+    def load_tasks_that_can_run(self: Any, task_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+        names = [task_list] if isinstance(task_list, str) else list(task_list or ())
+        if not skips_unavailable():
+            return load_tasks(self, names, *args, **kwargs)
+
+        def load(name: str) -> dict:
+            loaded = load_tasks(self, [name], *args, **kwargs)
+            if "--predict_only" not in sys.argv:
+                _check_judges(loaded)
+            return loaded
+
+        return load_available(load, functools.partial(_members, self), names)
+
     @functools.wraps(download)
     def download_from_data_root(self: Any, dataset_kwargs: dict | None = None) -> Any:
         GIVEN.pop(self.config.task, None)  # a new task has not been given anything yet
+        if self.config.task in UPSTREAM and UPSTREAM[self.config.task].needs_media:
+            self.config.process_results_use_image = True
         folder = local_dataset(self.DATASET_PATH)
         if folder is not None and folder != self.DATASET_PATH:
             self.DATASET_PATH = folder
             dataset_kwargs = {"cache_dir": local_cache(folder), **(dataset_kwargs or {})}
+        check_login(self.config.task, self.DATASET_PATH, dataset_kwargs)
         if judged := _judged(self):  # here, because lmms-eval retries `download` five times and hides its errors
             self.config.metadata = {**(self.config.metadata or {}), "judges": judged.prepare()}
+        pinned = _pinned(self, dataset_kwargs)
         try:
-            return download(self, dataset_kwargs)
+            return download(self, pinned)
         except RetryError as error:  # raise the actual error instead
-            cause = error.last_attempt.exception()
-            raise (cause or error) from error
+            cause = error.last_attempt.exception() or error
+            if pinned is not dataset_kwargs and is_missing_pin(self.DATASET_PATH, cause):
+                logger.warning("%s: %s; its current state is used", self.config.task, cause)
+                self.config.metadata.pop("revision", None)
+                return download(self, dataset_kwargs)
+            raise cause from error
 
     @functools.wraps(build_requests)
     def build_requests_after_judges(self: Any, *args: Any, **kwargs: Any) -> Any:
         if judged := _judged(self):
-            judged.before_drawing()
+            judged.before_drawing(self.config.generation_kwargs)
+        elif "--predict_only" not in sys.argv:
+            warn_of_judge(self.config.task)
         return build_requests(self, *args, **kwargs)
 
     @functools.wraps(set_config)
@@ -160,8 +190,9 @@ def _patch(tasks: ModuleType) -> None:
             settings = self.config.generation_kwargs
             sampled = settings.get("do_sample")
             sampled = (settings.get("temperature") or 0) != 0 if sampled is None else bool(sampled)
-            GIVEN[self.config.task] = GivenKwargs(dict(value), settings.get("modality") or "text", sampled)
+            GIVEN[self.config.task] = GivenKwargs(dict(value), modality_of(self.config.task, settings), sampled)
 
+    tasks.TaskManager.load_task_or_group = load_tasks_that_can_run
     tasks.ConfigurableTask.set_config = set_config_and_record
     tasks.TaskManager.initialize_tasks = initialize_tasks
     tasks.ConfigurableTask.download = download_from_data_root
@@ -173,6 +204,39 @@ def _judged(task: Any) -> Any:
     """The `JudgedTask` that scores a task's answers; None for other tasks, and with --predict_only."""
     owner = getattr(task.config.process_results, "__self__", None)
     return owner if hasattr(owner, "before_drawing") else None
+
+
+def _pinned(task: Any, dataset_kwargs: dict | None) -> dict | None:
+    """The arguments of a task's data with the revision of its data set, which the results record as well."""
+    path = task.DATASET_PATH
+    revision = revision_of(path) if isinstance(path, str) and not os.path.isdir(path) else None
+    if revision is None or "revision" in (dataset_kwargs or {}):
+        return dataset_kwargs
+    if not isinstance(task.config.metadata, list):
+        task.config.metadata = {**(task.config.metadata or {}), "revision": revision}
+    return {**(dataset_kwargs or {}), "revision": revision}
+
+
+def _members(manager: Any, name: str) -> list[str]:
+    """The named tasks of a group of lmms-eval; empty for a task, and for a group of nameless tasks."""
+    if not manager._name_is_group(name) and not manager._name_is_tag(name):
+        return []
+    listed = manager._get_tasklist(name)
+    listed = manager._get_config(name)["task"] if listed == -1 else listed
+    return [task for task in listed if isinstance(task, str) and task != name]
+
+
+def _check_judges(loaded: dict) -> None:
+    """Locate the judges of loaded tasks, which is otherwise done after all tasks have been loaded.
+
+    Raises:
+        UserError: a judge is missing.
+    """
+    for task in loaded.values():
+        if isinstance(task, dict):
+            _check_judges(task)
+        elif judged := _judged(task):
+            judged.before_drawing()
 
 
 # Local data ----------------------------------------------------------------------------------------------------

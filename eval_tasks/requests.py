@@ -1,16 +1,19 @@
 """The requests of lmms-eval: their options by modality, their prompts and images, and the seeds of drawn images."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.protocol import ChatMessages
+from PIL.Image import Image
 
 from evotok_plugin.data.images import as_picture
 from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions
+from llava_ext.generation.answer_options import AnswerOptions
+from llava_ext.serving.image_files import read_png_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +94,58 @@ def drawn_with(settings: Mapping[str, Any], best_of: int) -> dict[str, Any]:
     return {**settings, "best_of": best_of} if best_of > 1 else dict(settings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocumentOptions:
+    """Options of answers with images to conversations that may have images themselves.
+
+    Attributes:
+        image_first: the answer is one image (an edited one); otherwise the model decides when to draw.
+    """
+
+    drawing: DrawingOptions
+    image_first: bool
+    max_new_tokens: int = 512
+    max_images: int = 4
+    best_of: int = 1
+
+    @classmethod
+    def from_gen_kwargs(
+        cls, gen_kwargs: Mapping[str, Any], defaults: Mapping[str, Any], image_first: bool
+    ) -> "DocumentOptions":
+        """Select the options among a task's `generation_kwargs`, as `ImageOptions.from_gen_kwargs` does."""
+        known = {**defaults, **_select(gen_kwargs, OPTION_NAMES["edit" if image_first else "document"])}
+        best_of = int(known.pop("best_of"))
+        counts = {name: int(known.pop(name)) for name in ("max_new_tokens", "max_images") if name in known}
+        drawing = DrawingOptions(**known).completed()
+        return cls(drawing=drawing, image_first=image_first, best_of=best_of if image_first else 1, **counts)
+
+    def answer_options(self) -> AnswerOptions:
+        """The options of `model.stream`."""
+        return AnswerOptions(
+            self.max_new_tokens,
+            1 if self.image_first else self.max_images,
+            self.image_first,
+            drawing=self.drawing,
+            best_of=self.best_of,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that an image depends on besides its conversation and seed."""
+        return drawn_with(self.drawing.settings(), self.best_of)
+
+
 @dataclass(frozen=True)
 class ReconstructionOptions:
     """No options: the task `evotok_reconstruction` itself determines the images and metrics."""
 
 
-Options = TextOptions | ImageOptions | ReconstructionOptions
+Options = TextOptions | ImageOptions | DocumentOptions | ReconstructionOptions
+_DRAWING = frozenset(DrawingOptions().completed().settings())
 OPTION_NAMES: dict[str, frozenset[str]] = {
     "text": frozenset(field.name for field in fields(TextOptions)),
-    "image": frozenset({"num_images", "best_of", *DrawingOptions().completed().settings()}),
+    "image": _DRAWING | {"num_images", "best_of"},
+    "edit": _DRAWING | {"best_of"},
+    "document": _DRAWING | {"max_new_tokens", "max_images"},
     "reconstruction": frozenset(),
 }
 
@@ -135,6 +181,19 @@ class PlannedImage:
     prompt: str
     seed: int
     chunks: dict[str, str]
+
+
+def is_drawn(image: PlannedImage) -> bool:
+    """Whether the image exists already, drawn in the planned way."""
+    return read_png_text(image.path) == image.chunks
+
+
+def images_digest(images: Sequence[Image]) -> str:
+    """A digest of the pixels of images, in order."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def image_seed(seed: int, task: str, doc_id: int, sample: int) -> int:
@@ -173,10 +232,13 @@ def to_prompt(request: Request) -> str:
     """The text of a request for images.
 
     Raises:
-        UserError: the document has images or other media; image editing is not supported.
+        UserError: the document has images or other media; tasks that edit images have the modality `edit`.
     """
     messages = request.messages()
     if any(messages.extract_media()):
-        raise UserError(f"{request.task}, document {request.doc_id}: evotok draws from text, but got media")
+        raise UserError(
+            f"{request.task}, document {request.doc_id}: the modality image draws from text, but got media; set "
+            "modality: edit in the task's generation_kwargs"
+        )
     texts = [part.text for message in messages.messages for part in message.content]
     return "\n".join(texts)

@@ -15,7 +15,7 @@ def fetch(
     """Return a local path as it is, or the local copy of a repository of the hub.
 
     Args:
-        source: path of a file or folder, or `owner/name` on the hub.
+        source: path of a file or folder, or `owner/name` or `owner/name@revision` on the hub.
         what: for the error: a description of the source.
         option: for the error: the environment variable that sets the source.
         files: patterns of the files to fetch.
@@ -27,7 +27,9 @@ def fetch(
     path = user_path(source)
     if path.exists():
         return path
-    local = f"hf download {source}{' --repo-type dataset' if dataset else ''} --local-dir DIR"
+    repository, _, revision = source.partition("@")
+    wanted = f"{repository}{f' --revision {revision}' if revision else ''}"
+    local = f"hf download {wanted}{' --repo-type dataset' if dataset else ''} --local-dir DIR"
     advice = f"download it on a machine with network access with `{local}`, then set {option}=DIR"
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"{what}: {source!r} does not exist; set {option} to a path or to owner/name on the hub")
@@ -36,7 +38,11 @@ def fetch(
 
     try:
         folder = snapshot_download(
-            source, repo_type="dataset" if dataset else "model", allow_patterns=list(files), etag_timeout=5
+            repository,
+            repo_type="dataset" if dataset else "model",
+            revision=revision or None,
+            allow_patterns=list(files),
+            etag_timeout=5,
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -341,7 +341,7 @@ def test_automatic_batch_sizes(make_lm, given, largest, size):
         ({"do_sample": "yes"}, "do_sample must be true or false"),
         ({"do_sample": True, "temperature": 0}, "do_sample=true needs a temperature above 0"),
         ({"until": 7}, "until must be a text or a list of texts"),
-        ({"modality": "video"}, "modality must be text, image, reconstruction, got 'video'"),
+        ({"modality": "video"}, "modality must be text, image, edit, document, reconstruction, got 'video'"),
         ({**DRAW, "num_images": 0}, "num_images must be at least 1"),
     ],
 )

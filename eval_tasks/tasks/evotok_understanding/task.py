@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.registration import local_cache, local_dataset
+from eval_tasks.revisions import revision_of
 from evotok_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def gqa_process_docs(questions: "datasets.Dataset") -> "datasets.Dataset":
     path = local_dataset(_GQA)
     assert path is not None
     cache = local_cache(path) if path != _GQA else None
-    images = datasets.load_dataset(path, "testdev_balanced_images", split="testdev", cache_dir=cache)
+    revision = revision_of(_GQA) if path == _GQA else None
+    images = datasets.load_dataset(path, "testdev_balanced_images", split="testdev", cache_dir=cache, revision=revision)
     rows = {name: row for row, name in enumerate(images["id"])}
     missing = [name for name in questions["imageId"] if name not in rows]
     if missing:
