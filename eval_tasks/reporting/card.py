@@ -189,6 +189,9 @@ def _why_ours_differs(benchmark: CardRow, result: TaskResult) -> str:
     if result.limited:
         count = "some" if result.documents is None else result.documents
         return f"{result.task}: only {count} documents were evaluated"
+    drawn, wanted = result.images_per_prompt, benchmark.images_per_prompt
+    if wanted and drawn not in (None, wanted):
+        return f"{benchmark.name}: ours has {drawn} images per prompt, published ones {wanted}"
     measured = tuple(int(result.figures.get(name, 0)) for name in ("num_images", "image_size"))
     published = benchmark.images, benchmark.image_size
     if benchmark.images and measured != published:

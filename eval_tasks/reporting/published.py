@@ -23,6 +23,7 @@ class CardRow:
         full: the best possible figure in the published unit, where there is one.
         lower: whether lower figures are better.
         images, image_size: number and side of the images behind published figures; 0 where they do not matter.
+        images_per_prompt: of drawn images, behind published figures; 0 where it does not matter.
         baseline: the task's metric that gives the score of a model without any skill.
         differs: why published figures are never comparable with ours.
     """
@@ -37,6 +38,7 @@ class CardRow:
     lower: bool = False
     images: int = 0
     image_size: int = 0
+    images_per_prompt: int = 0
     baseline: str = ""
     differs: str = ""
 

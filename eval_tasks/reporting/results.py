@@ -5,7 +5,7 @@ lmms-eval exits with 0 even when a run fails, so the results files decide whethe
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evotok_plugin.common.foreign_files import read_json, reading
@@ -28,6 +28,7 @@ class TaskResult:
             without metrics, such as one that writes a submission file.
         documents: number of evaluated documents; None where the file does not record it.
         limited: whether only some of the task's documents were evaluated.
+        images_per_prompt: of a drawing task; None for other tasks, and where the file does not record it.
         file: the results file.
     """
 
@@ -37,6 +38,7 @@ class TaskResult:
     documents: int | None
     limited: bool
     file: Path
+    images_per_prompt: int | None = None
 
 
 # Files ---------------------------------------------------------------------------------------------------------
@@ -95,7 +97,10 @@ def read_results_file(file: Path) -> list[TaskResult]:
         model, config = _model_of(content), content.get("config") or {}
         limited = isinstance(config, dict) and config.get("limit") not in (None, 0, -1)
         results = [
-            _task_result(task, values, model, _samples_of(content, task), limited, file)
+            replace(
+                _task_result(task, values, model, _samples_of(content, task), limited, file),
+                images_per_prompt=_images_per_prompt(content, task),
+            )
             for task, values in by_task.items()
         ]
     if not results:
@@ -106,6 +111,15 @@ def read_results_file(file: Path) -> list[TaskResult]:
 def _samples_of(content: dict, task: str) -> object:
     samples = content.get("n-samples")
     return samples.get(task) if isinstance(samples, dict) else None
+
+
+def _images_per_prompt(content: dict, task: str) -> int | None:
+    """The number of images that a task requests for each prompt, with `--gen_kwargs`."""
+    configs = content.get("configs")
+    config = configs.get(task) if isinstance(configs, dict) else None
+    options = config.get("generation_kwargs") if isinstance(config, dict) else None
+    number = options.get("num_images") if isinstance(options, dict) else None
+    return number if type(number) is int else None
 
 
 def _model_of(content: dict) -> str:

@@ -102,7 +102,18 @@ def test_every_published_figure_has_a_row_and_a_source():
     for model in published():
         assert model.figures and set(model.figures) <= rows, model.name
         assert all(figure.source and figure.setting for figure in model.figures.values())
-    assert {model.name for model in published()} == {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro"}
+    by_authors = {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro"}
+    reproduced = {"Janus-Pro", "TokenFlow", "Show-o2", "BAGEL", "Emu3.5", "DeepGen"}
+    assert {model.name for model in published()} == by_authors | {f"{name} (TorchUMM)" for name in reproduced}
+
+
+def test_reproductions_are_in_the_units_of_the_card():
+    """TorchUMM gives GenEval in percent, and MMMU and MMBench as fractions."""
+    (model,) = published(["BAGEL (TorchUMM)"])
+    assert {name: figure.value for name, figure in model.figures.items()} == {
+        "GenEval": 0.788, "DPG-Bench": 84.11, "MME perception": 1691.5, "MME cognition": 695.4, "MMMU": 51.9,
+        "MMBench": 84.3, "MM-Vet": 65.9,
+    }  # fmt: skip
 
 
 def test_all_tasks_and_metrics_of_rows_exist(lmms_eval_tasks):

@@ -1,6 +1,7 @@
 """GenEval's judge on streams of images, and the task in lmms-eval with several drawing models."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -16,6 +17,10 @@ from eval_tasks.judging.judge_run import judge_run
 from eval_tasks.judging.options import JudgeOptions
 from eval_tasks.judging.rules import GENEVAL_RULES, Instance, evaluate
 from eval_tasks.judging.vocabulary import CLASSES, COLORS
+from eval_tasks.reporting.card import make_card
+from eval_tasks.reporting.published import card_rows, published
+from eval_tasks.reporting.results import read_results_file
+from eval_tasks.reporting.runs import make_run
 from eval_tasks.tasks.geneval import task as geneval
 from eval_tasks.tasks.geneval.prompts import geneval_records
 
@@ -242,6 +247,47 @@ def test_missing_judges_are_reported_before_drawing(make_lm, evaluate, tmp_path,
         with pytest.raises(ValueError, match=message):
             evaluate(lm, ["geneval"], limit=2)
     assert not lm._model.draw_kwargs and not (tmp_path / "results").exists()
+
+
+def test_a_detector_with_other_classes_is_reported_before_drawing(
+    make_lm, evaluate, tmp_path, monkeypatch, judge_folders
+):
+    lm, folder = make_lm(batch_size=8), tmp_path / "detector"
+    shutil.copytree(judge_folders["detector"], folder)
+    monkeypatch.setenv("EVOTOK_JUDGE_DETECTOR", str(folder))
+    monkeypatch.setenv("EVOTOK_JUDGE_CLIP", str(judge_folders["clip"]))
+    config = json.loads((folder / "config.json").read_text())
+    labels = dict(config["id2label"])
+    for changed, message in (
+        ({**labels, "3": "unicorn"}, "class 3 is 'unicorn', expected COCO's 'motorcycle'"),
+        ({key: value for key, value in labels.items() if int(key) < 79}, "has 79 classes, expected COCO's 80"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "id2label": changed, "label2id": {}}))
+        with pytest.raises(ValueError, match=f"{message}.*Nothing has been drawn"):
+            evaluate(lm, ["geneval"], limit=2)
+    assert not lm._model.draw_kwargs and not (tmp_path / "results").exists()
+
+
+def test_the_number_of_images_is_checked_before_drawing(
+    oracle_judges, make_lm, evaluate, lmms_eval_tasks, caplog, tmp_path
+):
+    lm = make_lm(drawer=lambda prompt, seed: numbered(official_number(prompt)), batch_size=8)
+    with pytest.raises(ValueError, match="geneval: num_images must be a whole number of at least 1, got 0"):
+        evaluate(lm, ["geneval"], limit=6, gen_kwargs="num_images=0")
+    assert not lm._model.draw_kwargs
+    results = evaluate(lm, ["geneval"], limit=6, gen_kwargs="num_images=2")
+    assert "geneval: 2 images per prompt instead of 4; the score is not comparable" in caplog.text
+    file = tmp_path / "20260101_000000_results.json"
+    file.write_text(json.dumps({key: results[key] for key in ("results", "configs", "n-samples")}, default=str))
+    (result,) = read_results_file(file)
+    assert result.images_per_prompt == 2
+    row = next(row for row in card_rows() if row.name == "GenEval")
+    (filled,) = make_card([make_run("ours", [file])], [row], published(["Janus-Pro"])).rows
+    assert "only 6 documents" in filled.ours["ours"].differs
+    whole = replace(result, limited=False)
+    run = replace(make_run("ours", [file]), tasks={"geneval": whole})
+    (filled,) = make_card([run], [row], published(["Janus-Pro"])).rows
+    assert filled.ours["ours"].differs == "GenEval: ours has 2 images per prompt, published ones 4"
 
 
 def test_a_mistyped_option_is_rejected(make_lm, evaluate, monkeypatch):
