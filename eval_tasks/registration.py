@@ -20,7 +20,7 @@ from typing import Any
 
 from eval_tasks.revisions import is_missing_pin, revision_of
 from eval_tasks.unavailable import check_login, load_available, skips_unavailable, warn_of_login
-from eval_tasks.upstream_drawing import UPSTREAM, modality_of, warn_of_judge
+from eval_tasks.upstream_drawing import UPSTREAM, missing_judge, modality_of, warn_of_judge
 from evotok_plugin.common.files import user_path
 from evotok_plugin.errors import UserError
 
@@ -230,13 +230,15 @@ def _check_judges(loaded: dict) -> None:
     """Locate the judges of loaded tasks, which is otherwise done after all tasks have been loaded.
 
     Raises:
-        UserError: a judge is missing.
+        UserError: a judge is missing, or the key of an online one.
     """
     for task in loaded.values():
         if isinstance(task, dict):
             _check_judges(task)
         elif judged := _judged(task):
             judged.before_drawing()
+        elif names := missing_judge(task.config.task):
+            raise UserError(f"the key of upstream's online judge, {names}, is not set; --predict_only draws without it")
 
 
 # Local data ----------------------------------------------------------------------------------------------------

@@ -145,6 +145,20 @@ def test_a_task_runs_from_its_yaml_to_its_judge(task, lmms_eval_tasks, local_dat
         assert media, "scoring reads the source image without --process_with_media"
 
 
+def test_a_task_without_the_key_of_its_judge_is_left_out_when_asked(lmms_eval_tasks, local_data, monkeypatch):
+    from eval_tasks import unavailable
+
+    monkeypatch.setattr(unavailable, "_LEFT_OUT", {})
+    monkeypatch.delenv("IMGEDIT_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "x")  # for WISE
+    folders = [str(upstream_folder() / folder_of(task)) for task in ("imgedit", "WISE")]
+    manager = lmms_eval_tasks.TaskManager(model_name="evotok", include_path=folders, include_defaults=False)
+    assert set(manager.load_task_or_group(["imgedit", "WISE"], "chat")) == {"imgedit", "WISE"}
+    monkeypatch.setenv("EVOTOK_SKIP_UNAVAILABLE", "1")
+    assert set(manager.load_task_or_group(["imgedit", "WISE"], "chat")) == {"WISE"}
+    assert "IMGEDIT_API_KEY, is not set" in unavailable._LEFT_OUT["imgedit"]
+
+
 def folder_of(task: str) -> str:
     return next(file for file in upstream_folder().rglob("*.yaml") if f"{task}\n" == _task_line(file)).parent.name
 
