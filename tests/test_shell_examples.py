@@ -50,6 +50,7 @@ NOT_RUN = {
 # Values that name a download, and what takes their place. The judges and weights of all of them are named in the docs.
 DOWNLOADS = {
     "mmbench,geneval": "mmbench_scenes,geneval_scenes",  # data of MMBench; Mask2Former and CLIP
+    "mmbench,geneval,mmbench_scenes": "mmbench_scenes",  # of a run that leaves out the first two
     "evotok_understanding": "mmbench_scenes",  # ten data sets
     "geneval": "geneval_scenes",  # Mask2Former and CLIP
     "{clip_score: 1.0}": "{scene_exact: 1.0}",  # CLIP
@@ -183,6 +184,8 @@ def _write_images(place):
         (place / folder).mkdir(parents=True)
         for number in range(6):
             render(sample_scene(rng, "position"), 64).save(place / folder / f"a_red_ring_{number}.png")
+    shutil.copytree(place / "imagenet/val", place / "vqgan")  # reconstructions, named as the originals
+    (place / "outputs/evotok/recipe.yaml").write_text("data: [imagenet/train]\nval_fraction: 0.5\n")
     (place / "out/some.png").hardlink_to(place / "out/a_red_ring_0.png")
     (place / "cc12m").mkdir()
     with tarfile.open(place / "cc12m/00000.tar", "w") as shard:
