@@ -77,8 +77,8 @@ def not_measured(
 ) -> dict[str, str]:
     """The possible metrics that are not among `metrics`, with the reason and the way to get them."""
     others = [metric for metric in possible if metric not in metrics]
-    reasons = {metric: f"not requested; add it to --metrics, or pass --metrics all: {metric}" for metric in others}
-    reasons |= {metric: "its weights are downloaded: --metrics all" for metric in _DOWNLOADED if metric in others}
+    reasons = dict.fromkeys(others, "not requested; add it to --metrics")
+    reasons |= {name: f"its weights are downloaded; add {name} to --metrics" for name in _DOWNLOADED if name in others}
     reasons |= lacking_metrics(others, options, source)
     if model is not None and not model.config.semantic_decoder_trained:
         untrained = "the semantic decoder was not trained; train the tokenizer with a teacher"

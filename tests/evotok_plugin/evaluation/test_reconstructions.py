@@ -56,8 +56,8 @@ def test_an_identical_copy_is_perfect(folders, processor, tmp_path):
     values = evaluate_reconstructions(open_source(originals), open_source(copies), options()).values
     assert values["ssim"] == pytest.approx(1) and values["psnr"] > 90
     assert values["not_measured"] == {
-        "rfid": "its weights are downloaded: --metrics all",
-        "lpips": "its weights are downloaded: --metrics all",
+        "rfid": "its weights are downloaded; add rfid to --metrics",
+        "lpips": "its weights are downloaded; add lpips to --metrics",
     }
 
 

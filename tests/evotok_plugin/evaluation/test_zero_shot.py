@@ -14,6 +14,7 @@ from evotok_plugin.metrics import zero_shot
 from evotok_plugin.scenes.scene import Scene, place, render
 from evotok_plugin.teacher import load_teacher, teacher_features
 from evotok_plugin.training.teacher import build_siglip
+from evotok_plugin.training.teacher import main as train_teacher
 
 NAMES = ["circle", "square", "red_ring"]
 
@@ -111,3 +112,15 @@ def test_a_tokenizer_with_other_ids_is_rejected(model, siglip_folder):
     classifier.text_model.embeddings.token_embedding = torch.nn.Embedding(2, 8)
     with pytest.raises(UserError, match="give a folder whose tokenizer belongs to the model"):
         classifier.embed_names(["circle"])
+
+
+def test_a_trained_teacher_can_keep_its_text_tower(scene_folder, tiny_backbone_folder, tmp_path):
+    words = ["--data", str(scene_folder / "train"), "--tokenizer", str(tiny_backbone_folder), "--max_steps", "1"]
+    for name, flags in (("whole", ["--with_text"]), ("tower", [])):
+        assert train_teacher([*words, "--batch_size", "4", "--output_dir", str(tmp_path / name), *flags]) == 0
+    assert zero_shot.has_text_tower(str(tmp_path / "whole")) and not zero_shot.has_text_tower(str(tmp_path / "tower"))
+    zero_shot.load_zero_shot(str(tmp_path / "whole")).embed_names(NAMES)
+    whole, tower = (load_teacher(str(tmp_path / name)).state_dict() for name in ("whole", "tower"))
+    assert whole and all(value.equal(tower[name]) for name, value in whole.items())
+    with pytest.raises(UserError, match="expected a complete SigLIP"):
+        zero_shot.load_zero_shot(str(tmp_path / "tower"))
