@@ -74,6 +74,8 @@ class ResidualVectorQuantizer(nn.Module):
     codebooks that are bit-identical to those of a single process on the joint batch: the batches concatenated in rank
     order, with the random numbers of rank 0.
 
+    With `is_fixed` the codebooks stay as they are in training, too.
+
     `level_dropout` is the share of training batch items (first dimension) whose `latents_at` stop at a random depth,
     so that decoders learn to work with fewer levels; codes, commitment loss and codebook updates use all levels.
 
@@ -106,6 +108,7 @@ class ResidualVectorQuantizer(nn.Module):
         # Learning state is not part of the model: it is created when training starts, and the trainer saves it.
         self._counts: Tensor | None = None
         self._steps = 0
+        self.is_fixed = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualVectorQuantizer":
         """Move to a device like any module, but keep float32: rounded codebooks would give other codes."""
@@ -140,7 +143,7 @@ class ResidualVectorQuantizer(nn.Module):
                 sums.append(total.view(z.shape))
                 losses.append(F.mse_loss(z, sums[-1]))
             kept = self._draw_depths(z) if self.training and self.level_dropout else None
-            if self.training:
+            if self.training and not self.is_fixed:
                 self._learn(flat, codes, sums)
         return Quantized(codes.view(*z.shape[:-1], levels), torch.stack(losses).mean(), z, sums, kept)
 

@@ -1,5 +1,6 @@
 """The parts of the benchmark scripts that compute figures."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -82,3 +83,27 @@ def test_only_finished_runs_of_the_same_kind_are_skipped(script, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "run.json").write_text('{"fast": false, "seconds": {}, "finished": true}')
     assert is_finished(tmp_path, fast=False) and not is_finished(tmp_path, fast=True)
+
+
+def test_the_evolution_is_trained_measured_and_plotted(script, tmp_path, monkeypatch, capsys, rng):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "weights.safetensors")
+    for number in range(12):
+        place_of = tmp_path / "photos" / "ab"[number % 2]
+        place_of.mkdir(parents=True, exist_ok=True)
+        render(sample_scene(rng, "position"), 64).save(place_of / f"{number}.png")
+    photos, weights = str(tmp_path / "photos"), tmp_path / "weights.safetensors"
+    command = ["evolution.py", "--train", photos, "--eval", photos, "-o", str(tmp_path / "out"), "--max_steps", "1"]
+    command += ["--teacher", f"timm:tf_efficientnet_lite0:{weights}", "--seeds", "0", "--variants", "recipe", "pixels"]
+    monkeypatch.setattr("sys.argv", command)
+    main = script("evolution")["main"]
+    assert main() == 0
+    output = capsys.readouterr().out
+    assert "| R2 of the pixels | depth 1 | depth 2 |" in output and output.count("| pixels |") == 5
+    results = json.loads((tmp_path / "out/evolution.json").read_text())
+    assert len(results["recipe"][0]["probe_accuracy"]) == 16
+    written = (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns
+    assert main() == 0  # only reads the finished runs
+    assert (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns == written

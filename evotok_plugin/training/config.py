@@ -7,6 +7,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.teachers.layers import TeacherLayers
 
 REPORTERS = ("tensorboard", "wandb")
+PARTS = ("all", "decoders", "pixel_decoder", "semantic_decoder")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -21,6 +22,15 @@ class TokenizerTrainingConfig:
     output_dir: str = field(metadata=_help("folder for checkpoints, metrics, pictures and the model"))
     data_weights: list[float] | None = field(default=None, metadata=_help("weight of each source (default: its size)"))
     val_data: list[str] | None = field(default=None, metadata=_help("images to validate on (default: a held-out part)"))
+    init_from: str | None = field(
+        default=None, metadata=_help("tokenizer folder whose weights and sizes the run starts from")
+    )
+    train_parts: str = field(
+        default="all",
+        metadata=_help(
+            "with init_from: all, decoders, pixel_decoder or semantic_decoder; other parts stay as they are"
+        ),
+    )
     preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
     model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
     teacher: str | None = field(
@@ -103,6 +113,8 @@ class TokenizerTrainingConfig:
             raise UserError("data names no images; pass --data FOLDER or put it into the recipe")
         if self.pixel_loss not in ("l1", "l2"):
             raise UserError(f"pixel_loss must be l1 or l2, got {self.pixel_loss!r}")
+        if self.train_parts not in PARTS:
+            raise UserError(f"train_parts must be one of {', '.join(PARTS)}, got {self.train_parts!r}")
         if self.report_to not in (*REPORTERS, "both", "none"):
             raise UserError(f"report_to must be {', '.join(REPORTERS)}, both or none, got {self.report_to!r}")
         if self.semantic_weight > 0 and not self.teacher:
@@ -141,6 +153,15 @@ class TokenizerTrainingConfig:
                 "--semantic_weight, or omit --teacher"
             )
         defaults = type(self)
+        if self.train_parts != "all" and not self.init_from:
+            raise UserError(f"train_parts {self.train_parts} needs trained other parts; pass --init_from FOLDER")
+        if self.train_parts == "semantic_decoder" and not self.teacher:
+            raise UserError("train_parts semantic_decoder needs a target; pass --teacher and --semantic_weight 1")
+        if self.train_parts == "pixel_decoder" and self.teacher:
+            raise UserError(
+                f"teacher {self.teacher} has no effect with train_parts pixel_decoder; pass --semantic_weight 0 and omit "
+                "--teacher"
+            )
         for name in ("teacher_layer", "teacher_size", "teacher_standardize"):
             if not self.teacher and getattr(self, name) != getattr(defaults, name):
                 raise UserError(f"{name} {getattr(self, name)} has no effect without --teacher; omit --{name}")

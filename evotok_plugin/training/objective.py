@@ -36,13 +36,14 @@ class TokenizerObjective:
             assert config.teacher is not None  # TokenizerTrainingConfig has checked it
             settings = TeacherSettings(config.teacher_layer, config.teacher_size, config.teacher_standardize)
             self.teacher = load_teacher(config.teacher, settings).to(device)
-            if config.init_encoder:
+            if config.init_encoder and config.init_from is None:
                 init_encoder(model.encoder, model.config, self.teacher.tower)
             self.teacher.fit_to(model.config)
             if widths := self.teacher.extra_depths:
                 self.heads = AlignmentHeads(model.config.codebook_dim, widths).to(device)
-        self.lpips = load_lpips().to(device) if config.lpips_weight > 0 else None
-        self.discriminator = PatchDiscriminator().to(device) if config.gan_weight > 0 else None
+        trains_pixels = config.train_parts != "semantic_decoder"
+        self.lpips = load_lpips().to(device) if config.lpips_weight > 0 and trains_pixels else None
+        self.discriminator = PatchDiscriminator().to(device) if config.gan_weight > 0 and trains_pixels else None
 
     def compile(self) -> None:
         """Compile the networks of the objective with torch.compile, in place."""

@@ -49,8 +49,8 @@ BY_CONTENT = frozenset("data teacher".split())  # paths that may change if their
 # They would contradict the checkpoint's optimizer, averages or order of data.
 REJECTED = frozenset(
     """
-    data_weights val_data preset model teacher_layer teacher_size teacher_standardize init_encoder semantic_share
-    freeze_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
+    data_weights val_data init_from train_parts preset model teacher_layer teacher_size teacher_standardize
+    init_encoder semantic_share freeze_encoder batch_size warmup_steps cosine_decay bf16 weights_ema pixel_loss
     pixel_weight lpips_weight commitment_weight semantic_weight gan_weight gan_start gan_adaptive kmeans_images augment
     val_fraction seed
     """.split()
@@ -100,7 +100,8 @@ class TokenizerOutput:
         output = cls(folder, config, processes)
         if config.overwrite:
             teacher = [config.teacher] if config.teacher else []
-            inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": teacher}
+            start = [config.init_from] if config.init_from else []
+            inputs = {"data": config.data, "val_data": config.val_data or [], "teacher": teacher, "init_from": start}
             check_replaceable(folder, {k: [p for p in v if not p.startswith("hf:")] for k, v in inputs.items()})
         else:
             output._compare()

@@ -25,14 +25,12 @@ from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.common.recipes import as_plain
-from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import Concatenated, open_source, open_sources, split_held_out
 from evotok_plugin.data.stream import Augmentation, TrainingStream, collate
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel_values
 from evotok_plugin.metrics.codes import CodeUsage
-from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.training.checkpoints import newest_kept, owned_folder
 from evotok_plugin.training.config import TokenizerTrainingConfig
 from evotok_plugin.training.feature_cache import FeatureCache
@@ -42,6 +40,7 @@ from evotok_plugin.training.objective import TokenizerObjective
 from evotok_plugin.training.output import TokenizerOutput, contents_of, fingerprint_of, identity_of
 from evotok_plugin.training.reporters import check_reporters
 from evotok_plugin.training.run_state import RunState, TrainedDiscriminator
+from evotok_plugin.training.starting_model import starting_config, starting_model
 from evotok_plugin.training.step_sampler import StepSampler
 from evotok_plugin.training.validation import BrokenImages, Validator
 from evotok_plugin.training.weights_ema import WeightsEMA
@@ -132,7 +131,7 @@ class TokenizerTrainer:
             parts = [split_held_out(source, config.val_fraction) for source in sources]
             sources, held_out = [training for training, _ in parts], [held for _, held in parts]
         self._sources, self._held_out = sources, Concatenated(held_out)
-        model_config = EvoTokConfig.preset(config.preset, **config.model)
+        model_config = starting_config(config)
         self.processor = EvoTokImageProcessor(size=model_config.image_size)
         self.stream = TrainingStream(
             sources,
@@ -147,7 +146,8 @@ class TokenizerTrainer:
 
     def _build_networks(self) -> None:
         config = self.config
-        self.model = EvoTokModel(EvoTokConfig.preset(config.preset, **config.model))
+        self.model = starting_model(config)
+        had_semantics = config.init_from is not None and self.model.config.semantic_decoder_trained
         self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers' decorator hides `self` from mypy
         self.objective = TokenizerObjective(config, self.model)
         if config.feature_cache:
@@ -157,7 +157,7 @@ class TokenizerTrainer:
                 self.model.encoder.backbone.remember = FeatureCache()
         if config.freeze_encoder:
             self.model.encoder.requires_grad_(False)
-        self.model.config.semantic_decoder_trained = self.objective.teacher is not None
+        self.model.config.semantic_decoder_trained = had_semantics or self.objective.teacher is not None
         if self.objective.teacher is None:
             self.model.semantic_decoder.requires_grad_(False)  # it gets no gradient
         if config.gradient_checkpointing:
@@ -367,6 +367,8 @@ class TokenizerTrainer:
 
         Every process uses the same images and random numbers, so that all get the same codebooks.
         """
+        if self.config.init_from is not None:
+            return
         latents, encoder = [], self.model.encoder
         if isinstance(encoder, BackboneEncoder) and self.config.init_encoder:
             encoder.init_from_images(self._first_images(self.config.kmeans_images), self.config.semantic_share)

