@@ -159,8 +159,8 @@ class TokenizerTrainingConfig:
             raise UserError("train_parts semantic_decoder needs a target; pass --teacher and --semantic_weight 1")
         if self.train_parts == "pixel_decoder" and self.teacher:
             raise UserError(
-                f"teacher {self.teacher} has no effect with train_parts pixel_decoder; pass --semantic_weight 0 and omit "
-                "--teacher"
+                f"teacher {self.teacher} has no effect with train_parts pixel_decoder; pass --semantic_weight 0 and "
+                "omit --teacher"
             )
         for name in ("teacher_layer", "teacher_size", "teacher_standardize"):
             if not self.teacher and getattr(self, name) != getattr(defaults, name):

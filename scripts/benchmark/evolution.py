@@ -1,6 +1,6 @@
 """Train the recipe `evolution` and its controls on photographs, and show what the codes of every depth hold.
 
-    python scripts/benchmark/evolution.py --train photos --eval val --teacher timm:tf_efficientnet_lite0:FILE.safetensors
+    python scripts/benchmark/evolution.py --train photos --eval val --teacher timm:tf_efficientnet_lite0:W.safetensors
 
 The evaluated images lie in one folder for each class. Controls: `pixels`, an encoder without the CNN's features;
 `decoders 4/4` and `decoders 16/16`, both decoders at one depth; `trained`, an encoder that trains as well. Rerun the
