@@ -7,7 +7,6 @@ level by level), at widths of 1280 and 390 pixels, in light mode and, as *_dark.
 `pip install 'evotok[demo,test]'` and `apt-get install chromium`.
 """
 
-import argparse
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.errors import UserError
@@ -135,7 +135,7 @@ def take_pictures(browser: "Browser", address: str, image: Path, folder: Path) -
 
 def main() -> None:
     """Write the screenshots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder with these examples (default: the included model)")
     parser.add_argument("--browser", default=find_browser(), help="Chromium (default: the one in PATH)")
     parser.add_argument("-o", "--output", type=Path, default=DOCS, help="folder of the pictures")
