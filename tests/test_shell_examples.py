@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from research_layout import research_depth_transformer, research_projector, research_tokenizer
+from safetensors.torch import save_file
 from shell_examples import RECORDED, name_of, programs_started_by, run_here, without_launcher
 
 from eval_tasks.commands import run as evaluation
@@ -90,6 +92,7 @@ ADDED = {
     "evotok-eval run": "--limit 1",
     "lmms-eval": "--limit 1",
     "best_of.py": "--model outputs/finetune --prompts_per_skill 1",
+    "evolution.py": "--max_steps 1 --seeds 0 --variants recipe",
     "guidance.py": "--model outputs/finetune --num_prompts 1 -n 1",
     "pytest": "tests/test_versions.py",
 }
@@ -98,6 +101,7 @@ ADDED_TO_RECIPE = {
     ("evotok-llava pretrain", "paper"): "--model_name_or_path Qwen2.5-7B-Instruct --head_hidden_size 32 "
     "--head_num_layers 2 --head_num_heads 2 --use_cpu true",
     ("evotok-llava finetune", "paper_finetune"): "--use_cpu true",
+    ("evotok train", "evolution"): "--kmeans_images 6",
     ("evotok train", "base"): "--preset tiny --teacher siglip2 --lpips_weight 0",
     ("evotok train", "paper"): "--preset tiny --teacher siglip2 --lpips_weight 0",
 }
@@ -105,7 +109,7 @@ SIZES = set(
     "--max_steps --per_device_train_batch_size --report_to --prompts_per_step --drawings_per_prompt --batch_size -n "
     "--evaluation_prompts --kmeans_images --val_images --num_workers --max_images --limit --prompts_per_skill "
     "--num_prompts --model --model_name_or_path --head_hidden_size --head_num_layers --head_num_heads --preset "
-    "--teacher --lpips_weight --use_cpu".split()
+    "--teacher --lpips_weight --use_cpu --seeds --variants".split()
 )
 
 # What the examples create themselves, by a part of the block: the reader does not have it yet.
@@ -141,7 +145,8 @@ def belongings(tmp_path_factory, tiny_backbone_folder, tiny_evotok_folder, tiny_
 def _write_models(place, backbone, evotok, mllm):
     for name in ("outputs/backbone", "outputs/quickstart/backbone", "Qwen2.5-7B-Instruct"):
         shutil.copytree(backbone, place / name)
-    shutil.copytree(evotok, place / "outputs/evotok")
+    for name in ("outputs/evotok", "evotok_converted"):
+        shutil.copytree(evotok, place / name)
     model, processor = mllm
     for name in ("pretrain", "finetune", "paper/pretrain", "quickstart/reinforce"):
         model.save_pretrained(place / "outputs" / name)
@@ -150,6 +155,9 @@ def _write_models(place, backbone, evotok, mllm):
     torch.manual_seed(1)
     for name in ("outputs/teacher", "siglip2"):
         build_siglip(tokenizer.config, 500, 8).vision_model.save_pretrained(place / name)
+    (place / "weights").mkdir()
+    network = timm.create_model("tf_efficientnet_lite0")
+    save_file(network.state_dict(), place / "weights/efficientnet_lite0.safetensors")
     _write_research_checkpoints(place, model.get_input_embeddings().embedding_dim)
 
 
@@ -186,6 +194,8 @@ def _write_images(place):
             render(sample_scene(rng, "position"), 64).save(place / folder / f"a_red_ring_{number}.png")
     shutil.copytree(place / "imagenet/val", place / "vqgan")  # reconstructions, named as the originals
     (place / "outputs/evotok/recipe.yaml").write_text("data: [imagenet/train]\nval_fraction: 0.5\n")
+    for folder in ("val/a", "val/b"):
+        shutil.copytree(place / "photos", place / folder)
     (place / "out/some.png").hardlink_to(place / "out/a_red_ring_0.png")
     (place / "cc12m").mkdir()
     with tarfile.open(place / "cc12m/00000.tar", "w") as shard:

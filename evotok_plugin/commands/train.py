@@ -41,6 +41,7 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
     """
     values = recipe_values(recipe, TokenizerTrainingConfig, given)
     for flag, is_off, names in (
+        ("init_from", bool(values.get("init_from")), ("preset", "model")),
         ("val_data", bool(values.get("val_data")), ("val_fraction",)),
         ("semantic_weight", values.get("semantic_weight") == 0, ("teacher",)),
         ("gan_weight", values.get("gan_weight") == 0, ("gan_start", "gan_adaptive")),

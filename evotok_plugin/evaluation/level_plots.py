@@ -189,22 +189,22 @@ def plot_fits(evolution: Evolution) -> "Figure":
     figure = _figure(4.4)
     axes = figure.add_subplot()
     for values, label, color, marker in (
-        (evolution.fits.pixel_r2, "pixels: share of the variance", _LIGHT.left, "o"),
-        (evolution.fits.teacher_r2, "teacher's features: share of the variance", _LIGHT.right, "s"),
-        (evolution.fits.probe_accuracy, "linear probe: accuracy", "#2a9d4a", "^"),
+        (evolution.fits.pixel_r2, "pixels (explained variance)", _LIGHT.left, "o"),
+        (evolution.fits.teacher_r2, "teacher's features (explained variance)", _LIGHT.right, "s"),
+        (evolution.fits.probe_accuracy, "classes (probe accuracy)", "#2a9d4a", "^"),
     ):
         if values is not None:
             axes.plot(
                 evolution.depths, values[:-1], label=label, color=color, marker=marker, linewidth=1.8, markersize=5
             )
             axes.axhline(values[-1], color=color, linestyle=":", linewidth=1.2)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.05, 1)
     axes.set_xlabel("depth: levels summed")
-    axes.set_ylabel("linear fit of this depth, on held-out images")
+    axes.set_ylabel("linear fit to the codes of this depth")
     _mark_depths(axes, evolution.config, _LIGHT)
     _finish_depth_axis(axes, evolution.config.num_quantizers)
     figure.suptitle(f"What the codes hold: {evolution.images}; dotted: before quantization", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1.2)
     return figure
 
 

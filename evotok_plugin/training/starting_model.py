@@ -4,7 +4,7 @@ import logging
 
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import open_config
+from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.tokenizer_folder import load_tokenizer
 from evotok_plugin.training.config import TokenizerTrainingConfig
@@ -26,6 +26,9 @@ def starting_config(config: TokenizerTrainingConfig) -> EvoTokConfig:
     """
     if config.init_from is None:
         return EvoTokConfig.preset(config.preset, **config.model)
+    kind = model_type_of(config.init_from)
+    if kind != EvoTokConfig.model_type:
+        raise UserError(f"init_from: {config.init_from!r} holds a {kind or 'nameless'} model, expected a tokenizer")
     given = open_config(EvoTokConfig, config.init_from)
     for name, value in config.model.items():
         if name not in EvoTokConfig.preset("tiny").to_dict():

@@ -95,7 +95,7 @@ def test_a_run_that_starts_from_a_tokenizer_resumes_exactly(scene_folder, tiny_e
         ({"train_parts": "semantic_decoder"}, "needs a target; pass --teacher"),
         ({"train_parts": "pixel_decoder", "teacher": "t", "semantic_weight": 1.0}, "teacher t has no effect"),
         ({"train_parts": "decoders", "init_from": None}, "train_parts decoders needs trained other parts"),
-        ({"init_from": "nowhere"}, "nowhere"),
+        ({"init_from": "nowhere"}, "'nowhere' (does not exist|is not a folder)"),
     ],
 )
 def test_what_does_not_fit_is_rejected(scene_folder, tiny_evotok_folder, tmp_path, options, message):
