@@ -17,7 +17,7 @@ from torch import Tensor
 if int(triton.__version__.split(".")[0]) < 3:
     raise ImportError(f"the fused search requires Triton 3 or newer, found {triton.__version__}")
 
-_BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 64, 8
+BLOCK_M, BLOCK_K, NUM_WARPS = 128, 64, 8
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def _scores(
 
 
 @triton.jit
-def _search_level(
-    residual_pointer, codebook, bias, slack_pointer, codes_pointer, M, K, codes_stride,
+def search_level(
+    residual_pointer, codebook, bias, slack_pointer, codes_pointer, M, K,
     C: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -101,7 +101,7 @@ def _search_level(
                 distance, code = _rank_tile(exact, codebook, tiles, wanted, distance, code, K, C, PADDED_C, BLOCK_K)
 
     code = tl.where(code < K, code, 0)  # a vector that is not finite has no nearest code
-    tl.store(codes_pointer + rows * codes_stride, code.to(tl.int64), mask=rows < M)
+    tl.store(codes_pointer + rows, code.to(tl.int64), mask=rows < M)
     chosen = tl.load(codebook + code[:, None] * C + columns, mask=mask, other=0.0).to(tl.float64)
     tl.store(places, exact - chosen, mask=mask)
 
@@ -129,9 +129,9 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     residual = latents.double().contiguous()
     if residual.data_ptr() == latents.data_ptr():
         residual = residual.clone()
-    codes = torch.empty(num_vectors, levels, dtype=torch.long, device=latents.device)
+    codes = torch.empty(levels, num_vectors, dtype=torch.long, device=latents.device)
     if not num_vectors:
-        return codes
+        return codes.T.contiguous()
     on_device = torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext()
     with on_device, torch.autocast(latents.device.type, enabled=False):
         for level, codebook in enumerate(codebooks.float().contiguous()):
@@ -139,9 +139,9 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
             balance = (residual.square().sum(dim=1).mean() / (2 * half_norms.double().mean())).sqrt()
             balance = torch.where((balance > 1e-12) & (balance < 1e12), balance, 1.0)
             bias = (half_norms * (error * (balance + 2) - 1)).float()
-            _search_level[(triton.cdiv(num_vectors, _BLOCK_M),)](
-                residual, codebook, bias, error / (2 * balance), codes[:, level], num_vectors, size, codes.stride(0),
-                C=dim, PADDED_C=max(triton.next_power_of_2(dim), 16), BLOCK_M=_BLOCK_M, BLOCK_K=_BLOCK_K,
-                PRECISION=precision, num_warps=_NUM_WARPS,
+            search_level[(triton.cdiv(num_vectors, BLOCK_M),)](
+                residual, codebook, bias, error / (2 * balance), codes[level], num_vectors, size,
+                C=dim, PADDED_C=max(triton.next_power_of_2(dim), 16), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+                PRECISION=precision, num_warps=NUM_WARPS,
             )  # fmt: skip
-    return codes
+    return codes.T.contiguous()

@@ -181,7 +181,7 @@ sys.modules["evotok_plugin"] = package
 torch.set_num_threads(1)
 from evotok_plugin import code_search
 from evotok_plugin.kernels import residual_search
-residual_search._BLOCK_M, residual_search._BLOCK_K = 32, 16
+residual_search.BLOCK_M, residual_search.BLOCK_K = 32, 16
 def check(z, codebooks):
     assert torch.equal(residual_search.residual_codes(z, codebooks), code_search.residual_codes(z, codebooks))
 torch.manual_seed(0)
