@@ -102,6 +102,9 @@ ADDED_TO_RECIPE = {
     "--head_num_layers 2 --head_num_heads 2 --use_cpu true",
     ("evotok-llava finetune", "paper_finetune"): "--use_cpu true",
     ("evotok train", "evolution"): "--kmeans_images 6",
+    ("evotok-llava pretrain", "single_gpu_pretrain"): "--model_name_or_path Qwen2.5-0.5B-Instruct "
+    "--head_hidden_size 32 --head_num_layers 2 --head_num_heads 2 --use_cpu true",
+    ("evotok-llava finetune", "single_gpu_finetune"): "--use_cpu true",
     ("evotok train", "base"): "--preset tiny --teacher siglip2 --lpips_weight 0",
     ("evotok train", "paper"): "--preset tiny --teacher siglip2 --lpips_weight 0",
 }
@@ -143,7 +146,7 @@ def belongings(tmp_path_factory, tiny_backbone_folder, tiny_evotok_folder, tiny_
 
 
 def _write_models(place, backbone, evotok, mllm):
-    for name in ("outputs/backbone", "outputs/quickstart/backbone", "Qwen2.5-7B-Instruct"):
+    for name in ("outputs/backbone", "outputs/quickstart/backbone", "Qwen2.5-7B-Instruct", "Qwen2.5-0.5B-Instruct"):
         shutil.copytree(backbone, place / name)
     for name in ("outputs/evotok", "evotok_converted"):
         shutil.copytree(evotok, place / name)

@@ -139,6 +139,8 @@ def _vision_config(run: StageConfig) -> tuple[PreTrainedConfig, list[str]]:
         return EvoTokConfig.preset("paper"), ["vision_tower is not set; the paper's tokenizer is assumed"]
     if folder == f"{run.workspace}/evotok" and not Path(folder).exists():
         return _included().vision_config, [f"{folder} does not exist; that of the included model is assumed"]
+    if folder == f"{run.workspace}/evotok_base" and not Path(folder).exists():
+        return EvoTokConfig.preset("base"), [f"{folder} does not exist; the tokenizer of recipe base is assumed"]
     if model_type_of(folder) != "evotok":
         raise UserError(f"{folder!r} is not an EvoTok tokenizer (model_type {model_type_of(folder)!r})")
     return open_config(EvoTokConfig, folder), []

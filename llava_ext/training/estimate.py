@@ -25,7 +25,16 @@ from llava_ext.training.adapters import add_lora
 from llava_ext.training.assumed_models import model_of, schema_of
 from llava_ext.training.config import StageConfig
 from llava_ext.training.deepspeed_config import read_deepspeed_config
-from llava_ext.training.estimate_costs import GIB, Costs, Sizes, checkpoint_bytes, flops_of_step
+from llava_ext.training.estimate_costs import (
+    GIB,
+    GPUS,
+    RESERVED,
+    Costs,
+    Sizes,
+    checkpoint_bytes,
+    flops_of_step,
+    gpus_with,
+)
 from llava_ext.training.parameter_groups import GROUPS, choose_trainable, freezes_tables, group_of, plain_model
 from llava_ext.training.settings import stage_values
 
@@ -85,6 +94,9 @@ class Estimate:
         for name in ("weights", "gradients", "optimizer", "activations", "transient", "total"):
             lines.append(f"  {name:<20}{getattr(self, name) / GIB:>10.3f} GiB")
         lines.append(f"  (activations without checkpointing {self.activations_without_checkpointing / GIB:.3f} GiB)")
+        fitting = [f"{name} ({GPUS[name].gigabytes} GB)" for name in gpus_with(self.total)]
+        names = ", ".join(fitting) or f"none of {', '.join(GPUS)}"
+        lines.append(f"  fits with {RESERVED / 1e9:g} GB to spare: {names}")
         if self.on_host:
             lines.append(f"  (host memory {self.on_host / GIB:.3f} GiB per GPU)")
         tokens = self.samples_per_step * self.steps_per_sample

@@ -3,18 +3,38 @@
 from dataclasses import dataclass
 
 GIB = 2**30
-# Dense bf16 TFLOP/s of the data sheets.
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU according to its data sheet.
+
+    Attributes:
+        teraflops: dense bf16 TFLOP/s.
+        gigabytes: memory.
+    """
+
+    teraflops: float
+    gigabytes: int
+
+
 GPUS = {
-    "H200": 989.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A6000": 155.0,
-    "4090": 165.0,
-    "3090": 71.0,
+    "H200": Gpu(989.0, 141),
+    "H100": Gpu(989.0, 80),
+    "A100": Gpu(312.0, 80),
+    "L40S": Gpu(362.0, 48),
+    "A6000": Gpu(155.0, 48),
+    "4090": Gpu(165.0, 24),
+    "3090": Gpu(71.0, 24),
 }
+RESERVED = 2e9  # bytes of a GPU for CUDA's own state, communication and gaps between allocated blocks
 UTILIZATION = 0.35  # share of the peak that dense training usually reaches
 _ADAM, _MASTER = 8, 4  # bytes per trained parameter
+
+
+def gpus_with(memory: float) -> list[str]:
+    """The kinds of GPU, keys of `GPUS`, that have `memory` bytes besides those that are reserved."""
+    return [name for name, gpu in GPUS.items() if gpu.gigabytes * 1e9 >= memory + RESERVED]
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,7 @@ class Costs:
 
     def hours(self, gpu: str, num_gpus: int) -> float:
         """Hours of the run on a number of GPUs of a kind, a key of `GPUS`."""
-        return self.steps * self.flops_per_step / (GPUS[gpu] * 1e12 * UTILIZATION * num_gpus) / 3600
+        return self.steps * self.flops_per_step / (GPUS[gpu].teraflops * 1e12 * UTILIZATION * num_gpus) / 3600
 
     def lines(self, num_gpus: int) -> list[str]:
         """The costs in words."""

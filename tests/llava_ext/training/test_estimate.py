@@ -12,6 +12,7 @@ from torch import nn
 from evotok_plugin.common.recipes import recipes_folder
 from llava_ext.cli import main
 from llava_ext.training.estimate import Workload, estimate_run, kept_bytes
+from llava_ext.training.estimate_costs import GPUS, RESERVED, gpus_with
 
 LORA = {"lora_enable": "true", "lora_r": 4}
 
@@ -143,7 +144,30 @@ def test_every_recipe_is_estimated_with_nothing_downloaded(name, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     estimate = estimate_run(name, {}, 8, Workload(num_samples=665_298))
-    assert estimate.total > 0 and estimate.costs.steps > 0 and estimate.costs.checkpoint > 0
+    costs, shown = estimate.costs, str(estimate)
+    assert estimate.total > 0 and costs.steps > 0 and costs.host >= 8 * estimate.weights > 0
+    assert costs.disk > 2 * costs.checkpoint > 0
+    assert all(f"{gpu} {costs.hours(gpu, 8):.1f}" in shown and costs.hours(gpu, 8) > 0 for gpu in GPUS)
+    assert "GB per checkpoint" in shown and "host memory while loading" in shown and "fits with 2 GB to spare" in shown
+
+
+def test_gpus_with_enough_memory():
+    assert gpus_with(0) == list(GPUS) and gpus_with(200e9) == []
+    assert gpus_with(22e9)[-2:] == ["4090", "3090"] and gpus_with(22.1e9)[-1] == "A6000"
+
+
+@pytest.mark.parametrize(("name", "samples"), [("single_gpu_pretrain", 1_116_256), ("single_gpu_finetune", 665_298)])
+def test_the_recipes_for_one_gpu_fit_into_24_gb(name, samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    estimate = estimate_run(name, {}, 1, Workload(samples))
+    assert estimate.total + RESERVED < 24e9 and "3090 (24 GB)" in str(estimate)
+    batch = yaml.safe_load((recipes_folder("llava_ext") / f"{name}.yaml").read_text())["reference_batch_size"]
+    assert estimate.samples_per_step == batch == {"single_gpu_pretrain": 256, "single_gpu_finetune": 128}[name]
+    page = (Path(__file__).parents[3] / "docs" / "resources.md").read_text()
+    if name == "single_gpu_finetune":
+        assert f"```text\n{str(estimate).partition(chr(10) + 'note:')[0]}\n```" in page
+    else:
+        assert f"{estimate.total / 2**30:.1f} GiB" in page and f"{estimate.costs.hours('4090', 1):.1f} hours" in page
 
 
 def test_costs_of_the_second_stage_of_the_paper(tmp_path, monkeypatch, capsys):
