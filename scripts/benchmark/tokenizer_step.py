@@ -152,8 +152,8 @@ def main() -> None:
             continue
         rows.append(json.loads(result.stdout.strip().splitlines()[-1]))
         print_row(rows[-1], header=len(rows) == 1)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def print_row(row: dict, header: bool) -> None:
