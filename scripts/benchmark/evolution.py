@@ -84,9 +84,9 @@ def measured(options: argparse.Namespace, variant: str, seed: int) -> dict[str, 
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation of the sample."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean ± standard deviation of the sample; a single value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(results: dict[str, list[dict[str, list[float]]]]) -> str:
