@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from evotok_plugin import EvoTokConfig
 from evotok_plugin.errors import UserError
-from evotok_plugin.model_folder import load_whole, model_type_of, open_config, open_tokenizer_folder, read_config
+from evotok_plugin.model_folder import model_type_of
 from evotok_plugin.tokenizer_folder import load_tokenizer, open_image_processor
-from llava_ext.attention_support import supported_attention
+from llava_ext.backbone import open_backbone, open_backbone_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead, initialize_rows
 from llava_ext.generation.options import store_settings
@@ -39,7 +38,7 @@ def assemble(
     the backbone's embedding and output layers: the image head has them.
 
     Args:
-        language_model: folder or hub id of a causal LM.
+        language_model: folder or hub id of a causal LM, or a GGUF file (`open_backbone`).
         vision_tower: folder of an EvoTok tokenizer with a trained semantic decoder.
         head_hidden_size, head_num_layers, head_num_heads: size of the depth transformer.
         dtype: of the backbone and the new parts; the tokenizer is always float32.
@@ -55,21 +54,12 @@ def assemble(
         raise UserError(
             f"{str(vision_tower)!r} is not an EvoTok tokenizer (model_type {model_type_of(vision_tower)!r})"
         )
-    if not Path(language_model).is_dir() and Path(language_model).exists():
-        raise UserError(f"text model {str(language_model)!r} is a file; pass the folder of a causal LM or a hub id")
-    if Path(language_model).is_dir():
-        read_config(language_model)
+    open_backbone_config(language_model)  # a wrong path is reported before anything is loaded
     tower = load_tokenizer(vision_tower, dtype=torch.float32)  # rounded codebooks would choose other codes
     tower.config.require_semantics(repr(str(vision_tower)))
     images = open_image_processor(vision_tower)
-    tokenizer = open_tokenizer_folder(language_model, "the text tokenizer")
-    backbone = load_whole(
-        AutoModelForCausalLM,
-        language_model,
-        dtype=dtype,
-        attn_implementation=supported_attention(open_config(AutoConfig, language_model), attn_implementation),
-        quantization_config=quantization_config,
-    )
+    opened = open_backbone(language_model, dtype, attn_implementation, quantization_config)
+    backbone, tokenizer = opened.model, opened.tokenizer
     processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower.config, backbone.config.vocab_size, image_head)
     new = {*tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), *range(backbone.config.vocab_size, len(tokenizer))}
     if len(tokenizer) > backbone.config.vocab_size:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from evotok_plugin import DepthTransformerConfig, DepthTransformerHead, EvoTokConfig
 from evotok_plugin.common.folders import check_new_folder, write_whole_folder
@@ -22,6 +21,7 @@ from evotok_plugin.conversion.research_file import looks_like_adapters, read_che
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.assembly import assemble
+from llava_ext.backbone import open_backbone_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.projector import Projector
 
@@ -184,7 +184,7 @@ def convert_adapters(
         raise UserError(f"{str(vision_tower)!r} is not an EvoTok tokenizer; create one with `evotok convert`")
     tokenizer = open_config(EvoTokConfig, vision_tower)
     tokenizer.require_semantics(repr(str(vision_tower)))
-    width = open_config(AutoConfig, language_model).get_text_config().hidden_size
+    width = open_backbone_config(language_model).get_text_config().hidden_size
     options = options or HeadOptions()
     parts: dict[str, Path] = {}
     states: dict[str, dict[str, Tensor]] = {}

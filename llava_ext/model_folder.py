@@ -14,7 +14,7 @@ from evotok_plugin import EvoTokImageProcessor, EvoTokModel
 from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_checks import load_strictly
-from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
+from evotok_plugin.common.weight_files import folder_fingerprint, named_weights, sha256_of_file
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
     CONFIG,
@@ -25,6 +25,7 @@ from evotok_plugin.model_folder import (
     read_config,
 )
 from llava_ext.attention_support import supported_attention
+from llava_ext.backbone import is_gguf
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.new_tokens import put_rows_into_tables
@@ -145,7 +146,10 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 def base_fingerprints(folder: str | Path) -> dict[str, str | None]:
     """Identity of the model that training starts from: `sha256` of its files (`folder_fingerprint`), and
-    `fingerprint`, which earlier versions compare. Both are None if the folder has no safetensors weights."""
+    `fingerprint`, which earlier versions compare. Both are None if the folder has no safetensors weights; of a GGUF
+    file, only `fingerprint` is."""
+    if is_gguf(folder) and Path(folder).is_file():
+        return {"fingerprint": None, "sha256": sha256_of_file(Path(folder))}
     if not any(Path(folder).glob("model*.safetensors")):
         return {"fingerprint": None, "sha256": None}
     return {"fingerprint": weights_fingerprint(folder), "sha256": folder_fingerprint(folder)}
@@ -157,6 +161,8 @@ def has_fingerprint(folder: str | Path, known: Mapping[str, str | None]) -> bool
     Raises:
         UserError: config.json is missing or damaged, or the weights cannot be read.
     """
+    if is_gguf(folder) and Path(folder).is_file():
+        return known.get("sha256") in (None, sha256_of_file(Path(folder)))
     read_config(folder)  # a damaged file is reported as such, not as another model
     if known.get("sha256") is not None:
         return folder_fingerprint(folder) == known["sha256"]

@@ -190,7 +190,7 @@ def merge(base: str | Path, adapter: str | Path, output: str | Path, vision_towe
     facts = read_json(adapter / BASE)
     if "name" not in facts or not {"fingerprint", "sha256"} & set(facts):
         raise UserError(f"{adapter / BASE} does not identify the model that the adapter was trained on; copy it again")
-    if Path(base).is_dir() and not has_fingerprint(base, facts):
+    if Path(base).exists() and not has_fingerprint(base, facts):
         raise UserError(
             f"the adapter in {str(adapter)!r} was trained on {facts['name']!r} with other weights than those in "
             f"{str(base)!r}, or other configuration or tokenizer files; merge it into that model"

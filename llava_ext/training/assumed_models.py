@@ -11,6 +11,7 @@ from evotok_plugin import EvoTokConfig
 from evotok_plugin.common.recipes import recipes_folder
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, open_config
+from llava_ext.backbone import open_backbone_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.model_folder import INCLUDED_MODEL
 from llava_ext.training.config import StageConfig
@@ -110,7 +111,7 @@ def _text_config(run: StageConfig) -> tuple[PreTrainedConfig, list[str]]:
             if short == known or short.startswith(f"{known}-"):
                 return _published(sizes), [f"sizes of {name} as published; its config.json is not read"]
     try:
-        return open_config(AutoConfig, name), []
+        return open_backbone_config(name), []
     except UserError as error:
         raise UserError(
             f"the configuration of {name!r} cannot be read: {error}. Without a network connection, pass "

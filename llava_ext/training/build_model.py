@@ -12,6 +12,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import model_type_of, open_config
 from evotok_plugin.tokenizer_folder import open_tokenizer
 from llava_ext.assembly import assemble
+from llava_ext.backbone import check_source, is_gguf
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.model_folder import load_model, read_tower, set_tower_aside
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
@@ -45,6 +46,7 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
     logger.info("attention: %s; weights: %s; device: %s", attention, dtype, config.device)
     quantization = quantization_for(config, dtype)
     source = config.model_name_or_path
+    check_source(source)
     if os.path.isdir(source):
         if model_type_of(source) == EvoTokLlavaConfig.model_type:
             head_config = open_config(EvoTokLlavaConfig, source)
@@ -55,11 +57,13 @@ def build_model(config: StageConfig) -> tuple[EvoTokLlavaForConditionalGeneratio
                 with unpartitioned_models(config):
                     model.vision_tower = read_tower(source)
             return model, processor
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/"):
+    elif not is_gguf(source) and (
+        not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(f"{config.workspace}/")
+    ):
         raise UserError(
             f"model folder {source!r} does not exist; "
             f"`bash scripts/pretrain.sh --workspace {config.workspace}` creates one, "
-            "or name a folder or hub id with --model_name_or_path"
+            "or name a folder, a hub id or a GGUF file with --model_name_or_path"
         )
     if not config.vision_tower:
         raise UserError(f"{source!r} is a text model; also pass --vision_tower FOLDER, an EvoTok tokenizer")

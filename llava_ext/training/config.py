@@ -38,7 +38,11 @@ class StageConfig(TrainingArguments):
 
     workspace: str = field(default="outputs", metadata=_help("folder that replaces `{workspace}` in paths"))
     model_name_or_path: str = field(
-        default="", metadata=_help("EvoTok-LLaVA folder to continue from, or a causal LM to start from", required=True)
+        default="",
+        metadata=_help(
+            "EvoTok-LLaVA folder to continue from, or a causal LM (folder, hub id, GGUF file) to start from",
+            required=True,
+        ),
     )
     vision_tower: str | None = field(
         default=None, metadata=_help("EvoTok tokenizer folder; required when starting from a causal LM")

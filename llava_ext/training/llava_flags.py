@@ -30,7 +30,7 @@ class LlavaFlag:
 
 
 SAME: dict[str, str] = {
-    "model_name_or_path": "a causal LM (stage 1) or an EvoTok-LLaVA folder; a folder or a hub id",
+    "model_name_or_path": "a causal LM (stage 1: a folder, a hub id or a GGUF file) or an EvoTok-LLaVA folder",
     "vision_tower": "an EvoTok tokenizer folder instead of CLIP; needed only in stage 1",
     "data_path": "also several files, patterns, .jsonl, .parquet, .tar and hf:NAME (docs/data.md)",
     "image_folder": "one for all entries of `data_path`, or one for each",
