@@ -10,6 +10,7 @@ DESCRIPTION = "Evaluate models with lmms-eval, judge drawn images, and report re
 COMMANDS = {
     "run": "run tasks one after another in lmms-eval and report all results",
     "judge": "judge images that were drawn before",
+    "text": "compare text answers and losses with those of the LLM that a model was trained from",
     "report": "show results as a table and a plot next to published figures",
 }
 

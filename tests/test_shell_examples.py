@@ -92,6 +92,7 @@ ADDED = {
     "evotok evolve": "--max_images 4",
     "evotok_plugin.training.teacher": "--max_steps 1 --batch_size 4",
     "evotok-eval run": "--limit 1",
+    "evotok-eval text": "--max_new_tokens 4",
     "lmms-eval": "--limit 1",
     "best_of.py": "--model outputs/finetune --prompts_per_skill 1",
     "evolution.py": "--max_steps 1 --seeds 0 --variants recipe",
@@ -114,7 +115,7 @@ SIZES = set(
     "--max_steps --per_device_train_batch_size --report_to --prompts_per_step --drawings_per_prompt --batch_size -n "
     "--evaluation_prompts --kmeans_images --val_images --num_workers --max_images --limit --prompts_per_skill "
     "--num_prompts --model --model_name_or_path --head_hidden_size --head_num_layers --head_num_heads --preset "
-    "--teacher --lpips_weight --use_cpu --seeds --variants".split()
+    "--teacher --lpips_weight --use_cpu --seeds --variants --max_new_tokens".split()
 )
 
 # What the examples create themselves, by a part of the block: the reader does not have it yet.
