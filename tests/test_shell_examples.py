@@ -122,6 +122,7 @@ SIZES = set(
 
 # What the examples create themselves, by a part of the block: the reader does not have it yet.
 CREATED = {
+    "caption_records.py": ["outputs/captions.jsonl", "outputs/text.jsonl"],
     "scripts/pretrain.sh": ["outputs/paper"],
     "scripts/finetune.sh": ["outputs/finetune"],
     "scripts/train_tokenizer.sh": ["outputs/evotok"],
@@ -223,6 +224,11 @@ def _write_records(place):
     ]  # fmt: skip
     for name in ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json"):
         (place / name).write_text(json.dumps(records))
+    answers = [
+        {"conversations": [{"from": "human", "value": "What are apples?"}, {"from": "gpt", "value": "Fruit."}]}
+    ] * 4
+    for name, rows in (("captions", records), ("text", answers)):
+        (place / f"outputs/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = ["a photo of a ring", "a photo of two squares"]
     (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
     (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text, "tag": "x"}) + "\n" for text in prompts))

@@ -2,8 +2,8 @@
 
   python scripts/real_parts/own_answers.py weights/smollm2 text.jsonl --count 200
 
-At temperature 1, the average gradient of such rows is zero for the LLM that wrote them, so that they teach it nothing;
-once training has changed it, they pull it back. Only answers that end by themselves are kept.
+The answers are sampled at temperature 1, and should pull the LLM back once training has changed it. Only answers that
+end by themselves are kept, which favors short ones.
 """
 
 import argparse
