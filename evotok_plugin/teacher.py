@@ -178,10 +178,9 @@ class Teacher(nn.Module):
         if size != tuple(pixel_values.shape[2:]):
             pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True, align_corners=False)
             pixel_values = pixel_values.clamp(-1, 1)
-        mean, std = self.tower.mean, self.tower.std
-        if bool(((mean == 0.5) & (std == 0.5)).all()):
+        if self.tower.takes_signed_pixels:
             return pixel_values
-        return ((pixel_values + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        return ((pixel_values + 1) / 2 - self.tower.mean.view(3, 1, 1)) / self.tower.std.view(3, 1, 1)
 
     def _at_positions(self, features: Tensor, rows: int, columns: int) -> Tensor:
         """Average a finer map (B, D, h, w) over the tokenizer's positions.

@@ -18,6 +18,7 @@ class TeacherTower(nn.Module, ABC):
     Attributes:
         name: name for messages.
         mean, std: of the pixels from 0 to 1 that the network expects, by channel (3,).
+        takes_signed_pixels: whether that makes pixels from -1 to 1, as the tokenizer has them.
         default_layer: the layer that is used unless another one is chosen.
         layers: the layers that are computed, set by `keep_layers`; the others are freed.
     """
@@ -25,6 +26,7 @@ class TeacherTower(nn.Module, ABC):
     name: str
     mean: Tensor
     std: Tensor
+    takes_signed_pixels: bool
     default_layer: int
     layers: tuple[int, ...]
 
@@ -32,6 +34,7 @@ class TeacherTower(nn.Module, ABC):
         """Register mean and standard deviation of the pixels (3,)."""
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.takes_signed_pixels = all(value == 0.5 for value in (*mean, *std))
 
     @property
     @abstractmethod
