@@ -10,7 +10,7 @@ from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, check_output_folder, write_text, writing
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.data.sources import open_sources
+from evotok_plugin.data.sources import ImageSource, open_sources
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.evaluate import evaluate
 from evotok_plugin.evaluation.held_out import held_out_images
@@ -104,10 +104,9 @@ def _check_together(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation | None:
-    source = held_out_images(arguments.held_out) if arguments.held_out else open_sources(arguments.source)
     if arguments.reconstructions:
         given = open_sources([arguments.reconstructions])
-        return evaluate_reconstructions(source, given, _options(arguments), processes)
+        return evaluate_reconstructions(_source(arguments), given, _options(arguments), processes)
     folder = arguments.model or (str(arguments.held_out) if arguments.held_out else None)
     model, processor = open_tokenizer(folder, str(processes.device))
     options = _options(arguments)
@@ -119,7 +118,11 @@ def _evaluate(arguments: argparse.Namespace, processes: Processes) -> Evaluation
             classifier=classifier.to(processes.device) if classifier is not None else None,
             class_names=read_class_names(arguments.class_names) if arguments.class_names else {},
         )
-    return evaluate(model, at_size(processor, model, arguments.size), source, options, processes)
+    return evaluate(model, at_size(processor, model, arguments.size), _source(arguments), options, processes)
+
+
+def _source(arguments: argparse.Namespace) -> ImageSource:
+    return held_out_images(arguments.held_out) if arguments.held_out else open_sources(arguments.source)
 
 
 def _options(arguments: argparse.Namespace) -> EvaluationOptions:
