@@ -14,13 +14,14 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         parents=[shared.model],
         epilog=examples_of(
             "evotok-llava serve                             # the newest model of outputs/, or the included one",
-            "evotok-llava serve --model outputs/finetune --port 8001 --api_key secret",
+            "evotok-llava serve outputs/finetune --port 8001 --api_key secret",
             "curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' "
             '-d \'{"prompt": "a red circle"}\'',
             text="By default only this machine can connect. With --host 0.0.0.0 anyone who can reach the address can: "
             "set --api_key.",
         ),
     )
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the model, instead of --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one")
     parser.add_argument(
@@ -50,6 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"the server needs FastAPI and uvicorn ({error}): pip install 'evotok[serve]'") from error
     from llava_ext.serving.uploads import UploadLimits
 
+    if arguments.folder is not None:
+        if arguments.model is not None:
+            raise UserError(
+                f"expected one model, got {arguments.folder} and --model {arguments.model}; omit one of them"
+            )
+        arguments.model = arguments.folder
     for name in ("max_rows", "max_waiting", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(arguments, name)}")
