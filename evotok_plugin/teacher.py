@@ -31,7 +31,7 @@ RECORD = "teacher.json"
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """How a teacher is used.
+    """Layers, image size and scaling of a teacher's features.
 
     Attributes:
         layers: see `TeacherLayers`; by default the second-to-last layer of a ViT, the last stage of a CNN.

@@ -1,4 +1,4 @@
-"""What a teacher needs from a pretrained vision network: the features of some of its layers at every position.
+"""Interface of a pretrained vision network as a teacher: the features of some of its layers at every position.
 
 B batch, h x w positions, D channels of a layer.
 """

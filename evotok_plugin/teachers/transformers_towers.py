@@ -49,7 +49,7 @@ def _class_and_registers(config: Any) -> int:
 
 @dataclass(frozen=True)
 class _Family:
-    """How to load and run one kind of vision transformer.
+    """Model class, layers and normalization of one kind of vision transformer.
 
     Attributes:
         layers: path of the list of layers in the model.

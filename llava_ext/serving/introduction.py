@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Introduction:
-    """What the page says about a model.
+    """Introduction of a model on the demo page.
 
     Attributes:
         knows: one line that says what the model knows; empty if its card does not say.

@@ -118,7 +118,7 @@ def test_sampling_settings_are_closed_at_first(demo):
 
 
 def updates(demo, trigger, event, *arguments):
-    """What the first function after an event changes, by elem_id."""
+    """Changes by the first function after an event, by elem_id."""
     target = (component(demo, trigger)._id, event)
     (function,) = [fn for fn in demo.fns.values() if target in fn.targets]
     return function, {
