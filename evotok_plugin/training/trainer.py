@@ -147,7 +147,8 @@ class TokenizerTrainer:
     def _build_networks(self) -> None:
         config = self.config
         self.model = starting_model(config)
-        had_semantics = config.init_from is not None and self.model.config.semantic_decoder_trained
+        # Without a teacher, a semantic decoder no longer fits an encoder and codebooks that train.
+        had_semantics = config.train_parts != "all" and self.model.config.semantic_decoder_trained
         self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers' decorator hides `self` from mypy
         self.objective = TokenizerObjective(config, self.model)
         if config.feature_cache:
