@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evotok_plugin.errors import UserError
 from evotok_plugin.metrics.probes import in_classes, linear_probe_accuracy
 from evotok_plugin.modeling_evotok import EvoTokModel
 
@@ -117,7 +118,13 @@ class DepthFitter:
                         self._teacher[number].update(sums[chosen], target[chosen].float(), half)
 
     def result(self) -> DepthFits:
-        """Solve the fits."""
+        """Solve the fits.
+
+        Raises:
+            UserError: there are fewer than two images.
+        """
+        if self._num_images < 2:
+            raise UserError(f"fits for every depth need at least 2 images, got {self._num_images}; omit --fit")
         usable = in_classes(self._labels)
         probe = None
         if usable.any():

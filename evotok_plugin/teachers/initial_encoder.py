@@ -93,9 +93,9 @@ def init_encoder(encoder: EvoTokEncoder | BackboneEncoder, config: EvoTokConfig,
     for index in range(config.encoder_num_layers):
         for name, value in _layer(tower.blocks[index].state_dict()).items():
             state[f"encoder.layers.{index}.{name}"] = value
-    result = encoder.load_state_dict(state, strict=False)
-    left = [name for name in result.missing_keys if not name.startswith("to_latent.")]
-    assert not left and not result.unexpected_keys, (left, result.unexpected_keys)
+    # The bottleneck keeps its random weights; the teacher has none.
+    state |= {name: value for name, value in encoder.state_dict().items() if name.startswith("to_latent.")}
+    encoder.load_state_dict(state)
 
 
 def _init_backbone(encoder: BackboneEncoder, config: EvoTokConfig, tower: TeacherTower) -> None:
@@ -149,11 +149,15 @@ def _embeddings(tower: TransformersTower, config: EvoTokConfig) -> dict[str, Ten
 
 
 def _layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, value in weights.items():
-        for pattern, part in _PARTS:
-            if re.match(pattern, name):
-                state[re.sub(pattern, part, name)] = value
+        renamed = [re.sub(pattern, part, name) for pattern, part in _PARTS if re.match(pattern, name)]
+        if not renamed and not name.startswith("layer_scale"):
+            raise UserError(
+                f"the encoder cannot start from the teacher: it has nothing like its weight {name}; pass "
+                "--init_encoder false"
+            )
+        state |= dict.fromkeys(renamed, value)
     for scale, matrix in (("layer_scale1.lambda1", "self_attn.out_proj"), ("layer_scale2.lambda1", "mlp.fc2")):
         if scale in weights:
             state[f"{matrix}.weight"] = state[f"{matrix}.weight"] * weights[scale][:, None]

@@ -162,6 +162,19 @@ class TokenizerTrainingConfig:
                 f"teacher {self.teacher} has no effect with train_parts pixel_decoder; pass --semantic_weight 0 and "
                 "omit --teacher"
             )
+        has_start = bool(self.init_from)
+        if "encoder_backbone" in self.model and not has_start:
+            has_start = bool(self.teacher) and self.init_encoder
+            if not has_start:
+                raise UserError(
+                    f"encoder_backbone {self.model['encoder_backbone']} would stay at random weights; pass --teacher "
+                    f"timm:{self.model['encoder_backbone']}[:FILE] with --init_encoder true, or --init_from FOLDER"
+                )
+        if self.freeze_encoder and not has_start:
+            raise UserError(
+                "freeze_encoder needs an encoder with an encoder_backbone, or one from --init_from FOLDER; the "
+                "bottleneck of others would stay at random weights"
+            )
         for name in ("teacher_layer", "teacher_size", "teacher_standardize"):
             if not self.teacher and getattr(self, name) != getattr(defaults, name):
                 raise UserError(f"{name} {getattr(self, name)} has no effect without --teacher; omit --{name}")

@@ -152,8 +152,17 @@ def test_a_frozen_encoder_does_not_move_and_a_trained_one_does(photos, weights, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"teacher": None, "semantic_weight": 0, "teacher_layer": None, "teacher_standardize": False},
+            "stay at random",
+        ),
+        ({"init_encoder": False}, "encoder_backbone resnet10t would stay at random weights"),
+        ({"model": {}}, "freeze_encoder needs an encoder with an encoder_backbone"),
         ({"feature_cache": True, "augment": True}, "feature_cache has no effect with augment"),
-        ({"model": {}, "semantic_share": 0.3}, "semantic_share 0.3 has no effect without encoder_backbone"),
+        (
+            {"model": {}, "freeze_encoder": False, "semantic_share": 0.3},
+            "semantic_share 0.3 has no effect without encoder_backbone",
+        ),
         ({"model": FIELDS | {"encoder_backbone": "resnet18"}}, "starts from a teacher of the same kind, timm:resnet18"),
         ({"model": FIELDS | {"encoder_backbone": "nothing"}}, "timm cannot create 'nothing'"),
         ({"model": FIELDS | {"encoder_backbone_stage": 9}}, "has stages 0 to 4, or from the end -5 to -1; got 9"),

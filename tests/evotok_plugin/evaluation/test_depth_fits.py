@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LinearRegression
 
 from evotok_plugin import EvoTokConfig, EvoTokModel
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.depth_fits import DepthFitter
 from evotok_plugin.metrics.probes import linear_probe_accuracy
 
@@ -64,4 +65,6 @@ def test_without_teacher_and_labels_only_pixels_are_fitted(model):
     fitter = DepthFitter(model)
     fitter.update(pixels, encoded.latents, encoded.codes, None, [None] * 4)
     fits = fitter.result()
+    with pytest.raises(UserError, match="at least 2 images, got 0"):
+        DepthFitter(model).result()
     assert fits.teacher_r2 is None and fits.probe_accuracy is None and len(fits.pixel_r2) == 4
