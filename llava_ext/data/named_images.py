@@ -13,6 +13,8 @@ from evotok_plugin.data.images import embedded_content, is_embedded, local_file
 from evotok_plugin.errors import UserError
 from llava_ext.prompts.image_parts import is_empty, picture_in_part
 
+_REMEMBERED = 1 << 15  # images of a source, about 20 MB
+
 
 @dataclass(frozen=True)
 class NamedImage:
@@ -129,6 +131,26 @@ def find_image(name: str, image_folder: Path | None, key_root: Path | None = Non
     state = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
     root = root if key_root is None else os.path.abspath(key_root)
     return NamedImage(os.path.relpath(path, root), stamp_of(path, *state), path)
+
+
+class ImageFinder:
+    """`find_image` for the rows of a source, which remembers the first images: many rows can name the same one.
+
+    Its file is looked at only the first time, so a file that changes while a run reads its data keeps its stamp.
+    """
+
+    def __init__(self, image_folder: Path | None = None, key_root: Path | None = None) -> None:
+        self._folders = image_folder, key_root
+        self._found: dict[str, NamedImage] = {}
+
+    def __call__(self, name: str) -> NamedImage:
+        """The image of a name; errors as in `find_image`."""
+        image = self._found.get(name)
+        if image is None:
+            image = find_image(name, *self._folders)
+            if image.data is None and len(self._found) < _REMEMBERED:
+                self._found[name] = image
+        return image
 
 
 def _existing(root: str, name: str) -> str | None:

@@ -9,7 +9,7 @@ from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.data.files import local_path
 from evotok_plugin.errors import UserError
 from llava_ext.data.descriptions import check_share, drawing_of, is_chosen, is_description
-from llava_ext.data.named_images import NamedImage, find_image, image_names
+from llava_ext.data.named_images import ImageFinder, NamedImage, image_names
 from llava_ext.prompts.image_parts import IMAGE_PARTS, is_empty, picture_in_part
 from llava_ext.prompts.placeholders import LLAVA_IMAGE, count_images, escape_images
 
@@ -64,6 +64,7 @@ class RowOptions:
             second record, which draws it.
         key_root: folder that the keys of images are relative to, if not `image_folder`: with several image folders one
             that contains all of them, so that images of equal names have different keys.
+        find_image: finds the images that rows name, with these folders.
 
     Raises:
         UserError: an unknown task, or a share outside 0 to 1.
@@ -73,6 +74,7 @@ class RowOptions:
     caption_task: str = "both"
     draw_share: float = 0.0
     key_root: Path | None = None
+    find_image: ImageFinder = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.caption_task not in CAPTION_TASKS:
@@ -80,6 +82,7 @@ class RowOptions:
         check_share(self.draw_share)
         if self.image_folder is not None:
             object.__setattr__(self, "image_folder", Path(local_path(str(self.image_folder))))
+        object.__setattr__(self, "find_image", ImageFinder(self.image_folder, self.key_root))
 
 
 def parse_row(
@@ -115,7 +118,7 @@ def parse_row(
     for messages in conversations:
         _check_text(messages)
         _check_counts(messages, len(embedded) or len(names))
-    found = [find_image(name, options.image_folder, options.key_root) for name in names]
+    found = [options.find_image(name) for name in names]
     images = tuple(embedded) or tuple(image.key for image in found)
     stamps = tuple(stamps) if embedded else tuple(image.stamp for image in found)
     identity = "" if fields.get("id") is None else str(fields["id"])
@@ -141,7 +144,7 @@ def named_image(row: object, options: RowOptions, number: int) -> NamedImage:
     """
     fields = _checked(row)
     names = image_names(fields, _images_in_parts(_turns_of(fields)))
-    return find_image(names[number], options.image_folder, options.key_root)
+    return options.find_image(names[number])
 
 
 def description_in(row: object) -> tuple[tuple[dict, ...], str] | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from evotok_plugin.errors import UserError
 
 _STAND_IN = "\ue002control\ue003"  # private-use characters: replaces the template's control tokens
+_ENCODE = getattr(PreTrainedTokenizerFast, "_encode_plus", None)  # tokenizers with their own are called
 
 
 class TextEncoder:
@@ -65,9 +66,7 @@ class TextEncoder:
             text.encode()
         except UnicodeEncodeError as error:  # the tokenizer would raise a TypeError about its own types
             raise UserError(f"the text is not valid Unicode at character {error.start}; encode it in UTF-8") from error
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = encoded["input_ids"]
-        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        ids, offsets = self._encode_all(text)
         control = self.control_tokens
         found = [
             (start, end, token)
@@ -78,6 +77,20 @@ class TextEncoder:
         if len(by_template) == len(found):
             return ids, [start for start, _ in offsets]
         return self._encode_apart(text, by_template)
+
+    def _encode_all(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and spans as the tokenizer's own call gives them, which takes several times as long for a short text."""
+        tokenizer, backend = self._tokenizer, self._tokenizer.backend_tokenizer
+        as_in_call = (
+            backend.truncation is None
+            and backend.padding is None
+            and backend.encode_special_tokens == tokenizer.split_special_tokens
+        )
+        if as_in_call and getattr(type(tokenizer), "_encode_plus", None) is _ENCODE is not None:
+            encoding = backend.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
     def _is_written_out(self, token: int, text: str, span: tuple[int, int]) -> bool:
         """Whether the token represents its own text; the unknown token represents any word."""

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import pickle
 import unicodedata
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ from PIL import Image
 from evotok_plugin.data.files import stamp_of
 from evotok_plugin.errors import UserError
 from llava_ext.data.named_images import find_image, image_names
-from llava_ext.data.records import RowOptions, named_image, parse_record
+from llava_ext.data.records import RowOptions, named_image, parse_record, parse_row
 from llava_ext.prompts.image_parts import is_empty
 
 
@@ -172,3 +173,25 @@ def test_a_replaced_file_keeps_its_key_and_changes_its_stamp(folder):
     (folder / "a.png").write_bytes(png(200))
     after = find_image("a.png", folder)
     assert after.key == before.key and after.stamp != before.stamp and after.stamp[:8] == before.stamp[:8]
+
+
+def test_the_rows_of_a_source_look_at_an_image_file_once(folder, monkeypatch):
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
+    options = RowOptions(folder)
+    (before,) = parse_row(row, options)
+    (folder / "a.png").write_bytes(png(200))
+    assert parse_row(row, options)[0].stamps == before.stamps
+    (after,) = parse_row(row, RowOptions(folder))  # the next run sees the new file
+    assert after.images == before.images and after.stamps != before.stamps
+    monkeypatch.setattr(os, "stat", None)
+    assert parse_row(row, pickle.loads(pickle.dumps(options)))[0] == before  # nor in a process that loads data
+
+
+def test_images_that_were_not_found_and_embedded_ones_are_not_remembered(folder):
+    options = RowOptions(folder)
+    with pytest.raises(UserError, match="not found"):
+        options.find_image("late.png")
+    (folder / "late.png").write_bytes(png(5))
+    assert options.find_image("late.png").content() == png(5)
+    options.find_image(as_uri(png(6)))
+    assert len(pickle.dumps(options)) < len(pickle.dumps(RowOptions(folder))) + 500

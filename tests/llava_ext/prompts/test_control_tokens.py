@@ -69,6 +69,29 @@ def test_ordinary_conversations_are_encoded_as_by_the_tokenizer_itself(processor
     assert processor.lay_out(MESSAGES).tokens == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
+class LowerCasing(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus(text.lower(), *args, **kwargs)
+
+
+@pytest.mark.parametrize("state", ["as loaded", "truncates and pads", "splits special tokens", "has its own encoding"])
+def test_text_is_encoded_as_by_the_call_of_the_tokenizer_in_every_state(tokenizer, tiny_tokenizer_folder, state):
+    text = "A plain SENTENCE about two red circles and a blue ring"
+    if state == "truncates and pads":  # settings that a tokenizer.json can hold, or an earlier call leave
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=64)
+    if state == "splits special tokens":
+        tokenizer.split_special_tokens = True
+        text += SPECIAL[0]
+    if state == "has its own encoding":
+        tokenizer = LowerCasing.from_pretrained(tiny_tokenizer_folder)
+    ids, starts = TextEncoder(tokenizer, "").encode(text, [])
+    called = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert ids == called["input_ids"] and len(ids) > 3
+    assert starts == [start for start, _ in called["offset_mapping"]]
+    assert (ids == tokenizer(text.lower(), add_special_tokens=False)["input_ids"]) == (state == "has its own encoding")
+
+
 def test_prompts_captions_and_calls_contain_no_control_tokens(tiny_mllm):
     _, processor = tiny_mllm
     ids = {name: getattr(processor, f"{name}_id") for name in ("image_token", "image_start", "image_end")}
