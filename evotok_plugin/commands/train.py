@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from evotok_plugin.commands.options import SharedOptions
+from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.recipes import add_arguments, recipe_help, recipe_values
 from evotok_plugin.errors import UserError
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     required = [f.name for f in fields if dataclasses.MISSING is f.default and dataclasses.MISSING is f.default_factory]
     if missing := [repr(name) for name in required if name not in values]:
         raise UserError(f"not set: {' and '.join(missing)}; pass it as a flag or put it into the recipe")
+    keep_freed_memory()
     trainer = TokenizerTrainer.open(TokenizerTrainingConfig(**values))
     folder = trainer.run()
     if is_first:

@@ -25,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import CommandParser, examples_of
 from evotok_plugin.common.files import apply_umask_to_weights, check_output_folder, writing
 from evotok_plugin.common.foreign_files import describe_error
@@ -202,6 +203,7 @@ def _train(arguments: argparse.Namespace) -> None:
     OwnedFolder(arguments.output_dir).claim("config.json", "model.safetensors")
     names = ("output_dir", "max_steps", "batch_size", "learning_rate", "seed", "augment", "with_text")
     options = {name: getattr(arguments, name) for name in names}
+    keep_freed_memory()
     train_teacher(arguments.data, arguments.tokenizer, vision=vision, **options)
 
 

@@ -7,6 +7,7 @@ import socket
 import torch
 from transformers import TrainingArguments
 
+from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.foreign_files import describe_error
 from evotok_plugin.errors import UserError
 from llava_ext.training.config import StageConfig
@@ -20,9 +21,10 @@ def prepare_processes(config: StageConfig) -> None:
 
     This is the only place of training with side effects on the process. It sets `TENSORBOARD_LOGGING_DIR`; with
     DeepSpeed and without a launcher also `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and
-    `MASTER_PORT`, and on the CPU `DS_ACCELERATOR`. `TrainingArguments.__post_init__`, which it calls, validates and
-    converts the values of `TrainingArguments`, resets accelerate's shared state, chooses the device, starts the process
-    group, sets TF32 and makes the DeepSpeed configuration known to transformers, all in one function.
+    `MASTER_PORT`; on the CPU `DS_ACCELERATOR`, and that freed memory is kept (`keep_freed_memory`).
+    `TrainingArguments.__post_init__`, which it calls, validates and converts the values of `TrainingArguments`, resets
+    accelerate's shared state, chooses the device, starts the process group, sets TF32 and makes the DeepSpeed
+    configuration known to transformers, all in one function.
 
     Raises:
         UserError: a value that transformers or DeepSpeed rejects, or processes that do not fit the launcher or GPUs.
@@ -89,6 +91,7 @@ def _adapt_to_device(config: StageConfig) -> None:
                 f"--use_cpu true to train on the CPU"
             )
     config.use_cpu = True
+    keep_freed_memory()
     config.tf32 = None
     config.dataloader_pin_memory = False
     if config.deepspeed:
