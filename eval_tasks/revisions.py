@@ -1,7 +1,8 @@
 """Revisions of the hub's data sets, so that the rows of a benchmark do not change between evaluations.
 
-The commits are those at the head of each data set's main branch, as shown by its page on the hub. Most are listed there
-under the data sets' earlier owner, `lmms-lab`, whose repositories were moved with their history. This module imports
+The commits are those at the head of each data set's main branch, as shown by its page on the hub or, for GQA and
+TextVQA, as other projects have recorded them. Most are listed under the data sets' earlier owner, `lmms-lab`, whose
+repositories were moved with their history. SEED-Bench has no entry: its commit is not known here. This module imports
 almost nothing.
 """
 
@@ -18,6 +19,8 @@ PINNED = {
     "lmms-lab-encoder/VQAv2": "32665d35052eb4a6d4414851c3c829a72754915a",
     "lmms-lab-encoder/ai2d": "c83a9b9692933aff8349157c88a413df9d02c4e5",
     "lmms-lab-encoder/MMMU": "364f2e2eb107b36e07ff4c5a15f5947a759cef47",
+    "lmms-lab-encoder/GQA": "a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
+    "lmms-lab-encoder/textvqa": "9c0699cd19768ac5ab97568f6b3cbac4c0062884",
     "lmms-lab-encoder/MMVet": "b310d12d0d9e765db953da28a7ef7ff43620dc83",
 }
 
