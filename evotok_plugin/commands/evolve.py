@@ -9,6 +9,7 @@ from evotok_plugin.common.files import check_output_folder, write_whole, writing
 from evotok_plugin.common.pictures import save_picture
 from evotok_plugin.data.bad_samples import BadSamples
 from evotok_plugin.data.sources import open_sources
+from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.level_plots import check_plotting, draw_strips, plot_code_usage, plot_curves, plot_fits
 from evotok_plugin.evaluation.levels import Evolution, measure_evolution
 from evotok_plugin.teacher import load_recorded_teacher
@@ -37,6 +38,12 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         action="store_true",
         help="fit linear decoders of pixels and teacher features, and with labels a probe, for every depth: fits.png",
     )
+    parser.add_argument(
+        "--fit_on",
+        nargs="+",
+        metavar="SOURCE",
+        help="with --fit: images to fit to, for a probe in the same classes (default: the other half of the images)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write strips of reconstructions, curves over depth as a plot and as CSV, and the code usage."""
     check_output_folder(arguments.output)
     check_plotting()
+    if arguments.fit_on and not arguments.fit:
+        raise UserError("--fit_on has no effect without --fit; add --fit, or leave it out")
     model, processor = open_tokenizer(arguments.model, arguments.device)
     processor = at_size(processor, model, arguments.size)
     has_semantics = model.config.semantic_decoder_trained
@@ -64,12 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
         num_strips=arguments.strips,
         batch_size=arguments.batch_size,
         fit=arguments.fit,
+        fit_on=open_sources(arguments.fit_on) if arguments.fit_on else None,
     )
     _print_table(evolution)
     if evolution.fits is not None:
         values = {name: getattr(evolution.fits, name) for name in ("pixel_r2", "teacher_r2", "probe_accuracy")}
         known = ", ".join(f"{_COLUMNS[name][0]} {value[-1]:.3f}" for name, value in values.items() if value is not None)
         print(f"latents before quantization: {known}")
+        if evolution.fits.teacher_probe is not None:
+            print(f"the teacher's features: probe {evolution.fits.teacher_probe:.3f}")
     for name, constant in (("teacher", evolution.constant_teacher), ("own", evolution.constant_own)):
         if constant is not None:
             print(f"a constant, the mean of the features, has cosine {constant:.4f} ({name})")

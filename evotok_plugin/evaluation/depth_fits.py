@@ -1,8 +1,8 @@
 """Linear decoders of pixels and of a teacher's features, and a linear probe, fitted for every depth of the codes.
 
 The decoders of a tokenizer are trained at two depths and show at others what they make of unfamiliar input. A fit of
-its own for every depth shows what the codes contain. All fits are cross-validated: each half of the images is predicted
-by a fit to the other half.
+its own for every depth shows what the codes contain. The images that are scored are never those of the fit: fits are
+made to other images, or else each half of the images is predicted by a fit to the other half.
 
 B images, N positions, C codebook_dim, T numbers to predict.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.metrics.probes import in_classes, linear_probe_accuracy
+from evotok_plugin.metrics.probes import in_classes, linear_probe_accuracy, trained_probe_accuracy
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 _RIDGE = 1e-4  # of the mean square of the latents
@@ -30,17 +30,23 @@ class DepthFits:
         pixel_r2: share of the variance of the pixels of a patch that a linear decoder explains.
         teacher_r2: the same for the teacher's features, standardized by channel; None without a teacher.
         probe_accuracy: accuracy of a linear classifier of the mean latents; None without labels.
+        teacher_probe: the same for the mean of the teacher's features; None without labels or teacher.
     """
 
     pixel_r2: list[float]
     teacher_r2: list[float] | None
     probe_accuracy: list[float] | None
+    teacher_probe: float | None = None
 
 
 class _Fit:
-    """Sums for linear regressions from latents (.., C) to targets (.., T), for the two halves of the images."""
+    """Sums for linear regressions from latents (.., C) to targets (.., T), for the two halves of the images.
 
-    def __init__(self) -> None:
+    Each half is scored by the fit to the other one, with `one_way` only the second by the fit to the first.
+    """
+
+    def __init__(self, one_way: bool) -> None:
+        self._one_way = one_way
         self._sums: list[tuple[Tensor, Tensor, Tensor, Tensor] | None] = [None, None]
 
     def update(self, latents: Tensor, targets: Tensor, half: int) -> None:
@@ -51,7 +57,7 @@ class _Fit:
         self._sums[half] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
 
     def r2(self, scale: Tensor | None = None) -> float:
-        """Share of explained variance, over both halves.
+        """Share of explained variance, over the images that are scored.
 
         Args:
             scale: weights of the targets (T,).
@@ -60,7 +66,7 @@ class _Fit:
         if first is None or second is None:
             return float("nan")
         left = total = 0.0
-        for fitted, tested in ((first, second), (second, first)):
+        for fitted, tested in ((first, second), (second, first))[: 1 if self._one_way else 2]:
             gram, cross = fitted[:2]
             ridge = _RIDGE * gram.diagonal()[:-1].mean()
             weights = torch.linalg.solve(
@@ -85,19 +91,30 @@ class _Fit:
 
 
 class DepthFitter:
-    """Accumulates the sums of the fits over batches of images."""
+    """Accumulates the sums of the fits over batches of images.
 
-    def __init__(self, model: EvoTokModel) -> None:
-        self._model, self._num_images = model, 0
+    Args:
+        separate: whether the fits are made to images of their own, those added with `is_fitted`.
+    """
+
+    def __init__(self, model: EvoTokModel, separate: bool = False) -> None:
+        self._model, self._num_images, self._separate = model, 0, separate
         self._num_fits = model.config.num_quantizers + 1
-        self._pixels = [_Fit() for _ in range(self._num_fits)]
-        self._teacher = [_Fit() for _ in range(self._num_fits)]
+        self._pixels = [_Fit(separate) for _ in range(self._num_fits)]
+        self._teacher = [_Fit(separate) for _ in range(self._num_fits)]
         self._pooled: list[list[np.ndarray]] = [[] for _ in range(self._num_fits)]
         self._labels: list[str | None] = []
-        self._has_teacher = False
+        self._is_fitted: list[bool] = []
+        self._teacher_pooled: list[np.ndarray] = []
 
     def update(
-        self, pixel_values: Tensor, latents: Tensor, codes: Tensor, target: Tensor | None, labels: Sequence[str | None]
+        self,
+        pixel_values: Tensor,
+        latents: Tensor,
+        codes: Tensor,
+        target: Tensor | None,
+        labels: Sequence[str | None],
+        is_fitted: bool = False,
     ) -> None:
         """Add images (B, 3, H, W) with their latents (B, N, C), codes (B, N, L) and teacher features (B, N, D)."""
         patch = self._model.config.patch_size
@@ -105,13 +122,16 @@ class DepthFitter:
         levels = self._model.level_latents(codes).float().cumsum(dim=2)
         depths = [*levels.unbind(2), latents.float()]
         self._labels += labels
-        self._has_teacher = target is not None
+        self._is_fitted += [is_fitted] * len(labels)
+        if target is not None:
+            self._teacher_pooled.append(target.float().mean(dim=1).cpu().numpy())
         places = torch.arange(len(pixel_values)) + self._num_images
         self._num_images += len(pixel_values)
+        halves = torch.full_like(places, int(not is_fitted)) if self._separate else places % 2
         for number, sums in enumerate(depths):
             self._pooled[number].append(sums.mean(dim=1).cpu().numpy())
             for half in (0, 1):
-                chosen = (places % 2 == half).to(sums.device)
+                chosen = (halves == half).to(sums.device)
                 if chosen.any():
                     self._pixels[number].update(sums[chosen], patches[chosen], half)
                     if target is not None:
@@ -121,19 +141,31 @@ class DepthFitter:
         """Solve the fits.
 
         Raises:
-            UserError: there are fewer than two images.
+            UserError: there are fewer than two images, or none to fit.
         """
+        if self._separate and not any(self._is_fitted):
+            raise UserError("no images to fit; leave out --fit_on to fit each half of the images to the other")
         if self._num_images < 2:
             raise UserError(f"fits for every depth need at least 2 images, got {self._num_images}; omit --fit")
-        usable = in_classes(self._labels)
-        probe = None
-        if usable.any():
-            labels = [
-                label for label, is_usable in zip(self._labels, usable, strict=True) if is_usable and label is not None
-            ]
-            probe = [linear_probe_accuracy(np.concatenate(parts)[usable], labels) for parts in self._pooled]
-        teacher = None
-        if self._has_teacher:
+        probe = [self._probe(np.concatenate(parts)) for parts in self._pooled]
+        known = [accuracy for accuracy in probe if accuracy is not None]
+        teacher = teacher_probe = None
+        if self._teacher_pooled:
             scale = self._teacher[0].precisions()
             teacher = [fit.r2(scale) for fit in self._teacher]
-        return DepthFits([fit.r2() for fit in self._pixels], teacher, probe)
+            teacher_probe = self._probe(np.concatenate(self._teacher_pooled))
+        return DepthFits([fit.r2() for fit in self._pixels], teacher, known or None, teacher_probe)
+
+    def _probe(self, features: np.ndarray) -> float | None:
+        """Accuracy of a linear probe of features (n, C); None if the labels do not allow one."""
+        labels, fitted = np.array(self._labels, dtype=object), np.array(self._is_fitted)
+        if self._separate:
+            known = np.array([label is not None for label in labels])
+            classes = set(labels[fitted & known])
+            scored = ~fitted & np.array([label in classes for label in labels])
+            if len(classes) < 2 or not scored.any():
+                return None
+            train, test = fitted & known, scored
+            return trained_probe_accuracy(features[train], list(labels[train]), features[test], list(labels[test]))
+        usable = in_classes(self._labels)
+        return linear_probe_accuracy(features[usable], list(labels[usable])) if usable.any() else None

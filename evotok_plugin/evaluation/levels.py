@@ -24,6 +24,7 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.metrics.codes import CodeUsage
 from evotok_plugin.metrics.cosine import ConstantBaseline
 from evotok_plugin.metrics.image import psnr
+from evotok_plugin.metrics.probes import MAX_IMAGES
 from evotok_plugin.modeling_evotok import EvoTokModel
 from evotok_plugin.teacher import Teacher, teacher_features
 
@@ -138,6 +139,7 @@ def measure_evolution(
     num_strips: int = 4,
     batch_size: int = 32,
     fit: bool = False,
+    fit_on: ImageSource | None = None,
 ) -> Evolution:
     """Decode images from 1, 2, .. L levels and score the results.
 
@@ -149,6 +151,8 @@ def measure_evolution(
         teacher: the frozen vision tower whose features the semantic decoder was trained to predict.
         bad: collects broken images and limits their number; by default none are tolerated.
         fit: also fit linear decoders and a probe for every depth.
+        fit_on: images to fit them to, evenly spread if there are more than 50,000; implies `fit`. By default each half
+            of the images is predicted by a fit to the other half.
         max_images: of a larger source, this many evenly spread images are used.
 
     Raises:
@@ -167,16 +171,17 @@ def measure_evolution(
     usage = CodeUsage(model.config.num_quantizers, model.config.codebook_size)
     scores = _Scores()
     strips: list[Strip] = []
-    fitter = DepthFitter(model) if fit else None
+    fitter = DepthFitter(model, separate=fit_on is not None) if fit or fit_on is not None else None
+    if fitter is not None and fit_on is not None:
+        for indices, pixel_values in _batches(fit_on, processor, MAX_IMAGES, batch_size, bad):
+            _add_to_fits(fitter, model, fit_on, indices, pixel_values.to(model.device), teacher, is_fitted=True)
     for indices, pixel_values in _batches(source, processor, max_images, batch_size, bad):
         names = [source.key(index) for index in indices]
         pixel_values = pixel_values.to(model.device)
-        encoded = model.encode(pixel_values)
-        codes, latents = encoded.codes, encoded.latents
-        assert codes is not None and latents is not None
         if fitter is not None:
-            target = teacher_features(teacher, pixel_values) if teacher is not None else None
-            fitter.update(pixel_values, latents, codes, target, [source.label(index) for index in indices])
+            codes = _add_to_fits(fitter, model, source, indices, pixel_values, teacher)
+        else:
+            codes = _codes_of(model, pixel_values)
         num_positions = codes.shape[1]
         usage.update(codes)
         rebuilt = _decode_all(model, codes, pixel_values, teacher, scores, num_kept=num_strips - len(strips))
@@ -197,6 +202,30 @@ def measure_evolution(
         strips=strips,
         fits=fitter.result() if fitter is not None else None,
     )
+
+
+def _codes_of(model: EvoTokModel, pixel_values: Tensor) -> Tensor:
+    codes = model.encode(pixel_values).codes
+    assert codes is not None
+    return codes
+
+
+def _add_to_fits(
+    fitter: DepthFitter,
+    model: EvoTokModel,
+    source: ImageSource,
+    indices: Sequence[int],
+    pixel_values: Tensor,
+    teacher: Teacher | None,
+    is_fitted: bool = False,
+) -> Tensor:
+    """Add images of a source to the fits; returns their codes (B, N, L)."""
+    encoded = model.encode(pixel_values)
+    codes, latents = encoded.codes, encoded.latents
+    assert codes is not None and latents is not None
+    target = teacher_features(teacher, pixel_values) if teacher is not None else None
+    fitter.update(pixel_values, latents, codes, target, [source.label(index) for index in indices], is_fitted)
+    return codes
 
 
 @dataclass

@@ -3,10 +3,12 @@
 n images, D dimensions.
 """
 
+import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -75,19 +77,55 @@ def linear_probe_accuracy(features: np.ndarray, labels: Sequence[str]) -> float:
         ValueError: fewer than two images, or another number of labels.
     """
     _check(features, labels)
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    classes = np.unique(labels, return_inverse=True)[1]
+    halves = StratifiedKFold(n_splits=2, shuffle=True, random_state=0)
+    with _steps_may_run_out():
+        predicted = cross_val_predict(_classifier(), features, classes, cv=halves)
+    return float((predicted == classes).mean())
+
+
+def trained_probe_accuracy(
+    features: np.ndarray, labels: Sequence[str], tested: np.ndarray, tested_labels: Sequence[str]
+) -> float:
+    """Share of the tested images whose class is predicted correctly by a linear classifier of other images.
+
+    The classifier is that of `linear_probe_accuracy`.
+
+    Args:
+        features, tested: (n, D), of the images to train and to test on.
+        labels, tested_labels: the class of every image.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+        ValueError: fewer than two images to train on, none to test on, or another number of labels.
+    """
+    _check(features, labels)
+    if not len(tested) or len(tested) != len(tested_labels):
+        raise ValueError(f"expected a label per tested image, got {len(tested)} images and {len(tested_labels)} labels")
+    with _steps_may_run_out():
+        probe = _classifier().fit(features, np.asarray(labels, dtype=str))
+    return float((probe.predict(tested) == np.asarray(tested_labels, dtype=str)).mean())
+
+
+@contextlib.contextmanager
+def _steps_may_run_out() -> Iterator[None]:
+    """No warning if the classifier has not converged: the number of steps is part of the protocol."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _classifier() -> Any:
+    """A logistic regression (L2, C = 1, at most 200 steps of L-BFGS) on standardized features."""
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classes = np.unique(labels, return_inverse=True)[1]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
-    halves = StratifiedKFold(n_splits=2, shuffle=True, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of steps is part of the protocol
-        predicted = cross_val_predict(probe, features, classes, cv=halves)
-    return float((predicted == classes).mean())
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
 
 
 def check_installed() -> None:

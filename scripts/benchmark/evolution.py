@@ -76,7 +76,8 @@ def measured(options: argparse.Namespace, variant: str, seed: int) -> dict[str, 
         train(options, variant, seed, folder)
         run(
             "evolve", str(options.eval), "--model", str(folder), "--teacher", options.teacher, "--fit",
-            "--max_images", "50000", "-o", str(table.parent),
+            *(["--fit_on", str(options.fit_on)] if options.fit_on else []), "--max_images", "50000",
+            "-o", str(table.parent),
         )  # fmt: skip
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,6 +140,9 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--train", type=Path, required=True, help="folder of photographs to train on")
     parser.add_argument("--eval", type=Path, required=True, help="folder with a folder of photographs for each class")
+    parser.add_argument(
+        "--fit_on", type=Path, help="photographs to fit to, in folders as those of --eval (default: half of --eval)"
+    )
     parser.add_argument("--teacher", required=True, help="timm:tf_efficientnet_lite0:FILE.safetensors")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="runs to make")
