@@ -224,12 +224,14 @@ class _GroupedSearch:
         distance, least = self._least(vectors, code)
         # One supergroup, one group and one code reach the bound: those of the chosen code. With more, float64 decides.
         inside = torch.cat([within, scores], dim=1) >= least[:, None]
-        rivals = (tops >= least).sum(dim=0) + inside.sum(dim=1)
+        near = tops >= least
+        rivals = near.sum(dim=0) + inside.sum(dim=1)
         unsettled = (rivals > 3).nonzero()[:, 0]
         if unsettled.numel():
-            candidates = maxima.flatten(0, 1)[: self.num_groups, unsettled] >= least[unsettled]
+            least = least[unsettled]
+            groups, owners = self._groups_within(maxima, near, least, unsettled)
             code[unsettled] = self._settle(
-                vectors[unsettled], rows[unsettled], least[unsettled], candidates, code[unsettled], distance[unsettled]
+                vectors[unsettled], rows[unsettled], least, groups, owners, code[unsettled], distance[unsettled]
             )
         return code
 
@@ -252,11 +254,31 @@ class _GroupedSearch:
         codes = torch.index_select(codes, 0, groups, out=self.gathered[: groups.shape[0]])
         return torch.bmm(rows.unsqueeze(1), codes.view(-1, _GROUP, rows.shape[1]).transpose(1, 2)).squeeze(1)
 
+    def _groups_within(self, maxima: Tensor, near: Tensor, least: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Groups whose maxima reach the bounds of chosen vectors, and the vector of each: two tensors (P,).
+
+        Args:
+            maxima, near: of all vectors; `near` (supergroups, V) marks the supergroups that reach the bounds.
+            least: bounds of the chosen vectors (W,); `chosen` (W,) has their places among all vectors.
+        """
+        supergroups, owners = near[:, chosen].nonzero(as_tuple=True)
+        inside = maxima[supergroups, :, chosen[owners]] >= least[owners][:, None]  # (supergroups found, together)
+        found, place = inside.nonzero(as_tuple=True)
+        groups, owners = supergroups[found] * self.together + place, owners[found]
+        exists = groups < self.num_groups  # a bound of -inf admits the padding
+        return groups[exists], owners[exists]
+
     def _settle(
-        self, vectors: Tensor, rows: Tensor, least: Tensor, candidates: Tensor, code: Tensor, distance: Tensor
+        self,
+        vectors: Tensor,
+        rows: Tensor,
+        least: Tensor,
+        groups: Tensor,
+        owners: Tensor,
+        code: Tensor,
+        distance: Tensor,
     ) -> Tensor:
-        """Decide in float64 between all codes that may be nearest; candidates (G, V) marks the groups they are in."""
-        groups, owners = candidates.nonzero(as_tuple=True)
+        """Decide in float64 between all codes that may be nearest: those of `groups` for the vectors `owners` (P,)."""
         if groups.numel() > _MANY_GROUPS * vectors.shape[0]:
             return _search_float64(vectors, self.codebook)
         for group, owner in zip(groups.split(self.num_vectors), owners.split(self.num_vectors), strict=True):
