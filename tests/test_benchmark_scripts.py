@@ -107,3 +107,17 @@ def test_the_evolution_is_trained_measured_and_plotted(script, tmp_path, monkeyp
     written = (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns
     assert main() == 0  # only reads the finished runs
     assert (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_table_of_seeds_is_made_from_finished_runs(script, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / f"seed_{seed}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"reconstruction": {"psnr": 30.0 + seed}}))
+        (folder / "run.json").write_text('{"fast": false, "seconds": {}, "finished": true}')
+    out = tmp_path / "seeds.json"
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "0", "1", "-o", str(tmp_path), "--json", str(out)])
+    assert script("quickstart_seeds")["main"]() == 0
+    row = "| reconstruction/psnr | 2 | 30.500 | 0.707 | 30.000 | 31.000 |"
+    assert row in capsys.readouterr().out
+    assert json.loads(out.read_text())["tables"]["quickstart-seeds"]["rows"] == [row.strip("| ").split(" | ")]

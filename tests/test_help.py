@@ -25,9 +25,8 @@ COMMANDS = [
 SCRIPTS = [
     path.relative_to(ROOT)
     for path in sorted((ROOT / "scripts").rglob("*.py"))
-    if "ArgumentParser" in path.read_text() or "CommandParser" in path.read_text()
+    if re.search("ArgumentParser|CommandParser", text := path.read_text()) and "__main__" in text
 ]
-SCRIPTS = [path for path in SCRIPTS if path.name != "drawn_scenes.py"]  # options of the other scripts
 NO_FLAGS = ("cli.py", "llava.py")  # programs of commands, and a runner of other programs
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -12,14 +12,14 @@ judge itself (an oracle: it finds a correct image wherever there is one, pass@N)
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
-from measuring import device_name
 from PIL import Image
+from report import Table, add_json_option, machine, write_report
 from scipy.stats import rankdata
 
 from eval_tasks.judging.rules import evaluate
@@ -127,23 +127,18 @@ def decode(opened: OpenModel, codes: torch.Tensor) -> list[Image.Image]:
     return opened.processor.image_processor.to_pil(opened.model.vision_tower.decode_pixels(codes))
 
 
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def table(found: Candidates) -> str:
+def table(found: Candidates) -> Table:
     """Accuracy by selection, number of candidates and skill, with the cost of one image."""
-    lines = [row(["selected by", "N", "mean", *SKILLS, "s per image", "CPU s"]), "|---" * (len(SKILLS) + 5) + "|"]
+    rows = []
     for selection in SELECTIONS:
         for best_of in NUMBERS if selection == SELECTIONS[0] else NUMBERS[1:]:
             accuracies = found.accuracies(found.kept(selection, best_of))
             cost = ["", ""]
             if selection == "reading":
                 cost = [f"{best_of * one:.3f}" for one in cost_per_candidate(found, best_of)]
-            name = "one candidate" if best_of == 1 else selection
-            lines.append(row([name, str(best_of), *(f"{value:.3f}" for value in accuracies), *cost]))
-    return "\n".join(lines)
+            name = "one candidate" if best_of == 1 else f"{selection}, N = {best_of}"
+            rows.append([name, *(f"{value:.3f}" for value in accuracies), *cost])
+    return Table(["selected by", "mean", *SKILLS, "s per image", "CPU s"], rows)
 
 
 def cost_per_candidate(found: Candidates, best_of: int) -> tuple[float, float]:
@@ -176,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--instruction", help="the user's text under an image (default: the model's setting)")
+    add_json_option(parser)
     return command_line.run(parser, argv, run)
 
 
@@ -195,9 +191,12 @@ def run(arguments: argparse.Namespace) -> None:
     instruction = given.for_model(opened.model).instruction
     found = draw_and_score(opened, instruction, arguments.prompts_per_skill, arguments.seed)
     print(f"{opened.name} ({opened.fingerprint[:12]}), instruction: {instruction}")
-    device, count = device_name(torch.device("cpu")), arguments.prompts_per_skill
-    print(f"{count} prompts per skill, seed {arguments.seed}; {device}, {arguments.threads} thread(s)\n")
-    print(table(found), "", agreement(found), sep="\n")
+    on = machine(packages=("torch", "transformers"), seed=str(arguments.seed), model=opened.fingerprint[:12])
+    print(
+        f"{arguments.prompts_per_skill} prompts per skill; {', '.join(f'{key} {value}' for key, value in on.items())}\n"
+    )
+    print(table(found).markdown(), "", agreement(found), sep="\n")
+    write_report(arguments.json, __file__, {"best-of": table(found)}, on, {"agreement": agreement(found)})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
+from drawn_scenes import add_model_options, detected_scene, open_from, show
 from PIL import Image
+from report import Table
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         correct, malformed = (sum(getattr(o, name) for o in group) for name in ("is_correct", "is_malformed"))
         total = max(1, len(group))
         rows.append([kind, str(len(group)), f"{correct / total:.3f}", f"{malformed / total:.3f}"])
-    print(markdown_table(["question", "dialogues", "correct", "malformed"], rows))
+    show(options, __file__, opened, {"dialogues": Table(["question", "dialogues", "correct", "malformed"], rows)})
     print(
         f"\n{counts['drawn']} of {counts['requests']} requests were answered with an image; "
         f"{counts['questions']} of the {counts['drawn']} images allowed a question of the kind"

@@ -19,7 +19,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from drawn_scenes import add_model_options, detected_scene, markdown_table, open_from
+from drawn_scenes import add_model_options, detected_scene, open_from, show
+from report import Table
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
@@ -141,14 +142,15 @@ def run(options: argparse.Namespace) -> None:
         pair = (ours.plain / theirs.plain, ours.corrected / theirs.corrected)
         ratios[record["tag"]].append(pair)
         rows.append([*cells, f"{ours.plain:.2f}", f"{theirs.plain:.2f}", f"{pair[0]:.3f}", f"{pair[1]:.3f}"])
-    print(markdown_table(["skill", "prompt", "usable", "bits drawn", "bits corpus", "ratio", "corrected"], rows))
-    print()
+    header = ["skill", "prompt", "usable", "bits drawn", "bits corpus", "ratio", "corrected"]
+    tables = {"diversity-prompts": Table(header, rows)}
     means = [(skill, np.mean(pairs, axis=0), len(pairs)) for skill, pairs in ratios.items() if pairs]
     if means:
         overall = np.mean([mean for _, mean, _ in means], axis=0)
         summary = [*means, ("mean of skills", overall, sum(count for *_, count in means))]
         table = [[name, str(count), f"{plain:.3f}", f"{corrected:.3f}"] for name, (plain, corrected), count in summary]
-        print(markdown_table(["skill", "prompts", "ratio", "corrected"], table))
+        tables["diversity"] = Table(["skill", "prompts", "ratio", "corrected"], table)
+    show(options, __file__, opened, tables)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Scenes in drawn images, and Markdown tables, shared by the benchmarks of the embedded model in this folder."""
+"""Scenes in drawn images, and options, shared by the benchmarks of the embedded model in this folder."""
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 from PIL import Image
+from report import Table, add_json_option, machine, write_report
 
 from eval_tasks.judging.scene_detector import SceneDetector
 from evotok_plugin.scenes.scene import Scene, SceneObject
@@ -12,7 +12,8 @@ from llava_ext.model_folder import OpenModel, default_model_folder, open_model
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --device, --seed and --threads."""
+    """Add --model, --device, --seed, --threads and --json."""
+    add_json_option(parser)
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and images")
@@ -40,7 +41,8 @@ def detected_scene(image: Image.Image) -> Scene | None:
     return Scene(tuple(objects)) if objects else None
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned to the left, all others to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+def show(options: argparse.Namespace, script: str, opened: OpenModel, tables: dict[str, Table]) -> None:
+    """Print tables, and write them to the file of --json."""
+    print("\n\n".join(table.markdown() for table in tables.values()))
+    on = machine(opened.model.device, ("torch", "transformers"), seed=str(options.seed), model=opened.fingerprint[:12])
+    write_report(options.json, script, tables, on)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
@@ -90,20 +91,20 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def markdown(results: dict[str, list[dict[str, list[float]]]]) -> str:
+def tables(results: dict[str, list[dict[str, list[float]]]]) -> dict[str, Table]:
     """A table for each figure: variants in rows, depths in columns."""
-    lines = []
+    found = {}
     for name, title in FIGURES.items():
         known = {variant: [run[name] for run in runs] for variant, runs in results.items() if name in runs[0]}
         if not known:
             continue
         depths = [depth for depth in (1, 2, 4, 8, 16) if depth <= len(next(iter(known.values()))[0])]
-        lines += [f"| {title} | {' | '.join(f'depth {depth}' for depth in depths)} |", "|---" * (len(depths) + 1) + "|"]
+        rows = []
         for variant, runs in known.items():
             cells = [spread([one[depth - 1] for one in runs], 2 if name == "psnr" else 3) for depth in depths]
-            lines.append(f"| {variant} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+            rows.append([variant, *cells])
+        found[f"evolution-{name}"] = Table([title, *(f"depth {depth}" for depth in depths)], rows)
+    return found
 
 
 def plot(results: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
@@ -148,13 +149,16 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="runs to make")
     parser.add_argument("--max_steps", type=int, help="steps of each run instead of the recipe's")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/evolution"), help="folder for all results")
+    add_json_option(parser)
     return command_line.run(parser, work=_run_all)
 
 
 def _run_all(options: argparse.Namespace) -> None:
     results = {name: [measured(options, name, seed) for seed in options.seeds] for name in options.variants}
     write_json(options.output / "evolution.json", results)
-    print(markdown(results))
+    shown = tables(results)
+    print("\n\n".join(table.markdown() for table in shown.values()) + "\n")
+    write_report(options.json, __file__, shown, machine(), {"results": results})
     plot(results, options.output / "evolution.png")
     print(options.output / "evolution.png")
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawn_scenes import add_model_options, markdown_table, open_from
+from drawn_scenes import add_model_options, open_from, show
+from report import Table
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
@@ -108,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
         rows.append([kind, str(len(cases)), f"{np.mean(refused):.3f}", f"{np.mean(drawn):.3f}"])
         pairs = zip(cases, given, right[kind.split(",")[0]], strict=True)
         wrong += [(kind, case.text, answer) for case, answer, ok in pairs if not ok][: options.show]
-    print(markdown_table(["message", "count", "answered with the sentence", "answered with an image"], rows))
+    header = ["message", "count", "answered with the sentence", "answered with an image"]
+    show(options, __file__, opened, {"out-of-domain": Table(header, rows)})
     for kind, text, answer in wrong:
         print(f"- {kind}: {text} -> {answer[:80]!r}")
 

@@ -6,25 +6,30 @@ The lower bound ("floor") is the time of the matrix products of any exhaustive s
 in blocks that fit into the cache. All contestants take turns, and the minimum time of each counts. On a busy machine,
 run more rounds and use `--threads 1 --clock cpu`, which excludes the time spent waiting for a core. Codes are compared
 with a float64 search on some of the vectors. `vector-quantize-pytorch` is skipped if it is not installed (pip install
-vector-quantize-pytorch).
+vector-quantize-pytorch). The exit code is 1 if a code differs.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import torch
-from measuring import CLOCKS, device_name, peak_mebibytes, seconds
+from measuring import CLOCKS, peak_mebibytes, seconds
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin import ResidualVectorQuantizer
 from evotok_plugin.common.command_parser import CommandParser
 
+# Names in the table of the contestants that it shows.
+_SHOWN = {
+    "matrix products": "bare matrix products (floor)",
+    "ours, evaluation": "evaluation",
+    "ours, training": "training step",
+    "ResidualVQ, evaluation": "vector-quantize-pytorch, evaluation",
+}
 _CHECKED = 32  # vectors whose codes are compared with a float64 search
 
 
@@ -115,27 +120,7 @@ def compare(num_images: int, options: argparse.Namespace) -> dict:
     return {"images": num_images, "codes_unlike_float64": wrong, "contestants": result}
 
 
-def version(package: str) -> str:
-    """The version of an installed package, or 'absent'."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def machine(options: argparse.Namespace) -> dict[str, str]:
-    """The hardware and software of the measurement."""
-    packages = ("torch", "triton", "vector-quantize-pytorch")
-    return {
-        "device": device_name(torch.device(options.device)),
-        "threads": str(torch.get_num_threads()),
-        "clock": options.clock,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
-def main() -> None:
+def main() -> int:
     """Run the comparison and print the results."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8], help="batch sizes to compare at")
@@ -148,24 +133,38 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = {"machine": machine(options), "results": []}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    packages = ("torch", "triton", "vector-quantize-pytorch")
+    on, results = machine(options.device, packages, clock=options.clock), []
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     print(f"{options.levels} levels x {options.codebook_size} codes x {options.dim} dims")
     for num_images in options.images:
         result = compare(num_images, options)
-        report["results"].append(result)
+        results.append(result)
         print(f"\n{num_images} images of {options.positions} positions")
         print(f"{'':26}{'ms':>12}{'x floor':>10}{'peak MiB':>10}")
         for name, row in result["contestants"].items():
             print(f"{name:26}{row['milliseconds']:12.1f}{row['times_floor']:10.2f}{row['peak_mebibytes']:10.1f}")
         print(f"{result['codes_unlike_float64']} of {_CHECKED * options.levels} codes differ from a float64 search")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.json, __file__, {"quantizer": table(results)}, on, {"results": results})
+    return int(any(result["codes_unlike_float64"] for result in results))
+
+
+def table(results: list[dict]) -> Table:
+    """Times of all contestants per number of images, and the additional memory at the largest number."""
+    largest, rows = results[-1], []
+    for name, shown in _SHOWN.items():
+        if name not in largest["contestants"]:
+            continue
+        timed = [result["contestants"][name] for result in results]
+        cells = [f"{one['milliseconds']:.1f} ms ({one['times_floor']:.2f} x)" for one in timed]
+        rows.append([shown, *cells, f"{timed[-1]['peak_mebibytes']:.1f} MiB"])
+    counts = [f"{result['images']} image{'s' * (result['images'] != 1)}" for result in results]
+    return Table(["", *counts, f"extra memory, {counts[-1]}"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from drawn_scenes import markdown_table
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common.command_parser import CommandParser
 
@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each run")
     parser.add_argument("--fast", action="store_true", help="the quickstart's --fast, to try this script")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/seeds"), help="folder for all runs")
+    add_json_option(parser)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -94,7 +95,13 @@ def main() -> int:
     runs = [figures(json.loads((options.output / f"seed_{seed}" / "results.json").read_text())) for seed in done]
     if runs:
         print(f"seeds {', '.join(map(str, done))}; {options.jobs} at the same time, {options.threads} threads each\n")
-        print(markdown_table(["figure", "runs", "mean", "sd", "min", "max"], summary(runs)))
+        table = Table(["figure", "runs", "mean", "sd", "min", "max"], summary(runs))
+        print(table.markdown())
+        packages = ("torch", "transformers", "deepspeed", "lmms_eval")
+        on = machine(packages=packages) | {"threads": str(options.threads)}
+        write_report(
+            options.json, __file__, {"quickstart-seeds": table}, on, {"runs": dict(zip(done, runs, strict=True))}
+        )
     return int(any(codes))
 
 

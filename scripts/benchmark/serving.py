@@ -10,7 +10,6 @@ each is shown. The images of the last phase are compared with those that the mod
 import argparse
 import base64
 import contextlib
-import json
 import os
 import re
 import statistics
@@ -21,9 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from measuring import device_name
 from openai import OpenAI
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.data.images import open_picture
@@ -123,7 +121,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="times that every phase is measured")
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the server")
     parser.add_argument("--max_rows", type=int, default=16, help="the server's --max_rows")
-    parser.add_argument("--json", help="also write the figures to this file")
+    add_json_option(parser)
     options = parser.parse_args()
     with running_server(options) as address:
         client = OpenAI(base_url=address, api_key="none")
@@ -134,23 +132,34 @@ def main() -> int:
             for what, work in kinds.items():
                 for clients in options.clients:
                     latencies = load(address, work, clients, options.seconds)
+                    if not latencies:
+                        sys.exit(f"no request ended within {options.seconds:g} s; pass more --seconds")
                     measured.setdefault((what, clients), []).append(row(latencies, options.seconds, clients, what))
         equal = check(address, options.model, 1)
     rows = [sorted(found, key=lambda one: one["per_second"])[len(found) // 2] for found in measured.values()]
-    base = {one["request"]: one["per_second"] for one in rows if one["clients"] == options.clients[0]}
-    print("| request | clients | per second | times the first | median latency | 95 % |")
-    print("|---|---|---|---|---|---|")
-    for one in rows:
-        print(
-            f"| {one['request']} | {one['clients']} | {one['per_second']:.1f} | "
-            f"{one['per_second'] / base[one['request']]:.1f} | {one['median_ms']:.0f} ms | {one['p95_ms']:.0f} ms |"
-        )
-    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
-    print(f"\n{machine}; {options.threads} thread(s); the served image equals the model's own: {equal}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"rows": rows, "machine": machine, "threads": options.threads, "equal": equal}, file, indent=1)
+    shown = table(rows, options.clients[0])
+    on = machine(clock="wall") | {"threads": str(options.threads), "clients on": f"{os.cpu_count()} cores"}
+    print(shown.markdown())
+    print(f"\n{', '.join(f'{key} {value}' for key, value in on.items())}")
+    print(f"the served image equals the model's own: {equal}")
+    write_report(options.json, __file__, {"serving": shown}, on, {"rows": rows, "equal": equal})
     return 0 if equal else 1
+
+
+def table(rows: list[dict], first: int) -> Table:
+    """Throughput, also relative to that of the first number of clients, and latency."""
+    base = {one["request"]: one["per_second"] for one in rows if one["clients"] == first}
+    cells = [
+        [
+            f"{one['request']}, {one['clients']} client{'s' * (one['clients'] != 1)}",
+            f"{one['per_second']:.1f}",
+            f"{one['per_second'] / base[one['request']]:.1f}",
+            f"{one['median_ms']:.0f} ms",
+            f"{one['p95_ms']:.0f} ms",
+        ]
+        for one in rows
+    ]
+    return Table(["requests", "per second", "times the first", "median latency", "95 %"], cells)
 
 
 if __name__ == "__main__":

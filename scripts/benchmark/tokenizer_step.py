@@ -15,11 +15,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import synchronize
+from measuring import CLOCKS, seconds
+from report import Table, add_json_option, machine, three_digits, write_report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -55,22 +56,16 @@ def random_lpips() -> torch.nn.Module:
     return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """Operations per second of one large matrix product."""
     size = _MATRIX if device.type == "cuda" else _MATRIX // 2
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(seconds(lambda: a @ b, device, clock) for _ in range(5))
 
 
-def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) -> dict:
+def measure(recipe: str, options: argparse.Namespace, overrides: dict) -> dict:
     """Measure one recipe in this process."""
+    clock = CLOCKS[options.clock]
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         write_corpus(work / "scenes", num_train=8, num_val=1, seed=0)
@@ -83,7 +78,7 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
             config.teacher = str(make_teacher(model, work / "teacher"))
         objective.load_lpips = random_lpips
         config.val_fraction, config.gan_start, config.report_to = 0.0, 0, "none"
-        config.batch_size = batch_size or config.batch_size
+        config.batch_size = options.batch_size or config.batch_size
         trainer = TokenizerTrainer.open(config)
         device = trainer.device
         images = torch.rand(config.batch_size, 3, model.image_size, model.image_size, device=device) * 2 - 1
@@ -91,27 +86,25 @@ def measure(recipe: str, batch_size: int | None, steps: int, overrides: dict) ->
             trainer.train_step(images)  # also the warm-up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(steps):
-            synchronize(device)
-            started = time.perf_counter()
+
+        def step() -> None:
             trainer.summarize(trainer.train_step(images), 0)
             if trainer.weights_ema is not None:
                 trainer.weights_ema.update(1)
-            synchronize(device)
-            times.append(time.perf_counter() - started)
-        rate = matrix_rate(device, torch.bfloat16 if config.bf16 else torch.float32)
-        seconds = sorted(times)[len(times) // 2]
+
+        times = [seconds(step, device, clock) for _ in range(options.steps)]
+        rate = matrix_rate(device, torch.bfloat16 if config.bf16 else torch.float32, clock)
+        spent = sorted(times)[len(times) // 2]
         return {
             "recipe": recipe,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "dtype": "bf16" if config.bf16 else "fp32",
             "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
             "batch_size": config.batch_size,
-            "seconds_a_step": round(seconds, 3),
-            "images_per_second": round(config.batch_size / seconds, 2),
+            "seconds_a_step": round(spent, 3),
+            "images_per_second": round(config.batch_size / spent, 2),
             "teraflop_a_step": round(counter.get_total_flops() / 1e12, 3),
-            "times_floor": round(seconds * rate / counter.get_total_flops(), 2),
+            "times_floor": round(spent * rate / counter.get_total_flops(), 2),
             "peak_gibibytes": round(_peak_bytes(device) / 2**30, 2),
         }
 
@@ -123,8 +116,8 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    """Measure the recipes one after another, and print a table."""
+def main() -> int:
+    """Measure the recipes one after another, and print a table; the exit code is 1 if a recipe failed."""
     parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--recipes",
@@ -135,14 +128,20 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="images per step (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=3, help="steps after the first; the median counts")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the recipe to change")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU time of all threads")
+    add_json_option(parser)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     overrides = dict(pair.split("=", 1) for pair in options.set)
     if options.one:
-        print(json.dumps(measure(options.recipes[0], options.batch_size, options.steps, overrides)))
-        return
-    rows = []
+        print(json.dumps(measure(options.recipes[0], options, overrides)))
+        return 0
+    rows: list[dict] = []
+    on = machine("cuda" if torch.cuda.is_available() else "cpu", clock=options.clock)
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     for recipe in options.recipes:
         own = [word for word in sys.argv[1:] if word != "--one"]
         command = [sys.executable, __file__, *own, "--recipes", recipe, "--one"]
@@ -151,24 +150,25 @@ def main() -> None:
             print(f"{recipe}: failed with exit code {result.returncode}", file=sys.stderr)
             continue
         rows.append(json.loads(result.stdout.strip().splitlines()[-1]))
-        print_row(rows[-1], header=len(rows) == 1)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_report(options.json, __file__, {"tokenizer-step": table(rows)}, on, {"rows": rows})
+    print(table(rows).markdown())
+    return int(len(rows) < len(options.recipes))
 
 
-def print_row(row: dict, header: bool) -> None:
-    """Print a row of the table, preceded by its header if requested."""
-    if header:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {row['device']}")
-        print("| recipe | parameters | batch | s per step | images per s | TFLOP per step | x floor | peak GiB |")
-        print("|---|---|---|---|---|---|---|---|")
-    print(
-        f"| {row['recipe']} ({row['dtype']}) | {row['parameters'] / 1e6:.1f} M | {row['batch_size']} "
-        f"| {row['seconds_a_step']} | {row['images_per_second']} | {row['teraflop_a_step']} | {row['times_floor']} "
-        f"| {row['peak_gibibytes']} |",
-        flush=True,
-    )
+def table(rows: list[dict]) -> Table:
+    """One row per recipe."""
+    header = ["recipe", "parameters", "batch", "s per step", "images per s", "TFLOP per step", "x floor", "peak GiB"]
+    fields = ["batch_size", "seconds_a_step", "images_per_second", "teraflop_a_step", "times_floor", "peak_gibibytes"]
+    cells = [
+        [
+            f"{row['recipe']} ({row['dtype']})",
+            f"{row['parameters'] / 1e6:.1f} M",
+            *(three_digits(row[name]) for name in fields),
+        ]
+        for row in rows
+    ]
+    return Table(header, cells)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,14 +12,14 @@ In both implementations the image head runs on drawn positions only. All contest
 the minimum time of each counts. On a busy machine, `--threads 1 --clock cpu` excludes the time spent waiting for a
 core. Times are of forward and backward; an optimizer would add the same time to each. Opening image files, which only
 the straightforward implementation needs in every epoch, is excluded; reading the code cache and the text is included.
-Weights are random, since the time does not depend on their values. The losses of both implementations are compared.
+Weights are random, since the time does not depend on their values. The losses of both implementations are compared,
+and the exit code is 1 if they differ.
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,8 +30,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from measuring import CLOCKS, device_name, peak_mebibytes, seconds
+from measuring import CLOCKS, peak_mebibytes, seconds
 from PIL import Image
+from report import Table, add_json_option, machine, write_report
 from torch import Tensor
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
@@ -50,6 +51,7 @@ from llava_ext.folding import fold_residual_tokens
 from llava_ext.packed_attention import separate_samples
 
 VOCABULARY = 151936  # Qwen2's
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the losses, relative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Sizes:
     tower_width: int
     tower_layers: int
     dtype: torch.dtype
+    vocabulary: int = VOCABULARY
 
 
 SIZES = {
+    "tiny": Sizes(32, 1, 2, 1, 64, 32, 1, 64, 64, 1, torch.float32, 1024),  # to try this script
     "small": Sizes(256, 12, 4, 2, 1408, 64, 2, 8192, 256, 6, torch.float32),
     "large": Sizes(1536, 28, 12, 2, 8960, 1024, 6, 32768, 1024, 23, torch.bfloat16),
 }
@@ -115,10 +119,10 @@ def make_model(sizes: Sizes, device: torch.device, folder: Path) -> tuple:
     )
     tokenizer = train_text_tokenizer([" ".join(WORDS)], folder / "text")
     images = EvoTokImageProcessor(size=tower.image_size)
-    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower, VOCABULARY)
+    processor = EvoTokLlavaProcessor.from_parts(images, tokenizer, tower, sizes.vocabulary)
     text = {
         "model_type": "qwen2",
-        "vocab_size": VOCABULARY,
+        "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.width,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
@@ -376,19 +380,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict:
     }
 
 
-def machine(options: argparse.Namespace) -> dict[str, str]:
-    """The hardware and software of the measurement."""
-    return {
-        "device": device_name(torch.device(options.device)),
-        "threads": str(torch.get_num_threads()),
-        "clock": options.clock,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def main() -> None:
+def main() -> int:
     """Run the comparison and print the results."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
@@ -402,7 +394,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant; the minimum time counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     options.sizes = options.sizes or ("large" if options.device.startswith("cuda") else "small")
     if options.threads:
@@ -411,12 +403,12 @@ def main() -> None:
     options.model = SIZES[options.sizes]
     if options.codebook_size:
         options.model = dataclasses.replace(options.model, codebook_size=options.codebook_size)
-    sizes = {name: str(value) for name, value in vars(options.model).items()} | {"vocabulary": str(VOCABULARY)}
-    report = {"machine": machine(options), "sizes": sizes}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    sizes = {name: str(value) for name, value in vars(options.model).items()}
+    on = machine(options.device, ("torch", "transformers"), clock=options.clock)
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     print(", ".join(f"{key} {value}" for key, value in sizes.items()))
     with tempfile.TemporaryDirectory() as work:
-        report |= compare(options, Path(work))
+        report = {"sizes": sizes, **compare(options, Path(work))}
     print(
         f"\n{report['samples']}, {report['llm_steps']} LLM steps; shares {report['share_of_steps_that_hold_samples']}"
     )
@@ -428,9 +420,29 @@ def main() -> None:
             f"{row['peak_mebibytes']:10.0f}{losses}"
         )
     print(f"ours is {report['speedup']:.2f} times as fast as the straightforward implementation")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(options.json, __file__, {"train-throughput": table(report)}, on, report)
+    if not same_losses(report["losses"], _TOLERANCE[options.model.dtype]):
+        print("the losses of both implementations differ", file=sys.stderr)
+        return 1
+    return 0
+
+
+def same_losses(losses: dict[str, dict[str, float]], tolerance: float) -> bool:
+    """Whether both implementations have the same losses, up to a relative tolerance."""
+    ours, theirs = losses["ours"], losses["straightforward"]
+    return all(abs(ours[name] - theirs[name]) <= tolerance * abs(theirs[name]) for name in theirs)
+
+
+def table(report: dict) -> Table:
+    """Throughput, memory and losses of the contestants."""
+    rows = []
+    for name in ("straightforward", "ours", "floor"):
+        row, losses = report["contestants"][name], report["losses"].get(name, {})
+        cells = [f"{row['samples_per_second']:.2f}", f"{row['times_floor']:.2f}", f"{row['peak_mebibytes']:.0f}"]
+        cells += [f"{losses[kind]:.4f}" if losses else "" for kind in ("text_loss", "image_loss")]
+        rows.append(["the LLM alone (floor)" if name == "floor" else name, *cells])
+    return Table(["", "samples per second", "x floor", "peak MiB", "text loss", "image loss"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -106,7 +106,7 @@ def parts(missing: list[str], has_gpu: bool = True) -> list[Part]:
         ),
         Part(
             "train_throughput", 55, [*training, *"--device cuda --samples 32 --rounds 2".split()],
-            [*training, *"--samples 4 --rounds 1 --codebook_size 64".split()], (*MODELS, "peft", "accelerate"),
+            [*training, *"--sizes tiny --samples 4 --rounds 1".split()], (*MODELS, "peft", "accelerate"),
             training_rows,
         ),
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def drawing_rows(report: dict) -> Rows:
     ]
 
 
-def step_rows(rows: list[dict], note: str) -> Rows:
+def step_rows(report: dict, note: str) -> Rows:
     """Time and memory of a training step per recipe."""
     return [
         (
@@ -224,13 +224,14 @@ def step_rows(rows: list[dict], note: str) -> Rows:
             f"{row['seconds_a_step']} s, {row['images_per_second']} images/s, {row['times_floor']} x floor, "
             f"{row['peak_gibibytes']} GiB",
         )
-        for row in rows
+        for row in report["rows"]
     ]
 
 
-def unmeasured(rows: list[dict], count: int) -> str:
+def unmeasured(report: dict, count: int) -> str:
     """The number of recipes without results."""
-    return "" if len(rows) == count else f"{count - len(rows)} of {count} recipes failed"
+    found = len(report["rows"])
+    return "" if found == count else f"{count - found} of {count} recipes failed"
 
 
 def training_rows(report: dict) -> Rows:

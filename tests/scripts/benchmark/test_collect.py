@@ -1,0 +1,109 @@
+"""Collecting the results of benchmarks: ranges over runs, and the tables of the documentation."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from evotok_plugin.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+MACHINE = {"device": "Some CPU", "threads": "1", "clock": "cpu", "torch": "2.14.1"}
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """`modules(name)`: a module of the folder of benchmarks."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmark"))
+    return importlib.import_module
+
+
+def write(path, rows, header=("", "1 image"), **machine):
+    tables = {"search": {"header": list(header), "rows": rows}}
+    content = {"command": "python scripts/benchmark/x.py", "machine": MACHINE | machine, "tables": tables}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def pages(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no table\n")
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text("before\n\n<!-- benchmark search -->\nold\n<!-- end -->\nafter\n")
+    return page
+
+
+def run(collect, monkeypatch, repository, *flags):
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--repository", str(repository), *map(str, flags)])
+    return collect.main()
+
+
+def test_several_runs_give_ranges(modules, tmp_path):
+    one = write(tmp_path / "1.json", [["eval", "61.1 ms (1.41 x)"], ["a", "1"], ["a", "2"]])
+    two = write(tmp_path / "2.json", [["eval", "9.5 ms (1.41 x)"], ["new", "3"]], threads="2")
+    found = modules("collect").collect([one, two])["search"]
+    rows = [["eval", "9.5 to 61.1 ms (1.41 x)"], ["a", "1"], ["a", "2"], ["new", "3"]]
+    assert found.merged("search").rows == rows
+    assert found.caption() == (
+        "Some CPU, 1 or 2 threads, CPU time, torch 2.14.1 (2 runs): `python scripts/benchmark/x.py`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"rows": [["eval", "7 s"]]}, "cannot be merged"),
+        ({"rows": [["eval", "7 ms"]], "header": ("", "2 images")}, "different columns"),
+    ],
+)
+def test_results_that_do_not_fit_are_errors(modules, tmp_path, other, message):
+    files = [write(tmp_path / "1.json", [["eval", "6 ms"]]), write(tmp_path / "2.json", **other)]
+    with pytest.raises(UserError, match=message):
+        modules("collect").collect(files)["search"].merged("search")
+
+
+def test_tables_are_written_into_the_documentation(modules, tmp_path, monkeypatch, pages, capsys):
+    collect, file = modules("collect"), write(tmp_path / "1.json", [["eval", "6 ms"]])
+    assert run(collect, monkeypatch, tmp_path, file, "--check") == 1 and "old" in pages.read_text()
+    assert run(collect, monkeypatch, tmp_path, file, "--write") == 0
+    text = pages.read_text()
+    assert text.startswith(
+        "before\n\n<!-- benchmark search -->\n|  | 1 image |\n| --- | ---: |\n| eval | 6 ms |\n\nSome"
+    )
+    assert text.endswith("x.py`\n<!-- end -->\nafter\n")
+    assert run(collect, monkeypatch, tmp_path, file, "--check") == 0
+    capsys.readouterr()
+    assert run(collect, monkeypatch, tmp_path, file) == 0 and "| eval | 6 ms |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tables": {"a": []}, "machine": {}, "command": ""}'])
+def test_a_damaged_result_is_an_error(modules, tmp_path, monkeypatch, pages, capsys, content):
+    (tmp_path / "1.json").write_text(content)
+    assert run(modules("collect"), monkeypatch, tmp_path, tmp_path / "1.json", "--write") == 2
+    assert "is not a result of a benchmark" in capsys.readouterr().err
+
+
+def test_a_table_without_a_place_is_an_error(modules, tmp_path, monkeypatch, pages, capsys):
+    pages.write_text("nothing\n")
+    file = write(tmp_path / "1.json", [["eval", "6 ms"]])
+    assert run(modules("collect"), monkeypatch, tmp_path, file, "--write") == 2
+    assert "no page has the markers" in capsys.readouterr().err
+
+
+def test_the_documentation_shows_the_stored_results(modules, monkeypatch):
+    assert run(modules("collect"), monkeypatch, ROOT, "--check") == 0
+
+
+def test_stored_results_name_no_paths_of_a_machine():
+    for file in (ROOT / "scripts/benchmark/results").glob("*.json"):
+        result = json.loads(file.read_text())
+        assert not any(word.startswith("/") for word in result["command"].split()), file.name
+
+
+def test_absolute_paths_and_the_result_file_are_left_out_of_the_command(modules, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--json", "/a/b.json", "--images", "/home/me/photos", "--rounds", "2"])
+    command = modules("report").command_line("/somewhere/x.py")
+    assert command == "python scripts/benchmark/x.py --images photos --rounds 2"

@@ -1,0 +1,111 @@
+"""Every benchmark at its smallest size: it ends, compares what it should, and writes its tables."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[3] / "scripts" / "benchmark"
+# By benchmark: the flags of its smallest run, and the names of its tables.
+SMALLEST = {
+    "best_of": ("--prompts_per_skill 1", ["best-of"]),
+    "dialogues": ("--dialogues 4", ["dialogues"]),
+    "diversity": ("--skills colors --prompts 1 --images 4", ["diversity-prompts", "diversity"]),
+    "encoding": ("--sizes tiny --num_images 6 --batch_size 2 --rounds 1 --workers 1", ["encoding", "encoding-parts"]),
+    "out_of_domain": ("--count 2", ["out-of-domain"]),
+    "quantizer": (
+        "--images 1 2 --positions 16 --levels 2 --codebook_size 2048 --dim 8 --rounds 1 --peer_rounds 0",
+        ["quantizer"],
+    ),
+    "serving": ("--clients 1 --seconds 4 --rounds 1", ["serving"]),
+    "tokenizer_step": ("--recipes tiny --batch_size 2 --steps 1", ["tokenizer-step"]),
+    "train_throughput": ("--sizes tiny --samples 6 --rounds 1 --threads 1 --clock cpu", ["train-throughput"]),
+}
+# Benchmarks that run in other tests.
+ELSEWHERE = {
+    "evolution": "tests/test_benchmark_scripts.py",
+    "generation": "tests/scripts/gpu/test_gpu_check.py",  # through scripts/gpu/check.py
+    "memory": "tests/scripts/benchmark/test_memory.py",
+    "quickstart_seeds": "tests/test_benchmark_scripts.py",
+}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """`main(name, flags)` runs a benchmark in this process; returns its exit code."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, flags):
+        monkeypatch.setattr("sys.argv", [str(FOLDER / f"{name}.py"), *flags])
+        return runpy.run_path(str(FOLDER / f"{name}.py"))["main"]()
+
+    return run
+
+
+def test_every_benchmark_is_tested():
+    root = FOLDER.parents[1]
+    for script in FOLDER.glob("*.py"):
+        if "def main(" not in script.read_text():
+            continue
+        own = root / "tests" / "scripts" / "benchmark" / f"test_{script.stem}.py"
+        file = root / ELSEWHERE[script.stem] if script.stem in ELSEWHERE else own
+        assert script.stem in SMALLEST or file.is_file(), f"no test runs {script.name}"
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_runs_and_writes_its_tables(main, name, tmp_path, capsys):
+    flags, tables = SMALLEST[name]
+    if name == "serving":
+        pytest.importorskip("openai")
+    assert main(name, [*flags.split(), "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["tables"]) == tables and result["machine"]["device"] and result["machine"]["torch"]
+    assert result["command"] == f"python scripts/benchmark/{name}.py {flags}"
+    for table in result["tables"].values():
+        assert table["rows"] and all(len(row) == len(table["header"]) for row in table["rows"])
+    output = capsys.readouterr().out
+    assert name == "quantizer" or name == "train_throughput" or "| ---" in output
+
+
+def test_other_codes_fail_the_benchmark_of_the_search(main, monkeypatch, capsys):
+    from evotok_plugin import code_search
+
+    monkeypatch.setattr(
+        code_search, "_search_float64", lambda vectors, codebook: vectors.new_zeros(len(vectors)).long()
+    )
+    flags = "--images 1 --positions 8 --levels 1 --codebook_size 64 --dim 4 --rounds 1 --peer_rounds 0"
+    assert main("quantizer", flags.split()) == 1
+    assert "0 of" not in capsys.readouterr().out
+
+
+def test_other_losses_fail_the_benchmark_of_training(main, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    same_losses = runpy.run_path(str(FOLDER / "train_throughput.py"))["same_losses"]
+    losses = {
+        "ours": {"text_loss": 2.0, "image_loss": 1.0},
+        "straightforward": {"text_loss": 2.0001, "image_loss": 1.0},
+    }
+    assert same_losses(losses, 1e-4) and not same_losses(losses, 1e-5)
+    losses["ours"]["image_loss"] = float("nan")
+    assert not same_losses(losses, 1e-4)
+
+
+def test_other_codes_fail_the_benchmark_of_encoding(main, monkeypatch, capsys):
+    from evotok_plugin.data.code_cache import CodeCache
+
+    codes = CodeCache.codes
+    monkeypatch.setattr(CodeCache, "codes", lambda self, key: codes(self, key) + 1)
+    flags = "--sizes tiny --num_images 2 --batch_size 2 --rounds 1 --workers 0"
+    assert main("encoding", flags.split()) == 2
+    assert "codes in the cache differ" in capsys.readouterr().err
+
+
+def test_parts_of_encoding_are_measured_for_folders_and_shards(main, tmp_path):
+    flags = "--sizes tiny --num_images 6 --batch_size 3 --rounds 1 --clock cpu --picture_size 300 200 --json"
+    assert main("encoding", [*flags.split(), str(tmp_path / "out.json")]) == 0
+    (parts,) = [one["parts"] for one in json.loads((tmp_path / "out.json").read_text())["results"].values()]
+    for spent in parts.values():
+        assert all(spent[name] > 0 for name in ("reading", "decoding", "resizing", "model", "writing"))
+        assert spent["all"] >= spent["decoding"] + spent["model"]
+    assert set(parts) == {"folder", "tar"}
