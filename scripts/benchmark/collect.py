@@ -68,7 +68,7 @@ class Collected:
         parts = [devices, f"{' or '.join(threads)} thread{plural}"] if threads else [devices]
         parts += [" and ".join(_CLOCKS[clock] for clock in values.pop("clock", [])) or ""]
         parts += [f"{key} {' and '.join(found)}" for key, found in values.items()]
-        runs = f" ({len(self.tables)} runs)" if len(self.tables) > 1 else ""
+        runs = f" ({len(self.tables)} results)" if len(self.tables) > 1 else ""
         commands = ", ".join(f"`{command}`" for command in unique(self.commands))
         return f"{', '.join(filter(None, parts))}{runs}: {commands}"
 

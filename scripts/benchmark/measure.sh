@@ -16,7 +16,8 @@ measure() { # measure NAME SCRIPT FLAGS...: writes NAME.json
 for threads in 1 2; do
     measure "quantizer_$threads" quantizer --images 1 8 --rounds 25 --peer_rounds 2 --threads "$threads"
 done
-measure encoding encoding "${photos[@]}"
+measure encoding encoding --sizes tiny photos "${photos[@]}"
+measure encoding_base encoding --sizes base "${photos[@]}"
 measure tokenizer_step tokenizer_step --recipes tiny photos
 measure tokenizer_step_base tokenizer_step --recipes base --batch_size 2 --steps 2 --set bf16=false
 measure tokenizer_step_paper tokenizer_step --recipes paper paper_384 --batch_size 1 --steps 1 --set bf16=false

@@ -7,7 +7,7 @@
 Every stage is the command that the quickstart runs, with few steps: the peak depends on the data and the batch, not on
 the number of steps, which `--steps` shows. Two figures per stage: the largest resident set of a process, as the kernel
 records it, and the largest sum over all processes at a time, in which memory that processes share counts once
-(proportional set sizes, sampled every 0.1 s, so that a short peak can be missed). The exit code is 1 if a stage exceeds
+(proportional set sizes, sampled every 0.2 s, so that a short peak can be missed). The exit code is 1 if a stage exceeds
 `--limit`. Linux only.
 """
 
@@ -34,7 +34,7 @@ from evotok_plugin.errors import UserError
 # This process stays small: a child's largest resident set includes that of its parent until it starts its program.
 # `report`, which imports torch, is therefore imported after the last stage.
 
-_INTERVAL = 0.1  # seconds
+_INTERVAL = 0.2  # seconds
 _REQUESTS = 4  # to the server, of each kind
 PROMPT = "a photo of a red circle above a blue square"
 INCLUDED = Path(__file__).resolve().parents[2] / "llava_ext" / "pretrained" / "scenes"

@@ -48,7 +48,7 @@ def test_several_runs_give_ranges(modules, tmp_path):
     rows = [["eval", "9.5 to 61.1 ms (1.41 x)"], ["a", "1"], ["a", "2"], ["new", "3"]]
     assert found.merged("search").rows == rows
     assert found.caption() == (
-        "Some CPU, 1 or 2 threads, CPU time, torch 2.14.1 (2 runs): `python scripts/benchmark/x.py`"
+        "Some CPU, 1 or 2 threads, CPU time, torch 2.14.1 (2 results): `python scripts/benchmark/x.py`"
     )
 
 
