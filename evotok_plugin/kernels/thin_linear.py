@@ -1,22 +1,159 @@
 """Linear layers over few rows on a CPU.
 
-PyTorch computes such products with MKL, which for 2 to 32 rows reads a large weight at only a half to a third of the
-rate of oneDNN, which PyTorch also includes (on an AMD EPYC; `scripts/benchmark/generation.py` measures the effect).
+PyTorch computes such products with MKL, which for 2 to 64 rows reads a large weight at a fraction of the memory's rate
+(on an AMD EPYC; `scripts/benchmark/linear_layers.py` measures it). oneDNN, which PyTorch also includes, is faster, and
+faster still if it has a copy of the weight in its own layout: a packed weight. Packing takes as long as about 16
+products, so only a layer that is used again and again packs its weight.
+
+R rows.
 """
 
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+MIN_ELEMENTS = 2**18  # of a weight; below, calling oneDNN takes longer than it saves
+MAX_ROWS = 128  # the largest number that was measured
+PACK_AFTER = 16  # products
+_PACKED_ROWS = 4  # oneDNN reads a packed weight faster for 4 rows than for 1 or 2: missing rows are zeros
+_TYPICAL_ROWS = 16  # packing for any number between 2 and 32 gives the same layout
+_RESERVE = 2**30  # bytes of memory that packing leaves free
+
+
+class ThinLinear(nn.Linear):
+    """A linear layer that computes products of few rows with oneDNN; equal to `nn.Linear` up to rounding.
+
+    It shares the parameters of the layer that it was made from and is meant for inference: calls with gradients, under
+    autocast or with many rows are those of `nn.Linear`.
+    """
+
+    _num_products: int
+    _packed: Tensor | None
+    _packed_from: tuple[int, int] | None  # address and version of the weight when it was packed
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "ThinLinear":
+        """Make a layer over the same parameters; `layer` itself is not changed."""
+        made = copy.copy(layer)
+        made.__class__ = cls
+        thin = cast(ThinLinear, made)
+        thin._num_products, thin._packed, thin._packed_from = 0, None, None
+        return thin
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_rows = x.numel() // self.in_features
+        if (
+            not 0 < num_rows <= MAX_ROWS
+            or x.dtype != self.weight.dtype
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return super().forward(x)
+        self._num_products += 1
+        packed = self._packed_weight()
+        if packed is None:
+            return _unpacked_product(x, self.weight, self.bias)
+        rows = x.reshape(num_rows, self.in_features)
+        if num_rows < _PACKED_ROWS:
+            rows = F.pad(rows, (0, 0, 0, _PACKED_ROWS - num_rows))
+        product = _product()(rows.contiguous(), packed, self.bias, "none", [], "")
+        return product[:num_rows].reshape(*x.shape[:-1], self.out_features)
+
+    def _packed_weight(self) -> Tensor | None:
+        """The packed weight, once the layer has been used often enough and while memory suffices."""
+        state = (self.weight.data_ptr(), self.weight._version)
+        if self._packed_from not in (None, state):  # the weight has changed since
+            self._num_products, self._packed, self._packed_from = 1, None, None
+        if self._packed_from is None and self._num_products > PACK_AFTER:
+            self._packed_from = state
+            if self.weight.nbytes + _RESERVE <= available_memory():
+                pack = torch.ops.mkldnn._reorder_linear_weight
+                self._packed = pack(self.weight.detach(), _TYPICAL_ROWS)
+        return self._packed
+
+
+def can_be_thin(layer: nn.Module) -> bool:
+    """Whether `ThinLinear` has an advantage for a layer: a large plain `nn.Linear` on a CPU, without hooks."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    return weight.numel() >= MIN_ELEMENTS and _has_kernels(weight.dtype)
 
 
 def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Compute `layer(x)` up to rounding for x (..., D) with few rows.
+    """Compute `layer(x)` up to rounding for x (..., D) with few rows, without a packed weight.
 
-    Calls the layer itself if gradients are enabled or oneDNN does not apply (another device, dtype or kind of layer).
+    Calls the layer itself if gradients are enabled or oneDNN has no advantage (`can_be_thin`).
     """
-    if type(layer) is not nn.Linear or not layer.weight.dtype == x.dtype == torch.float32:
+    num_rows = x.numel() // max(1, x.shape[-1])
+    if (
+        torch.is_grad_enabled()
+        or not 0 < num_rows <= MAX_ROWS
+        or not can_be_thin(layer)
+        or torch.is_autocast_enabled("cpu")
+    ):
         return layer(x)
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.is_grad_enabled():
+    assert isinstance(layer, nn.Linear)
+    if x.dtype != layer.weight.dtype or x.device.type != "cpu":
         return layer(x)
-    rows = x.reshape(-1, x.shape[-1]).to_mkldnn()
-    product = torch.ops.aten.mkldnn_linear(rows, layer.weight, layer.bias)
-    return product.to_dense().view(*x.shape[:-1], layer.out_features)
+    return _unpacked_product(x, layer.weight, layer.bias)
+
+
+def _unpacked_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] < 2:  # MKL reads the weight at the memory's rate
+        return F.linear(x, weight, bias)
+    product = _product()(rows.contiguous(), weight, bias, "none", [], "")
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _product() -> Callable[..., Tensor]:
+    return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise)
+
+
+@functools.cache
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the operators, which are not part of its public interface, and they are right."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((4, 64), (96, 64)))
+    with torch.no_grad():
+        expected = F.linear(x.float(), weight.float())
+        try:
+            if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                return False
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+            found = [_product()(x, one, None, "none", [], "").float() for one in (weight, packed)]
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    return all(one.shape == expected.shape and bool(((one - expected).abs() < tolerance).all()) for one in found)
+
+
+def available_memory() -> float:
+    """The bytes of memory that can still be allocated; infinite if the system does not say so."""
+    limits = [_meminfo_available()]
+    try:
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # there is no limit, or not in this way
+        pass
+    return min(limits)
+
+
+def _meminfo_available() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return float("inf")

@@ -20,6 +20,7 @@ from llava_ext.generation.previews import preview
 from llava_ext.generation.selection import Choice, candidates_for, make_selector
 from llava_ext.generation.selection_options import SelectionOptions
 from llava_ext.generation.steps import Steps, can_use_fixed_steps, check_room
+from llava_ext.generation.thin_view import thin_view
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 from llava_ext.rewards import Reward
 
@@ -148,7 +149,7 @@ class ImageGenerationMixin(ModelInterface):
         Raises:
             UserError: a setting has values for another number of levels, or a prompt is too long.
         """
-        options, model = (options or DrawingOptions()).for_model(self), evaluation_view(self)
+        options, model = (options or DrawingOptions()).for_model(self), thin_view(evaluation_view(self))
         stepper, vision = stepper_for(model), self.config.vision_config
         noise = torch.stack([uniform_noise(s, stepper.steps_per_image, stepper.codes_per_step) for s in seeds])
         noise = noise.to(self.device)

@@ -19,6 +19,7 @@ from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Event, Finished
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import IMAGE_GENERATION, DrawingOptions, read_settings, seeds_for
+from llava_ext.generation.thin_view import thin_view
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 
@@ -62,7 +63,7 @@ class InterleavedGenerationMixin(ModelInterface):
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         seeds = seeds_for(seed, inputs["input_ids"].shape[0], "one per conversation")
         options = options.complete(self, settings, inputs["input_ids"].shape[1])
-        view = evaluation_view(self)
+        view = thin_view(evaluation_view(self))
 
         def run(rows_each: int, seeds: Sequence[int]) -> Iterator[Event]:
             answers = Answers(view, processor, settings)
@@ -96,7 +97,9 @@ class InterleavedGenerationMixin(ModelInterface):
                 raise UserError(f"generation_mode={mode!r} and modalities={modalities!r} differ; give one of them")
             modalities = mode
         if modalities in (None, "text"):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]  # annotates `self` as PreTrainedModel
+            return super(InterleavedGenerationMixin, thin_view(self)).generate(  # type: ignore[misc]  # `self`: PreTrainedModel
+                *args, **kwargs
+            )
         if modalities not in ("auto", "image"):
             raise UserError(f"modalities: expected 'text', 'image' or 'auto', got {modalities!r}")
         return self._generate_documents(  # type: ignore[misc]  # mypy: *args might contain image_first

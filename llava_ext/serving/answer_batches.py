@@ -15,6 +15,7 @@ from llava_ext.generation.answers import Answers
 from llava_ext.generation.best_answers import best_answers
 from llava_ext.generation.evaluation_view import evaluation_view
 from llava_ext.generation.events import Finished, ImageDrawn, TextDelta
+from llava_ext.generation.thin_view import thin_view
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
@@ -232,7 +233,7 @@ class AnswerBatches:
         try:
             settings = text_settings(self._model)
             if self._answers is None:
-                self._answers = Answers(evaluation_view(self._model), self._processor, settings)
+                self._answers = Answers(thin_view(evaluation_view(self._model)), self._processor, settings)
             rows = [(request, row) for request in requests for row in range(len(request.seeds))]
             inputs = self._processor.apply_chat_template(
                 [request.conversation for request, _ in rows], add_generation_prompt=True, tokenize=True

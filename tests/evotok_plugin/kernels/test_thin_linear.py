@@ -1,48 +1,155 @@
 """Linear layers over few rows against the layer itself."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from evotok_plugin.kernels.thin_linear import thin_linear
+from evotok_plugin.kernels import thin_linear as kernels
+from evotok_plugin.kernels.thin_linear import (
+    MAX_ROWS,
+    PACK_AFTER,
+    ThinLinear,
+    available_memory,
+    can_be_thin,
+    thin_linear,
+)
+
+has_kernels = pytest.mark.skipif(not kernels._has_kernels(torch.float32), reason="this PyTorch has no oneDNN")
+SHAPES = [(1, 700), (2, 700), (3, 700), (5, 1, 700), (2, 3, 700), (128, 700)]
+
+
+def large(bias=True):
+    """A layer whose weight is large enough for oneDNN."""
+    return nn.Linear(700, 400, bias=bias)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(1, 70), (2, 70), (5, 1, 70), (2, 3, 70)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_result_equals_that_of_the_layer(shape, bias):
-    layer, x = nn.Linear(70, 130, bias=bias), torch.randn(*shape)
+    layer, x = large(bias), torch.randn(*shape)
     torch.testing.assert_close(thin_linear(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    thin = ThinLinear.of(layer)
+    for _ in range(PACK_AFTER + 2):
+        torch.testing.assert_close(thin(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@has_kernels
+@torch.no_grad()
+def test_a_layer_that_is_used_often_packs_its_weight():
+    layer, x = large(), torch.randn(4, 700)
+    thin = ThinLinear.of(layer)
+    for _ in range(PACK_AFTER):
+        thin(x)
+    assert thin._packed is None
+    thin(x)
+    assert thin._packed is not None and thin._packed.layout == torch._mkldnn
+    assert thin.weight is layer.weight and type(layer) is nn.Linear and "_packed" not in vars(layer)
+
+
+@has_kernels
+@torch.no_grad()
+def test_a_weight_is_not_packed_if_it_would_leave_too_little_memory(monkeypatch):
+    monkeypatch.setattr(kernels, "available_memory", lambda: 2.0**30 + 700 * 400 * 4 - 1)
+    layer, x = large(), torch.randn(4, 700)
+    thin = ThinLinear.of(layer)
+    for _ in range(PACK_AFTER + 2):
+        torch.testing.assert_close(thin(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert thin._packed is None
+
+
+def test_the_available_memory_is_plausible():
+    assert 2**20 < available_memory() <= float("inf")
 
 
 @torch.no_grad()
 def test_rows_that_are_not_contiguous():
-    layer, x = nn.Linear(8, 16), torch.randn(8, 6).T
-    torch.testing.assert_close(thin_linear(layer, x), layer(x))
+    layer, x = large(), torch.randn(700, 6).T
+    thin = ThinLinear.of(layer)
+    torch.testing.assert_close(thin_linear(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    for _ in range(PACK_AFTER + 1):
+        torch.testing.assert_close(thin(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_changes_of_the_weight_take_effect():
-    layer, x = nn.Linear(8, 16), torch.randn(2, 8)
-    thin_linear(layer, x)
-    layer.weight.mul_(2)
-    torch.testing.assert_close(thin_linear(layer, x), layer(x))
+@pytest.mark.parametrize("change", ["in place", "new data"])
+def test_changes_of_the_weight_take_effect(change):
+    layer, x = large(), torch.randn(4, 700)
+    thin = ThinLinear.of(layer)
+    for _ in range(2):
+        for _ in range(PACK_AFTER + 1):
+            thin(x)
+        if change == "in place":
+            layer.weight.mul_(2)
+        else:
+            layer.weight.data = layer.weight.data.clone() * 2
+        torch.testing.assert_close(thin(x), layer(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(thin_linear(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_optimizers_step_takes_effect():
+    layer, x = large(), torch.randn(4, 700)
+    thin, optimizer = ThinLinear.of(layer), torch.optim.AdamW(layer.parameters(), lr=0.1)
+    with torch.no_grad():
+        for _ in range(PACK_AFTER + 1):
+            thin(x)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(thin(x), layer(x), atol=1e-4, rtol=1e-5)
 
 
 def test_the_layer_itself_is_called_with_gradients():
-    layer = nn.Linear(8, 16)
-    thin_linear(layer, torch.randn(2, 8)).sum().backward()
+    layer = large()
+    thin_linear(layer, torch.randn(2, 700)).sum().backward()
     assert layer.weight.grad is not None
+    thin = ThinLinear.of(layer)
+    assert torch.equal(thin(torch.ones(2, 700)), layer(torch.ones(2, 700))) and thin._num_products == 0
 
 
 @torch.no_grad()
-def test_the_layer_itself_is_called_in_half_precision_and_for_subclasses():
-    half = nn.Linear(8, 16).bfloat16()
-    assert thin_linear(half, torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
+def test_many_rows_and_none_are_computed_by_the_layer():
+    layer = large()
+    for rows in (0, MAX_ROWS + 1):
+        x = torch.randn(rows, 700)
+        assert torch.equal(ThinLinear.of(layer)(x), layer(x)) and torch.equal(thin_linear(layer, x), layer(x))
 
+
+@torch.no_grad()
+def test_half_precision_and_autocast_keep_their_dtype():
+    half, x = large().bfloat16(), torch.randn(4, 700)
+    for run in (ThinLinear.of(half), lambda x: thin_linear(half, x)):
+        assert run(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(run(x.bfloat16()), half(x.bfloat16()), atol=0.03, rtol=0.03)
+    layer = large()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ThinLinear.of(layer)(x).dtype == thin_linear(layer, x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_small_layers_subclasses_and_layers_with_hooks_are_called_themselves():
     class Twice(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    twice, x = Twice(8, 16), torch.randn(2, 8)
-    assert torch.equal(thin_linear(twice, x), twice(x))
+    hooked, replaced, x = large(), large(), torch.randn(2, 700)
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    replaced.forward = lambda x: x
+    for layer in (Twice(700, 400), hooked, replaced, nn.Linear(700, 100), nn.Linear(700, 400, dtype=torch.float64)):
+        own = x.to(layer.weight.dtype)
+        assert not can_be_thin(layer) and torch.equal(thin_linear(layer, own), layer(own))
+    assert can_be_thin(large()) == kernels._has_kernels(torch.float32)
+
+
+@torch.no_grad()
+def test_the_original_can_be_copied_and_pickled_while_the_weight_is_packed():
+    layer, x = large(), torch.randn(4, 700)
+    thin = ThinLinear.of(layer)
+    for _ in range(PACK_AFTER + 1):
+        thin(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is nn.Linear and torch.equal(copied(x), layer(x))
+    assert set(layer.state_dict()) == {"weight", "bias"}
