@@ -10,7 +10,7 @@ R rows.
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +24,7 @@ PACK_AFTER = 16  # products
 _PACKED_ROWS = 4  # oneDNN reads a packed weight faster for 4 rows than for 1 or 2: missing rows are zeros
 _TYPICAL_ROWS = 16  # packing for any number between 2 and 32 gives the same layout
 _RESERVE = 2**30  # bytes of memory that packing leaves free
+_ALWAYS_FITS = 2**20  # bytes
 
 
 class ThinLinear(nn.Linear):
@@ -60,11 +61,8 @@ class ThinLinear(nn.Linear):
         packed = self._packed_weight()
         if packed is None:
             return _unpacked_product(x, self.weight, self.bias)
-        rows = x.reshape(num_rows, self.in_features)
-        if num_rows < _PACKED_ROWS:
-            rows = F.pad(rows, (0, 0, 0, _PACKED_ROWS - num_rows))
-        product = _product()(rows.contiguous(), packed, self.bias, "none", [], "")
-        return product[:num_rows].reshape(*x.shape[:-1], self.out_features)
+        product = _packed_product(x.reshape(num_rows, self.in_features), packed, self.bias)
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def _packed_weight(self) -> Tensor | None:
         """The packed weight, once the layer has been used often enough and while memory suffices."""
@@ -73,10 +71,52 @@ class ThinLinear(nn.Linear):
             self._num_products, self._packed, self._packed_from = 1, None, None
         if self._packed_from is None and self._num_products > PACK_AFTER:
             self._packed_from = state
-            if self.weight.nbytes + _RESERVE <= available_memory():
-                pack = torch.ops.mkldnn._reorder_linear_weight
-                self._packed = pack(self.weight.detach(), _TYPICAL_ROWS)
+            if _has_room(self.weight.nbytes):
+                self._packed = _pack(self.weight)
         return self._packed
+
+
+class JoinedLinear:
+    """Several linear layers with the same input, computed as one product of few rows; for inference.
+
+    Small layers are joined at the first call, large ones when their weights are packed.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers, self._num_products = layers, 0
+        self._weight: Tensor | None = None  # joined, and packed if it is large
+        self._bias: Tensor | None = None
+        self._is_packed = False
+        self._joined_from: list[tuple[int, int]] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs for x (R, D), one after the other: (R, sum of the widths)."""
+        self._num_products += 1
+        state = [(one.weight.data_ptr(), one.weight._version) for one in self._layers]
+        if state != self._joined_from:
+            self._join(state)
+        if self._weight is None:
+            return torch.cat([layer(x) for layer in self._layers], dim=-1)
+        if self._is_packed:
+            return _packed_product(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self._bias)
+
+    def _join(self, state: list[tuple[int, int]]) -> None:
+        if self._joined_from is not None:  # a weight has changed since
+            self._num_products, self._weight, self._joined_from = 1, None, None
+        is_large = sum(one.weight.numel() for one in self._layers) >= MIN_ELEMENTS
+        if is_large and self._num_products <= PACK_AFTER // 2:  # before the layers pack their own weights
+            return
+        self._joined_from = state
+        if not _has_room(2 * sum(one.weight.nbytes for one in self._layers)):
+            return
+        weight = torch.cat([one.weight.detach() for one in self._layers])
+        self._is_packed = is_large and _has_kernels(weight.dtype)
+        self._weight = _pack(weight) if self._is_packed else weight
+        biases: list[Tensor] = [
+            one.weight.new_zeros(one.out_features) if one.bias is None else one.bias for one in self._layers
+        ]
+        self._bias = torch.cat(biases) if any(one.bias is not None for one in self._layers) else None
 
 
 def can_be_thin(layer: nn.Module) -> bool:
@@ -106,6 +146,21 @@ def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
     if x.dtype != layer.weight.dtype or x.device.type != "cpu":
         return layer(x)
     return _unpacked_product(x, layer.weight, layer.bias)
+
+
+def _packed_product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    num_rows = rows.shape[0]
+    if num_rows < _PACKED_ROWS:
+        rows = F.pad(rows, (0, 0, 0, _PACKED_ROWS - num_rows))
+    return _product()(rows.contiguous(), packed, bias, "none", [], "")[:num_rows]
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS))
+
+
+def _has_room(num_bytes: int) -> bool:
+    return num_bytes < _ALWAYS_FITS or num_bytes + _RESERVE <= available_memory()
 
 
 def _unpacked_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

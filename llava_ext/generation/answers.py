@@ -1,13 +1,12 @@
 """The answers of a batch of conversations, step by step; conversations can join while others are being answered.
 
-Every step of the language model advances all rows, whether a row writes text or draws. While any row draws with
-guidance, each row has an unconditional partner row that has seen only its negative prompt. An answer depends only on
-its own conversation, options and seed, not on the other rows.
+Every step of the language model advances all rows, whether a row writes text or draws. A row that draws has an
+unconditional partner row, which has seen only its negative prompt, from the first step with guidance to the last one.
+An answer depends only on its own conversation, options and seed, not on the other rows.
 
-B rows, G = B or 2 B, N positions, L levels, D width of the language model.
+B rows, P partners, G = B + P, N positions, L levels, D width of the language model.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,11 +22,11 @@ from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.previews import preview
+from llava_ext.generation.prompt_cache import PromptCache, prompt_keys
 from llava_ext.generation.steps import Steps, check_room
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 _INCOMPLETE_CHARACTER = "\ufffd"
-_KEPT_NEGATIVE_PROMPTS = 16
 
 
 @dataclass(eq=False)
@@ -49,6 +48,7 @@ class _Answer:
     num_images: int = 0
     image_noise: Tensor | None = None  # (steps, codes per step) of the image being drawn
     drawn: list[Tensor] = field(default_factory=list)  # codes (1, l) of its steps
+    unguided: list[Tensor] = field(default_factory=list)  # inputs (1, D) of its steps before those with guidance
     must_close: bool = False  # the image is complete, <|image_end|> comes next
     done: bool = False
 
@@ -73,8 +73,12 @@ class Answers:
         self._stepper, self._limit = stepper_for(model), model.config.max_positions
         self._rows: list[_Answer] = []
         self._steps: Steps | None = None
-        self._negative: OrderedDict[str | None, Steps] = OrderedDict()  # single rows, by their prompts
-        self._num_admitted, self._ends = 0, settings.ends
+        self._partnered: list[_Answer] = []  # the rows that have a partner, in the order of the partners
+        self._prompts = PromptCache()
+        self._num_admitted, self._ends, self._device = 0, settings.ends, model.device
+        start = processor.image_start_id
+        never = [token for token in model.image_token_ids if token != start]
+        self._never_written = torch.tensor(never, device=self._device)
         self._filler = self._embed(processor.image_end_id)  # input of rows that are done
 
     @property
@@ -104,22 +108,33 @@ class Answers:
         Raises:
             UserError: a conversation leaves no room for an answer; nothing has changed then.
         """
-        embeddings, mask = self._model.embed_prompt(**inputs)  # (B, S, D) and (B, S), padded on the left
-        lengths = mask.sum(dim=1).tolist()
-        for length, own in zip(lengths, options, strict=True):
-            check_room(self._model.config.text_config, length + (self._image_steps if own.image_first else 1))
+        keys = prompt_keys(self._model, inputs)
+        known = {key: self._prompts.get(key) for key in keys}
+        after = {key: steps for key, steps in known.items() if steps is not None}
+        new_rows = [keys.index(key) for key in known if key not in after]
+        embeddings = mask = None
+        lengths = {key: steps.taken for key, steps in after.items()}
+        if new_rows:
+            embeddings, mask = self._model.embed_prompt(**self._model.select_rows(inputs, new_rows))  # left padding
+            lengths |= dict(zip((keys[row] for row in new_rows), mask.sum(dim=1).tolist(), strict=True))
+        for key, own in zip(keys, options, strict=True):
+            check_room(self._model.config.text_config, lengths[key] + (self._image_steps if own.image_first else 1))
         prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         new: list[_Answer] = []
-        for own, seed, prompt, length in zip(options, seeds, prompts, lengths, strict=True):
+        for own, seed, prompt, key in zip(options, seeds, prompts, keys, strict=True):
             number, row = self._num_admitted + len(new), self.num_active + len(new)
             noise, processors = torch.Generator().manual_seed(seed), self._settings.processors(self._model, len(prompt))
-            new.append(_Answer(number, row, own, seed, noise, prompt, self._room_for(own, length), processors))
-        negative = {prompt: self._run_negative_prompt(prompt) for prompt in self._negative_prompts([*self._rows, *new])}
+            room = self._room_for(own, lengths[key])
+            new.append(_Answer(number, row, own, seed, noise, prompt, room, processors))
+        for text in dict.fromkeys(row.options.drawing.negative_prompt for row in new if row.may_be_guided):
+            self._run_negative_prompt(text)  # an error now, and not when the image starts
+        if embeddings is not None and mask is not None:
+            together = Steps(self._model.language_model, embeddings, mask, mask.shape[1])
+            for row, steps in zip(new_rows, together.split(), strict=True):
+                after[keys[row]] = steps
+                self._prompts.put(keys[row], steps)
         self._drop_done()
-        if self._steps is None:
-            self._start(embeddings, mask, new, negative)
-        else:
-            self._join(Steps(self._model.language_model, embeddings, mask, mask.shape[1]), new, negative)
+        self._join([after[key] for key in keys], new)
         self._num_admitted += len(new)
         self._rows += new
         return [row.number for row in new]
@@ -130,46 +145,37 @@ class Answers:
         wanted = options.max_new_tokens + options.max_images * self._image_steps
         return wanted if self._limit is None else min(wanted, self._limit - prompt_length)
 
-    @staticmethod
-    def _negative_prompts(rows: Sequence[_Answer]) -> list[str | None]:
-        return list(dict.fromkeys(row.options.drawing.negative_prompt for row in rows if row.may_be_guided))
-
-    def _start(self, embeddings: Tensor, mask: Tensor, new: list[_Answer], negative: dict[str | None, Steps]) -> None:
-        # The prompt of a partner row must fit into the steps before the answer.
-        missing = max(0, max((one.taken for one in negative.values()), default=0) - mask.shape[1])
-        if missing:
-            embeddings = torch.cat([embeddings.new_zeros(len(new), missing, embeddings.shape[2]), embeddings], dim=1)
-            mask = torch.cat([mask.new_zeros(len(new), missing), mask], dim=1)
-        num_slots = mask.shape[1] + max(row.room for row in new)
-        self._steps = Steps(self._model.language_model, embeddings, mask, num_slots)
-
-    def _join(self, joining: Steps, new: list[_Answer], negative: dict[str | None, Steps]) -> None:
-        """Append the new rows to the steps, and a partner to each if the other rows have one."""
-        assert self._steps is not None
-        steps, before, has_partners = self._steps, len(self._rows), self._has_partners
-        taken = max(joining.taken, steps.longest, *(one.taken for one in negative.values()), 0)
-        steps.resize(taken, max(row.room for row in [*self._rows, *new]))
-        steps.add_rows(joining, len(new))
-        if has_partners:
-            steps.add_rows(next(iter(negative.values())), len(new))  # restarted when an image starts
-            first = 2 * before
-            rows = [*range(before), *range(first, first + len(new)), *range(before, first)]
-            steps.select([*rows, *range(first + len(new), first + 2 * len(new))])
+    def _join(self, joining: Sequence[Steps], new: list[_Answer]) -> None:
+        """Add the new rows after the others, before the partners."""
+        num_free = max(row.room for row in [*self._rows, *new])
+        if self._steps is None:
+            self._steps = Steps.joined(joining, num_free)
+            return
+        steps, before, count = self._steps, len(self._rows), self._steps.num_rows
+        steps.resize(max(steps.longest, *(one.taken for one in joining)), num_free)
+        steps.add_rows(Steps.joined(joining, 0))
+        steps.select([*range(before), *range(count, count + len(new)), *range(before, count)])
 
     def _drop_done(self) -> None:
         """Remove the rows of complete answers, and free the cache if there are no others."""
-        kept = [row.row for row in self._rows if not row.done]
+        kept = [row for row in self._rows if not row.done]
         if len(kept) == len(self._rows):
             return
         if not kept:
-            self._rows, self._steps = [], None
+            self._rows, self._partnered, self._steps = [], [], None
             return
+        self._keep(kept, [row for row in self._partnered if not row.done])
+
+    def _keep(self, rows: list[_Answer], partnered: list[_Answer]) -> None:
+        """Keep these rows, and the partners of these rows."""
         assert self._steps is not None
-        count = len(self._rows)
-        self._steps.select([*kept, *(count + row for row in kept if self._has_partners)])
-        self._rows = [row for row in self._rows if not row.done]
-        for place, row in enumerate(self._rows):
+        self._steps.select([*(row.row for row in rows), *map(self._partner_of, partnered)])
+        self._rows, self._partnered = rows, partnered
+        for place, row in enumerate(rows):
             row.row = place
+
+    def _partner_of(self, row: _Answer) -> int:
+        return len(self._rows) + self._partnered.index(row)
 
     def drop(self, number: int) -> None:
         """Stop an answer."""
@@ -180,20 +186,19 @@ class Answers:
             self._drop_done()
 
     def _run_negative_prompt(self, text: str | None) -> Steps:
-        """Run a single row through a negative prompt, up to where an image would start; the last ones are kept."""
-        if text not in self._negative:
-            prompt = self._processor.drawing_prompts([text]).to(self._model.device)
+        """Run a single row through a negative prompt, up to where an image would start."""
+        key = ("negative", text)
+        if (steps := self._prompts.get(key)) is None:
+            prompt = self._processor.drawing_prompts([text]).to(self._device)
             ids, mask = prompt["input_ids"][:, :-1], prompt["attention_mask"][:, :-1]
             check_room(self._model.config.text_config, ids.shape[1] + self._image_steps)
             embeddings = self._model.get_input_embeddings()(ids)
-            self._negative[text] = Steps(self._model.language_model, embeddings, mask, ids.shape[1])
-        self._negative.move_to_end(text)
-        while len(self._negative) > max(_KEPT_NEGATIVE_PROMPTS, len(self._rows) + 1):
-            self._negative.popitem(last=False)
-        return self._negative[text]
+            steps = Steps(self._model.language_model, embeddings, mask, ids.shape[1])
+            self._prompts.put(key, steps)
+        return steps
 
     def _embed(self, token: int) -> Tensor:
-        return self._model.get_input_embeddings()(torch.tensor([token], device=self._model.device))
+        return self._model.get_input_embeddings()(torch.tensor([token], device=self._device))
 
     # The loop ------------------------------------------------------------------------------------------------
 
@@ -213,34 +218,44 @@ class Answers:
         if not self.num_active:
             self._drop_done()
             return
-        assert self._steps is not None
         self._update_partners()
-        embeddings = torch.cat([self._filler if one is None else one for one in next_inputs])
-        self._steps.step(torch.cat([embeddings, embeddings]) if self._has_partners else embeddings)
+        assert self._steps is not None
+        inputs = [self._filler if one is None else one for one in next_inputs]
+        for row in self._rows:
+            if row.in_image and row.may_be_guided and len(row.drawn) < self._guided_steps(row).start:
+                row.unguided.append(inputs[row.row])
+        self._steps.step(torch.cat([*inputs, *(inputs[row.row] for row in self._partnered)]))
         for row in self._rows:
             row.room -= 1
         if 2 * self.num_active <= len(self._rows):  # not for every row: each time, the whole cache is copied
             self._drop_done()
 
-    @property
-    def _has_partners(self) -> bool:
-        return self._steps is not None and self._steps.num_rows > len(self._rows)
+    def _guided_steps(self, row: _Answer) -> range:
+        return self._stepper.guided_steps(row.options.drawing)
 
     def _update_partners(self) -> None:
-        """Keep a partner for every row while any row draws with guidance, and restart it where an image starts."""
+        """Drop the partners that are not read any more, and add those that the next codes of a row are drawn with."""
         assert self._steps is not None
-        count, drawing = len(self._rows), [row for row in self._rows if row.in_image and row.may_be_guided]
-        if not any(row.may_be_guided for row in self._rows):
-            return
-        if not drawing:
-            self._steps.select(list(range(count)))
-            return
-        if not self._has_partners:
-            self._steps.add_rows(self._run_negative_prompt(drawing[0].options.drawing.negative_prompt), count)
-        for row in drawing:
-            if not row.drawn:
-                partner = self._run_negative_prompt(row.options.drawing.negative_prompt)
-                self._steps.restart_row(count + row.row, partner)
+        needed = [
+            row
+            for row in self._rows
+            if row.in_image and row.may_be_guided and len(row.drawn) in self._guided_steps(row)
+        ]
+        kept = [row for row in self._partnered if row in needed]
+        if len(kept) < len(self._partnered):
+            self._keep(self._rows, kept)
+        groups: dict[tuple[str | None, int], list[_Answer]] = {}
+        for row in needed:
+            if row not in kept:
+                groups.setdefault((row.options.drawing.negative_prompt, len(row.unguided)), []).append(row)
+        for (text, count), together in groups.items():
+            partners = Steps.joined([self._run_negative_prompt(text)] * len(together), count)
+            if count:
+                partners.run(torch.stack([torch.cat(row.unguided) for row in together]))
+            self._steps.add_rows(partners)
+            self._partnered += together
+            for row in together:
+                row.unguided = []
 
     # Text ----------------------------------------------------------------------------------------------------
 
@@ -284,8 +299,7 @@ class Answers:
             if len(row.processors):
                 ids = torch.cat([row.prompt, row.prompt.new_tensor(row.ids)])
                 logits[index] = process_logits(row.processors, ids, logits[index : index + 1])[0]
-        start = self._processor.image_start_id
-        logits[:, [token for token in self._model.image_token_ids if token != start]] = -torch.inf
+        logits[:, self._never_written] = -torch.inf
         forced: dict[int, int] = {}
         for index, row in enumerate(rows):
             if row.must_close:
@@ -320,8 +334,8 @@ class Answers:
 
     def _start_image(self, row: _Answer) -> None:
         seed, stepper = row.seed + row.num_images, self._stepper
-        row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._model.device)
-        row.drawn, row.words, row.shown = [], [], ""
+        row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._device)
+        row.drawn, row.unguided, row.words, row.shown = [], [], [], ""
 
     def _draw(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
         """Run one step of every image; rows are computed together if their settings, levels and guidance are equal,
@@ -336,7 +350,7 @@ class Answers:
         for (kind, drawing, scales), together in groups.items():
             assert self._steps is not None
             numbers = [row.row for row, _ in together]
-            partners = [len(self._rows) + n for n in numbers] if drawing.guided and self._has_partners else []
+            partners = [self._partner_of(row) for row, _ in together] if any(scale != 1 for scale in scales) else []
             noise = torch.stack([row.image_noise[step] for row, step in together if row.image_noise is not None])
             codes = self._stepper.draw(self._steps.hidden[numbers + partners], kind, noise, drawing, scales)
             positions = torch.tensor([step // self._stepper.steps_per_position for _, step in together])

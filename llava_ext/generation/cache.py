@@ -10,6 +10,7 @@ a CUDA graph can replay them.
 G rows, S slots, h heads, d their width.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -107,8 +108,36 @@ class SlotCache(Cache):
         for layer in self.slot_layers:
             layer.resize(num_filled, num_free)
 
-    def add_rows(self, other: "SlotCache", num_rows: int) -> None:
-        """Append the rows of another cache, or `num_rows` copies of its single row, aligned to the last filled slot.
+    @classmethod
+    def joined(cls, parts: "Sequence[SlotCache]", num_filled: int, num_free: int) -> "SlotCache":
+        """Join caches of one row each, aligned to the last filled slot; `num_filled` is at least that of each part."""
+        made = cls(len(parts[0].layers), num_filled + num_free)
+        for number, layer in enumerate(made.slot_layers):
+            sources = [part.slot_layers[number] for part in parts]
+            like = sources[0].keys
+            layer.lazy_initialization(*2 * (like.new_empty(len(parts), like.shape[1], 0, like.shape[3]),))
+            for row, source in enumerate(sources):
+                start = num_filled - source.num_filled
+                layer.keys[row, :, start:num_filled] = source.keys[0, :, : source.num_filled]
+                layer.values[row, :, start:num_filled] = source.values[0, :, : source.num_filled]
+            layer.num_filled = num_filled
+        return made
+
+    def split(self, lengths: Sequence[int]) -> "list[SlotCache]":
+        """Copy each row's last filled slots, as many as `lengths` says, to a cache of its own."""
+        parts = [SlotCache(len(self.layers), length) for length in lengths]
+        for row, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            for mine, theirs in zip(self.slot_layers, part.slot_layers, strict=True):
+                used = slice(mine.num_filled - length, mine.num_filled)
+                theirs.update(mine.keys[row : row + 1, :, used], mine.values[row : row + 1, :, used])
+        return parts
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.slot_layers)
+
+    def add_rows(self, other: "SlotCache") -> None:
+        """Append the rows of another cache, aligned to the last filled slot.
 
         Raises:
             ValueError: the other cache has more filled slots.
@@ -119,13 +148,6 @@ class SlotCache(Cache):
                 raise ValueError(f"{theirs.num_filled} filled slots do not fit into {mine.num_filled}")
             for name in ("keys", "values"):
                 old, new = getattr(mine, name), getattr(theirs, name)
-                rows = old.new_zeros(num_rows, *old.shape[1:])
+                rows = old.new_zeros(new.shape[0], *old.shape[1:])
                 rows[:, :, start : mine.num_filled] = new[:, :, : theirs.num_filled]
                 setattr(mine, name, torch.cat([old, rows]))
-
-    def write_row(self, row: int, other: "SlotCache") -> None:
-        """Overwrite the last filled slots of a row with the single row of another cache."""
-        for mine, theirs in zip(self.slot_layers, other.slot_layers, strict=True):
-            start = mine.num_filled - theirs.num_filled
-            mine.keys[row, :, start : mine.num_filled] = theirs.keys[0, :, : theirs.num_filled]
-            mine.values[row, :, start : mine.num_filled] = theirs.values[0, :, : theirs.num_filled]

@@ -14,30 +14,55 @@ from llava_ext.generation.steps import Steps
 
 
 class SingleSteps:
-    """Iterator over the codes (R, l) of every step, computed one by one."""
+    """Iterator over the codes (R, l) of every step, computed one by one.
 
-    def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
+    Unconditional rows take part only from the first step with guidance to the last one. Their steps before the first
+    one are computed all at once, because keys and values of those steps are needed later.
+    """
+
+    def __init__(
+        self,
+        stepper: ImageHeadStepper,
+        steps: Steps,
+        noise: Tensor,
+        options: DrawingOptions,
+        unconditional: Steps | None = None,
+    ) -> None:
         """Start after the prompts.
 
         Args:
-            steps: the language model after the prompts.
+            steps: the language model after the prompts, R rows.
             noise: (R, steps, l).
             options: complete.
+            unconditional: the language model after the negative prompt, a single row (`Steps.split`).
         """
         self._stepper, self._steps, self._noise, self._options = stepper, steps, noise, options
+        self._unconditional = unconditional
 
     def __iter__(self) -> Iterator[Tensor]:
         stepper, count = self._stepper, self._stepper.steps_per_image
         scales = [stepper.scales_at(index, self._options) for index in range(count)]
-        last = max((index for index in range(count) if any(scale != 1 for scale in scales[index])), default=-1)
+        guided = stepper.guided_steps(self._options) if self._unconditional is not None else range(0)
+        before: list[Tensor] = []  # inputs (R, D) of the steps before the first one with guidance
         for index in range(count):
+            if guided and index == guided.start:
+                self._add_unconditional_rows(before)
             codes = stepper.draw(self._steps.hidden, index, self._noise[:, index], self._options, scales[index])
             yield codes
             if index + 1 < count:
-                if index >= last:  # the unconditional rows are not read any more
+                if index + 1 >= guided.stop:
                     self._steps.select(list(range(self._noise.shape[0])))
                 embeddings = stepper.embed(codes, index, index // stepper.steps_per_position)
+                if index < guided.start:
+                    before.append(embeddings)
                 self._steps.step(_for_all_rows(embeddings, self._steps.num_rows))
+
+    def _add_unconditional_rows(self, before: list[Tensor]) -> None:
+        assert self._unconditional is not None
+        rows = Steps.joined([self._unconditional] * self._noise.shape[0], len(before))
+        if before:
+            rows.run(torch.stack(before, dim=1))
+        self._steps.add_rows(rows)
 
 
 class GraphSteps:
@@ -47,8 +72,17 @@ class GraphSteps:
     the steps run as they are.
     """
 
-    def __init__(self, stepper: ImageHeadStepper, steps: Steps, noise: Tensor, options: DrawingOptions) -> None:
-        """As `SingleSteps`."""
+    def __init__(
+        self,
+        stepper: ImageHeadStepper,
+        steps: Steps,
+        noise: Tensor,
+        options: DrawingOptions,
+        unconditional: Steps | None = None,
+    ) -> None:
+        """As `SingleSteps`; the unconditional rows take part in every step."""
+        if unconditional is not None:
+            steps.add_rows(Steps.joined([unconditional] * noise.shape[0], 0))
         self._stepper, self._steps, self._options = stepper, steps.to_fixed(), options
         self._all_noise = noise
         self._noise = noise[:, 0].clone()

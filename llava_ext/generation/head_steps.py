@@ -17,6 +17,8 @@ from llava_ext.flat_head import FlatHead
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions
 
+_KEPT_RANGES = 64
+
 
 class ImageHeadStepper(ABC):
     """Interface of the image heads to the drawing loop.
@@ -30,6 +32,7 @@ class ImageHeadStepper(ABC):
     def __init__(self, num_positions: int, steps_per_position: int, codes_per_step: int) -> None:
         self.num_positions, self.steps_per_position = num_positions, steps_per_position
         self.codes_per_step = codes_per_step
+        self._guided_steps: dict[DrawingOptions, range] = {}
 
     @property
     def steps_per_image(self) -> int:
@@ -40,6 +43,19 @@ class ImageHeadStepper(ABC):
         position, kind = divmod(step, self.steps_per_position)
         levels = range(kind, kind + 1) if self.codes_per_step == 1 else range(self.codes_per_step)
         return [options.scale_at(position, self.num_positions, level) for level in levels]
+
+    def guided_steps(self, options: DrawingOptions) -> range:
+        """Return the range from the first step whose guidance scale is not 1 to the last one; empty if there is none.
+
+        Args:
+            options: complete.
+        """
+        if options not in self._guided_steps:
+            steps = [n for n in range(self.steps_per_image) if any(one != 1 for one in self.scales_at(n, options))]
+            self._guided_steps[options] = range(steps[0], steps[-1] + 1) if steps else range(0)
+            while len(self._guided_steps) > _KEPT_RANGES:
+                del self._guided_steps[next(iter(self._guided_steps))]
+        return self._guided_steps[options]
 
     @abstractmethod
     def draw(

@@ -17,6 +17,7 @@ from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions, seeds_for
 from llava_ext.generation.previews import preview
+from llava_ext.generation.prompt_cache import PromptCache
 from llava_ext.generation.selection import Choice, candidates_for, make_selector
 from llava_ext.generation.selection_options import SelectionOptions
 from llava_ext.generation.steps import Steps, can_use_fixed_steps, check_room
@@ -111,11 +112,11 @@ class ImageGenerationMixin(ModelInterface):
         seeds = seeds_for(seed, len(rows), f"{len(prompts)} prompts x {num_images}")
         count = SelectionOptions(best_of).for_model(self).best_of
         candidates, selector = candidates_for(rows, seeds, count), make_selector(self, processor, count, judge)
-        positions, batches = self.config.vision_config.num_positions, []
+        positions, batches, prompt_cache = self.config.vision_config.num_positions, [], PromptCache()
         for start in range(0, len(candidates), batch_size):
             part = candidates[start : start + batch_size]
             texts, own_seeds = [one.prompt for one in part], [one.seed for one in part]
-            for codes in self.draw_codes(texts, processor, own_seeds, options, use_graphs):
+            for codes in self.draw_codes(texts, processor, own_seeds, options, use_graphs, prompt_cache):
                 drawn = codes.shape[1]
                 if on_progress is not None:
                     on_progress(start * positions + drawn * codes.shape[0], len(candidates) * positions)
@@ -137,6 +138,7 @@ class ImageGenerationMixin(ModelInterface):
         seeds: Sequence[int],
         options: DrawingOptions | None = None,
         use_graphs: bool = False,
+        prompt_cache: PromptCache | None = None,
     ) -> Iterator[Tensor]:
         """Draw one image per prompt; yields the codes so far, (R, p, L), after every position p = 1 ... N.
 
@@ -145,6 +147,7 @@ class ImageGenerationMixin(ModelInterface):
         Args:
             options: settings that differ from the model's own.
             use_graphs: as in `generate_images`.
+            prompt_cache: prompts that were run before, by the same model with the same weights; new ones are added.
 
         Raises:
             UserError: a setting has values for another number of levels, or a prompt is too long.
@@ -155,10 +158,15 @@ class ImageGenerationMixin(ModelInterface):
         noise = noise.to(self.device)
         fixed = use_graphs and can_use_fixed_steps(model.language_model)
         # Identical steps include one after the last codes, whose result is not used.
-        steps = model._run_prompts(prompts, processor, options, stepper.steps_per_image - (not fixed))
+        num_steps = stepper.steps_per_image - (not fixed)
+        cache = PromptCache() if prompt_cache is None else prompt_cache
+        texts: list[str | None] = [*prompts, options.negative_prompt] if options.guided else [*prompts]
+        after = model._run_prompts(texts, processor, cache, num_steps)
+        unconditional = after[len(prompts)] if options.guided else None
+        steps = Steps.joined(after[: len(prompts)], num_steps)
         make_steps = GraphSteps if fixed else SingleSteps
         drawn: list[Tensor] = []
-        for codes in make_steps(stepper, steps, noise, options):
+        for codes in make_steps(stepper, steps, noise, options, unconditional):
             drawn.append(codes)
             together = torch.cat(drawn, dim=1)
             if together.shape[1] % vision.pixel_depth == 0:
@@ -180,24 +188,24 @@ class ImageGenerationMixin(ModelInterface):
         return self.vision_tower.decode_pixels(codes)
 
     def _run_prompts(
-        self, prompts: Sequence[str], processor: EvoTokLlavaProcessor, options: DrawingOptions, num_steps: int
-    ) -> Steps:
-        """Run each distinct prompt once, and expand to one row per image; with guidance, to one more per image.
+        self, texts: Sequence[str | None], processor: EvoTokLlavaProcessor, cache: PromptCache, num_steps: int
+    ) -> list[Steps]:
+        """Return the steps after each prompt, a single row each; prompts that are not in the cache are run once.
 
         Args:
             num_steps: steps that will follow the prompts.
         """
-        texts: list[str | None] = list(dict.fromkeys(prompts))
-        rows = [texts.index(p) for p in prompts]
-        if options.guided:
-            rows += [len(texts)] * len(prompts)
-            texts.append(options.negative_prompt)
-        inputs = processor.drawing_prompts(texts).to(self.device)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        check_room(self.language_model.config, int(mask.sum(dim=1).max()) + num_steps)
-        steps = Steps(self.language_model, self.get_input_embeddings()(ids), mask, ids.shape[1] + num_steps)
-        steps.select(rows)
-        return steps
+        known = {text: cache.get(text) for text in texts}
+        after = {text: steps for text, steps in known.items() if steps is not None}
+        if new := [text for text in known if text not in after]:
+            inputs = processor.drawing_prompts(new).to(self.device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            check_room(self.language_model.config, int(mask.sum(dim=1).max()) + num_steps)
+            together = Steps(self.language_model, self.get_input_embeddings()(ids), mask, ids.shape[1])
+            for text, steps in zip(new, together.split(), strict=True):
+                after[text] = steps
+                cache.put(text, steps)
+        return [after[text] for text in texts]
 
 
 def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:

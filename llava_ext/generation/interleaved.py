@@ -97,14 +97,19 @@ class InterleavedGenerationMixin(ModelInterface):
                 raise UserError(f"generation_mode={mode!r} and modalities={modalities!r} differ; give one of them")
             modalities = mode
         if modalities in (None, "text"):
-            return super(InterleavedGenerationMixin, thin_view(self)).generate(  # type: ignore[misc]  # `self`: PreTrainedModel
-                *args, **kwargs
-            )
+            # transformers collects hidden states by hooks, which it must install on the model itself.
+            view = self if self._collects_states(kwargs) else thin_view(self)
+            return super(InterleavedGenerationMixin, view).generate(*args, **kwargs)  # type: ignore[misc]
         if modalities not in ("auto", "image"):
             raise UserError(f"modalities: expected 'text', 'image' or 'auto', got {modalities!r}")
         return self._generate_documents(  # type: ignore[misc]  # mypy: *args might contain image_first
             *args, image_first=modalities == "image", **kwargs
         )
+
+    def _collects_states(self, settings: dict[str, Any]) -> bool:
+        configs = [vars(one) for one in (self.generation_config, settings.get("generation_config")) if one is not None]
+        names = ("output_hidden_states", "output_attentions")
+        return any(source.get(name) for source in [settings, *configs] for name in names)
 
     def _generate_documents(
         self,

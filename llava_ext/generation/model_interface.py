@@ -1,5 +1,6 @@
 """The attributes and methods of the model class that the generation mixins use."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,10 @@ class ModelInterface(GenerationMixin):
         def image_token_ids(self) -> list[int]: ...
 
         def expand_rows(self, inputs: dict[str, Tensor], expand_size: int) -> dict[str, Tensor]: ...
+
+        def select_rows(self, inputs: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]: ...
+
+        def images_of_rows(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Sequence[Tensor]]: ...
 
         def get_input_embeddings(self) -> nn.Module: ...
 

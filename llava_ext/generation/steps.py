@@ -3,6 +3,8 @@
 G rows, T steps of a prompt, D width of the language model, S slots of the cache.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,6 +20,11 @@ class Steps:
     Attributes:
         hidden: (G, D), after the last step of every row.
     """
+
+    _language_model: PreTrainedModel
+    _cache: SlotCache
+    _mask: Tensor  # (G, S)
+    _next_position_ids: Tensor  # (G,)
 
     def __init__(self, language_model: PreTrainedModel, embeddings: Tensor, mask: Tensor, num_slots: int) -> None:
         """Run the prompts through the language model.
@@ -35,6 +42,41 @@ class Steps:
         self.taken = 0
         self._run(embeddings, position_ids)
         self._next_position_ids = position_ids[:, -1] + 1
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Steps]", num_free: int) -> "Steps":
+        """Join single rows without padding (`split`), which stay as they are; a part can be repeated.
+
+        Args:
+            num_free: number of steps that will follow.
+        """
+        made, first = cls.__new__(cls), parts[0]
+        made._language_model, made.taken = first._language_model, max(part.taken for part in parts)
+        made._cache = SlotCache.joined([part._cache for part in parts], made.taken, num_free)
+        made._mask = first._mask.new_zeros(len(parts), made.taken + num_free)
+        for row, part in enumerate(parts):
+            made._mask[row, made.taken - part.taken : made.taken] = True
+        made.hidden = torch.cat([part.hidden for part in parts])
+        made._next_position_ids = torch.cat([part._next_position_ids for part in parts])
+        return made
+
+    def split(self) -> "list[Steps]":
+        """Copy every row to steps of its own, without padding and without room for further steps."""
+        lengths = self._mask[:, : self.taken].sum(dim=1).tolist()
+        rows: list[Steps] = []
+        for row, cache in enumerate(self._cache.split(lengths)):
+            made = Steps.__new__(Steps)
+            made._language_model, made._cache, made.taken = self._language_model, cache, lengths[row]
+            made._mask = self._mask.new_ones(1, lengths[row])
+            made.hidden = self.hidden[row : row + 1].clone()
+            made._next_position_ids = self._next_position_ids[row : row + 1].clone()
+            rows.append(made)
+        return rows
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of keys and values."""
+        return self._cache.num_bytes
 
     @property
     def num_rows(self) -> int:
@@ -58,9 +100,15 @@ class Steps:
 
     def step(self, embeddings: Tensor) -> None:
         """Advance every row by one step with the embeddings (G, D)."""
-        self._mask[:, self.taken] = True
-        self._run(embeddings[:, None], self._next_position_ids[:, None])
-        self._next_position_ids = self._next_position_ids + 1
+        self.run(embeddings[:, None])
+
+    def run(self, embeddings: Tensor) -> None:
+        """Advance every row by t steps with the embeddings (G, t, D), all computed at once."""
+        count = embeddings.shape[1]
+        self._mask[:, self.taken : self.taken + count] = True
+        offsets = torch.arange(count, device=embeddings.device)
+        self._run(embeddings, self._next_position_ids[:, None] + offsets)
+        self._next_position_ids = self._next_position_ids + count
 
     def to_fixed(self) -> "FixedSteps":
         """Convert to steps that all use the same memory; do not use this object afterwards."""
@@ -95,20 +143,14 @@ class Steps:
         mask[:, taken - kept : taken] = self._mask[:, self.taken - kept : self.taken]
         self._mask, self.taken = mask, taken
 
-    def add_rows(self, other: "Steps", num_rows: int) -> None:
-        """Append the rows of `other`, or `num_rows` copies of its single row, aligned to the last step of the rows
-        here."""
-        self._cache.add_rows(other._cache, num_rows)
-        self._mask = torch.cat([self._mask, self._shifted_mask(other).expand(num_rows, -1)])
-        self.hidden = torch.cat([self.hidden, other.hidden.expand(num_rows, -1)])
-        self._next_position_ids = torch.cat([self._next_position_ids, other._next_position_ids.expand(num_rows)])
-
-    def restart_row(self, row: int, other: "Steps") -> None:
-        """Replace the state of a row by that of the single row of `other`."""
-        self._cache.write_row(row, other._cache)
-        self._mask[row] = self._shifted_mask(other)[0]
-        self.hidden[row] = other.hidden[0]
-        self._next_position_ids[row] = other._next_position_ids[0]
+    def add_rows(self, other: "Steps") -> None:
+        """Append the rows of `other`, aligned to the last step of the rows here; makes room if they are longer."""
+        if other.taken > self.taken:
+            self.resize(other.taken, self.num_free)
+        self._cache.add_rows(other._cache)
+        self._mask = torch.cat([self._mask, self._shifted_mask(other)])
+        self.hidden = torch.cat([self.hidden, other.hidden])
+        self._next_position_ids = torch.cat([self._next_position_ids, other._next_position_ids])
 
     def _shifted_mask(self, other: "Steps") -> Tensor:
         """Align the masks (rows, S) of `other` to the last step of the rows here."""

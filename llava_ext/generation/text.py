@@ -5,6 +5,7 @@ B rows, E of them from each after expansion (sequences or beams), T tokens, I im
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,14 +104,9 @@ class TextGenerationMixin(ModelInterface):
         """
         images = {name: model_kwargs.pop(name) for name in _IMAGES if model_kwargs.get(name) is not None}
         if expand_size > 1 and input_ids is not None:
-            counts = self._images_per_row(input_ids, model_kwargs.get("inputs_embeds"))
-            for name, given in images.items():
-                if given.shape[0] != sum(counts):
-                    raise UserError(
-                        f"{sum(counts)} images have placeholders in the prompts but {name} holds {given.shape[0]}; "
-                        "every <image> needs its image and every image its <image>"
-                    )
-                images[name] = torch.cat([of_row for of_row in given.split(counts) for _ in range(expand_size)])
+            inputs = {"input_ids": input_ids, "inputs_embeds": model_kwargs.get("inputs_embeds"), **images}
+            for name, of_rows in self.images_of_rows(inputs).items():
+                images[name] = torch.cat([of_row for of_row in of_rows for _ in range(expand_size)])
         ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -128,6 +124,38 @@ class TextGenerationMixin(ModelInterface):
         others: dict[str, Any] = {name: value for name, value in inputs.items() if name != "input_ids"}
         ids, others = self._expand_inputs_for_generation(expand_size, input_ids=inputs["input_ids"], **others)
         return {"input_ids": ids, **others}
+
+    def select_rows(self, inputs: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Keep some of B rows of inputs, in this order, with their images.
+
+        Raises:
+            UserError: the number of images does not match the placeholders.
+        """
+        index = torch.tensor(rows, device=inputs["input_ids"].device)
+        images = self.images_of_rows(inputs)
+        selected = {name: value[index] for name, value in inputs.items() if name not in _IMAGES}
+        for name, of_rows in images.items():
+            if kept := [of_rows[row] for row in rows if len(of_rows[row])]:
+                selected[name] = torch.cat(kept)
+        return selected
+
+    def images_of_rows(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Sequence[Tensor]]:
+        """Split the images in inputs of B rows: B tensors (I, ...) for each kind of image.
+
+        Raises:
+            UserError: the number of images does not match the placeholders.
+        """
+        ids = inputs["input_ids"]
+        assert ids is not None
+        counts = self._images_per_row(ids, inputs.get("inputs_embeds"))
+        images = {name: given for name in _IMAGES if (given := inputs.get(name)) is not None}
+        for name, given in images.items():
+            if given.shape[0] != sum(counts):
+                raise UserError(
+                    f"{sum(counts)} images have placeholders in the prompts but {name} holds {given.shape[0]}; every "
+                    "<image> needs its image and every image its <image>"
+                )
+        return {name: given.split(counts) for name, given in images.items()}
 
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any

@@ -8,7 +8,9 @@ from evotok_plugin import SamplingOptions, uniform_noise
 from evotok_plugin.errors import UserError
 from evotok_plugin.sampling import sample
 from llava_ext.generation import DrawingOptions
+from llava_ext.generation.head_steps import ImageHeadStepper
 from llava_ext.generation.options import SCHEDULES
+from llava_ext.generation.prompt_cache import PromptCache
 
 PROMPTS = ["a photo of a ring", "a photo of a red circle above a blue square"]
 
@@ -162,15 +164,60 @@ def test_positions_outside_the_interval_are_drawn_from_the_prompt_alone(tiny_mll
     assert torch.equal(never, plain)
 
 
-def test_unconditional_rows_end_with_the_interval(tiny_mllm, monkeypatch):
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0, 1 / 3), [(4, 1)] * 2 + [(2, 1)] * 6),
+        ((1 / 3, 2 / 3), [(2, 1)] * 3 + [(2, 3)] + [(4, 1)] * 2 + [(2, 1)] * 3),
+        ((2 / 3, 1), [(2, 1)] * 6 + [(2, 6)] + [(4, 1)] * 2),
+        ((0.5, 0.51), [(2, 1)] * 8),
+    ],
+    ids=["start", "middle", "end", "nowhere"],
+)
+def test_unconditional_rows_run_only_in_the_interval(tiny_mllm, monkeypatch, interval, expected):
+    """Their steps before the interval are computed at once."""
     model, processor = tiny_mllm
     seen = []
     forward = model.language_model.forward
     monkeypatch.setattr(
-        model.language_model, "forward", lambda **inputs: seen.append(len(inputs["inputs_embeds"])) or forward(**inputs)
+        model.language_model,
+        "forward",
+        lambda **inputs: seen.append(tuple(inputs["inputs_embeds"].shape[:2])) or forward(**inputs),
     )
-    drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(guidance_interval=(0, 1 / 3)))
-    assert seen[1:] == [4, 4, 2, 2, 2, 2, 2, 2]  # after the prompts
+    drawn(model, processor, PROMPTS, [1, 2], DrawingOptions(3.0, guidance_interval=interval))
+    assert seen[1:] == expected  # after the prompts
+
+
+@pytest.mark.parametrize("interval", [(0, 0.5), (0.4, 0.8), (0.5, 1)])
+@pytest.mark.parametrize("sampling", [SamplingOptions(temperature=0), SamplingOptions()], ids=["greedy", "sampled"])
+def test_skipped_unconditional_steps_change_no_code(any_mllm, monkeypatch, interval, sampling):
+    model, processor = any_mllm
+    options = DrawingOptions(4.0, guidance_interval=interval, sampling=sampling)
+    codes = drawn(model, processor, PROMPTS, [1, 2], options)
+    steps = model.config.vision_config.num_positions * (4 if model.config.image_head == "flat" else 1)
+    monkeypatch.setattr(ImageHeadStepper, "guided_steps", lambda self, options: range(steps))
+    assert torch.equal(codes, drawn(model, processor, PROMPTS, [1, 2], options))
+
+
+def test_prompts_are_run_once_for_all_candidates_and_batches(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    seen = []
+    forward = model.language_model.forward
+    monkeypatch.setattr(
+        model.language_model,
+        "forward",
+        lambda **inputs: seen.append(tuple(inputs["inputs_embeds"].shape[:2])) or forward(**inputs),
+    )
+    images = model.generate_images(
+        PROMPTS, processor, best_of=3, batch_size=2, judge=lambda prompts, images: [0.5] * len(prompts)
+    )
+    assert (
+        len(images) == 2 and sum(tokens > 1 for _, tokens in seen) == 2
+    )  # the second prompt is not in the first batch
+    seen.clear()
+    shared = PromptCache()
+    codes = [list(model.draw_codes(PROMPTS, processor, [1, 2], GREEDY, prompt_cache=shared))[-1] for _ in range(2)]
+    assert torch.equal(*codes) and len(shared) == 2 and sum(tokens > 1 for _, tokens in seen) == 1
 
 
 def test_previews_are_gray_at_missing_positions(tiny_mllm):

@@ -1,0 +1,144 @@
+"""Fused decoder layers against those of transformers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config
+
+from evotok_plugin.kernels import thin_linear as kernels
+from evotok_plugin.kernels.thin_linear import PACK_AFTER, JoinedLinear
+from llava_ext.generation.cache import SlotCache
+from llava_ext.generation.fused_layers import FusedLayer, can_be_fused
+from llava_ext.generation.thin_view import thin_view
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+BACKBONES = {
+    "qwen2": Qwen2Config(**SIZES),
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, head_dim=12),
+    "no groups": LlamaConfig(**{**SIZES, "num_key_value_heads": 6}),
+    "one group": Qwen2Config(**{**SIZES, "num_key_value_heads": 1}),
+    "scaled positions": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+}
+
+
+def made(config, model_class=AutoModel):
+    torch.manual_seed(0)
+    model = model_class.from_config(config).eval()
+    for parameter in model.parameters():  # also biases and norms
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("cache", ["dynamic", "slots"])
+def test_steps_equal_those_of_transformers(name, cache):
+    """Rows with padding, over a prompt, single steps, several at once, and single steps again."""
+    model = made(BACKBONES[name])
+    view = thin_view(model)
+    assert all(isinstance(layer, FusedLayer) for layer in view.layers)
+    assert all(isinstance(layer, type(own)) for layer, own in zip(view.layers, model.layers, strict=True))
+    mask = torch.ones(3, 30, dtype=torch.bool)
+    mask[1, :4] = False
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    inputs = torch.randn(3, 30, 48)
+    seen = []
+    for one in (model, view):
+        kept = DynamicCache(config=model.config) if cache == "dynamic" else SlotCache(3, 30)
+        outputs, start = [], 0
+        for count in [6, *[1] * 10, 4, *[1] * 10]:
+            end = start + count
+            outputs.append(
+                one(
+                    inputs_embeds=inputs[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=kept,
+                    use_cache=True,
+                ).last_hidden_state
+            )
+            start = end
+        seen.append(torch.cat(outputs, dim=1))
+    torch.testing.assert_close(*seen, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_texts_equal_those_of_transformers(name):
+    model = made(BACKBONES[name], AutoModelForCausalLM)
+    ids = torch.randint(3, 64, (4, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for settings in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **settings}
+        assert torch.equal(thin_view(model).generate(ids, **settings), model.generate(ids, **settings))
+
+
+def test_single_steps_are_fused_and_others_are_not(monkeypatch):
+    model = made(BACKBONES["qwen2"])
+    view, calls = thin_view(model), []
+    compute = JoinedLinear.__call__
+    monkeypatch.setattr(JoinedLinear, "__call__", lambda self, x: calls.append(len(x)) or compute(self, x))
+    x = torch.randn(2, 1, 48)
+    with torch.no_grad():
+        view(inputs_embeds=x, past_key_values=DynamicCache(config=model.config), use_cache=True)
+        assert calls == [2, 2] * 3
+        view(inputs_embeds=torch.randn(2, 3, 48), past_key_values=DynamicCache(config=model.config), use_cache=True)
+        view(inputs_embeds=x, use_cache=False)
+    view(inputs_embeds=x, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    assert len(calls) == 6
+    handle = view.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        view(inputs_embeds=x, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    assert len(calls) == 10  # all layers but the first one
+    handle.remove()
+    assert not model.layers[0].mlp._forward_hooks
+
+
+def test_other_layers_are_left_alone(monkeypatch):
+    sliding = made(MistralConfig(**SIZES, sliding_window=4))
+    assert thin_view(sliding) is sliding
+    eager = made(copy.deepcopy(BACKBONES["qwen2"]))
+    eager.set_attn_implementation("eager")
+    assert thin_view(eager) is eager
+    half = made(BACKBONES["qwen2"]).bfloat16()
+    assert not can_be_fused(half.layers[0])
+    replaced = made(BACKBONES["qwen2"])
+    replaced.layers[0].mlp.up_proj = nn.Sequential(replaced.layers[0].mlp.up_proj)
+    assert [isinstance(layer, FusedLayer) for layer in thin_view(replaced).layers] == [False, True, True]
+    patched = made(BACKBONES["qwen2"])
+    patched.layers[1].self_attn.forward = patched.layers[1].self_attn.forward
+    assert [isinstance(layer, FusedLayer) for layer in thin_view(patched).layers] == [True, False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)])
+def test_joined_layers_equal_the_single_ones(monkeypatch, is_large, biases):
+    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 1 if is_large else 2**40)
+    layers = [nn.Linear(20, 30, bias=biases[0]), nn.Linear(20, 50, bias=biases[1])]
+    joined = JoinedLinear(layers)
+    for rows in (1, 2, 5):
+        for number in range(PACK_AFTER):
+            if number == PACK_AFTER - 4:
+                layers[1].weight.mul_(1.5)
+            x = torch.randn(rows, 20)
+            torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    for _ in range(PACK_AFTER):
+        torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    assert joined._weight is not None and joined._is_packed == (is_large and kernels._has_kernels(torch.float32))
+    monkeypatch.setattr(kernels, "available_memory", lambda: 0)
+    monkeypatch.setattr(kernels, "_ALWAYS_FITS", 0)
+    poor = JoinedLinear(layers)
+    for _ in range(PACK_AFTER):
+        torch.testing.assert_close(poor(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    assert poor._weight is None
