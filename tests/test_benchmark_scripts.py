@@ -42,6 +42,33 @@ def test_questions_of_dialogues_have_the_wanted_kind(script, rng):
     assert dialogues["question_about"](five, "number", rng) is None
 
 
+def test_the_tables_of_generation_are_measured_and_written(script, tmp_path, monkeypatch, capfd):
+    """All benchmarks of generation at their smallest size: they compare codes and tokens with their baselines."""
+    page = tmp_path / "page.md"
+    names = ("drawing", "text", "guidance_cost", "linear_layers")
+    blocks = [f"<!-- table: {name} -->\nold\n<!-- end of the table -->\n" for name in names]
+    page.write_text("# Title\n\n" + "\nbetween\n".join(blocks) + "\nlast")
+    command = ["tables.py", str(tmp_path / "results"), "--smallest", "--page", str(page)]
+    monkeypatch.setattr("sys.argv", command)
+    main = script("tables")["main"]
+    assert main() == 0
+    found = {name: json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in names}
+    assert found["drawing"]["results"][0]["same_codes"] is True
+    assert found["text"]["results"][0]["same_tokens"] is True
+    assert all(result["equal"] for result in found["linear_layers"]["results"])
+    assert [result["same_codes"] for result in found["guidance_cost"]["results"]] == [True, True]
+    assert all(one["machine"]["threads"] == 1 and one["machine"]["clock"] == "cpu" for one in found.values())
+    written = page.read_text()
+    assert "old" not in written and written.count("between") == 3 and written.endswith("last")
+    faster = found["text"]["results"][0]["times_faster"]
+    assert f"**{faster:.2f}**" in written and "| position, ours | " in written and "| included | 1 | " in written
+    before = {name: (tmp_path / "results" / f"{name}.json").stat().st_mtime_ns for name in names}
+    assert main() == 0  # nothing is measured again
+    assert before == {name: (tmp_path / "results" / f"{name}.json").stat().st_mtime_ns for name in names}
+    page.write_text("no markers")
+    assert main() == 1 and "has no '<!-- table: drawing -->'" in capfd.readouterr().err
+
+
 def test_entropy_is_summed_over_variables(script):
     entropy = script("diversity")["entropy"]
     measured = entropy([{"cell": [k % 4], "color": ["red"], "size": [k % 2]} for k in range(8)])

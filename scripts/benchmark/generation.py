@@ -1,6 +1,7 @@
 """Compare drawing with a straightforward implementation in images per second, on the same weights.
 
     python scripts/benchmark/generation.py                       # paper-size image head on a CPU
+    python scripts/benchmark/generation.py --threads 1 --json drawing.json
     python scripts/benchmark/generation.py --device cuda --dtype bfloat16 --positions 256
 
 The straightforward implementation runs the language model on every prompt separately, appends keys and values to
@@ -9,46 +10,44 @@ classifiers (one per level of the tokenizer, as in published code) to its last s
 Ours is `draw_codes`. Both draw with guidance, top-k 900 and top-p 0.96. Weights are random, since the time does not
 depend on their values. With greedy sampling both draw the same codes, which is checked.
 
-The image head is measured again with PyTorch's linear layers, to show the effect of `thin_linear`.
+The image head is measured again with PyTorch's linear layers, to show the effect of `ThinLinear`.
 
 An image has 256 positions. On a CPU only a few are measured (`--positions`); images per second are extrapolated from
-the times of one position, of the prompts and of decoding the pixels. The first preview is available after 16 positions.
+the times of one position, of the prompts and of decoding the pixels. Ours packs its weights during the first 17
+positions, which are measured, too, and counted as they are. The first preview is available after 16 positions.
+
+With one thread times are CPU times, else wall-clock times.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import platform
-import time
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import torch
 import transformers
-from measuring import device_name, peak_mebibytes, seconds, synchronize
+from drawing_model import BACKBONES, HEADS, Prompts, make_model
+from measuring import clock_for, machine_of, now, peak_mebibytes, seconds
 from torch import Tensor, nn
-from transformers import BatchFeature, DynamicCache
+from transformers import DynamicCache
 
-from evotok_plugin import EvoTokConfig, SamplingOptions
+from evotok_plugin import SamplingOptions
 from evotok_plugin.common.command_parser import CommandParser
+from evotok_plugin.kernels.thin_linear import PACK_AFTER, can_be_thin
 from evotok_plugin.sampling import sample, uniform_noise
-from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration
+from llava_ext import EvoTokLlavaForConditionalGeneration
 from llava_ext.generation import DrawingOptions
+from llava_ext.generation.thin_view import thin_view
 
-PROMPT_TOKENS = 40
 POSITIONS_TO_PREVIEW = 16
-# Sizes of Qwen2.5; the vocabulary is small because drawing does not use it.
-BACKBONES = {
-    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-}
-HEADS = {"paper": (2560, 6, 40), "tiny": (128, 2, 4)}
+NUM_POSITIONS = 256
 MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolution", "attention")
 
 
@@ -62,46 +61,11 @@ class Timing:
     sampling: float
 
 
-def make_model(options: argparse.Namespace) -> EvoTokLlavaForConditionalGeneration:
-    """Create a model with random weights; the tokenizer's encoder, unused in drawing, has one layer."""
-    tower = EvoTokConfig.preset("paper", encoder_num_layers=1, semantic_num_layers=1)
-    text = {"model_type": "qwen2", "vocab_size": 1000, "num_key_value_heads": 2, **BACKBONES[options.backbone]}
-    width, layers, heads = HEADS[options.head]
-    config = EvoTokLlavaConfig(
-        text_config=text,
-        vision_config=tower,
-        image_token_id=0,
-        image_start_token_id=1,
-        image_end_token_id=2,
-        residual_token_offset=1000,
-        head_hidden_size=width,
-        head_num_layers=layers,
-        head_num_heads=heads,
-    )
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    model = EvoTokLlavaForConditionalGeneration(config)
-    for part in (model.language_model, model.image_head, model.write_projector, model.lm_head):
-        part.to(dtype)
-    return model.to(options.device).eval()
-
-
-class Prompts:
-    """Replaces the processor: prompts of random tokens, all of the same length."""
-
-    def drawing_prompts(self, prompts: list[str]) -> BatchFeature:
-        rows = [
-            torch.randint(3, 1000, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(len(p))) for p in prompts
-        ]
-        ids = torch.stack(rows)
-        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-
 class Straightforward:
     """The straightforward implementation of drawing."""
 
-    def __init__(self, model: EvoTokLlavaForConditionalGeneration) -> None:
-        self.model, vision = model, model.config.vision_config
+    def __init__(self, model: EvoTokLlavaForConditionalGeneration, clock: Callable[[], float]) -> None:
+        self.model, self.clock, vision = model, clock, model.config.vision_config
         width = model.config.head_hidden_size
         like = model.image_head.level_embedding
         further = [
@@ -115,18 +79,18 @@ class Straightforward:
         model, count, device = self.model, len(prompts), self.model.device
         inputs = Prompts().drawing_prompts([*prompts, *[""] * count]).to(device)
         mask, spent = inputs["attention_mask"], defaultdict(float)
-        started = now(device)
+        started = now(device, self.clock)
         outputs = model.language_model(
             inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]),
             attention_mask=mask,
             past_key_values=DynamicCache(config=model.language_model.config),
             use_cache=True,
         )
-        prompt_seconds, started, positions = now(device) - started, now(device), []
+        prompt_seconds, started, positions = now(device, self.clock) - started, now(device, self.clock), []
         for index in range(num_positions):
-            before = now(device)
+            before = now(device, self.clock)
             positions.append(self._levels(outputs.last_hidden_state[:, -1], options, spent))
-            spent["head"] += now(device) - before
+            spent["head"] += now(device, self.clock) - before
             place = torch.full((count,), index, device=device)
             step = model.embed_written(positions[-1], place)[:, None]
             mask = torch.cat([mask, mask.new_ones(2 * count, 1)], dim=1)
@@ -137,7 +101,7 @@ class Straightforward:
                 past_key_values=outputs.past_key_values,
                 use_cache=True,
             )
-        whole = (now(device) - started) / num_positions
+        whole = (now(device, self.clock) - started) / num_positions
         timing = Timing(prompt_seconds, whole, spent["head"] / num_positions, spent["sampling"] / num_positions)
         return torch.stack(positions, dim=1), timing
 
@@ -153,9 +117,9 @@ class Straightforward:
             logits = [classifier(x[:, -1]) for classifier in self.classifiers][level]
             conditional, unconditional = logits[:count], logits[count:]
             logits = unconditional + options.guidance_scale * (conditional - unconditional)
-            before = now(hidden.device)
+            before = now(hidden.device, self.clock)
             codes.append(sort_and_sample(logits.float(), options.sampling))
-            spent["sampling"] += now(hidden.device) - before
+            spent["sampling"] += now(hidden.device, self.clock) - before
             drawn = codebooks[level][codes[-1]]
             latents.append(torch.cat([drawn, drawn]))
         return torch.stack(codes, dim=1)
@@ -174,23 +138,39 @@ def sort_and_sample(logits: Tensor, options: SamplingOptions) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-def now(device: torch.device) -> float:
-    """The wall-clock time after the GPU has finished its work."""
-    synchronize(device)
-    return time.perf_counter()
+@dataclass
+class OwnTiming:
+    """Seconds of our implementation.
+
+    Attributes:
+        first: up to the codes of the first position.
+        warm_up: of the further positions during which weights are packed.
+        position: of each position after them.
+        preview: up to the codes of the first preview.
+    """
+
+    first: float
+    warm_up: float
+    position: float
+    preview: float
 
 
-def draw_ours(model, prompts: list[str], options: DrawingOptions, num_positions: int, use_graphs: bool) -> tuple:
-    """Draw codes (R, positions, L); also returns the time to the first position, and the time per further position."""
-    started, marks = now(model.device), []
+def draw_ours(
+    model, prompts: list[str], options: DrawingOptions, num_positions: int, use_graphs: bool, clock, warm_up: int
+) -> tuple[Tensor, OwnTiming]:
+    """Draw codes (R, warm_up + num_positions, L), with their times."""
+    started, marks = now(model.device, clock), []
     for codes in model.draw_codes(prompts, Prompts(), list(range(len(prompts))), options, use_graphs):
-        marks.append(now(model.device))
-        if codes.shape[1] == num_positions + 1:
+        marks.append(now(model.device, clock))
+        if codes.shape[1] == 1 + warm_up + num_positions:
             break
-    return codes[:, :num_positions], marks[0] - started, (marks[-1] - marks[0]) / (len(marks) - 1)
+    position = (marks[-1] - marks[warm_up]) / num_positions
+    reached = min(POSITIONS_TO_PREVIEW, len(marks))
+    preview = marks[reached - 1] - started + (POSITIONS_TO_PREVIEW - reached) * position
+    return codes[:, :-1], OwnTiming(marks[0] - started, marks[warm_up] - marks[0], position, preview)
 
 
-def time_head(model, count: int, options: DrawingOptions, rounds: int) -> tuple[float, float]:
+def time_head(model, count: int, options: DrawingOptions, rounds: int, clock) -> tuple[float, float]:
     """Seconds of the image head for one position of `count` images with guidance, and of sampling alone."""
     head, device = model.image_head, model.device
     hidden = torch.randn(2 * count, model.config.text_config.hidden_size, device=device).to(head.level_embedding.dtype)
@@ -205,8 +185,9 @@ def time_head(model, count: int, options: DrawingOptions, rounds: int) -> tuple[
         for level in range(head.num_levels):
             sample(logits, sampling.at_level(level), noise[:, level])
 
-    draw(), choose()  # warm up
-    return tuple(min(seconds(run, device) for _ in range(rounds)) for run in (draw, choose))
+    for _ in range(PACK_AFTER // head.num_levels + 1):
+        draw(), choose()  # warm up
+    return tuple(min(seconds(run, device, clock) for _ in range(rounds)) for run in (draw, choose))
 
 
 def outside_matrix_products(run: Callable[[], object], device: torch.device) -> float:
@@ -226,33 +207,50 @@ def outside_matrix_products(run: Callable[[], object], device: torch.device) -> 
     return 1 - multiplied / sum(spent.values())
 
 
+def is_same(model, plain: Straightforward, prompts: list[str], options: argparse.Namespace, clock) -> bool:
+    """Whether both draw the same codes with greedy sampling, before and after weights are packed."""
+    greedy = DrawingOptions(3.0, sampling=SamplingOptions(temperature=0)).completed()
+    few, warm_up = min(2, options.positions), warm_up_of(options)
+    expected = plain.draw(prompts, greedy, few)[0]
+    view = thin_view(model)  # packs once
+    before, _ = draw_ours(view, prompts, greedy, few, options.use_graphs, clock, warm_up)
+    after, _ = draw_ours(view, prompts, greedy, few, options.use_graphs, clock, 0)
+    return torch.equal(before[:, :few], expected) and torch.equal(after[:, :few], expected)
+
+
+def warm_up_of(options: argparse.Namespace) -> int:
+    """The number of positions after the first one until all weights are packed."""
+    return PACK_AFTER if options.device == "cpu" else 0
+
+
 def measure(model, count: int, options: argparse.Namespace) -> dict:
     """Measure both implementations on a batch of `count` images."""
     device, prompts = model.device, ["x" * (n + 1) for n in range(count)]
-    plain = Straightforward(model)
+    clock = clock_for(torch.get_num_threads(), device)
+    plain = Straightforward(model, clock)
     drawing = DrawingOptions(3.0, sampling=SamplingOptions(top_k=900, top_p=0.96)).completed()
-    greedy = DrawingOptions(3.0, sampling=SamplingOptions(temperature=0)).completed()
-    few = min(2, options.positions)
-    same = torch.equal(
-        plain.draw(prompts, greedy, few)[0], draw_ours(model, prompts, greedy, few, options.use_graphs)[0]
-    )
-    codes = torch.zeros(count, 256, 4, dtype=torch.long, device=device)
-    decode = min(seconds(lambda: model.vision_tower.decode_pixels(codes), device) for _ in range(2))
+    same = is_same(model, plain, prompts, options, clock)
+    codes = torch.zeros(count, NUM_POSITIONS, 4, dtype=torch.long, device=device)
+    decode = min(seconds(lambda: model.vision_tower.decode_pixels(codes), device, clock) for _ in range(2))
 
+    few, warm_up, use_graphs = min(2, options.positions), warm_up_of(options), options.use_graphs
     theirs, ours = [], []
     for _ in range(options.rounds):
         theirs.append(plain.draw(prompts, drawing, options.positions)[1])
-        ours.append(draw_ours(model, prompts, drawing, options.positions, options.use_graphs)[1:])
-    head, sampling = time_head(model, count, drawing, options.rounds + 1)
-    with mock.patch("evotok_plugin.image_head.thin_linear", nn.Module.__call__):
-        plain_layers, _ = time_head(model, count, drawing, options.rounds + 1)
+        ours.append(draw_ours(model, prompts, drawing, options.positions, use_graphs, clock, warm_up)[1])
+    view = thin_view(model)
+    head, sampling = time_head(view, count, drawing, options.rounds + 1, clock)
+    with plain_layers_in(model.image_head):
+        plain_layers, _ = time_head(model, count, drawing, options.rounds + 1, clock)
     least = Timing(*(min(getattr(t, name) for t in theirs) for name in vars(theirs[0])))
-    ours_prompts, ours_position = (min(values) for values in zip(*ours, strict=True))
+    own = OwnTiming(*(min(getattr(t, name) for t in ours) for name in vars(ours[0])))
+    thin = [layer for part in (model.language_model, model.image_head) for layer in part.modules()]
+    packed = sum(layer.weight.nbytes for layer in thin if can_be_thin(layer)) if warm_up else 0
 
-    def row(position: float, prompts: float, head: float, sampling: float, run: Callable[[], object]) -> dict:
+    def row(image: float, preview: float, position: float, head: float, sampling: float, run) -> dict:
         return {
-            "images_per_second": round(count / (prompts + 256 * position + decode), 4),
-            "seconds_to_first_preview": round(prompts + POSITIONS_TO_PREVIEW * position + decode, 3),
+            "images_per_second": round(count / (image + decode), 4),
+            "seconds_to_first_preview": round(preview + decode, 3),
             "milliseconds_a_position": round(1000 * position, 2),
             "of_them_image_head": round(1000 * head, 2),
             "of_them_sampling": round(1000 * sampling, 2),
@@ -260,20 +258,23 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
             "share_outside_matrix_products": round(outside_matrix_products(run, device), 3),
         }
 
+    rest = NUM_POSITIONS - 1 - warm_up
     rows = {
         "straightforward": row(
-            least.position, least.prompts, least.head, least.sampling, lambda: plain.draw(prompts, drawing, few)
+            least.prompts + NUM_POSITIONS * least.position, least.prompts + POSITIONS_TO_PREVIEW * least.position,
+            least.position, least.head, least.sampling, lambda: plain.draw(prompts, drawing, few),
         ),
         "ours": row(
-            ours_position, ours_prompts, head, sampling,
-            lambda: draw_ours(model, prompts, drawing, few, options.use_graphs),
+            own.first + own.warm_up + rest * own.position, own.preview, own.position, head, sampling,
+            lambda: draw_ours(view, prompts, drawing, few, use_graphs, clock, 0),
         ),
     }  # fmt: skip
     ratio = {
-        name: round(getattr(least, name) / value, 2) for name, value in [("head", head), ("position", ours_position)]
+        name: round(getattr(least, name) / value, 2) for name, value in [("head", head), ("position", own.position)]
     }
     rows["ours"]["of_them_image_head_by_plain_layers"] = round(1000 * plain_layers, 2)
     rows["straightforward"]["of_them_image_head_by_plain_layers"] = rows["straightforward"]["of_them_image_head"]
+    rows["ours"]["packed_mebibytes"], rows["straightforward"]["packed_mebibytes"] = round(packed / 2**20, 1), 0.0
     whole = rows["ours"]["images_per_second"] / rows["straightforward"]["images_per_second"]
     return {
         "batch": count,
@@ -283,8 +284,20 @@ def measure(model, count: int, options: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
-    """Run the comparison and print the results."""
+@contextlib.contextmanager
+def plain_layers_in(module: nn.Module) -> Iterator[None]:
+    """Call PyTorch's linear layers: `thin_linear` leaves layers with hooks alone."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    handles = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def main() -> int:
+    """Run the comparison and print the results; returns 1 if the codes differ."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the weights")
@@ -303,13 +316,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     model = make_model(options)
-    machine = {
-        "device": device_name(model.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    machine = machine_of(model.device)
     sizes = {"image head": options.head, "backbone": options.backbone, "dtype": options.dtype}
     print(", ".join(f"{key} {value}" for key, value in {**machine, **sizes}.items()))
     results = []
@@ -319,6 +326,7 @@ def main() -> None:
             show(results[-1])
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "results": results}, indent=2) + "\n")
+    return 0 if all(result["same_codes"] for result in results) else 1
 
 
 def show(result: dict) -> None:
@@ -332,4 +340,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Measurement of time and memory, shared by the benchmarks in this folder."""
 
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
@@ -14,6 +15,30 @@ def synchronize(device: torch.device) -> None:
     """Wait for the pending work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The time by the given clock after the GPU has finished its work."""
+    synchronize(device)
+    return clock()
+
+
+def clock_for(num_threads: int, device: torch.device) -> Callable[[], float]:
+    """CPU time for one thread, which does not depend on other programs; else wall-clock time."""
+    return CLOCKS["cpu" if num_threads == 1 and device.type == "cpu" else "wall"]
+
+
+def machine_of(device: torch.device) -> dict[str, str | int]:
+    """What figures depend on: device, threads, clock and versions."""
+    threads = torch.get_num_threads()
+    return {
+        "device": device_name(device),
+        "threads": threads,
+        "clock": "wall" if clock_for(threads, device) is CLOCKS["wall"] else "cpu",
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

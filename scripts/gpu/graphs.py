@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
-from generation import Prompts, make_model
+from drawing_model import Prompts, make_model
 from measuring import device_name, synchronize
 
 from evotok_plugin import SamplingOptions
