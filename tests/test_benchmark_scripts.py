@@ -66,7 +66,7 @@ def test_the_tables_of_generation_are_measured_and_written(script, tmp_path, mon
     assert main() == 0  # nothing is measured again
     assert before == {name: (tmp_path / "results" / f"{name}.json").stat().st_mtime_ns for name in names}
     page.write_text("no markers")
-    assert main() == 1 and "has no '<!-- table: drawing -->'" in capfd.readouterr().err
+    assert main() == 2 and "has no '<!-- table: drawing -->'" in capfd.readouterr().err
 
 
 def test_entropy_is_summed_over_variables(script):
