@@ -98,12 +98,16 @@ def peak_of(
     thread = threading.Thread(target=work, daemon=True)
     if during is not None:
         thread.start()
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        together = max(together, sum(map(proportional_bytes, tree(process.pid))))
-        time.sleep(_INTERVAL)
+    try:
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            together = max(together, sum(map(proportional_bytes, tree(process.pid))))
+            time.sleep(_INTERVAL)
+    except BaseException:
+        process.terminate()
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if failure or (during is None and process.returncode):
         lines = log.read_text(errors="replace").strip().splitlines()[-5:]
@@ -208,6 +212,10 @@ def run(options: argparse.Namespace) -> int:
                 log = workspace / f"{name.replace(' ', '_')}.log"
                 peaks[name] = peak_of([sys.executable, *stage.command], Path.cwd(), log, stage.during)
                 print(f"{name}: {gibibytes(peaks[name].largest)} GiB", file=sys.stderr, flush=True)
+    except BaseException:
+        if peaks:
+            report(peaks, options)  # a run that fails or is stopped keeps what it has measured
+        raise
     finally:
         if options.workspace is None:
             shutil.rmtree(workspace)
