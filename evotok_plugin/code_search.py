@@ -40,7 +40,7 @@ def residual_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     equally near up to float64 rounding, any may be chosen. Autocast and the precision set for matrix products have no
     effect.
     """
-    if _is_compiling():
+    if is_compiling():
         return torch.ops.evotok.residual_codes(latents, codebooks)
     if latents.is_cuda and (kernel := _kernel()) is not None:
         return kernel(latents, codebooks)
@@ -69,12 +69,14 @@ if hasattr(torch.library, "custom_op"):  # from PyTorch 2.4
         _fake_residual_codes
     )
 
-    def _is_compiling() -> bool:
+    def is_compiling() -> bool:
+        """Whether torch.compile traces the caller."""
         return torch.compiler.is_compiling()
 
 else:
 
-    def _is_compiling() -> bool:
+    def is_compiling() -> bool:
+        """Whether torch.compile traces the caller."""
         return False
 
 

@@ -24,20 +24,23 @@ from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.encoder import PatchEmbeddings
 from evotok_plugin.errors import UserError
 from evotok_plugin.pixel_decoder import PixelDecoder
-from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.quantizers.base import Quantizer
+from evotok_plugin.quantizers.choice import build_quantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 
 
 @dataclass
 class EvoTokOutput(ModelOutput):
     """Reconstruction of a batch: `pixels` (B, 3, H, W), `features` (B, N, D), `codes` (B, N, L), the scalar
-    `commitment_loss`, and `latents`, the sums of levels (B, N, C) at the depths that were asked for."""
+    `commitment_loss`, `latents`, the sums of levels (B, N, C) at the depths that were asked for, and the scalar
+    `codebook_loss` if the quantizer learns by gradients."""
 
     pixels: Tensor | None = None
     features: Tensor | None = None
     codes: Tensor | None = None
     commitment_loss: Tensor | None = None
     latents: tuple[Tensor, ...] | None = None
+    codebook_loss: Tensor | None = None
 
 
 @dataclass
@@ -80,8 +83,8 @@ class EvoTokPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SemanticDecoder):
             init.normal_(module.class_token, std=self.config.initializer_range)
             init.normal_(module.position_embedding, std=self.config.initializer_range)
-        elif isinstance(module, ResidualVectorQuantizer):
-            init.normal_(module.codebooks)
+        elif isinstance(module, Quantizer):
+            module.reset_parameters()
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of positions of images (B, 3, H, W).
@@ -99,16 +102,7 @@ class EvoTokModel(EvoTokPreTrainedModel):
     def __init__(self, config: EvoTokConfig) -> None:
         super().__init__(config)
         self.encoder = build_encoder(config)
-        self.quantizer = ResidualVectorQuantizer(
-            num_quantizers=config.num_quantizers,
-            codebook_size=config.codebook_size,
-            codebook_dim=config.codebook_dim,
-            ema_decay=config.ema_decay,
-            restart_threshold=config.restart_threshold,
-            warmup_steps=config.codebook_warmup_steps,
-            restart_by_error=config.restart_by_error,
-            level_dropout=config.level_dropout,
-        )
+        self.quantizer = build_quantizer(config)
         self.pixel_decoder = PixelDecoder(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
@@ -118,7 +112,7 @@ class EvoTokModel(EvoTokPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            depths: also return the latents at these depths, with straight-through gradients to the encoder.
+            depths: also return the latents at these depths, with the quantizer's gradients to the encoder.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size.
@@ -131,6 +125,7 @@ class EvoTokModel(EvoTokPreTrainedModel):
             codes=quantized.codes,
             commitment_loss=quantized.commitment_loss,
             latents=tuple(quantized.latents_at(depth) for depth in depths) or None,
+            codebook_loss=quantized.codebook_loss,
         )
 
     def _to_pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:

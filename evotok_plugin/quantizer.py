@@ -5,15 +5,15 @@ M vectors (any leading shape), L levels, K codes per level, C dimensions.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evotok_plugin.code_search import nearest_codes, residual_codes
+from evotok_plugin.code_search import nearest_codes
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.errors import UserError
+from evotok_plugin.quantizers.base import Quantizer
 
 
 def _draw_distant(vectors: Tensor, codebook: Tensor, count: int) -> Tensor:
@@ -32,38 +32,7 @@ def _spread_codes(vectors: Tensor, count: int, num_rounds: int = 8) -> Tensor:
     return codebook.clone()
 
 
-@dataclass
-class Quantized:
-    """Latents `z` (..., C) quantized with l levels.
-
-    Attributes:
-        codes: (..., l), one index per level.
-        commitment_loss: mean over the depths d = 1..l of MSE(z, stop_grad(sum of levels 1..d)).
-    """
-
-    codes: Tensor
-    commitment_loss: Tensor
-    _latents: Tensor
-    _sums: list[Tensor]
-    _kept: Tensor | None = None  # level dropout: the number of levels that each batch item keeps
-
-    def latents_at(self, depth: int) -> Tensor:
-        """Sum of the first `depth` levels (..., C), with a straight-through gradient to the latents.
-
-        Raises:
-            ValueError: `depth` exceeds the number of levels that were searched, or is below 1.
-        """
-        if not 1 <= depth <= len(self._sums):
-            raise ValueError(f"depth must be in 1..{len(self._sums)}, the levels that were searched, got {depth}")
-        total = self._sums[depth - 1]
-        if self._kept is not None:
-            total = self._sums[0]
-            for level in range(1, depth):
-                total = torch.where(self._kept > level, self._sums[level], total)
-        return self._latents + (total - self._latents).detach()
-
-
-class ResidualVectorQuantizer(nn.Module):
+class ResidualVectorQuantizer(Quantizer):
     """Residual vector quantizer: each level picks the code nearest to the residual that earlier levels leave.
 
     In training mode every call also updates the codebooks (van den Oord et al. 2017, appendix A.1) by exponential
@@ -74,13 +43,10 @@ class ResidualVectorQuantizer(nn.Module):
     codebooks that are bit-identical to those of a single process on the joint batch: the batches concatenated in rank
     order, with the random numbers of rank 0.
 
-    With `is_fixed` the codebooks stay as they are in training, too.
-
-    `level_dropout` is the share of training batch items (first dimension) whose `latents_at` stop at a random depth,
-    so that decoders learn to work with fewer levels; codes, commitment loss and codebook updates use all levels.
+    For `level_dropout`, `gradient` and `is_fixed` see `Quantizer`.
 
     Raises:
-        UserError: `level_dropout` is not between 0 and 1.
+        UserError: `level_dropout` is not between 0 and 1, or the gradient is unknown.
     """
 
     codebooks: Tensor
@@ -95,76 +61,27 @@ class ResidualVectorQuantizer(nn.Module):
         warmup_steps: int = 0,
         restart_by_error: bool = False,
         level_dropout: float = 0.0,
+        gradient: str = "straight_through",
     ) -> None:
-        super().__init__()
-        if not 0 <= level_dropout <= 1:
-            raise UserError(f"level_dropout must be between 0 and 1, got {level_dropout}")
-        self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
+        super().__init__(num_quantizers, codebook_size, codebook_dim, level_dropout, gradient)
         self.ema_decay, self.restart_threshold, self.warmup_steps = ema_decay, restart_threshold, warmup_steps
-        self.restart_by_error, self.level_dropout = restart_by_error, level_dropout
+        self.restart_by_error = restart_by_error
         # Always float32, whatever the default dtype: rounded codebooks would give other codes.
         codebooks = torch.randn(num_quantizers, codebook_size, codebook_dim, dtype=torch.float32)
         self.register_buffer("codebooks", codebooks)
         # Learning state is not part of the model: it is created when training starts, and the trainer saves it.
         self._counts: Tensor | None = None
         self._steps = 0
-        self.is_fixed = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualVectorQuantizer":
-        """Move to a device like any module, but keep float32: rounded codebooks would give other codes."""
-        codebooks = self.codebooks
+    def reset_parameters(self) -> None:
+        """Draw normal codebooks."""
+        nn.init.normal_(self.codebooks)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         super()._apply(fn, recurse)
-        if self.codebooks.dtype != torch.float32 and not self.codebooks.is_meta:
-            self.codebooks = codebooks.to(self.codebooks.device, torch.float32)
         if self._counts is not None:
             self._counts = self._counts.to(self.codebooks.device)
         return self
-
-    def forward(self, latents: Tensor, depth: int | None = None) -> Quantized:
-        """Quantize latents (..., C); with `depth`, search only the first `depth` levels.
-
-        Raises:
-            UserError: `depth` is not in 1..num_quantizers.
-            ValueError: the width of the latents is not that of the codes.
-        """
-        levels = self.num_quantizers if depth is None else depth
-        if not 1 <= levels <= self.num_quantizers:
-            raise UserError(f"depth must be in 1..{self.num_quantizers}, got {depth}")
-        if latents.shape[-1] != self.codebooks.shape[-1]:
-            raise ValueError(f"expected latents (..., {self.codebooks.shape[-1]}), got {tuple(latents.shape)}")
-        # The choice of codes is made in float32: under autocast 2.6 % of the codes would change.
-        with torch.autocast(latents.device.type, enabled=False):
-            z = latents.float()
-            flat = z.detach().reshape(-1, z.shape[-1])
-            codes = residual_codes(flat, self.codebooks[:levels])
-            total, sums, losses = torch.zeros_like(flat), [], []
-            for level in range(levels):
-                total = total + F.embedding(codes[:, level], self.codebooks[level])
-                sums.append(total.view(z.shape))
-                losses.append(F.mse_loss(z, sums[-1]))
-            kept = self._draw_depths(z) if self.training and self.level_dropout else None
-            if self.training and not self.is_fixed:
-                self._learn(flat, codes, sums)
-        return Quantized(codes.view(*z.shape[:-1], levels), torch.stack(losses).mean(), z, sums, kept)
-
-    def _draw_depths(self, z: Tensor) -> Tensor:
-        """Number of levels that each item keeps, shaped to broadcast with latents: (B, 1, ..)."""
-        dropped = torch.rand(z.shape[0]) < self.level_dropout
-        depths = torch.randint(1, self.num_quantizers + 1, (z.shape[0],))
-        kept = torch.where(dropped, depths, self.num_quantizers)
-        return kept.to(z.device).view(-1, *[1] * (z.ndim - 1))
-
-    def codes_to_latents(self, codes: Tensor) -> Tensor:
-        """Sum of the code vectors of the given levels: (..., l) -> (..., C)."""
-        total = F.embedding(codes[..., 0], self.codebooks[0])
-        for level in range(1, codes.shape[-1]):
-            total = total + F.embedding(codes[..., level], self.codebooks[level])
-        return total
-
-    def level_latents(self, codes: Tensor) -> Tensor:
-        """Code vector of every level: (..., l) -> (..., l, C)."""
-        levels = torch.arange(codes.shape[-1], device=codes.device)
-        return self.codebooks[levels, codes]
 
     # Learning ------------------------------------------------------------------------------------------------
 
@@ -176,13 +93,6 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _learn(self, vectors: Tensor, codes: Tensor, sums: list[Tensor]) -> None:
-        """Update the codebooks of the searched levels.
-
-        Args:
-            vectors: (M, C).
-            codes: (M, l).
-            sums: for every depth 1..l the sum of the levels up to it.
-        """
         counts, batch = self._ensure_counts(), _JointBatch(vectors)
         residuals = [vectors] + [vectors - total.view_as(vectors) for total in sums]
         peaks = batch.largest(torch.stack([residual.abs().amax() for residual in residuals[:-1]]))

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from evotok_plugin.errors import UserError
+from evotok_plugin.quantizers.fsq_grid import fsq_grid
 
 _RECIPE = "recipe.yaml"  # the settings of the training run
 _LARGEST = 2**20  # beyond every useful size; larger ones are typing errors that would exhaust the memory
 ACTIVATIONS = ("gelu_tanh", "gelu", "quick_gelu")
+QUANTIZERS = ("rvq", "simvq", "fsq")
+QUANTIZER_GRADIENTS = ("straight_through", "rotation")
 _NUMBERS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -74,11 +77,18 @@ class TokenizerSettings:
         encoder_backbone: name of a CNN of timm that takes the place of the ViT, beside a linear map of the pixels.
         encoder_backbone_stage: its stage whose features are used.
         num_quantizers, codebook_size, codebook_dim: levels L, codes per level K, dimensions of a code C.
+        quantizer: "rvq" (codebooks that follow moving averages), "simvq" (a learned map of random codebooks) or "fsq"
+            (rounded numbers).
+        quantizer_gradient: gradient of the quantized latents to the encoder, "straight_through" or "rotation" (not with
+            "fsq").
+        fsq_levels: with "fsq", number of values in each dimension of a level's grid; their product is `codebook_size`.
+            Empty: as few dimensions as possible, of 3 to 8 values each.
         pixel_depth, semantic_depth: number of levels summed for the pixel and for the semantic decoder.
         decoder_channel_multipliers: one per resolution, finest first. Each resolution is twice as fine as the next;
             the finest ends at `patch_size`: with 14 pixels per position, 1 -> 2 -> 4 -> 8 -> 14, five resolutions.
         semantic_dim: D, width of the semantic features; the teacher's width.
-        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: see `ResidualVectorQuantizer`.
+        ema_decay, restart_threshold, restart_by_error, codebook_warmup_steps: see `ResidualVectorQuantizer`; other
+            quantizers do not use them.
         level_dropout: share of a training batch that the decoders see at a random depth.
         semantic_decoder_trained: False if the tokenizer was trained without a teacher, which leaves its semantic
             decoder at random weights. Images can then be encoded and reconstructed, but not understood. In folders
@@ -101,6 +111,9 @@ class TokenizerSettings:
     codebook_dim: int = 32
     codebook_size: int = 32768
     num_quantizers: int = 16
+    quantizer: str = "rvq"
+    quantizer_gradient: str = "straight_through"
+    fsq_levels: Sequence[int] = ()
     pixel_depth: int = 4
     semantic_depth: int = 16
     pixel_latent_channels: int = 256
@@ -135,6 +148,31 @@ class TokenizerSettings:
             )
         self.decoder_channel_multipliers = list(multipliers)
         self._check_sizes()
+        self._check_quantizer()
+
+    def _check_quantizer(self) -> None:
+        for name, known in (("quantizer", QUANTIZERS), ("quantizer_gradient", QUANTIZER_GRADIENTS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        levels = self.fsq_levels
+        if not isinstance(levels, (list, tuple)) or not all(type(one) is int for one in levels):
+            raise UserError(f"fsq_levels: expected a list of whole numbers, got {levels!r}")
+        self.fsq_levels = list(levels)
+        if self.quantizer != "fsq":
+            if levels:
+                raise UserError(f"fsq_levels {list(levels)} has no effect on quantizer {self.quantizer}; leave it out")
+            return
+        if self.quantizer_gradient != "straight_through":
+            raise UserError(
+                f"quantizer_gradient {self.quantizer_gradient} is defined for a nearest code, not for the rounding of "
+                "quantizer fsq; leave it out, or choose quantizer rvq or simvq"
+            )
+        grid = fsq_grid(self.codebook_size, levels)
+        if len(grid) > self.codebook_dim:
+            raise UserError(
+                f"codebook_size {self.codebook_size} as a grid of {' x '.join(map(str, grid))} values has {len(grid)} "
+                f"dimensions, more than codebook_dim {self.codebook_dim}; give fsq_levels with fewer and larger numbers"
+            )
 
     def _check_sizes(self) -> None:
         if self.patch_size < 1:

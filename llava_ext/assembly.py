@@ -86,6 +86,7 @@ def assemble(
     # The loaded parts go into a model on the meta device; only the new parts are then initialized.
     with torch.device("meta"):
         model = EvoTokLlavaForConditionalGeneration(config)
+    tower.quantizer.fix()
     model.vision_tower = tower.requires_grad_(False)
     model.language_model = backbone.get_decoder()
     model.lm_head = backbone.get_output_embeddings()

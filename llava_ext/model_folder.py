@@ -126,6 +126,7 @@ def read_tower(folder: str | Path) -> EvoTokModel:
     weights = {name.removeprefix(TOWER): read() for name, _, read in named_weights(folder) if name.startswith(TOWER)}
     tower = EvoTokModel(config)
     load_strictly(tower, weights, f"the tokenizer in {str(folder)!r}")
+    tower.quantizer.fix()
     return tower.requires_grad_(False).eval()
 
 

@@ -81,6 +81,7 @@ class EvoTokLlavaModel(PreTrainedModel):
         super().__init__(config)
         width, vision = config.text_config.hidden_size, config.vision_config
         self.vision_tower = EvoTokModel(vision)
+        self.vision_tower.quantizer.fix()
         self.language_model = AutoModel.from_config(config.text_config)
         self._add_output_layer()  # here: the order of parts decides initial weights and the order of optimizer states
         self.read_projector = Projector(vision.semantic_dim, width, vision.num_positions)

@@ -20,11 +20,11 @@ from transformers.utils import cached_file
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.image_preparation import to_signed_range
 from evotok_plugin.plugins.tower_images import TowerImageProcessor
-from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.quantizers.choice import build_quantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 from evotok_plugin.tokenizer_settings import TokenizerSettings
 
-_CODEBOOKS = "quantizer.codebooks"
+_QUANTIZER = "quantizer."  # prefix of the names of its tensors
 _WEIGHTS = "model.safetensors"
 
 
@@ -72,9 +72,7 @@ class EvoTokTowerModel(PreTrainedModel):
         super().__init__(config)
         settings = self.settings = config.settings()
         self.encoder = EvoTokEncoder(settings)
-        self.quantizer = ResidualVectorQuantizer(
-            settings.num_quantizers, settings.codebook_size, settings.codebook_dim
-        ).eval()
+        self.quantizer = build_quantizer(settings).fix().eval()
         self.semantic_decoder = SemanticDecoder(settings)
         self.post_init()
 
@@ -89,8 +87,10 @@ class EvoTokTowerModel(PreTrainedModel):
         places = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
         file = cached_file(pretrained_model_name_or_path, _WEIGHTS, **places)
         with safe_open(file, "pt") as weights:
-            exact = weights.get_tensor(_CODEBOOKS)
-        model.quantizer.codebooks = exact.to(model.quantizer.codebooks.device, torch.float32)
+            for name in (name for name in weights.keys() if name.startswith(_QUANTIZER)):
+                own = name[len(_QUANTIZER) :]
+                place = getattr(model.quantizer, own).device
+                setattr(model.quantizer, own, weights.get_tensor(name).to(place, torch.float32))
         return loaded
 
     def train(self, mode: bool = True) -> Any:

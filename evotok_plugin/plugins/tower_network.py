@@ -22,7 +22,7 @@ from evotok_plugin.common.weight_files import is_model_folder, named_weights, re
 from evotok_plugin.encoder import EvoTokEncoder
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_preparation import check_pixel_range, to_signed_range
-from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.quantizers.choice import build_quantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 from evotok_plugin.tokenizer_settings import TokenizerSettings, recorded_semantics
 
@@ -119,21 +119,13 @@ def _gathered(parameters: "list[nn.Parameter]") -> "contextlib.AbstractContextMa
     return importlib.import_module("deepspeed").zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-class _FixedQuantizer(ResidualVectorQuantizer):
-    """A quantizer whose codebooks are not part of the state dict: a host must neither round nor replace them."""
-
-    def __init__(self, settings: TowerSettings) -> None:
-        super().__init__(settings.num_quantizers, settings.codebook_size, settings.codebook_dim)
-        self.register_buffer("codebooks", self.codebooks, persistent=False)
-
-
 class TowerNetwork(nn.Module):
     """Encoder, code search and semantic decoder of an EvoTok folder; images (B, 3, H, W) -> features (B, N, D).
 
     The weights come from the folder, also if the network is built inside `from_pretrained` of another model. That
     would create parameters without values, and initialize those that are not in its checkpoint at random. Codebooks
-    always come from the folder, stay in float32 and are never updated; a trained encoder gets the straight-through
-    gradient of the quantizer.
+    always come from the folder, stay in float32 and are never updated; a trained encoder gets the gradient of the
+    quantizer.
 
     Raises:
         UserError: files are missing or damaged, or weights are missing, unexpected, of another shape or not finite.
@@ -143,7 +135,8 @@ class TowerNetwork(nn.Module):
         super().__init__()
         self.folder, self.config = str(folder), settings
         self.encoder = EvoTokEncoder(settings)
-        self.quantizer = _FixedQuantizer(settings)
+        # Not part of the state dict: a host must neither round nor replace codebooks.
+        self.quantizer = build_quantizer(settings).fix(persistent=False)
         self.semantic_decoder = SemanticDecoder(settings)
         for module in self.modules():
             if module is not self:
@@ -184,7 +177,7 @@ class TowerNetwork(nn.Module):
         transformers 5 has by then replaced the buffers and all weights that the checkpoint lacks by new tensors without
         values, and marked those that it has loaded. transformers 4 leaves both in place.
         """
-        if not hasattr(self.quantizer.codebooks, _MARK):
+        if not all(hasattr(buffer, _MARK) for buffer in self.quantizer.buffers()):
             self._fill({name: tensor for name, tensor in self._tensors() if not getattr(tensor, _MARK, False)})
         return True
 

@@ -29,7 +29,7 @@ from evotok_plugin.errors import UserError
 from evotok_plugin.image_preparation import check_pixel_range, to_signed_range
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
 from evotok_plugin.modeling_evotok import EvoTokPreTrainedModel
-from evotok_plugin.quantizer import ResidualVectorQuantizer
+from evotok_plugin.quantizers.choice import build_quantizer
 from evotok_plugin.semantic_decoder import SemanticDecoder
 
 
@@ -82,8 +82,8 @@ class EvoTokVisionModel(EvoTokPreTrainedModel):
     """A tokenizer without its pixel decoder: images in, semantic features out.
 
     Weight names are those of the tokenizer, so `from_pretrained` accepts a tokenizer folder. Codebooks stay in float32
-    and are never updated here, even if the rest of the tower is trained; the encoder then gets the straight-through
-    gradient of the quantizer.
+    and are never updated here, even if the rest of the tower is trained; the encoder then gets the gradient of the
+    quantizer.
     """
 
     config_class = EvoTokVisionConfig
@@ -97,8 +97,7 @@ class EvoTokVisionModel(EvoTokPreTrainedModel):
         config.require_semantics(f"the vision tower {config.name_or_path!r}")
         super().__init__(config)
         self.encoder = build_encoder(config)
-        quantizer = ResidualVectorQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
-        self.quantizer = quantizer.float().eval()  # also if the model is created in half precision
+        self.quantizer = build_quantizer(config).fix().eval()
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
 

@@ -49,7 +49,7 @@ def _is_checkpoint(path: Path) -> bool:
             names = set(file.keys())
     except (OSError, SafetensorError):
         return False
-    return "step" in names and any(name.startswith("quantizer.") for name in names)
+    return "step" in names and any(name.startswith("model.quantizer.") for name in names)
 
 
 def _numbered(folder: Path) -> list[Path]:

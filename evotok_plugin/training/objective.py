@@ -75,6 +75,8 @@ class TokenizerObjective:
             "pixel": config.pixel_weight * distance(pixels, pixel_values),
             "commitment": config.commitment_weight * output.commitment_loss,
         }
+        if output.codebook_loss is not None:
+            terms["codebook"] = output.codebook_loss
         if self.lpips is not None:
             terms["lpips"] = config.lpips_weight * self.lpips(pixels, pixel_values).mean()
         if self.teacher is not None:

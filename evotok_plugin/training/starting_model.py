@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 # Fields that do not change the shape of any weight; of the codebooks the first levels can be kept.
 CHANGEABLE = (
     "pixel_depth", "semantic_depth", "num_quantizers", "ema_decay", "restart_threshold", "codebook_warmup_steps",
-    "restart_by_error", "level_dropout", "initializer_range",
+    "restart_by_error", "level_dropout", "initializer_range", "quantizer_gradient",
 )  # fmt: skip
 
 
@@ -59,12 +59,13 @@ def starting_model(config: TokenizerTrainingConfig) -> EvoTokModel:
     model = EvoTokModel(settings)
     if config.init_from is not None:
         state = load_tokenizer(config.init_from).state_dict()
-        state["quantizer.codebooks"] = state["quantizer.codebooks"][: settings.num_quantizers]
+        for name in [name for name in state if name.startswith("quantizer.")]:  # levels are the first dimension
+            state[name] = state[name][: settings.num_quantizers]
         model.load_state_dict(state)
         logger.info("starting from %s; its sizes replace those of the preset", config.init_from)
     if config.train_parts != "all":
         model.encoder.requires_grad_(False)
-        model.quantizer.is_fixed = True
+        model.quantizer.fix()
         model.pixel_decoder.requires_grad_(config.train_parts != "semantic_decoder")
         model.semantic_decoder.requires_grad_(config.train_parts != "pixel_decoder")
     return model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
-from evotok_plugin import EvoTokModel, EvoTokVisionModel
+from evotok_plugin import EvoTokConfig, EvoTokModel, EvoTokVisionModel
 from evotok_plugin.cli import main
 
 BLOCK = "import sys; sys.modules.update(dict.fromkeys(['evotok_plugin', 'llava_ext', 'eval_tasks']))\n"
@@ -66,6 +66,20 @@ def test_features_equal_those_of_the_tokenizer(exported, tiny_evotok_folder, pix
     assert torch.equal(out["second_to_last"], out["features"])
     wide = AutoImageProcessor.from_pretrained(tiny_evotok_folder)(pictures[1], return_tensors="pt").pixel_values
     torch.testing.assert_close(out["wide"], wide)
+
+
+@pytest.mark.parametrize("quantizer", ["simvq", "fsq"])
+def test_towers_with_other_quantizers_give_the_same_features(quantizer, pixel_values, pictures, tmp_path):
+    torch.manual_seed(0)
+    model = EvoTokModel(EvoTokConfig.preset("tiny", quantizer=quantizer)).eval()
+    model.save_pretrained(tmp_path / "evotok")
+    assert main(["export-tower", str(tmp_path / "evotok"), "-o", str(tmp_path / "tower")]) == 0
+    save_file({"pixels": pixel_values}, tmp_path / "pixels.safetensors")
+    pictures[1].save(tmp_path / "wide.png")
+    run_alone(tmp_path, PROGRAM)
+    with torch.no_grad():
+        expected = model(pixel_values).features
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["features"][:, 1:], expected)
 
 
 def test_hosts_that_do_not_trust_the_code_prepare_squares_alike(exported, tiny_evotok_folder, pictures):

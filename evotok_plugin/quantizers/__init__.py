@@ -1,0 +1,1 @@
+"""The kinds of quantizers behind one interface, their gradients, and the choice by configuration."""
