@@ -148,3 +148,38 @@ def test_the_table_of_seeds_is_made_from_finished_runs(script, tmp_path, monkeyp
     row = "| reconstruction/psnr | 2 | 30.500 | 0.707 | 30.000 | 31.000 |"
     assert row in capsys.readouterr().out
     assert json.loads(out.read_text())["tables"]["quickstart-seeds"]["rows"] == [row.strip("| ").split(" | ")]
+
+
+def run_quantizers(script, monkeypatch, *flags):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sys.argv", ["quantizers.py", "--max_steps", "2", *flags])
+    return script("quantizers")["main"]()
+
+
+def test_quantizers_are_compared_on_embedded_scenes(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--seeds", "0", "--variants", "fsq", "-o", "out"]
+    assert run_quantizers(script, monkeypatch, *flags) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0].startswith("| quantizer | bits | PSNR, dB | SSIM | pixels, depth 1 |") and "teacher" not in rows[0]
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| fsq", "40"]]
+    assert (tmp_path / "out/quantizers.md").read_text().splitlines() == rows
+    report = json.loads((tmp_path / "out/quantizers.json").read_text())
+    assert report["machine"]["threads"] == 1 and report["runs"].keys() == {"fsq"}
+    (run,) = report["runs"]["fsq"]
+    assert run["settings"]["model"] == {"quantizer": "fsq"} and len(run["depths"]["probe_accuracy"]) == 8
+    assert f"{run['metrics']['psnr']:.2f}" in rows[2]
+    written = (tmp_path / "out/fsq_seed0/model.safetensors").stat().st_mtime_ns
+    assert run_quantizers(script, monkeypatch, *flags) == 0  # only reads the finished runs
+    assert (tmp_path / "out/fsq_seed0/model.safetensors").stat().st_mtime_ns == written
+    assert run_quantizers(script, monkeypatch, *flags, "--codebook_size", "64") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--train", "photos"], "belong together"), (["--teacher", "timm:x"], "no effect on embedded")],
+)
+def test_flags_of_the_comparison_that_do_not_fit(script, monkeypatch, tmp_path, capsys, flags, message):
+    assert run_quantizers(script, monkeypatch, *flags, "-o", str(tmp_path)) == 2
+    assert message in capsys.readouterr().err

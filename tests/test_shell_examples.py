@@ -99,6 +99,7 @@ ADDED = {
     "lmms-eval": "--limit 1",
     "best_of.py": "--model outputs/finetune --prompts_per_skill 1",
     "evolution.py": "--max_steps 1 --seeds 0 --variants recipe",
+    "quantizers.py": "--max_steps 1 --seeds 0 --variants simvq",
     "guidance.py": "--model outputs/finetune --num_prompts 1 -n 1",
     "pytest": "tests/test_versions.py",
 }
