@@ -1,6 +1,6 @@
 """Run every stage of the embedded default in order, then show the results: one table and two pictures.
 
-    python scripts/quickstart.py                 # about 30 minutes
+    python scripts/quickstart.py                 # about 20 minutes with two idle cores
     python scripts/quickstart.py --fast --workspace outputs/fast
 
 Interruptible: rerun the same command to resume. docs/quickstart.md explains the stages.
