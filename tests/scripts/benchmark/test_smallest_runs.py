@@ -26,7 +26,12 @@ SMALLEST = {
 ELSEWHERE = {
     "evolution": "tests/test_benchmark_scripts.py",
     "generation": "tests/scripts/gpu/test_gpu_check.py",  # through scripts/gpu/check.py
+    "guidance_cost": "tests/test_benchmark_scripts.py",  # through scripts/benchmark/tables.py, as the next three
+    "linear_layers": "tests/test_benchmark_scripts.py",
+    "tables": "tests/test_benchmark_scripts.py",
+    "text": "tests/test_benchmark_scripts.py",
     "memory": "tests/scripts/benchmark/test_memory.py",
+    "quantizers": "tests/test_benchmark_scripts.py",
     "quickstart_seeds": "tests/test_benchmark_scripts.py",
 }
 
