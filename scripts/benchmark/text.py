@@ -61,6 +61,7 @@ def plain_llm(model: EvoTokLlavaForConditionalGeneration) -> PreTrainedModel:
     return plain.eval()
 
 
+@torch.no_grad()
 def floor_seconds(model: EvoTokLlavaForConditionalGeneration, clock: Callable[[], float], rounds: int) -> float:
     """The time to read the weights of a step once, at the rate of a large packed product of four rows."""
     layer, x = nn.Linear(2560, 7680, bias=False), torch.randn(4, 2560)
