@@ -1,9 +1,9 @@
 """Revisions of the hub's data sets, so that the rows of a benchmark do not change between evaluations.
 
-The commits are those at the head of each data set's main branch, as shown by its page on the hub or, for GQA and
-TextVQA, as other projects have recorded them. Most are listed under the data sets' earlier owner, `lmms-lab`, whose
-repositories were moved with their history. SEED-Bench has no entry: its commit is not known here. This module imports
-almost nothing.
+The commits are those at the head of each data set's main branch, as shown by its page on the hub or, for GQA, SEED-
+Bench and TextVQA, as other projects have recorded them. Most are listed under the data sets' earlier owner, `lmms-
+lab`, whose repositories were moved with their history. If the hub lacks one, the data set is read at its current
+state, with a warning. This module imports almost nothing.
 """
 
 import os
@@ -20,6 +20,7 @@ PINNED = {
     "lmms-lab-encoder/ai2d": "c83a9b9692933aff8349157c88a413df9d02c4e5",
     "lmms-lab-encoder/MMMU": "364f2e2eb107b36e07ff4c5a15f5947a759cef47",
     "lmms-lab-encoder/GQA": "a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
+    "lmms-lab-encoder/SEED-Bench": "74c4ea0cee96786739e4ccb97d227818a05ae752",
     "lmms-lab-encoder/textvqa": "9c0699cd19768ac5ab97568f6b3cbac4c0062884",
     "lmms-lab-encoder/MMVet": "b310d12d0d9e765db953da28a7ef7ff43620dc83",
 }
