@@ -1,9 +1,9 @@
 """Revisions of the hub's data sets, so that the rows of a benchmark do not change between evaluations.
 
-The commits are those at the head of each data set's main branch, as shown by its page on the hub or, for GQA, SEED-
-Bench and TextVQA, as other projects have recorded them. Most are listed under the data sets' earlier owner, `lmms-
-lab`, whose repositories were moved with their history. If the hub lacks one, the data set is read at its current
-state, with a warning. This module imports almost nothing.
+The commits are those at the head of each data set's main branch, as shown by its page on the hub or, for GQA, TextVQA
+and SEED-Bench, as other projects have recorded them. Most are listed under the data sets' earlier owner, `lmms-lab`,
+whose repositories were moved with their history. If the hub lacks one, the data set is read at its current state, with
+a warning. This module imports almost nothing.
 """
 
 import os

@@ -102,7 +102,7 @@ def test_every_published_figure_has_a_row_and_a_source():
     for model in published():
         assert model.figures and set(model.figures) <= rows, model.name
         assert all(figure.source and figure.setting for figure in model.figures.values())
-    by_authors = {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro", "BAGEL"}
+    by_authors = {"EvoTok", "UniTok", "TokenFlow", "VILA-U", "Janus-Pro", "BAGEL", "DeepGen"}
     reproduced = {"Janus-Pro", "TokenFlow", "Show-o2", "BAGEL", "Emu3.5", "DeepGen"}
     assert {model.name for model in published()} == by_authors | {f"{name} (TorchUMM)" for name in reproduced}
 
