@@ -201,7 +201,7 @@ def available_memory() -> float:
     try:
         group = Path("/sys/fs/cgroup")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # there is no limit, or not in this way
+    except (OSError, ValueError):  # no limit, or one of another version of cgroups
         pass
     return min(limits)
 

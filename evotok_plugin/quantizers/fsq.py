@@ -29,8 +29,8 @@ class FiniteScalarQuantizer(ComputedCodebooks):
         levels: number of values in each dimension of the grid; by default see `fsq_grid`.
 
     Raises:
-        UserError: there is no such grid, it has more dimensions than the latents, or the gradient is not
-            "straight_through": the rotation trick is defined for a nearest code, not for rounding.
+        UserError: no grid has these sizes, the grid has more dimensions than the latents, or the gradient is another
+            than "straight_through": the rotation trick is defined for the nearest code, not for rounding.
     """
 
     maps_in: Tensor

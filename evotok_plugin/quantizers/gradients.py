@@ -36,7 +36,7 @@ def rotation(latents: Tensor, quantized: Tensor) -> Tensor:
 
 
 def with_gradient_of(values: Tensor, path: Tensor) -> Tensor:
-    """`values` to the bit, with the gradient of `path`."""
+    """Return `values` unchanged, with the gradient of `path`."""
     return values.detach() + (path - path.detach())
 
 

@@ -29,7 +29,7 @@ def clock_for(num_threads: int, device: torch.device) -> Callable[[], float]:
 
 
 def machine_of(device: torch.device) -> dict[str, str | int]:
-    """What figures depend on: device, threads, clock and versions."""
+    """The device, number of threads, clock and versions of a measurement."""
     threads = torch.get_num_threads()
     return {
         "device": device_name(device),

@@ -125,7 +125,7 @@ def as_markdown(rows: Rows) -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """What the figures of a table depend on."""
+    """Describe the machine and the software of a table in one line."""
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     clock = "CPU time" if machine["clock"] == "cpu" else "wall-clock time"
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
