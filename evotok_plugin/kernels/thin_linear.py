@@ -3,20 +3,24 @@
 PyTorch computes such products with MKL, which for 2 to 64 rows reads a large weight at a fraction of the memory's rate
 (on an AMD EPYC; `scripts/benchmark/linear_layers.py` measures it). oneDNN, which PyTorch also includes, is faster, and
 faster still if it has a copy of the weight in its own layout: a packed weight. Packing takes as long as about 16
-products, so only a layer that is used again and again packs its weight.
+products, so only a layer that is used again and again packs its weight. Packed weights are kept for later answers of
+the same model while they take little of the memory.
 
 R rows.
 """
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 MIN_ELEMENTS = 2**18  # of a weight; below, calling oneDNN takes longer than it saves
 MAX_ROWS = 128  # the largest number that was measured
@@ -25,6 +29,67 @@ _PACKED_ROWS = 4  # oneDNN reads a packed weight faster for 4 rows than for 1 or
 _TYPICAL_ROWS = 16  # packing for any number between 2 and 32 gives the same layout
 _RESERVE = 2**30  # bytes of memory that packing leaves free
 _ALWAYS_FITS = 2**20  # bytes
+_KEPT_SHARE = 0.25  # of the available memory, which packed weights may take after an answer
+
+State = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """The rows of one or several weights in oneDNN's layout, and what tells whether the weights have changed since.
+
+    PyTorch counts its own in-place operations, but not those on `weight.data`. Whatever is kept is therefore compared
+    by a product with a fixed vector, which takes as long as reading the weights once.
+    """
+
+    packed: Tensor
+    state: State
+    products: list[Tensor]
+    weights: list[weakref.ref[Tensor]]
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> "PackedWeights":
+        """Pack the rows of weights (n, in_features) one after the other."""
+        detached = [weight.detach() for weight in weights]
+        packed = _pack(detached[0] if len(detached) == 1 else torch.cat(detached))
+        return cls(packed, states(weights), [_probe(one) for one in weights], [weakref.ref(one) for one in weights])
+
+    def belongs_to(self, weights: Sequence[Tensor]) -> bool:
+        """Whether it was packed from these weights as they are now."""
+        return (
+            len(weights) == len(self.weights)
+            and all(known() is one for known, one in zip(self.weights, weights, strict=True))
+            and self.state == states(weights)
+            and all(torch.equal(_probe(one), old) for one, old in zip(weights, self.products, strict=True))
+        )
+
+
+class KeptWeights:
+    """Packed weights for later answers, by the first weight, as long as that exists."""
+
+    def __init__(self) -> None:
+        self._kept = WeakIdKeyDictionary()
+
+    def find(self, weights: Sequence[Tensor]) -> PackedWeights | None:
+        """Return what was packed from these weights if they are unchanged."""
+        found = self._kept.get(weights[0])
+        if found is None or found.belongs_to(weights):
+            return found
+        del self._kept[weights[0]]
+        return None
+
+    def put(self, weights: Sequence[Tensor], packed: PackedWeights) -> None:
+        """Keep packed weights if all that are kept take at most a quarter of the memory that would be available."""
+        taken = sum(one.packed.nbytes for one in self._kept.values()) + _num_bytes(weights)
+        if taken <= _KEPT_SHARE * (available_memory() + taken):
+            self._kept[weights[0]] = packed
+
+    def clear(self) -> None:
+        """Free all that no layer is using."""
+        self._kept.clear()
+
+
+single_weights, joined_weights = KeptWeights(), KeptWeights()
 
 
 class ThinLinear(nn.Linear):
@@ -66,13 +131,19 @@ class ThinLinear(nn.Linear):
 
     def _packed_weight(self) -> Tensor | None:
         """The packed weight, once the layer has been used often enough and while memory suffices."""
-        state = (self.weight.data_ptr(), self.weight._version)
+        (state,) = states([self.weight])
         if self._packed_from not in (None, state):  # the weight has changed since
             self._num_products, self._packed, self._packed_from = 1, None, None
+        if self._packed_from is None and self._num_products == 1:
+            found = single_weights.find([self.weight])
+            if found is not None:
+                self._packed_from, self._packed = state, found.packed
         if self._packed_from is None and self._num_products > PACK_AFTER:
             self._packed_from = state
             if _has_room(self.weight.nbytes):
-                self._packed = _pack(self.weight)
+                made = PackedWeights.of([self.weight])
+                single_weights.put([self.weight], made)
+                self._packed = made.packed
         return self._packed
 
 
@@ -84,15 +155,16 @@ class JoinedLinear:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers, self._num_products = layers, 0
+        self._parameters = [layer._parameters for layer in layers]  # faster to search than the layers' attributes
         self._weight: Tensor | None = None  # joined, and packed if it is large
         self._bias: Tensor | None = None
         self._is_packed = False
-        self._joined_from: list[tuple[int, int]] | None = None
+        self._joined_from: State | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs for x (R, D), one after the other: (R, sum of the widths)."""
         self._num_products += 1
-        state = [(one.weight.data_ptr(), one.weight._version) for one in self._layers]
+        state = states([value for one in self._parameters for value in one.values() if value is not None])
         if state != self._joined_from:
             self._join(state)
         if self._weight is None:
@@ -101,18 +173,25 @@ class JoinedLinear:
             return _packed_product(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
 
-    def _join(self, state: list[tuple[int, int]]) -> None:
-        if self._joined_from is not None:  # a weight has changed since
+    def _join(self, state: State) -> None:
+        if self._joined_from is not None:  # a parameter has changed since
             self._num_products, self._weight, self._joined_from = 1, None, None
-        is_large = sum(one.weight.numel() for one in self._layers) >= MIN_ELEMENTS
-        if is_large and self._num_products <= PACK_AFTER // 2:  # before the layers pack their own weights
+        weights = [one.weight for one in self._layers]
+        is_large = sum(one.numel() for one in weights) >= MIN_ELEMENTS
+        found = joined_weights.find(weights) if is_large and self._num_products == 1 else None
+        if found is None and is_large and self._num_products <= PACK_AFTER // 2:  # before the layers pack their own
             return
         self._joined_from = state
-        if not _has_room(2 * sum(one.weight.nbytes for one in self._layers)):
+        if found is None and not _has_room(2 * _num_bytes(weights)):
             return
-        weight = torch.cat([one.weight.detach() for one in self._layers])
-        self._is_packed = is_large and _has_kernels(weight.dtype)
-        self._weight = _pack(weight) if self._is_packed else weight
+        self._is_packed = is_large and _has_kernels(weights[0].dtype)
+        if not self._is_packed:
+            self._weight = torch.cat([one.detach() for one in weights])
+        else:
+            if found is None:
+                found = PackedWeights.of(weights)
+                joined_weights.put(weights, found)
+            self._weight = found.packed
         biases: list[Tensor] = [
             one.weight.new_zeros(one.out_features) if one.bias is None else one.bias for one in self._layers
         ]
@@ -148,6 +227,25 @@ def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return _unpacked_product(x, layer.weight, layer.bias)
 
 
+def states(weights: Sequence[Tensor]) -> State:
+    """What changes when a weight gets other memory, or is written to by PyTorch's in-place operations."""
+    return [(weight.data_ptr(), weight._version) for weight in weights]
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """The products of the rows of a weight with a vector that is always the same."""
+    return torch.mv(weight.detach(), _vector(weight.shape[1]).to(weight.dtype))
+
+
+@functools.cache
+def _vector(size: int) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def _num_bytes(weights: Sequence[Tensor]) -> int:
+    return sum(weight.nbytes for weight in weights)
+
+
 def _packed_product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     num_rows = rows.shape[0]
     if num_rows < _PACKED_ROWS:
@@ -160,7 +258,11 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _has_room(num_bytes: int) -> bool:
-    return num_bytes < _ALWAYS_FITS or num_bytes + _RESERVE <= available_memory()
+    if num_bytes < _ALWAYS_FITS or num_bytes + _RESERVE <= available_memory():
+        return True
+    for kept in (single_weights, joined_weights):
+        kept.clear()
+    return num_bytes + _RESERVE <= available_memory()
 
 
 def _unpacked_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,11 +4,14 @@ A step of a few rows spends much of its time between the matrix products of a la
 parts of a norm, and in repeating keys and values for grouped queries. `FusedLayer` computes queries, keys and values as
 one product, likewise the two inputs of the MLP, and lets the queries of a group share their keys and values.
 
-G rows, D width, H heads, K heads of keys and values, d their width, S slots of the cache.
+G rows, t tokens of each, D width, H heads, K heads of keys and values, group = H / K, d their width, S slots of the
+cache.
 """
 
 import copy
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,6 +23,30 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 
 from evotok_plugin.kernels.thin_linear import MAX_ROWS, JoinedLinear
 
+MAX_STEPS = 8  # tokens of a row in one step; longer ones are prompts, which transformers computes as well
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What all layers of a step of t <= `MAX_STEPS` tokens in each row share.
+
+    Attributes:
+        cos, sin: rotary embeddings (G or 1, t, d); the first half of `sin` is negated.
+        mask: (G, 1, group t, S), added to the scores of the queries of a group; None if all slots are read.
+        cache: of all layers.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    cache: Cache
+
+
+def negated_half(sin: Tensor) -> Tensor:
+    """Negate the first half of the sines (..., d) of rotary embeddings."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
 
 class FusedLayer(nn.Module):
     """A mixin of transformers' decoder layers; equal to them up to rounding.
@@ -27,8 +54,7 @@ class FusedLayer(nn.Module):
     Prompts, calls with gradients or in training mode, and layers with hooks run as in transformers.
     """
 
-    _qkv: JoinedLinear
-    _gate_up: JoinedLinear
+    _modules_of_step: "_StepModules"
 
     def forward(
         self,
@@ -40,7 +66,13 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if past_key_values is None or position_embeddings is None or not self._can_fuse(hidden_states, kwargs):
+        if (
+            past_key_values is None
+            or position_embeddings is None
+            or hidden_states.shape[1] != 1
+            or kwargs.get("output_attentions")
+            or not self.can_step(hidden_states)
+        ):
             return super().forward(  # of transformers' class, which follows this one
                 hidden_states,
                 attention_mask=attention_mask,
@@ -50,31 +82,102 @@ class FusedLayer(nn.Module):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        attention, mlp, num_rows = cast(Any, self.self_attn), cast(Any, self.mlp), hidden_states.shape[0]
-        x = hidden_states[:, 0]  # (G, D)
-        width, group = attention.head_dim, attention.num_key_value_groups
-        heads = self._qkv(_normed(self.input_layernorm, x)).view(num_rows, -1, 1, width)  # (G, H + 2 K, 1, d)
-        num_kv = heads.shape[1] // (group + 2)
-        turned, value = heads[:, :-num_kv], heads[:, -num_kv:]
-        turned = _rotated(turned, *position_embeddings)
-        key, value = past_key_values.update(turned[:, -num_kv:], value, attention.layer_idx)  # (G, K, S, d)
-        query = turned[:, :-num_kv].reshape(num_rows, num_kv, group, width)
-        attended = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=attention.scaling)
-        x = x + attention.o_proj(attended.reshape(num_rows, -1))
-        gate, up = self._gate_up(_normed(self.post_attention_layernorm, x)).chunk(2, dim=-1)
-        return (x + mlp.down_proj(F.silu(gate) * up))[:, None]
+        cos, sin = position_embeddings
+        return self.step(hidden_states, StepInputs(cos, negated_half(sin), attention_mask, past_key_values))
 
-    def _can_fuse(self, hidden_states: Tensor, settings: dict[str, Any]) -> bool:
-        return (
-            hidden_states.shape[1] == 1
-            and hidden_states.shape[0] <= MAX_ROWS
-            and hidden_states.dtype == torch.float32
-            and not self.training
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not settings.get("output_attentions")
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in _parts(self))
+    @property
+    def group(self) -> int:
+        """The number of heads that share keys and values."""
+        return self._modules_of_step.group
+
+    @property
+    def hooks(self) -> list[dict[int, Any]]:
+        """The hooks of this layer and of all modules in it that `step` does not call."""
+        return self._modules_of_step.hooks
+
+    def can_step(self, hidden_states: Tensor) -> bool:
+        """Whether `step` applies to a step with the inputs (G, t, D) in the current mode."""
+        return can_compute(hidden_states) and not self.training and not any(self._modules_of_step.hooks)
+
+    def step(self, hidden_states: Tensor, inputs: StepInputs) -> Tensor:
+        """Compute the layer for t <= `MAX_STEPS` tokens in each row: (G, t, D) -> (G, t, D)."""
+        parts = self._modules_of_step
+        num_rows, num_steps, size = hidden_states.shape
+        x = hidden_states.reshape(-1, size)  # (G t, D)
+        width, group, num_kv = parts.head_width, parts.group, parts.num_kv
+        heads = parts.qkv(rms_normed(parts.norm_1, x)).view(num_rows, num_steps, -1, width)
+        # (G, H + 2 K, t, d)
+        heads = heads.view(num_rows, -1, 1, width) if num_steps == 1 else heads.transpose(1, 2)
+        turned, value = heads[:, :-num_kv], heads[:, -num_kv:]
+        turned = _rotated(turned, inputs.cos, inputs.sin)
+        key, value = inputs.cache.update(turned[:, -num_kv:], value, parts.layer_index)  # (G, K, S, d)
+        query = turned[:, :-num_kv].reshape(num_rows, num_kv, group * num_steps, width)
+        attended = F.scaled_dot_product_attention(query, key, value, inputs.mask, scale=parts.scaling)
+        if num_steps > 1:
+            attended = attended.reshape(num_rows, -1, num_steps, width).transpose(1, 2)
+        x = x + parts.output(attended.reshape(num_rows * num_steps, -1))
+        gate, up = parts.gate_up(rms_normed(parts.norm_2, x)).chunk(2, dim=-1)
+        return (x + parts.down(F.silu(gate).mul_(up))).view(hidden_states.shape)
+
+
+@dataclass(frozen=True)
+class _StepModules:
+    """What a step of a layer uses, without the search for attributes that a module's own take.
+
+    Attributes:
+        hooks: of all modules that a step does not call.
+    """
+
+    qkv: JoinedLinear
+    gate_up: JoinedLinear
+    norm_1: nn.Module
+    norm_2: nn.Module
+    output: nn.Module
+    down: nn.Module
+    layer_index: int
+    head_width: int
+    num_kv: int
+    group: int
+    scaling: float
+    hooks: list[dict[int, Any]]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "_StepModules":
+        attention, mlp = cast(Any, layer.self_attn), cast(Any, layer.mlp)
+        parts = _parts(layer)
+        query, key, value, gate, up = cast(Sequence[nn.Linear], parts[2:7])
+        norm_1, norm_2 = parts[7:]
+        return cls(
+            JoinedLinear([query, key, value]),
+            JoinedLinear([gate, up]),
+            norm_1,
+            norm_2,
+            attention.o_proj,
+            mlp.down_proj,
+            attention.layer_idx,
+            attention.head_dim,
+            key.out_features // attention.head_dim,
+            attention.num_key_value_groups,
+            attention.scaling,
+            hooks_of([layer, *parts]),
         )
+
+
+def hooks_of(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
+    """The dictionaries of the modules' hooks around their calls, which are empty as long as there are none."""
+    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def can_compute(hidden_states: Tensor) -> bool:
+    """Whether fused layers can compute a step with the inputs (G, t, D): a few rows in float32, without gradients."""
+    num_rows, num_steps, _ = hidden_states.shape
+    return (
+        num_steps <= MAX_STEPS
+        and num_rows * num_steps <= MAX_ROWS
+        and hidden_states.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _parts(layer: nn.Module) -> Sequence[nn.Module]:
@@ -83,15 +186,21 @@ def _parts(layer: nn.Module) -> Sequence[nn.Module]:
     return (attention, mlp, *projections, cast(Any, layer).input_layernorm, cast(Any, layer).post_attention_layernorm)
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+def rms_normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Compute transformers' RMS norm of x (R, D) in fewer operations."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(_constant(cast(Any, norm).variance_epsilon), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * cast(Tensor, norm._parameters["weight"])).mul_(scale)
+
+
+@functools.cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor([value])
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embeddings (G or 1, 1, d) to x (G, h, 1, d)."""
-    half = x.shape[-1] // 2
-    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    return torch.addcmul(x * cos[:, None], x.roll(half, dims=-1), signed[:, None])
+    """Apply rotary embeddings (G or 1, t, d) to x (G, h, t, d); the first half of `sin` is negated."""
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])
 
 
 class _FusedLlama(FusedLayer, LlamaDecoderLayer):
@@ -103,7 +212,7 @@ class _FusedQwen2(FusedLayer, Qwen2DecoderLayer):
 
 
 _FUSED: dict[type[nn.Module], type[FusedLayer]] = {LlamaDecoderLayer: _FusedLlama, Qwen2DecoderLayer: _FusedQwen2}
-_NORMS = (LlamaRMSNorm, Qwen2RMSNorm)
+NORMS = (LlamaRMSNorm, Qwen2RMSNorm)
 
 
 def can_be_fused(layer: nn.Module) -> bool:
@@ -119,8 +228,8 @@ def can_be_fused(layer: nn.Module) -> bool:
         config._attn_implementation == "sdpa"
         and config.hidden_act == "silu"
         and getattr(attention, "sliding_window", None) is None
-        and type(norm_1) in _NORMS
-        and type(norm_2) in _NORMS
+        and type(norm_1) in NORMS
+        and type(norm_2) in NORMS
         and not any("forward" in vars(part) for part in (attention, mlp, *others))
         and all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in plain)
         and all(one.weight.device.type == "cpu" and one.weight.dtype == torch.float32 for one in plain)
@@ -136,7 +245,5 @@ def fused(layer: nn.Module, original: nn.Module) -> nn.Module:
     """
     made = copy.copy(layer)
     made.__class__ = _FUSED[type(original)]
-    _, _, *projections = _parts(layer)
-    query, key, value, gate, up = cast(Sequence[nn.Linear], projections[:5])
-    made.__dict__["_qkv"], made.__dict__["_gate_up"] = JoinedLinear([query, key, value]), JoinedLinear([gate, up])
+    made.__dict__["_modules_of_step"] = _StepModules.of(made)
     return made

@@ -8,12 +8,14 @@ from torch import nn
 
 from evotok_plugin.kernels.thin_linear import ThinLinear, can_be_thin
 from llava_ext.generation.fused_layers import can_be_fused, fused
+from llava_ext.generation.fused_model import can_fuse_model, fused_model
 
 M = TypeVar("M")
 
 
 def thin_view(model: M) -> M:
-    """Return a copy of the modules over the same parameters, with `FusedLayer` and `ThinLinear` where they apply.
+    """Return a copy of the modules over the same parameters, with `FusedModel`, `FusedLayer` and
+    `ThinLinear` where they apply.
 
     The model itself is not changed: it can be saved, merged, copied, pickled and trained while the view is in use.
     Parts without such a layer are shared with the model. So are modules whose `forward` another library has replaced,
@@ -42,6 +44,8 @@ def thin_view(model: M) -> M:
         made.__dict__["_modules"] = children
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             made.__dict__[hooks] = OrderedDict(module.__dict__[hooks])
+        if can_fuse_model(module, children.get("layers")):
+            return fused_model(made, module)
         return fused(made, module) if fuse else made
 
     return cast(M, view(model))

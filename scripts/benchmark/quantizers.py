@@ -53,6 +53,8 @@ def settings_of(options: argparse.Namespace, variant: str, seed: int) -> dict[st
     flags |= {"teacher": options.teacher, "freeze_encoder": False} if options.teacher else {"semantic_weight": 0}
     if options.codebook_size:
         flags["model"]["codebook_size"] = options.codebook_size
+    if options.image_size:
+        flags["model"]["image_size"] = options.image_size
     return flags | ({} if options.max_steps is None else {"max_steps": options.max_steps})
 
 
@@ -172,6 +174,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="quantizers to compare")
     parser.add_argument("--max_steps", type=int, help="steps of each run instead of the recipe's")
+    parser.add_argument("--image_size", type=int, help="pixels a side instead of the recipe's")
     parser.add_argument("--codebook_size", type=int, help="codes per level instead of the recipe's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/quantizers"), help="folder for all results")

@@ -11,6 +11,7 @@ from evotok_plugin.kernels import thin_linear as kernels
 from evotok_plugin.kernels.thin_linear import (
     MAX_ROWS,
     PACK_AFTER,
+    JoinedLinear,
     ThinLinear,
     available_memory,
     can_be_thin,
@@ -151,3 +152,104 @@ def test_the_original_can_be_copied_and_pickled_while_the_weight_is_packed():
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(copied) is nn.Linear and torch.equal(copied(x), layer(x))
     assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """The number of elements of every weight that was packed."""
+    made, pack = [], kernels._pack
+
+    def record(weight):
+        made.append(weight.numel())
+        return pack(weight)
+
+    monkeypatch.setattr(kernels, "_pack", record)
+    return made
+
+
+def used_often(layer, x):
+    for _ in range(PACK_AFTER + 1):
+        y = layer(x)
+    return y
+
+
+@torch.no_grad()
+def test_packed_weights_are_kept_for_the_next_view(packings):
+    layer, x = large(), torch.randn(4, 700)
+    used_often(ThinLinear.of(layer), x)
+    again = ThinLinear.of(layer)
+    torch.testing.assert_close(again(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert again._packed is not None and packings == [700 * 400]
+    used_often(ThinLinear.of(copy.deepcopy(layer)), x)
+    assert len(packings) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["factor", "row", "columns"])
+def test_writes_to_the_data_between_two_views_take_effect(packings, change):
+    """PyTorch does not count them: `_version` stays."""
+    layer, x = large(), torch.randn(4, 700)
+    used_often(ThinLinear.of(layer), x)
+    version, data = layer.weight._version, layer.weight.data
+    if change == "factor":
+        data.mul_(2)
+    elif change == "row":
+        data[3].add_(1e-3)
+    else:
+        data[:, :2] = data[:, [1, 0]]
+    assert layer.weight._version == version
+    again = ThinLinear.of(layer)
+    torch.testing.assert_close(again(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert again._packed is None
+    torch.testing.assert_close(used_often(again, x), layer(x), atol=1e-5, rtol=1e-5)
+    assert len(packings) == 2
+
+
+@torch.no_grad()
+def test_joined_weights_are_kept_and_their_changes_take_effect(packings):
+    layers, x = [large(), large()], torch.randn(4, 700)
+
+    def check(joined):
+        torch.testing.assert_close(joined(x), torch.cat([one(x) for one in layers], dim=-1), atol=1e-5, rtol=1e-5)
+        return joined
+
+    first = JoinedLinear(layers)
+    used_often(lambda _: check(first), x)
+    assert packings == [2 * 700 * 400]
+    check(JoinedLinear(layers))
+    layers[1].bias.add_(1)
+    check(first)
+    layers[0].bias.data.add_(1)
+    check(JoinedLinear(layers))
+    assert len(packings) == 1
+    layers[1].weight.data.mul_(2)
+    check(JoinedLinear(layers))
+    layers[1] = large()
+    check(JoinedLinear(layers))
+    assert len(packings) == 1
+
+
+@torch.no_grad()
+def test_packed_weights_are_not_kept_if_they_take_much_of_the_memory(monkeypatch, packings):
+    layer, x = large(), torch.randn(4, 700)
+    monkeypatch.setattr(kernels, "single_weights", kernels.KeptWeights())
+    monkeypatch.setattr(kernels, "_RESERVE", 0)
+    monkeypatch.setattr(kernels, "available_memory", lambda: 2.5 * layer.weight.nbytes)
+    used_often(ThinLinear.of(layer), x)
+    assert packings and ThinLinear.of(layer)(x) is not None and not kernels.single_weights._kept
+    monkeypatch.setattr(kernels, "available_memory", lambda: 3.5 * layer.weight.nbytes)
+    used_often(ThinLinear.of(layer), x)
+    assert len(kernels.single_weights._kept) == 1
+    monkeypatch.setattr(kernels, "available_memory", lambda: 0)
+    used_often(ThinLinear.of(large()), x)
+    assert not kernels.single_weights._kept
+
+
+@torch.no_grad()
+def test_packed_weights_are_freed_with_the_model():
+    layer, x = large(), torch.randn(4, 700)
+    before = len(kernels.single_weights._kept)
+    used_often(ThinLinear.of(layer), x)
+    assert len(kernels.single_weights._kept) == before + 1
+    del layer
+    assert len(kernels.single_weights._kept) == before
