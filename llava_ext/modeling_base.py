@@ -5,7 +5,9 @@ width. A written position is a position of a drawn image. With the flat head not
 position takes L steps.
 """
 
+import functools
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
@@ -410,14 +412,23 @@ class EvoTokLlavaModel(PreTrainedModel):
             ValueError: the backbone does not accept one of them.
         """
         given = {name: value for name, value in kwargs.items() if value is not None and name not in _IGNORED}
-        parameters = set(inspect.signature(type(self.language_model).forward).parameters) - {"self", "kwargs"}
-        known = parameters | TransformersKwargs.__optional_keys__ | _FOR_ATTENTION
+        known = (
+            _parameters_of(cast(Hashable, type(self.language_model)))
+            | TransformersKwargs.__optional_keys__
+            | _FOR_ATTENTION
+        )
         for name in given:
             if name not in known:
                 near = get_close_matches(name, [*known, *inspect.signature(self.forward).parameters], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"forward got an unknown keyword {name!r}{hint}")
         return given
+
+
+@functools.cache
+def _parameters_of(language_model: type[nn.Module]) -> frozenset[str]:
+    """The names of the parameters of a language model's `forward`."""
+    return frozenset(inspect.signature(language_model.forward).parameters) - {"self", "kwargs"}
 
 
 def _in_precision(pixel_values: Tensor, dtype: torch.dtype) -> Tensor:

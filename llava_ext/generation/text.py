@@ -4,9 +4,11 @@ respects the context length.
 B rows, E of them from each after expansion (sequences or beams), T tokens, I images, N positions per image.
 """
 
+import functools
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,23 @@ from llava_ext.generation.steps import check_room
 
 _IMAGES = ("pixel_values", "image_codes")
 _LEFT_OVER = ("tokenizer", "assistant_tokenizer")  # arguments of `generate` that it passes on to every model
+
+
+class _Processors(LogitsProcessorList):
+    """transformers' list, which inspects the signature of each processor in every step, with signatures kept."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if all(_takes_two(cast(Hashable, type(processor))) for processor in self):
+            for processor in self:
+                scores = processor(input_ids, scores)
+            return scores
+        return super().__call__(input_ids, scores, **kwargs)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _takes_two(processor: type) -> bool:
+    """Whether the processors of a class take ids and scores only."""
+    return len(inspect.signature(processor.__call__).parameters) == 3  # with `self`
 
 
 class TextGenerationMixin(ModelInterface):
@@ -163,7 +182,8 @@ class TextGenerationMixin(ModelInterface):
         """Add the image tokens to the suppressed ones: only drawing may write them."""
         suppressed = {*(generation_config.suppress_tokens or ()), *self.image_token_ids}
         generation_config.suppress_tokens = sorted(suppressed)
-        return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
+        return _Processors(processors)
 
     @property
     def image_token_ids(self) -> list[int]:
