@@ -12,6 +12,9 @@ score minus a `slack` of the vector, so a code can be excluded if its computed s
 code minus that slack. Almost always a single code remains; otherwise float64 decides. For n terms and unit roundoff u,
 the error of a computed product is at most n u |x||c|, and |x||c| <= (|x|^2 / t + t |c|^2) / 2 for every t > 0 splits
 this bound into a part that depends on the vector and a part that depends on the code.
+
+On a CPU with instructions for bfloat16 the maxima are computed with those (`evotok_plugin.kernels.half_maxima`), and
+float32 decides within the groups that remain.
 """
 
 import contextlib
@@ -22,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evotok_plugin.kernels.half_maxima import HalfMaxima, can_use_bfloat16
+
 _UNIT_ROUNDOFF = 2.0**-24
 _GROUP = 32  # codes that share one kept maximum
 _GROUPS_TOGETHER = 32  # groups that form a supergroup in the search for the best group
@@ -30,6 +35,7 @@ _CPU_VECTORS, _CPU_SCORES = 512, 1 << 18
 _DEVICE_VECTORS, _DEVICE_SCORES = 4096, 1 << 24
 _SMALL_CODEBOOK = 1024  # up to this size a float64 search costs no more than float32 and its bookkeeping
 _FLOAT64_SCORES = 1 << 19  # scores per block in float64
+_BFLOAT16_VECTORS = 512  # below, preparing the codes in bfloat16 takes longer than the products save
 _MANY_GROUPS = 32  # candidate groups per vector above which searching all codes in float64 is faster
 
 
@@ -130,6 +136,12 @@ def _search_float64(vectors: Tensor, codebook: Tensor) -> Tensor:
     return winners[0] if len(winners) == 1 else torch.cat(winners)
 
 
+def _below(values: Tensor) -> Tensor:
+    """The next float32 numbers below float64 values."""
+    rounded = values.float()
+    return torch.nextafter(rounded, rounded.new_tensor(-torch.inf))
+
+
 @dataclass
 class _Block:
     """Views of the search's work memory for a block of codes."""
@@ -158,13 +170,16 @@ class _GroupedSearch:
         # Padding codes fill the last group, and padding groups the last supergroup; their scores are never the best.
         self.codes = like.new_zeros(self.num_groups * _GROUP, dim + 1)
         self.codes[size:, dim] = -torch.inf
-        padded = -(-self.num_groups // self.together) * self.together
-        self.maxima = like.new_full((padded, self.num_vectors), -torch.inf)
-        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        self.padded = padded = -(-self.num_groups // self.together) * self.together
         self.squares = like.new_empty(min(self.groups_at_once * _GROUP, size), dim)
         self.gathered = like.new_empty(self.num_vectors, _GROUP * (dim + 1))
-        self.blocks = self._cut_blocks(self.num_vectors)
+        self.blocks: list[_Block] = []
         self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
+        self.half: HalfMaxima | None = None
+        if like.shape[0] >= _BFLOAT16_VECTORS and can_use_bfloat16(like):
+            self.half = HalfMaxima(
+                size, dim, self.num_groups, _GROUP, padded, 2 * self.groups_at_once, self.num_vectors
+            )
 
     def __call__(self, vectors: Tensor, codebook: Tensor) -> Tensor:
         """Nearest codes of float64 vectors: (M, C), (K, C) -> (M,)."""
@@ -175,9 +190,31 @@ class _GroupedSearch:
         self.codebook = codebook
         self.vector_slack = self.error / (2 * balance)  # times |x|^2
         self.reduced = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
+        self.in_half = self.half is not None and self.half.fits(vectors, codebook)
+        if self.half is not None and self.in_half:
+            self.half.start(vectors, codebook)
+            self._copy_codes()
+        elif not self.blocks:
+            self._allocate(like=codebook)
         parts = vectors.split(self.num_vectors)
         found = [self._search_block(part, first=number == 0) for number, part in enumerate(parts)]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _allocate(self, like: Tensor) -> None:
+        """Make the memory for the scores in float32."""
+        self.maxima = like.new_full((self.padded, self.num_vectors), -torch.inf)
+        self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
+        self.blocks = self._cut_blocks(self.num_vectors)
+
+    def _copy_codes(self) -> None:
+        """Copy all codes of a level and compute their biases."""
+        dim = self.codebook.shape[1]
+        for codes, own in zip(
+            self.codebook.split(len(self.squares)), self.codes[: self.size].split(len(self.squares)), strict=True
+        ):
+            own[:, :dim] = codes
+            squares = torch.mul(codes, codes, out=self.squares[: len(codes)])
+            torch.mv(squares, self.reduced, out=own[:, dim])
 
     def _cut_blocks(self, num_vectors: int) -> list[_Block]:
         """Views of all blocks of codes, for `num_vectors` vectors; cut once for all levels to save time."""
@@ -200,12 +237,11 @@ class _GroupedSearch:
             )
         return blocks
 
-    def _least(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances to a code (V,), and lower bounds (V,) for the computed score of any nearer code."""
+    def _distances(self, vectors: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared distances to a code, the score of that code in float64, and the squares of the vectors: (V,) each."""
         norms = vectors.square().sum(dim=1)
         distance = (vectors - F.embedding(code, self.codebook)).square_().sum(dim=1)
-        least = (((norms - distance) / 2) - self.vector_slack * norms).float()
-        return distance, torch.nextafter(least, least.new_tensor(-torch.inf))
+        return distance, (norms - distance) / 2, norms
 
     def _search_block(self, vectors: Tensor, first: bool) -> Tensor:
         """Nearest codes of a block of float64 vectors: (V, C) -> (V,); the first block of a level copies its codes."""
@@ -213,7 +249,7 @@ class _GroupedSearch:
         columns = self.codebook.new_ones(dim + 1, num_vectors)
         columns[:dim] = vectors.T
         rows = columns.T.contiguous()
-        maxima = self._group_maxima(columns, first)  # (supergroups, groups together, V)
+        maxima, slack = self._group_maxima(vectors, columns, first)  # (supergroups, groups together, V)
 
         tops = maxima.amax(dim=1)
         best = tops.max(dim=0).indices  # argmax takes five times as long over the first dimension
@@ -223,22 +259,38 @@ class _GroupedSearch:
         scores = self._scores_in_groups(rows, group)
         code = (group * _GROUP + scores.argmax(dim=1)).clamp_(max=self.codebook.shape[0] - 1)
 
-        distance, least = self._least(vectors, code)
-        # One supergroup, one group and one code reach the bound: those of the chosen code. With more, float64 decides.
-        inside = torch.cat([within, scores], dim=1) >= least[:, None]
-        near = tops >= least
-        rivals = near.sum(dim=0) + inside.sum(dim=1)
+        distance, score, norms = self._distances(vectors, code)
+        least = _below(score - self.vector_slack * norms)  # a bound for the computed score of any nearer code
+        # The same for maxima, which are keys of bfloat16 numbers if there is a slack of their own.
+        least_maximum = least if slack is None else HalfMaxima.bounds(_below(score - slack))
+        if self.half is not None and self.in_half and not self.half.signed and bool((least_maximum < 0).any()):
+            self.half.signed = True
+            return self._search_block(vectors, first=False)
+        # One supergroup, one group and one code reach the bounds: those of the chosen code. With more, float64 decides.
+        near = tops >= least_maximum
+        rivals = near.sum(dim=0) + (within >= least_maximum[:, None]).sum(dim=1) + (scores >= least[:, None]).sum(dim=1)
         unsettled = (rivals > 3).nonzero()[:, 0]
         if unsettled.numel():
-            least = least[unsettled]
-            groups, owners = self._groups_within(maxima, near, least, unsettled)
+            groups, owners = self._groups_within(maxima, near, least_maximum[unsettled], unsettled)
             code[unsettled] = self._settle(
-                vectors[unsettled], rows[unsettled], least, groups, owners, code[unsettled], distance[unsettled]
+                vectors[unsettled],
+                rows[unsettled],
+                least[unsettled],
+                groups,
+                owners,
+                code[unsettled],
+                distance[unsettled],
             )
         return code
 
-    def _group_maxima(self, columns: Tensor, first: bool) -> Tensor:
-        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups per supergroup, V)."""
+    def _group_maxima(self, vectors: Tensor, columns: Tensor, first: bool) -> tuple[Tensor, Tensor | None]:
+        """Largest computed score of every group: (C + 1, V) -> (supergroups, groups per supergroup, V).
+
+        In bfloat16 the scores are keys, and the slack (V,) of every vector comes with them.
+        """
+        if self.half is not None and self.in_half:
+            maxima, slack = self.half.of_block(vectors)
+            return maxima.unflatten(0, (-1, self.together)), slack
         num_vectors = columns.shape[1]
         blocks = self.blocks if num_vectors == self.num_vectors else self._cut_blocks(num_vectors)
         for block, codes in zip(blocks, self.codebook.split(self.groups_at_once * _GROUP), strict=True):
@@ -248,7 +300,7 @@ class _GroupedSearch:
                 torch.mv(block.squares, self.reduced, out=block.bias)
             torch.mm(block.codes, columns, out=block.scores)
             torch.amax(block.grouped_scores, dim=1, out=block.maxima)
-        return self.maxima[:, :num_vectors].unflatten(0, (-1, self.together))
+        return self.maxima[:, :num_vectors].unflatten(0, (-1, self.together)), None
 
     def _scores_in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
         """Scores of the codes of one group per row: (P, C + 1), (P,) -> (P, codes per group)."""

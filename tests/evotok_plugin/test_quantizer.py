@@ -11,6 +11,7 @@ import torch
 from evotok_plugin import EvoTokConfig, EvoTokModel, ResidualVectorQuantizer, code_search
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.errors import UserError
+from evotok_plugin.kernels.half_maxima import HalfMaxima, can_use_bfloat16
 from evotok_plugin.metrics.codes import CodeUsage
 
 
@@ -44,12 +45,15 @@ def assert_codes_are_exact(codes, vectors, codebooks):
         residual = residual - codebook[chosen]
 
 
-@pytest.fixture(params=["float64", "groups", "crowd"])
+@pytest.fixture(params=["float64", "groups", "crowd", "bfloat16"])
 def search_path(request, monkeypatch):
     """Select a path of the torch search regardless of codebook size, with small blocks so that there are several."""
+    if request.param == "bfloat16" and not can_use_bfloat16(torch.empty(0)):
+        pytest.skip("this CPU or PyTorch has no products in bfloat16")
+    monkeypatch.setattr(code_search, "can_use_bfloat16", lambda like: request.param == "bfloat16")
     if request.param != "float64":
         monkeypatch.setattr(code_search, "_MANY_GROUPS", 0 if request.param == "crowd" else 10**6)
-        for name, value in (("_SMALL_CODEBOOK", 0), ("_GROUP", 4), ("_GROUPS_TOGETHER", 3)):
+        for name, value in (("_SMALL_CODEBOOK", 0), ("_BFLOAT16_VECTORS", 0), ("_GROUP", 4), ("_GROUPS_TOGETHER", 3)):
             monkeypatch.setattr(code_search, name, value)
         monkeypatch.setattr(code_search, "_CPU_VECTORS", 7)
         monkeypatch.setattr(code_search, "_CPU_SCORES", 100)
@@ -99,6 +103,42 @@ def test_codes_are_exact_when_vectors_and_codes_are_of_different_scales(scale, s
     z, codebooks = torch.randn(60, 8), scale * torch.randn(2, 300, 8)
     codebooks[:, ::7] *= 1e3  # distant codes that no vector chooses
     assert_codes_are_exact(code_search.residual_codes(z, codebooks), z, codebooks)
+
+
+def test_codes_are_exact_where_all_scores_are_negative(search_path):
+    """Vectors near the origin, mixed with others."""
+    torch.manual_seed(6)
+    z, codebooks = torch.randn(60, 8), torch.randn(2, 300, 8) + 3
+    z[::2] *= 1e-3
+    z[3] = 0
+    assert_codes_are_exact(code_search.residual_codes(z, codebooks), z, codebooks)
+
+
+def test_codes_are_exact_where_bfloat16_cannot_tell_them_apart(search_path):
+    torch.manual_seed(7)
+    centers = torch.randn(3, 16)
+    codebooks = (centers[torch.randint(3, (500,))] * (1 + 1e-4 * torch.randn(500, 16)))[None]
+    z = centers[torch.randint(3, (80,))] + 0.01 * torch.randn(80, 16)
+    assert_codes_are_exact(code_search.residual_codes(z, codebooks), z, codebooks)
+
+
+@pytest.mark.parametrize("scales", [(1, 1), (1e-3, 1), (100, 0.3), (1e3, 1e-2)])
+def test_maxima_in_bfloat16_reach_the_bound_of_every_nearer_code(scales):
+    """The true score of the nearest code minus the slack is a bound for the maximum of its group, often a tight one."""
+    if not can_use_bfloat16(torch.empty(0)):
+        pytest.skip("this CPU or PyTorch has no products in bfloat16")
+    torch.manual_seed(8)
+    z, codebook = scales[0] * torch.randn(700, 32, dtype=torch.float64), scales[1] * torch.randn(2000, 32)
+    half = HalfMaxima(2000, 32, 63, 32, 64, 16, 700)
+    half.signed = True
+    half.start(z, codebook)
+    maxima, slack = half.of_block(z)
+    scores = z @ codebook.double().T - codebook.double().square().sum(dim=1) / 2
+    every = torch.nn.functional.pad(scores, (0, 16), value=-torch.inf).unflatten(1, (63, 32)).amax(dim=2).T
+    reached = maxima[:63] >= HalfMaxima.bounds((every - slack).float())
+    assert reached.all() and (maxima[63:] == -(2**15)).all()
+    spread = scores.std(dim=1).mean()
+    assert not (maxima[:63] >= HalfMaxima.bounds((every + 0.1 * spread).float())).all(), "a bound above the scores"
 
 
 def test_duplicate_codes_are_handled(search_path):
