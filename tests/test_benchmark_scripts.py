@@ -124,6 +124,7 @@ def test_the_evolution_is_trained_measured_and_plotted(script, tmp_path, monkeyp
     photos, weights = str(tmp_path / "photos"), tmp_path / "weights.safetensors"
     command = ["evolution.py", "--train", photos, "--eval", photos, "-o", str(tmp_path / "out"), "--max_steps", "1"]
     command += ["--teacher", f"timm:tf_efficientnet_lite0:{weights}", "--seeds", "0", "--variants", "recipe", "pixels"]
+    command += ["--json", str(tmp_path / "stored.json")]
     monkeypatch.setattr("sys.argv", command)
     main = script("evolution")["main"]
     assert main() == 0
@@ -131,6 +132,10 @@ def test_the_evolution_is_trained_measured_and_plotted(script, tmp_path, monkeyp
     assert "| R2 of the pixels | depth 1 | depth 2 |" in output and output.count("| pixels |") == 5
     results = json.loads((tmp_path / "out/evolution.json").read_text())
     assert len(results["recipe"][0]["probe_accuracy"]) == 16
+    stored = json.loads((tmp_path / "stored.json").read_text())
+    assert "evolution-pixel_r2" in stored["tables"] and len(stored["tables"]) == 5
+    assert "--teacher timm:tf_efficientnet_lite0:weights.safetensors" in stored["command"]
+    assert str(tmp_path) not in json.dumps(stored)
     written = (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns
     assert main() == 0  # only reads the finished runs
     assert (tmp_path / "out/recipe_seed0/model.safetensors").stat().st_mtime_ns == written
@@ -158,14 +163,16 @@ def run_quantizers(script, monkeypatch, *flags):
 
 def test_quantizers_are_compared_on_embedded_scenes(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--seeds", "0", "--variants", "fsq", "-o", "out"]
+    flags = ["--seeds", "0", "--variants", "fsq", "-o", "out", "--json", "stored.json"]
     assert run_quantizers(script, monkeypatch, *flags) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows[0].startswith("| quantizer | bits | PSNR, dB | SSIM | pixels, depth 1 |") and "teacher" not in rows[0]
     assert [row.split(" | ")[:2] for row in rows[2:]] == [["| fsq", "40"]]
-    assert (tmp_path / "out/quantizers.md").read_text().splitlines() == rows
+    stored = json.loads((tmp_path / "stored.json").read_text())
+    assert [f"| {' | '.join(row)} |" for row in stored["tables"]["quantizers-scenes"]["rows"]] == rows[2:]
+    assert stored["machine"]["threads"] == "1" and stored["results"]["fsq"][0]["settings"] == {"quantizer": "fsq"}
     report = json.loads((tmp_path / "out/quantizers.json").read_text())
-    assert report["machine"]["threads"] == 1 and report["runs"].keys() == {"fsq"}
+    assert report["machine"] == stored["machine"] and report["runs"].keys() == {"fsq"}
     (run,) = report["runs"]["fsq"]
     assert run["settings"]["model"] == {"quantizer": "fsq"} and len(run["depths"]["probe_accuracy"]) == 8
     assert f"{run['metrics']['psnr']:.2f}" in rows[2]

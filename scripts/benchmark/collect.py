@@ -4,7 +4,8 @@
     python scripts/benchmark/collect.py --write             # replace the tables in README.md and docs/
     python scripts/benchmark/collect.py --check             # exit with 1 if a table in the documentation differs
 
-A table stands between `<!-- benchmark NAME -->` and `<!-- end -->`, with a line that names the machine and the command.
+A table stands between `<!-- benchmark NAME -->` and `<!-- end -->`, with a line that names the machine and the command;
+`<!-- benchmark NAME NAME -->` holds several tables, with one such line if they come from the same runs.
 Several files with the same table (other machines, numbers of threads or rounds) give ranges: "1.2 to 1.4".
 """
 
@@ -26,7 +27,7 @@ from evotok_plugin.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-BLOCK = re.compile(r"(<!-- benchmark (\S+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- benchmark (\S+(?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _CLOCKS = {"cpu": "CPU time", "wall": "wall time"}
 
@@ -72,9 +73,14 @@ class Collected:
         commands = ", ".join(f"`{command}`" for command in unique(self.commands))
         return f"{', '.join(filter(None, parts))}{runs}: {commands}"
 
-    def block(self, name: str) -> str:
-        """The table and its caption in Markdown."""
-        return f"{self.merged(name).markdown()}\n\n{self.caption()}\n"
+
+def block(names: Sequence[str], found: dict[str, Collected]) -> str:
+    """Tables and their captions in Markdown; tables of the same runs share a caption."""
+    parts: list[str] = []
+    for place, name in enumerate(names):
+        caption, following = found[name].caption(), [found[other].caption() for other in names[place + 1 : place + 2]]
+        parts += [found[name].merged(name).markdown(), *([] if following == [caption] else [caption])]
+    return "\n\n".join(parts) + "\n"
 
 
 def unique(values: Iterable[str]) -> list[str]:
@@ -127,8 +133,8 @@ def with_tables(text: str, found: dict[str, Collected]) -> str:
     """A page of documentation with the tables that were found; other tables stay as they are."""
 
     def replace(match: re.Match[str]) -> str:
-        name = match[2]
-        return f"{match[1]}{found[name].block(name)}{match[3]}" if name in found else match[0]
+        names = match[2].split()
+        return f"{match[1]}{block(names, found)}{match[3]}" if found.keys() >= set(names) else match[0]
 
     return BLOCK.sub(replace, text)
 
@@ -142,11 +148,11 @@ def run(options: argparse.Namespace) -> int:
     files = options.files or sorted(RESULTS.glob("*.json"))
     found = collect(files)
     if not (options.write or options.check):
-        print("\n\n".join(f"{name}\n\n{one.block(name)}" for name, one in found.items()), end="")
+        print("\n\n".join(f"{name}\n\n{block([name], found)}" for name in found), end="")
         return 0
     pages = [options.repository / "README.md", *sorted((options.repository / "docs").glob("*.md"))]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    placed = {name for text in texts.values() for _, name, _ in BLOCK.findall(text)}
+    placed = {name for text in texts.values() for _, names, _ in BLOCK.findall(text) for name in names.split()}
     if missing := sorted(set(found) - placed):
         raise UserError(f"no page has the markers <!-- benchmark NAME --> and <!-- end --> for {', '.join(missing)}")
     changed = {page: new for page, text in texts.items() if (new := with_tables(text, found)) != text}

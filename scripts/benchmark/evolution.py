@@ -158,7 +158,7 @@ def _run_all(options: argparse.Namespace) -> None:
     write_json(options.output / "evolution.json", results)
     shown = tables(results)
     print("\n\n".join(table.markdown() for table in shown.values()) + "\n")
-    write_report(options.json, __file__, shown, machine(), {"results": results})
+    write_report(options.json, __file__, shown, machine(packages=("torch", "timm")), {"results": results})
     plot(results, options.output / "evolution.png")
     print(options.output / "evolution.png")
 

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from evolution import as_flag, run, spread
-from measuring import device_name
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
-from evotok_plugin.common.files import write_json, write_text
+from evotok_plugin.common.files import write_json
 from evotok_plugin.common.recipes import find_recipe, read_recipe
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.errors import UserError
@@ -134,19 +133,16 @@ COLUMNS: list[tuple[str, int, Callable[[dict[str, Any]], float | None]]] = [
 ]
 
 
-def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
+def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     """A row for each variant: mean ± standard deviation over the seeds."""
     known = [
         column for column in COLUMNS if all(column[2](one) is not None for runs in results.values() for one in runs)
     ]
-    lines = [
-        "| quantizer | bits | " + " | ".join(title for title, _, _ in known) + " |",
-        "|---" * (len(known) + 2) + "|",
-    ]
+    rows = []
     for variant, runs in results.items():
         cells = [spread([float(find(one) or 0.0) for one in runs], digits) for _, digits, find in known]
-        lines.append(f"| {variant} | {runs[0]['bits']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([variant, f"{runs[0]['bits']:g}", *cells])
+    return Table(["quantizer", "bits", *(title for title, _, _ in known)], rows)
 
 
 def write_scenes(folder: Path) -> tuple[Path, Path]:
@@ -178,6 +174,7 @@ def main() -> int:
     parser.add_argument("--codebook_size", type=int, help="codes per level instead of the recipe's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/quantizers"), help="folder for all results")
+    add_json_option(parser)
     return command_line.run(parser, work=_run_all)
 
 
@@ -193,12 +190,12 @@ def _run_all(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name in options.variants:
             results[name].append(measured(options, name, seed))
-    machine = {
-        "cpu": device_name(torch.device("cpu")), "threads": options.threads, "torch": torch.__version__,
-    }  # fmt: skip
-    write_json(options.output / "quantizers.json", {"machine": machine, "runs": results})
-    write_text(options.output / "quantizers.md", markdown(results))
-    print(markdown(results), end="")
+    measured_on = machine(packages=("torch", "timm"), threads=str(options.threads))
+    write_json(options.output / "quantizers.json", {"machine": measured_on, "runs": results})
+    shown = {"quantizers" if options.teacher else "quantizers-scenes": table(results)}
+    figures = {name: [{**one, "settings": one["settings"]["model"]} for one in runs] for name, runs in results.items()}
+    write_report(options.json, __file__, shown, measured_on, {"results": figures})
+    print(*(one.markdown() for one in shown.values()))
     print(options.output / "quantizers.json")
 
 

@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from measuring import device_name
+
+_ABSOLUTE = re.compile(r"(?<![^:=])/(?!/).*")  # also as in NAME:/PATH and --flag=/PATH
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def command_line(script: str | Path) -> str:
         if word == "--json":
             next(given, None)
         elif not word.startswith("--json="):
-            words.append(Path(word).name if word.startswith("/") else word)
+            words.append(_ABSOLUTE.sub(lambda path: Path(path[0]).name, word))
     return shlex.join(words)
 
 

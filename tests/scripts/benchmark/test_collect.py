@@ -20,8 +20,8 @@ def modules(monkeypatch):
     return importlib.import_module
 
 
-def write(path, rows, header=("", "1 image"), **machine):
-    tables = {"search": {"header": list(header), "rows": rows}}
+def write(path, rows, header=("", "1 image"), name="search", **machine):
+    tables = {name: {"header": list(header), "rows": rows}}
     content = {"command": "python scripts/benchmark/x.py", "machine": MACHINE | machine, "tables": tables}
     path.write_text(json.dumps(content))
     return path
@@ -79,6 +79,19 @@ def test_tables_are_written_into_the_documentation(modules, tmp_path, monkeypatc
     assert run(collect, monkeypatch, tmp_path, file) == 0 and "| eval | 6 ms |" in capsys.readouterr().out
 
 
+def test_a_block_of_several_tables_has_one_caption_for_the_same_runs(modules, tmp_path, monkeypatch, pages):
+    collect = modules("collect")
+    files = [write(tmp_path / f"{name}.json", [["eval", "6 ms"]], name=name) for name in ("search", "b", "c")]
+    files[2].write_text(files[2].read_text().replace("x.py", "y.py"))
+    pages.write_text("<!-- benchmark search b c -->\nold\n<!-- end -->\n<!-- benchmark c d -->\nold\n<!-- end -->\n")
+    assert run(collect, monkeypatch, tmp_path, *files, "--write") == 0
+    table = "|  | 1 image |\n| --- | ---: |\n| eval | 6 ms |\n\n"
+    caption = "Some CPU, 1 thread, CPU time, torch 2.14.1: `python scripts/benchmark/{}.py`\n"
+    first, second = pages.read_text().split("<!-- end -->\n")[:2]
+    assert first.split("-->\n")[1] == f"{table}{table}{caption.format('x')}\n{table}{caption.format('y')}"
+    assert second == "<!-- benchmark c d -->\nold\n"  # incomplete blocks stay as they are
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"tables": {"a": []}, "machine": {}, "command": ""}'])
 def test_a_damaged_result_is_an_error(modules, tmp_path, monkeypatch, pages, capsys, content):
     (tmp_path / "1.json").write_text(content)
@@ -104,6 +117,8 @@ def test_stored_results_name_no_paths_of_a_machine():
 
 
 def test_absolute_paths_and_the_result_file_are_left_out_of_the_command(modules, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x.py", "--json", "/a/b.json", "--images", "/a/photos", "--rounds", "2"])
+    flags = ["--images", "/a/photos", "--teacher", "timm:net:/a/w.safetensors", "--from=/a/b", "--at", "http://host/x"]
+    monkeypatch.setattr(sys, "argv", ["x.py", "--json", "/a/b.json", *flags, "--rounds", "2"])
     command = modules("report").command_line("/somewhere/x.py")
-    assert command == "python scripts/benchmark/x.py --images photos --rounds 2"
+    flags = "--images photos --teacher timm:net:w.safetensors --from=b --at http://host/x"
+    assert command == f"python scripts/benchmark/x.py {flags} --rounds 2"
