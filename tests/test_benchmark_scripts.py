@@ -42,33 +42,6 @@ def test_questions_of_dialogues_have_the_wanted_kind(script, rng):
     assert dialogues["question_about"](five, "number", rng) is None
 
 
-def test_the_tables_of_generation_are_measured_and_written(script, tmp_path, monkeypatch, capfd):
-    """All benchmarks of generation at their smallest size: they compare codes and tokens with their baselines."""
-    page = tmp_path / "page.md"
-    names = ("drawing", "text", "guidance_cost", "linear_layers")
-    blocks = [f"<!-- table: {name} -->\nold\n<!-- end of the table -->\n" for name in names]
-    page.write_text("# Title\n\n" + "\nbetween\n".join(blocks) + "\nlast")
-    command = ["tables.py", str(tmp_path / "results"), "--smallest", "--page", str(page)]
-    monkeypatch.setattr("sys.argv", command)
-    main = script("tables")["main"]
-    assert main() == 0
-    found = {name: json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in names}
-    assert found["drawing"]["results"][0]["same_codes"] is True
-    assert found["text"]["results"][0]["same_tokens"] is True
-    assert all(result["equal"] for result in found["linear_layers"]["results"])
-    assert [result["same_codes"] for result in found["guidance_cost"]["results"]] == [True, True]
-    assert all(one["machine"]["threads"] == 1 and one["machine"]["clock"] == "cpu" for one in found.values())
-    written = page.read_text()
-    assert "old" not in written and written.count("between") == 3 and written.endswith("last")
-    faster = found["text"]["results"][0]["times_faster"]
-    assert f"**{faster:.2f}**" in written and "| position, ours | " in written and "| included | 1 | " in written
-    before = {name: (tmp_path / "results" / f"{name}.json").stat().st_mtime_ns for name in names}
-    assert main() == 0  # nothing is measured again
-    assert before == {name: (tmp_path / "results" / f"{name}.json").stat().st_mtime_ns for name in names}
-    page.write_text("no markers")
-    assert main() == 2 and "has no '<!-- table: drawing -->'" in capfd.readouterr().err
-
-
 def test_entropy_is_summed_over_variables(script):
     entropy = script("diversity")["entropy"]
     measured = entropy([{"cell": [k % 4], "color": ["red"], "size": [k % 2]} for k in range(8)])
@@ -145,14 +118,28 @@ def test_the_table_of_seeds_is_made_from_finished_runs(script, tmp_path, monkeyp
     for seed in (0, 1):
         folder = tmp_path / f"seed_{seed}"
         folder.mkdir()
-        (folder / "results.json").write_text(json.dumps({"reconstruction": {"psnr": 30.0 + seed}}))
+        task = {"overall": 0.9 + seed / 100, "chance": 0.25, "color": 1.0} | ({"shape": 0.5} if seed else {})
+        results = {"reconstruction": {"psnr": 30.0 + seed}, "mmbench_scenes": task}
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "reinforce").mkdir()
+        logged = [{"step": 0, "heldout/reward": 0.5}, {"step": 1, "loss": 2.0}, {"step": 50, "heldout/reward": 0.75}]
+        lines = [json.dumps(one) for one in logged[: 3 if seed else 2]]
+        (folder / "reinforce/metrics.jsonl").write_text("\n".join(lines))
         (folder / "run.json").write_text('{"fast": false, "seconds": {}, "finished": true}')
     out = tmp_path / "seeds.json"
     monkeypatch.setattr("sys.argv", ["x", "--seeds", "0", "1", "-o", str(tmp_path), "--json", str(out)])
     assert script("quickstart_seeds")["main"]() == 0
-    row = "| reconstruction/psnr | 2 | 30.500 | 0.707 | 30.000 | 31.000 |"
-    assert row in capsys.readouterr().out
-    assert json.loads(out.read_text())["tables"]["quickstart-seeds"]["rows"] == [row.strip("| ").split(" | ")]
+    assert "| reconstruction/psnr | 2 | 30.500 | 0.707 | 30.000 | 31.000 |" in capsys.readouterr().out
+    tables = json.loads(out.read_text())["tables"]
+    assert tables["quickstart"]["rows"] == [
+        ["`mmbench_scenes`, accuracy (chance 0.250)", "0.905 ± 0.007", "0.900 to 0.910"],
+        ["- color", "1.000 ± 0.000", "1.000 to 1.000"],
+        ["PSNR of reconstructions, dB", "30.50 ± 0.71", "30.00 to 31.00"],
+    ]
+    assert tables["quickstart-heldout"] == {
+        "header": ["step", "0", "50"],
+        "rows": [["seed 0", "0.500", ""], ["seed 1", "0.500", "0.750"]],
+    }
 
 
 def run_quantizers(script, monkeypatch, *flags):

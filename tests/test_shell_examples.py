@@ -46,7 +46,6 @@ NOT_RUN = {
     "python scripts/gpu/check.py": "minutes (tests/scripts/gpu runs it)",
     "python scripts/gpu/kernel_resources.py": "compiles for half a minute (tests/scripts/gpu runs it)",
     "python scripts/real_parts/smollm2.py": "the weights are in a package that is not installed",
-    "python scripts/benchmark/tables.py": "writes into docs/ (tests/test_benchmark_scripts.py runs its smallest size)",
     "python scripts/quickstart.py": "2 to 25 minutes (a slow test below runs it in its fast form)",
     "python -m evotok_plugin.llava": "LLaVA's code base, which is not installed (tests/interop runs it where it is)",
     "torchrun --nproc_per_node 8 -m evotok_plugin.llava": "LLaVA's code base",

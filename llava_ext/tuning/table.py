@@ -8,11 +8,17 @@ from llava_ext.tuning.scores import Result
 _NO_SKILL = "images without a tag"
 
 
-def as_table(results: Sequence[Result]) -> str:
-    """One row per result: settings, images, mean score by skill, and overall score with its standard error."""
+def as_cells(results: Sequence[Result]) -> list[list[str]]:
+    """Header and one row per result: settings, images, mean score by skill, overall score with its standard error."""
     skills = list(dict.fromkeys(tag for result in results for tag in result.tags))
     head = ["settings", "images", *(skill or _NO_SKILL for skill in skills), "overall"]
-    rows = [head, *(_row(result, skills) for result in results)]
+    return [head, *(_row(result, skills) for result in results)]
+
+
+def as_table(results: Sequence[Result]) -> str:
+    """The cells of `as_cells` in Markdown."""
+    rows = as_cells(results)
+    head = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     return "\n".join(_line(row, widths) for row in (head, rule, *rows[1:]))

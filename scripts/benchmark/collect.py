@@ -5,7 +5,9 @@
     python scripts/benchmark/collect.py --check             # exit with 1 if a table in the documentation differs
 
 A table stands between `<!-- benchmark NAME -->` and `<!-- end -->`, with a line that names the machine and the command;
-`<!-- benchmark NAME NAME -->` holds several tables, with one such line if they come from the same runs.
+`<!-- benchmark NAME NAME -->` holds several tables, with one such line if they come from the same runs. A figure in a
+sentence, `<!-- figure NAME | ROW | COLUMN -->0.918<!-- end -->`, is the cell of a table; ROW is its first cell or the
+beginning of it.
 Several files with the same table (other machines, numbers of threads or rounds) give ranges: "1.2 to 1.4".
 """
 
@@ -28,6 +30,7 @@ from evotok_plugin.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- benchmark (\S+(?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
+FIGURE = re.compile(r"(<!-- figure ([^|\n]+?) \| ([^|\n]+?) \| ([^|\n]+?) -->).*?(<!-- end -->)", re.S)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _CLOCKS = {"cpu": "CPU time", "wall": "wall time"}
 
@@ -83,6 +86,19 @@ def block(names: Sequence[str], found: dict[str, Collected]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def cell(table: Table, row: str, column: str) -> str:
+    """The cell in the row that begins with `row`.
+
+    Raises:
+        UserError: there is no such row or column, or more than one.
+    """
+    rows = [one for one in table.rows if one[0] == row] or [one for one in table.rows if one[0].startswith(row)]
+    if len(rows) != 1 or list(table.header).count(column) != 1:
+        found = [one[0] for one in table.rows]
+        raise UserError(f"expected one row {row!r} of {found} and one column {column!r} of {list(table.header)}")
+    return rows[0][list(table.header).index(column)]
+
+
 def unique(values: Iterable[str]) -> list[str]:
     """The different values in the order of their first occurrence."""
     return list(dict.fromkeys(values))
@@ -130,13 +146,17 @@ def collect(files: Sequence[Path]) -> dict[str, Collected]:
 
 
 def with_tables(text: str, found: dict[str, Collected]) -> str:
-    """A page of documentation with the tables that were found; other tables stay as they are."""
+    """A page of documentation with the tables and figures that were found; others stay as they are."""
 
     def replace(match: re.Match[str]) -> str:
         names = match[2].split()
         return f"{match[1]}{block(names, found)}{match[3]}" if found.keys() >= set(names) else match[0]
 
-    return BLOCK.sub(replace, text)
+    def replace_figure(match: re.Match[str]) -> str:
+        start, name, row, column, end = match.groups()
+        return f"{start}{cell(found[name].merged(name), row, column)}{end}" if name in found else match[0]
+
+    return FIGURE.sub(replace_figure, BLOCK.sub(replace, text))
 
 
 def run(options: argparse.Namespace) -> int:

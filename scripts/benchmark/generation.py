@@ -21,20 +21,19 @@ With one thread times are CPU times, else wall-clock times.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which measures memory
 
 import torch
 import transformers
 from drawing_model import BACKBONES, HEADS, Prompts, make_model
-from measuring import clock_for, machine_of, now, peak_mebibytes, seconds
+from measuring import clock_for, clock_name, now, peak_mebibytes, seconds
+from report import Table, add_json_option, machine, write_report
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -308,7 +307,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the minimum time counts")
     parser.add_argument("--use_graphs", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: on CUDA)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     if options.use_graphs is None:
         options.use_graphs = options.device.startswith("cuda")
@@ -316,17 +315,53 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     model = make_model(options)
-    machine = machine_of(model.device)
+    on = machine(model.device, ("torch", "transformers"), clock=clock_name(torch.get_num_threads(), model.device))
     sizes = {"image head": options.head, "backbone": options.backbone, "dtype": options.dtype}
-    print(", ".join(f"{key} {value}" for key, value in {**machine, **sizes}.items()))
+    print(", ".join(f"{key} {value}" for key, value in {**on, **sizes}.items()))
     results = []
     with torch.no_grad():
         for count in options.batch:
             results.append(measure(model, count, options))
             show(results[-1])
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "results": results}, indent=2) + "\n")
+    shown = table(results)
+    print(f"\n{shown.markdown()}")
+    write_report(options.json, __file__, {"drawing": shown}, on, {"sizes": sizes, "results": results})
     return 0 if all(result["same_codes"] for result in results) else 1
+
+
+def table(results: list[dict]) -> Table:
+    """Batch sizes as columns."""
+    pairs = [(result["contestants"]["ours"], result["contestants"]["straightforward"]) for result in results]
+    faster = [result["times_faster"] for result in results]
+
+    def of_ours(name: str, form: str, factor: float = 1) -> list[str]:
+        return [form.format(factor * own[name]) for own, _ in pairs]
+
+    rows = [
+        ["position, straightforward", *(f"{other['milliseconds_a_position']:.0f} ms" for _, other in pairs)],
+        ["position, ours", *of_ours("milliseconds_a_position", "{:.0f} ms")],
+        [
+            "of this, image head",
+            *(f"{own['of_them_image_head']:.0f} ms ({ratio['head']:.1f} times faster)"
+              for (own, _), ratio in zip(pairs, faster, strict=True)),
+        ],
+        ["image head with PyTorch's layers", *of_ours("of_them_image_head_by_plain_layers", "{:.0f} ms")],
+        ["of this, sampling", *of_ours("of_them_sampling", "{:.1f} ms")],
+        [
+            "images per second, ours (straightforward)",
+            *(f"{own['images_per_second']:.4f} ({other['images_per_second']:.4f})" for own, other in pairs),
+        ],
+        ["**a whole image, times faster**", *(f"**{ratio['image']:.1f}**" for ratio in faster)],
+        [
+            "first preview, after 16 positions",
+            *(f"{own['seconds_to_first_preview']:.1f} s ({other['seconds_to_first_preview']:.1f})"
+              for own, other in pairs),
+        ],
+        ["memory: keys, values, activations", *of_ours("peak_mebibytes", "{:.0f} MiB")],
+        ["memory: packed weights", *of_ours("packed_mebibytes", "{:.0f} MiB")],
+        ["time outside matrix products", *of_ours("share_outside_matrix_products", "{:.1f} %", 100)],
+    ]  # fmt: skip
+    return Table(["", *(f"batch {result['batch']}" for result in results)], rows)
 
 
 def show(result: dict) -> None:

@@ -10,14 +10,12 @@ with more detail ("three red circles"). All settings draw the same prompts with 
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from measuring import device_name
+from report import Table, add_json_option, machine, write_report
 
 from eval_tasks.tasks.geneval_scenes import task as geneval_scenes
 from evotok_plugin.common import command_line
@@ -34,7 +32,7 @@ from llava_ext.rewards import load_rewards
 from llava_ext.tuning.candidates import Candidate
 from llava_ext.tuning.evaluation import Evaluator
 from llava_ext.tuning.scores import make_jobs
-from llava_ext.tuning.table import as_table
+from llava_ext.tuning.table import as_cells
 
 STREAM = 7_002  # of random numbers; corpora and geneval_scenes use others
 SCENES_TRIED = 2_000  # per skill; most of them repeat a prompt
@@ -115,11 +113,13 @@ def run(arguments: argparse.Namespace) -> None:
     with progress_bar(total=len(candidates) * len(jobs), desc="drawing", unit="image") as bar:
         evaluator = Evaluator(opened, judge, jobs, arguments.batch_size, on_images=bar.update)
         results = [evaluator.evaluate(candidate, len(jobs)) for candidate in candidates]
-    device = opened.model.device
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"python {platform.python_version()}; {len(prompts)} prompts, judge {arguments.judge}, seed {arguments.seed}")
+    on = machine(opened.model.device, model=opened.fingerprint[:12])
+    print(", ".join(f"{key} {value}" for key, value in on.items()), end="; ")
+    print(f"{len(prompts)} prompts, judge {arguments.judge}, seed {arguments.seed}")
     shared = ", ".join(f"{name} {value:g}" for name, value in SAMPLING.items())
-    print(f"sampling, unless the row says otherwise: {shared}\n\n{as_table(results)}")
+    header, *rows = as_cells(results)
+    print(f"sampling, unless the row says otherwise: {shared}\n\n{Table(header, rows).markdown()}")
+    write_report(arguments.json, __file__, {"guidance": Table(header, rows)}, on, {"sampling": SAMPLING})
 
 
 def main() -> int:
@@ -134,6 +134,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--save_prompts", type=Path, metavar="FILE.jsonl", help="write the prompts, and do not draw")
+    add_json_option(parser)
     return command_line.run(parser, work=run)
 
 

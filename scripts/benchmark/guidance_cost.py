@@ -11,15 +11,14 @@ Every setting must draw the same codes as when the unconditional rows take part 
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
 import transformers
 from drawing_model import Prompts, make_model
-from measuring import clock_for, machine_of, seconds
+from measuring import clock_for, clock_name, seconds
+from report import Table, add_json_option, machine, write_report
 from torch import Tensor
 
 from evotok_plugin import SamplingOptions
@@ -80,6 +79,15 @@ def measure(model, processor, count: int, options: argparse.Namespace) -> dict:
     }
 
 
+def table(results: list[dict]) -> Table:
+    """A row for each model and batch size: the time with guidance everywhere, and the shares of the other settings."""
+    rows = []
+    for result in results:
+        shares = [f"{result['share_of_all'][name]:.2f}" for name in ("first half", "last half", "none")]
+        rows.append([f"{result['model']}, {result['batch']}", f"{result['milliseconds']['all']:.0f} ms", *shares])
+    return Table(["model, batch", "all positions", "first half", "last half", "no guidance"], rows)
+
+
 def main() -> int:
     """Run the comparison and print a row per model and batch; returns 1 if codes differ."""
     parser = CommandParser(description=__doc__)
@@ -87,13 +95,14 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="numbers of images drawn at once")
     parser.add_argument("--rounds", type=int, default=2, help="rounds; the minimum time counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    machine, results = machine_of(torch.device("cpu")), []
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    clock = clock_name(torch.get_num_threads(), torch.device("cpu"))
+    on, results = machine(packages=("torch", "transformers"), clock=clock), []
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     for name in options.models:
         model, processor = open_named(name)
         for count in options.batch:
@@ -101,8 +110,9 @@ def main() -> int:
                 result = {"model": name, **measure(model.eval(), processor, count, options)}
             print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
             results.append(result)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    shown = table(results)
+    print(f"\n{shown.markdown()}")
+    write_report(options.json, __file__, {"guidance-cost": shown}, on, {"results": results})
     return 0 if all(result["same_codes"] for result in results) else 1
 
 

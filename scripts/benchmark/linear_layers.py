@@ -8,12 +8,11 @@ do in a model. Rounds alternate, and the minimum counts. Layers below the size l
 one. With one thread times are CPU times, else wall-clock times.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
-from measuring import clock_for, machine_of, seconds
+from measuring import clock_for, clock_name, seconds
+from report import Table, add_json_option, machine, write_report
 from torch import nn
 
 from evotok_plugin.common.command_parser import CommandParser
@@ -48,8 +47,20 @@ def measure(shape: str, num_rows: list[int], dtype: torch.dtype, rounds: int) ->
                 spent = seconds(lambda: [layer(x) for layer in called], cpu, clock)  # noqa: B023
                 best[name] = min(best[name], 1e6 * spent / num_layers)
         rate = layers[0].weight.nbytes / best["ours"] / 1000
+        best = {name: round(value, 2) for name, value in best.items()}
         found.append({"rows": rows, "microseconds": best, "gigabytes_per_second": round(rate, 1)})
     return {"shape": shape, "is_thin": wide * narrow >= MIN_ELEMENTS, "equal": equal, "results": found}
+
+
+def table(results: list[dict]) -> Table:
+    """A row for each shape, numbers of rows as columns: microseconds of PyTorch's layer and of ours."""
+    numbers = [one["rows"] for one in results[0]["results"]]
+    rows = []
+    for result in results:
+        pairs = [one["microseconds"] for one in result["results"]]
+        name = result["shape"] + ("" if result["is_thin"] else ", below the limit")
+        rows.append([name, *(f"{pair['PyTorch']:.0f} / {pair['ours']:.0f} us" for pair in pairs)])
+    return Table(["inputs x outputs", *(f"{number} rows" if number > 1 else "1 row" for number in numbers)], rows)
 
 
 def main() -> int:
@@ -60,12 +71,13 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the weights")
     parser.add_argument("--rounds", type=int, default=8, help="rounds; the minimum time counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    machine, results = machine_of(torch.device("cpu")), []
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    clock = clock_name(torch.get_num_threads(), torch.device("cpu"))
+    on, results = machine(clock=clock), []
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     with torch.no_grad():
         for shape in options.shapes:
             results.append(measure(shape, options.rows, getattr(torch, options.dtype), options.rounds))
@@ -73,8 +85,9 @@ def main() -> int:
             print(
                 shape, ", ".join(f"{rows}: {torch_us:.0f} / {own:.0f} us" for rows, torch_us, own in pairs), flush=True
             )
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=2))
+    shown = table(results)
+    print(f"\n{shown.markdown()}")
+    write_report(options.json, __file__, {"linear-layers": shown}, on, {"dtype": options.dtype, "results": results})
     return 0 if all(result["equal"] for result in results) else 1
 
 

@@ -1,6 +1,5 @@
 """Measurement of time and memory, shared by the benchmarks in this folder."""
 
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
@@ -23,22 +22,14 @@ def now(device: torch.device, clock: Callable[[], float] = time.perf_counter) ->
     return clock()
 
 
-def clock_for(num_threads: int, device: torch.device) -> Callable[[], float]:
+def clock_name(num_threads: int, device: torch.device) -> str:
     """CPU time for one thread, which does not depend on other programs; else wall-clock time."""
-    return CLOCKS["cpu" if num_threads == 1 and device.type == "cpu" else "wall"]
+    return "cpu" if num_threads == 1 and device.type == "cpu" else "wall"
 
 
-def machine_of(device: torch.device) -> dict[str, str | int]:
-    """The device, number of threads, clock and versions of a measurement."""
-    threads = torch.get_num_threads()
-    return {
-        "device": device_name(device),
-        "threads": threads,
-        "clock": "wall" if clock_for(threads, device) is CLOCKS["wall"] else "cpu",
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "python": platform.python_version(),
-    }
+def clock_for(num_threads: int, device: torch.device) -> Callable[[], float]:
+    """The clock that `clock_name` names."""
+    return CLOCKS[clock_name(num_threads, device)]
 
 
 def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

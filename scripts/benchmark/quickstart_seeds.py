@@ -3,7 +3,9 @@
     python scripts/benchmark/quickstart_seeds.py --seeds 0 1 2 3 4 --jobs 2 --threads 1 -o outputs/seeds
 
 Every seed has its own folder, `OUTPUT/seed_N`, and its log, `OUTPUT/seed_N.log`. Rerun the command to resume: finished
-seeds are only read. The table has the mean, the standard deviation (of the sample) and the range of every figure.
+seeds are only read. The printed table has the mean, the standard deviation (of the sample) and the range of every
+figure; those for the documentation have the metrics of the tasks, and the held-out reward over the steps of
+reinforcement.
 """
 
 import argparse
@@ -18,8 +20,17 @@ import numpy as np
 from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common.command_parser import CommandParser
+from evotok_plugin.scenes.scene import SKILLS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# By task: the title of its overall score, the figure in it, and the parts of the score.
+TASKS = {
+    "mmbench_scenes": (
+        "`mmbench_scenes`, accuracy (chance {:.3f})", "chance",
+        ("color", "shape", "counting", "existence", "location", "relation"),
+    ),
+    "geneval_scenes": ("`geneval_scenes`, overall (shuffled prompts {:.2f})", "baseline", SKILLS),
+}  # fmt: skip
 
 
 def is_finished(workspace: Path, fast: bool) -> bool:
@@ -73,6 +84,43 @@ def summary(runs: list[dict[str, float]]) -> list[list[str]]:
     return rows
 
 
+def metrics(runs: list[dict[str, float]]) -> Table:
+    """The metrics of the tasks and of the reconstructions, those that all runs have."""
+
+    def values(name: str) -> list[float]:
+        return [run[name] for run in runs if name in run]
+
+    named = {}
+    for task, (title, reference, parts) in TASKS.items():
+        if level := values(f"{task}/{reference}"):
+            named[f"{task}/overall"] = (title.format(np.mean(level)), 3)
+        named |= {f"{task}/{part}": (f"- {part}", 3) for part in parts}
+    named["reconstruction/psnr"] = ("PSNR of reconstructions, dB", 2)
+    rows = []
+    for name, (title, digits) in named.items():
+        if len(found := values(name)) == len(runs):
+            spread = f" ± {np.std(found, ddof=1):.{digits}f}" if len(runs) > 1 else ""
+            least, largest = f"{min(found):.{digits}f}", f"{max(found):.{digits}f}"
+            rows.append([title, f"{np.mean(found):.{digits}f}{spread}", f"{least} to {largest}"])
+    return Table(["metric", "mean ± sd", "range"], rows)
+
+
+def heldout_rewards(log: Path) -> dict[int, float]:
+    """The held-out reward in the `metrics.jsonl` of a reinforcement, by step; empty without the file."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return {row["step"]: row["heldout/reward"] for row in map(json.loads, lines) if "heldout/reward" in row}
+
+
+def heldout_table(rewards: dict[int, dict[int, float]]) -> Table:
+    """Seeds as rows, steps of reinforcement as columns."""
+    steps = sorted({step for one in rewards.values() for step in one})
+    rows = [
+        [f"seed {seed}", *(f"{one[step]:.3f}" if step in one else "" for step in steps)]
+        for seed, one in rewards.items()
+    ]
+    return Table(["step", *map(str, steps)], rows)
+
+
 def main() -> int:
     """Run all seeds and print the table; the exit code is 1 if a run failed."""
     parser = CommandParser(description=__doc__)
@@ -99,9 +147,9 @@ def main() -> int:
         print(table.markdown())
         packages = ("torch", "transformers", "deepspeed", "lmms_eval")
         on = machine(packages=packages) | {"threads": str(options.threads)}
-        write_report(
-            options.json, __file__, {"quickstart-seeds": table}, on, {"runs": dict(zip(done, runs, strict=True))}
-        )
+        rewards = {seed: heldout_rewards(options.output / f"seed_{seed}/reinforce/metrics.jsonl") for seed in done}
+        tables = {"quickstart": metrics(runs), "quickstart-heldout": heldout_table(rewards)}
+        write_report(options.json, __file__, tables, on, {"runs": dict(zip(done, runs, strict=True))})
     return int(any(codes))
 
 

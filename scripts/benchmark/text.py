@@ -13,15 +13,14 @@ The floor is the time to read all weights once per step at the rate of one large
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
 from drawing_model import make_model
-from measuring import clock_for, machine_of, seconds
+from measuring import clock_for, clock_name, seconds
+from report import Table, add_json_option, machine, write_report
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -104,6 +103,19 @@ def measure(model: EvoTokLlavaForConditionalGeneration, count: int, options: arg
     }
 
 
+def table(results: list[dict]) -> Table:
+    """A row for each model and batch size."""
+    rows = []
+    for result in results:
+        rates = result["tokens_per_second"]
+        rows.append([
+            f"{result['model']}, {result['batch']}", f"{rates['transformers']:.1f} tokens/s",
+            f"{rates['ours']:.1f} tokens/s", f"**{result['times_faster']:.2f}**",
+            f"{result['milliseconds_a_step']['ours']:.1f} ms",
+        ])  # fmt: skip
+    return Table(["model, batch", "transformers", "ours", "times faster", "a step of ours"], rows)
+
+
 def main() -> int:
     """Run the comparison and print a row per model and batch; returns 1 if the tokens differ."""
     parser = CommandParser(description=__doc__)
@@ -112,22 +124,23 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens written for each prompt")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the minimum time counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    machine, results = machine_of(torch.device("cpu")), []
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    clock = clock_name(torch.get_num_threads(), torch.device("cpu"))
+    on, results = machine(packages=("torch", "transformers"), clock=clock), []
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     for name in options.models:
         model = open_shape(name).eval()
         for count in options.batch:
             result = {"model": name, **measure(model, count, options)}
             print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
             results.append(result)
-    if options.json:
-        sizes = {"tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS}
-        options.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "results": results}, indent=2) + "\n")
+    shown, sizes = table(results), {"tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS}
+    print(f"\n{shown.markdown()}")
+    write_report(options.json, __file__, {"text": shown}, on, {"sizes": sizes, "results": results})
     return 0 if all(result["same_tokens"] for result in results) else 1
 
 

@@ -1,7 +1,10 @@
 """Collecting the results of benchmarks: ranges over runs, and the tables of the documentation."""
 
+import argparse
 import importlib
 import json
+import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from evotok_plugin.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
+STORED = sorted((ROOT / "scripts/benchmark/results").glob("*.json"))
 MACHINE = {"device": "Some CPU", "threads": "1", "clock": "cpu", "torch": "2.14.1"}
 
 
@@ -92,6 +96,24 @@ def test_a_block_of_several_tables_has_one_caption_for_the_same_runs(modules, tm
     assert second == "<!-- benchmark c d -->\nold\n"  # incomplete blocks stay as they are
 
 
+def test_figures_in_sentences_are_cells_of_tables(modules, tmp_path, monkeypatch, pages, capsys):
+    file = write(tmp_path / "1.json", [["eval, fast", "6 ms"], ["eval", "7 ms"], ["train", "8 ms"]])
+    eval_and_train = "<!-- figure search | eval | 1 image -->old<!-- end --> of <!-- figure search | tr | 1 image -->"
+    other = "<!-- figure b | x | y -->old<!-- end -->"
+    pages.write_text(f"{pages.read_text()}{eval_and_train}<!-- end -->, {other}")
+    collect = modules("collect")
+    assert run(collect, monkeypatch, tmp_path, file, "--write") == 0
+    text = pages.read_text()
+    assert "1 image -->7 ms<!-- end --> of" in text and "1 image -->8 ms<!-- end -->," in text
+    assert text.endswith("-->old<!-- end -->") and run(collect, monkeypatch, tmp_path, file, "--check") == 0
+    pages.write_text(text.replace("8 ms<", "9 ms<"))
+    assert run(collect, monkeypatch, tmp_path, file, "--check") == 1
+    pages.write_text(text.replace("| tr |", "| test |"))
+    capsys.readouterr()
+    assert run(collect, monkeypatch, tmp_path, file, "--check") == 2
+    assert "expected one row 'test' of ['eval, fast', 'eval', 'train']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"tables": {"a": []}, "machine": {}, "command": ""}'])
 def test_a_damaged_result_is_an_error(modules, tmp_path, monkeypatch, pages, capsys, content):
     (tmp_path / "1.json").write_text(content)
@@ -110,10 +132,26 @@ def test_the_documentation_shows_the_stored_results(modules, monkeypatch):
     assert run(modules("collect"), monkeypatch, ROOT, "--check") == 0
 
 
-def test_stored_results_name_no_paths_of_a_machine():
-    for file in (ROOT / "scripts/benchmark/results").glob("*.json"):
-        result = json.loads(file.read_text())
-        assert not any(word.startswith("/") for word in result["command"].split()), file.name
+class Parsed(BaseException):
+    """Raised after flags were parsed; no `except` of a benchmark catches it."""
+
+
+@pytest.mark.parametrize("file", STORED, ids=lambda file: file.stem)
+def test_stored_results_belong_to_a_script_with_these_flags(file, monkeypatch):
+    script, *flags = shlex.split(json.loads(file.read_text())["command"])[1:]
+    assert not any(word.startswith("/") or ":/" in word for word in flags)
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_only(parser, *arguments, **options):
+        _, unknown = parse(parser, *arguments, **options)
+        raise Parsed(unknown)
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmark"))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(Parsed) as parsed:
+        runpy.run_path(str(ROOT / script))["main"]()
+    assert parsed.value.args == ([],)
 
 
 def test_absolute_paths_and_the_result_file_are_left_out_of_the_command(modules, monkeypatch):

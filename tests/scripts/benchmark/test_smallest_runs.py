@@ -13,23 +13,23 @@ SMALLEST = {
     "dialogues": ("--dialogues 4", ["dialogues"]),
     "diversity": ("--skills colors --prompts 1 --images 4", ["diversity-prompts", "diversity"]),
     "encoding": ("--sizes tiny --num_images 6 --batch_size 2 --rounds 1 --workers 1", ["encoding", "encoding-parts"]),
+    "generation": ("--head tiny --backbone tiny --batch 1 --positions 2 --rounds 1 --threads 1", ["drawing"]),
+    "guidance": ("--num_prompts 1 -n 1", ["guidance"]),
+    "guidance_cost": ("--models tiny included --batch 1 --rounds 1 --threads 1", ["guidance-cost"]),
+    "linear_layers": ("--shapes 256x512 256x1024 --rows 1 4 --rounds 1 --threads 1", ["linear-layers"]),
     "out_of_domain": ("--count 2", ["out-of-domain"]),
     "quantizer": (
         "--images 1 2 --positions 16 --levels 2 --codebook_size 2048 --dim 8 --rounds 1 --peer_rounds 0",
         ["quantizer"],
     ),
     "serving": ("--clients 1 --seconds 4 --rounds 1", ["serving"]),
+    "text": ("--models included --batch 1 --tokens 20 --rounds 1 --threads 1", ["text"]),
     "tokenizer_step": ("--recipes tiny --batch_size 2 --steps 1", ["tokenizer-step"]),
     "train_throughput": ("--sizes tiny --samples 6 --rounds 1 --threads 1 --clock cpu", ["train-throughput"]),
 }
 # Benchmarks that run in other tests.
 ELSEWHERE = {
     "evolution": "tests/test_benchmark_scripts.py",
-    "generation": "tests/scripts/gpu/test_gpu_check.py",  # through scripts/gpu/check.py
-    "guidance_cost": "tests/test_benchmark_scripts.py",  # through scripts/benchmark/tables.py, as the next three
-    "linear_layers": "tests/test_benchmark_scripts.py",
-    "tables": "tests/test_benchmark_scripts.py",
-    "text": "tests/test_benchmark_scripts.py",
     "memory": "tests/scripts/benchmark/test_memory.py",
     "quantizers": "tests/test_benchmark_scripts.py",
     "quickstart_seeds": "tests/test_benchmark_scripts.py",
@@ -82,6 +82,24 @@ def test_other_codes_fail_the_benchmark_of_the_search(main, monkeypatch, capsys)
     flags = "--images 1 --positions 8 --levels 1 --codebook_size 64 --dim 4 --rounds 1 --peer_rounds 0"
     assert main("quantizer", flags.split()) == 1
     assert "0 of" not in capsys.readouterr().out
+
+
+def test_other_tokens_fail_the_benchmark_of_text(main, monkeypatch, tmp_path):
+    from llava_ext import EvoTokLlavaForConditionalGeneration as Model
+
+    generate = Model.generate
+    monkeypatch.setattr(Model, "generate", lambda self, *inputs, **flags: generate(self, *inputs, **flags) + 1)
+    flags = "--models included --batch 1 --tokens 2 --rounds 1 --json"
+    assert main("text", [*flags.split(), str(tmp_path / "out.json")]) == 1
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["same_tokens"] is False
+
+
+def test_other_products_fail_the_benchmark_of_linear_layers(main, monkeypatch):
+    from evotok_plugin.kernels.thin_linear import ThinLinear
+
+    forward = ThinLinear.forward
+    monkeypatch.setattr(ThinLinear, "forward", lambda self, x: forward(self, x) + 0.1)
+    assert main("linear_layers", "--shapes 256x1024 --rows 4 --rounds 1".split()) == 1
 
 
 def test_other_losses_fail_the_benchmark_of_training(main, monkeypatch):
