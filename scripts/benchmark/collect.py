@@ -175,6 +175,8 @@ def run(options: argparse.Namespace) -> int:
     placed = {name for text in texts.values() for _, names, _ in BLOCK.findall(text) for name in names.split()}
     if missing := sorted(set(found) - placed):
         raise UserError(f"no page has the markers <!-- benchmark NAME --> and <!-- end --> for {', '.join(missing)}")
+    if unknown := sorted(placed - set(found)):
+        print(f"without a stored result: {', '.join(unknown)}")
     changed = {page: new for page, text in texts.items() if (new := with_tables(text, found)) != text}
     for page, text in changed.items():
         print(f"{'updated' if options.write else 'differs:'} {page.relative_to(options.repository)}")

@@ -58,7 +58,7 @@ def machine(device: str | torch.device = "cpu", packages: Sequence[str] = ("torc
 
 def command_line(script: str | Path) -> str:
     """The command that runs this program, without --json; of absolute paths only the last part is kept."""
-    words, given = ["python", f"scripts/benchmark/{Path(script).name}"], iter(sys.argv[1:])
+    words, given = ["python", "/".join(Path(script).resolve().parts[-3:])], iter(sys.argv[1:])
     for word in given:
         if word == "--json":
             next(given, None)
@@ -77,7 +77,7 @@ def write_report(
     """Write a result unless `path` is None.
 
     Args:
-        script: file of the benchmark.
+        script: file of the benchmark, in a folder in `scripts`.
         tables: by the name that stands in the documentation's markers.
         on: see `machine`.
         figures: further content.

@@ -173,7 +173,7 @@ def wrong_draws(result: dict) -> str:
     return f"recorded steps draw other codes: {'; '.join(wrong)}" if wrong else ""
 
 
-def resource_rows(result: list[dict]) -> Rows:
+def resource_rows(report: dict) -> Rows:
     """Registers, shared memory and spills per configuration."""
     return [
         (
@@ -181,7 +181,7 @@ def resource_rows(result: list[dict]) -> Rows:
             f"{one['registers']} registers, {one['shared_kibibytes']:g} KiB shared memory, "
             f"{one['spilled_bytes']} bytes spilled",
         )
-        for one in result
+        for one in report["results"]
     ]
 
 

@@ -7,7 +7,6 @@ resources. "blocks" is the number of thread blocks that fit onto one multiproces
 2048 threads, and the shared memory of the capability).
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -15,10 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
+from report import Table, add_json_option, machine, write_report
 
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.kernels import residual_search
@@ -30,7 +31,9 @@ ARGUMENTS = {
 }  # fmt: skip
 SHARED_KIBIBYTES = {80: 164, 86: 100, 89: 100, 90: 228}  # per multiprocessor; 1 KiB per block is reserved
 LAUNCHES = ((128, 128, 8), (64, 64, 4))  # further configurations, of BLOCK_M, BLOCK_K and warps
-HEADER = "| target | products | BLOCK_M x BLOCK_K, warps | registers | shared memory | spills | tensor cores | blocks |"
+HEADER = (
+    "target, products, BLOCK_M x BLOCK_K, warps", "registers", "shared memory", "spills", "tensor cores", "blocks",
+)  # fmt: skip
 
 
 def assembler() -> str:
@@ -103,13 +106,17 @@ def tensor_cores(ptx: str) -> str:
     return f"{found[1]} {found[2]}" if found else "none"
 
 
-def row(one: dict) -> str:
+def row(one: dict) -> list[str]:
     """A row of the table."""
-    return (
-        f"| sm_{one['capability']} | {one['precision']} | {one['block_m']} x {one['block_k']}, {one['warps']} "
-        f"| {one['registers']} | {one['shared_kibibytes']:g} KiB | {one['spilled_bytes']} bytes "
-        f"| {one['tensor_core_instructions']} | {one['blocks_per_multiprocessor']} |"
-    )
+    launch = f"{one['block_m']} x {one['block_k']}, {one['warps']}"
+    return [
+        f"sm_{one['capability']}, {one['precision']}, {launch}",
+        str(one["registers"]),
+        f"{one['shared_kibibytes']:g} KiB",
+        f"{one['spilled_bytes']} bytes",
+        one["tensor_core_instructions"],
+        str(one["blocks_per_multiprocessor"]),
+    ]
 
 
 def main() -> None:
@@ -118,19 +125,22 @@ def main() -> None:
     parser.add_argument(
         "--capability", type=int, nargs="+", default=[80, 90], choices=list(SHARED_KIBIBYTES), help="targets"
     )
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    add_json_option(parser)
     options = parser.parse_args()
     own = (residual_search.BLOCK_M, residual_search.BLOCK_K, residual_search.NUM_WARPS)
     configurations = [(capability, "tf32x3", *own) for capability in options.capability]
     configurations.append((options.capability[-1], "ieee", *own))
     configurations += [(options.capability[-1], "tf32x3", *launch) for launch in LAUNCHES]
-    print(f"torch {torch.__version__}, triton {triton.__version__}\n\n{HEADER}\n{'|---' * 8}|")
-    results = []
+    on = machine(packages=("torch", "triton")) | {"device": "compiled without a GPU"}
+    del on["threads"]
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
+    results: list[dict] = []
     for configuration in configurations:
         results.append(measure(*configuration))
-        print(row(results[-1]), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+        print(", ".join(row(results[-1])), flush=True)
+        shown = Table(HEADER, [row(one) for one in results])
+        write_report(options.json, __file__, {"kernel-resources": shown}, on, {"results": results})
+    print(f"\n{shown.markdown()}")
 
 
 if __name__ == "__main__":

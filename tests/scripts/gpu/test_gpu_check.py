@@ -181,7 +181,7 @@ def test_the_kernel_compiles_for_hopper_without_spills(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     command = [sys.executable, str(ROOT / "scripts/gpu/kernel_resources.py"), "--capability", "90", "--json"]
     subprocess.run([*command, str(tmp_path / "r.json")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    launched, ieee, *_ = json.loads((tmp_path / "r.json").read_text())
+    launched, ieee, *_ = json.loads((tmp_path / "r.json").read_text())["results"]
     assert launched["precision"] == "tf32x3" and launched["spilled_bytes"] == launched["stack_bytes"] == 0
     assert 0 < launched["registers"] <= 255 and launched["tensor_core_instructions"].startswith("wgmma")
     assert launched["blocks_per_multiprocessor"] >= 1 and ieee["tensor_core_instructions"] == "none"
