@@ -7,7 +7,7 @@
 A table stands between `<!-- benchmark NAME -->` and `<!-- end -->`, with a line that names the machine and the command;
 `<!-- benchmark NAME NAME -->` holds several tables, with one such line if they come from the same runs. A figure in a
 sentence, `<!-- figure NAME | ROW | COLUMN -->0.918<!-- end -->`, is the cell of a table; ROW is its first cell or the
-beginning of it.
+beginning of it. Its marker does not begin a line, since Markdown would take the line for HTML.
 Several files with the same table (other machines, numbers of threads or rounds) give ranges: "1.2 to 1.4".
 """
 
@@ -146,7 +146,13 @@ def collect(files: Sequence[Path]) -> dict[str, Collected]:
 
 
 def with_tables(text: str, found: dict[str, Collected]) -> str:
-    """A page of documentation with the tables and figures that were found; others stay as they are."""
+    """A page of documentation with the tables and figures that were found; others stay as they are.
+
+    Raises:
+        UserError: a figure begins a line, or names a cell that does not exist.
+    """
+    if wrong := re.search(r"^ *<!-- figure .*", text, re.M):
+        raise UserError(f"expected a word before {wrong[0][:60]!r} in its line; Markdown takes the line for HTML")
 
     def replace(match: re.Match[str]) -> str:
         names = match[2].split()

@@ -100,7 +100,7 @@ def test_figures_in_sentences_are_cells_of_tables(modules, tmp_path, monkeypatch
     file = write(tmp_path / "1.json", [["eval, fast", "6 ms"], ["eval", "7 ms"], ["train", "8 ms"]])
     eval_and_train = "<!-- figure search | eval | 1 image -->old<!-- end --> of <!-- figure search | tr | 1 image -->"
     other = "<!-- figure b | x | y -->old<!-- end -->"
-    pages.write_text(f"{pages.read_text()}{eval_and_train}<!-- end -->, {other}")
+    pages.write_text(f"{pages.read_text()}It is {eval_and_train}<!-- end -->, {other}")
     collect = modules("collect")
     assert run(collect, monkeypatch, tmp_path, file, "--write") == 0
     text = pages.read_text()
@@ -112,6 +112,9 @@ def test_figures_in_sentences_are_cells_of_tables(modules, tmp_path, monkeypatch
     capsys.readouterr()
     assert run(collect, monkeypatch, tmp_path, file, "--check") == 2
     assert "expected one row 'test' of ['eval, fast', 'eval', 'train']" in capsys.readouterr().err
+    pages.write_text(text.replace("of <!-- figure", "of\n<!-- figure"))
+    assert run(collect, monkeypatch, tmp_path, file, "--check") == 2
+    assert "expected a word before '<!-- figure search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"tables": {"a": []}, "machine": {}, "command": ""}'])
