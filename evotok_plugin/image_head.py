@@ -210,7 +210,7 @@ class DepthTransformerHead(nn.Module):
                 only on its hidden state and its noise.
             options: how codes are chosen; by default drawn from the full distribution.
             guidance_scale: weight of the difference between the logits with and without the prompt; ignored with one
-                hidden state per row. One number or one per level, also as a float32 tensor.
+                hidden state per row. One number or one per level, also as a float32 tensor, or (R, L) as such a tensor.
             cache: from `new_cache`, with as many rows as there are hidden states; by default a new one.
             guidance_rescale: as in `guided_logits`.
 

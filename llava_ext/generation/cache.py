@@ -64,6 +64,10 @@ class SlotLayer(CacheLayerMixin):
         """The name of `get_max_length` in earlier versions of transformers."""
         return self.num_slots
 
+    def drop_last(self, count: int) -> None:
+        """Free the last `count` filled slots; the next update overwrites them."""
+        self.num_filled -= count
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows (G',) in this order; a row can be repeated."""
         self.keys, self.values = self.keys[rows], self.values[rows]
@@ -102,6 +106,11 @@ class SlotCache(Cache):
         """Keep the rows (G',) in this order; a row can be repeated."""
         for layer in self.slot_layers:
             layer.select_rows(rows)
+
+    def drop_last(self, count: int) -> None:
+        """Free the last `count` filled slots of every layer."""
+        for layer in self.slot_layers:
+            layer.drop_last(count)
 
     def resize(self, num_filled: int, num_free: int) -> None:
         """Resize every layer, see `SlotLayer.resize`."""

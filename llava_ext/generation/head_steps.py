@@ -65,7 +65,8 @@ class ImageHeadStepper(ABC):
 
         Args:
             options: complete.
-            scales: the guidance scales of the codes (`scales_at`), as numbers or as a float32 tensor.
+            scales: the guidance scales of the codes (`scales_at`), as numbers or as a float32 tensor; if rows have
+                their own, as a tensor (R, codes_per_step).
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 R rows drawn together, G = 2 R rows with guidance (conditional first), N positions, L levels, D LLM width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from PIL.Image import Image
@@ -20,6 +20,7 @@ from llava_ext.generation.previews import preview
 from llava_ext.generation.prompt_cache import PromptCache
 from llava_ext.generation.selection import Choice, candidates_for, make_selector
 from llava_ext.generation.selection_options import SelectionOptions
+from llava_ext.generation.speculative_steps import check_speculation, speculative_steps
 from llava_ext.generation.steps import Steps, can_use_fixed_steps, check_room
 from llava_ext.generation.thin_view import thin_view
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
@@ -54,6 +55,7 @@ class ImageGenerationMixin(ModelInterface):
         best_of: int | None = None,
         judge: Reward | None = None,
         on_choice: Callable[[list[Choice]], None] | None = None,
+        speculate: int = 1,
     ) -> list[Image] | Tensor:
         """Draw images for prompts.
 
@@ -80,14 +82,19 @@ class ImageGenerationMixin(ModelInterface):
                 (`generation_config.image_selection`), or 1.
             judge: scores the candidates instead of the model's reading; of equal scores the first counts.
             on_choice: called with the choices for images, in order, when all their candidates are drawn.
+            speculate: positions per step of the language model, 1 or more. With more than 1 the following codes are
+                drafted and those that turn out wrong are drawn again (`SpeculativeSteps`): the same images up to
+                rounding, in fewer steps. The images of a batch take steps of their own, so that it is faster only
+                for one image at a time.
 
         Returns:
             `len(prompts) * num_images` images, those of one prompt together.
 
         Raises:
             UserError: a prompt is missing or too long, a setting is invalid, the number of seeds is not that of the
-                images, or a judge has no candidates to choose from.
+                images, a judge has no candidates to choose from, or the model does not support `speculate`.
         """
+        check_speculation(self, speculate, use_graphs)
         self.config.check_processor(processor)
         prompts = _checked_prompts(prompt)
         if num_images < 1 or batch_size < 1 or preview_every < 0:
@@ -116,7 +123,7 @@ class ImageGenerationMixin(ModelInterface):
         for start in range(0, len(candidates), batch_size):
             part = candidates[start : start + batch_size]
             texts, own_seeds = [one.prompt for one in part], [one.seed for one in part]
-            for codes in self.draw_codes(texts, processor, own_seeds, options, use_graphs, prompt_cache):
+            for codes in self.draw_codes(texts, processor, own_seeds, options, use_graphs, prompt_cache, speculate):
                 drawn = codes.shape[1]
                 if on_progress is not None:
                     on_progress(start * positions + drawn * codes.shape[0], len(candidates) * positions)
@@ -139,6 +146,7 @@ class ImageGenerationMixin(ModelInterface):
         options: DrawingOptions | None = None,
         use_graphs: bool = False,
         prompt_cache: PromptCache | None = None,
+        speculate: int = 1,
     ) -> Iterator[Tensor]:
         """Draw one image per prompt; yields the codes so far, (R, p, L), after every position p = 1 ... N.
 
@@ -146,12 +154,14 @@ class ImageGenerationMixin(ModelInterface):
 
         Args:
             options: settings that differ from the model's own.
-            use_graphs: as in `generate_images`.
+            use_graphs, speculate: as in `generate_images`.
             prompt_cache: prompts that were run before, by the same model with the same weights; new ones are added.
 
         Raises:
-            UserError: a setting has values for another number of levels, or a prompt is too long.
+            UserError: a setting has values for another number of levels, a prompt is too long, or the model does not
+                support `speculate`.
         """
+        check_speculation(self, speculate, use_graphs)
         options, model = (options or DrawingOptions()).for_model(self), thin_view(evaluation_view(self))
         stepper, vision = stepper_for(model), self.config.vision_config
         noise = torch.stack([uniform_noise(s, stepper.steps_per_image, stepper.codes_per_step) for s in seeds])
@@ -163,10 +173,17 @@ class ImageGenerationMixin(ModelInterface):
         texts: list[str | None] = [*prompts, options.negative_prompt] if options.guided else [*prompts]
         after = model._run_prompts(texts, processor, cache, num_steps)
         unconditional = after[len(prompts)] if options.guided else None
-        steps = Steps.joined(after[: len(prompts)], num_steps)
-        make_steps = GraphSteps if fixed else SingleSteps
+        every_step: Iterable[Tensor]
+        if speculate > 1:
+            rows = [Steps.joined([one], num_steps) for one in after[: len(prompts)]]
+            every_step = speculative_steps(
+                stepper, rows, noise, options, unconditional, window=speculate, grid_size=vision.grid_size
+            )
+        else:
+            steps = Steps.joined(after[: len(prompts)], num_steps)
+            every_step = (GraphSteps if fixed else SingleSteps)(stepper, steps, noise, options, unconditional)
         drawn: list[Tensor] = []
-        for codes in make_steps(stepper, steps, noise, options, unconditional):
+        for codes in every_step:
             drawn.append(codes)
             together = torch.cat(drawn, dim=1)
             if together.shape[1] % vision.pixel_depth == 0:

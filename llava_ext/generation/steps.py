@@ -87,7 +87,7 @@ class Steps:
         """Number of steps that still fit into the cache."""
         return self._mask.shape[1] - self.taken
 
-    def _run(self, embeddings: Tensor, position_ids: Tensor) -> None:
+    def _run(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
         end = self.taken + embeddings.shape[1]
         outputs = self._language_model(
             inputs_embeds=embeddings,
@@ -96,19 +96,37 @@ class Steps:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self.taken, self.hidden = end, outputs.last_hidden_state[:, -1]
+        states: Tensor = outputs.last_hidden_state
+        self.taken, self.hidden = end, states[:, -1]
+        return states
 
     def step(self, embeddings: Tensor) -> None:
         """Advance every row by one step with the embeddings (G, D)."""
         self.run(embeddings[:, None])
 
-    def run(self, embeddings: Tensor) -> None:
-        """Advance every row by t steps with the embeddings (G, t, D), all computed at once."""
+    def run(self, embeddings: Tensor) -> Tensor:
+        """Advance every row by t steps with the embeddings (G, t, D), all computed at once.
+
+        Returns:
+            the hidden states of these steps, (G, t, D).
+        """
         count = embeddings.shape[1]
         self._mask[:, self.taken : self.taken + count] = True
         offsets = torch.arange(count, device=embeddings.device)
-        self._run(embeddings, self._next_position_ids[:, None] + offsets)
+        states = self._run(embeddings, self._next_position_ids[:, None] + offsets)
         self._next_position_ids = self._next_position_ids + count
+        return states
+
+    def drop_last(self, count: int, hidden: Tensor) -> None:
+        """Undo the last `count` steps, so that other steps can follow the ones before them.
+
+        Args:
+            hidden: (G, D), of the last remaining step.
+        """
+        self._cache.drop_last(count)
+        self.taken -= count
+        self._mask[:, self.taken : self.taken + count] = False
+        self._next_position_ids, self.hidden = self._next_position_ids - count, hidden
 
     def to_fixed(self) -> "FixedSteps":
         """Convert to steps that all use the same memory; do not use this object afterwards."""
@@ -197,6 +215,12 @@ class FixedSteps:
         return [self.hidden, self._mask, self._slot, self._next_position_ids]
 
 
+def has_fixed_rotation(config: PreTrainedConfig) -> bool:
+    """Whether the rotary embedding of a position does not depend on the number of positions."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return rope not in ("dynamic", "longrope")
+
+
 def can_use_fixed_steps(language_model: PreTrainedModel) -> bool:
     """Whether all steps of a language model can use the same memory.
 
@@ -204,9 +228,8 @@ def can_use_fixed_steps(language_model: PreTrainedModel) -> bool:
     length, and no mixture of experts (there the GPU waits for the CPU).
     """
     config = language_model.config
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if rope in ("dynamic", "longrope") or experts:
+    if not has_fixed_rotation(config) or experts:
         return False
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]

@@ -135,6 +135,15 @@ def test_an_interval_without_any_preview_is_rejected(draw, tmp_path):
     assert code == 2 and "--preview_every 2 needs --preview FILE" in error
 
 
+def test_speculation_draws_the_same_files(draw, tmp_path):
+    assert draw(RING, "-n", 2)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert draw(RING, "-n", 2, "--speculate", 4)[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 3
+    code, error = draw(RING, "--speculate", 0)
+    assert code == 2 and "--speculate must be at least 1, got 0" in error
+
+
 def test_the_best_candidate_is_kept_and_recorded(draw, tmp_path):
     for batch_size in (16, 2):
         assert draw(RING, "-n", 2, "--best_of", 3, "--batch_size", batch_size)[0] == 0
