@@ -81,8 +81,8 @@ def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
         type=int,
         default=1,
         metavar="W",
-        help="positions per step of the language model: with 2 or more, drafts of the next codes are checked in one step, "
-        "which gives the same images sooner if drafts are often right; only for a single image at a time",
+        help="positions per step of the language model; 2 or more check drafts of the next codes in one step and give "
+        "the same images, sooner if drafts are often right; useful only for a single image at a time",
     )
     parser.set_defaults(run=run)
 

@@ -23,6 +23,7 @@ benchmarks() { # calls step NAME SCRIPT FLAGS... for each; NAME.json is the resu
     step tokenizer_step_paper tokenizer_step --recipes paper paper_384 --batch_size 1 --steps 1 --set bf16=false
     step train_throughput train_throughput --threads 1 --clock cpu
     step serving serving --seconds 8
+    step speculation speculation --threads 1 --rounds 2
     for steps in 3 12; do
         step "memory_$steps" memory --steps "$steps"
     done

@@ -24,6 +24,10 @@ SMALLEST = {
     ),
     "serving": ("--clients 1 --seconds 4 --rounds 1", ["serving"]),
     "text": ("--models included --batch 1 --tokens 20 --rounds 1 --threads 1", ["text"]),
+    "speculation": (
+        "--windows 4 --prompts_per_skill 1 --backbones tiny --head tiny --rounds 1 --threads 1",
+        ["speculation", "speculation-cost"],
+    ),
     "tokenizer_step": ("--recipes tiny --batch_size 2 --steps 1", ["tokenizer-step"]),
     "train_throughput": ("--sizes tiny --samples 6 --rounds 1 --threads 1 --clock cpu", ["train-throughput"]),
 }
@@ -100,6 +104,24 @@ def test_other_products_fail_the_benchmark_of_linear_layers(main, monkeypatch):
     forward = ThinLinear.forward
     monkeypatch.setattr(ThinLinear, "forward", lambda self, x: forward(self, x) + 0.1)
     assert main("linear_layers", "--shapes 256x1024 --rows 4 --rounds 1".split()) == 1
+
+
+def test_other_codes_fail_the_benchmark_of_speculation(main, monkeypatch, capsys):
+    from llava_ext.generation.speculative_steps import SpeculativeSteps
+
+    codes = SpeculativeSteps.__iter__
+    monkeypatch.setattr(SpeculativeSteps, "__iter__", lambda self: (one + 1 for one in codes(self)))
+    assert main("speculation", "--windows 2 --prompts_per_skill 1 --rounds 1 --backbones".split()) == 1
+    assert "| 0 of 6 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "share"), [(1, 4, 0), (1.5, 2, 0.5), (1.75, 3, 0.5), (2, 2, 1), (2.1, 2, None)]
+)
+def test_the_share_of_right_drafts_solves_the_geometric_sum(monkeypatch, positions, window, share):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    needed_share = runpy.run_path(str(FOLDER / "speculation.py"))["needed_share"]
+    assert needed_share(positions, window) == (None if share is None else pytest.approx(share))
 
 
 def test_other_losses_fail_the_benchmark_of_training(main, monkeypatch):
