@@ -109,6 +109,8 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
 def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None) -> T:
     """Build `schema` from a YAML recipe (a file, or the name of a recipe of the package); `overrides` take precedence.
 
+    Of a mapping, such as `model`, only the keys that the overrides contain are replaced.
+
     Raises:
         UserError: the recipe does not exist or is not a YAML mapping, a key is unknown, or a value has a wrong type.
     """
@@ -189,6 +191,7 @@ def recipe_values(
     A field with `REQUIRED` has an empty default instead of an Optional type; null leaves it at that.
     """
     values: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     source = ""
     if path_or_name is not None:
         path = find_recipe(path_or_name, schema.__module__.partition(".")[0])
@@ -202,7 +205,11 @@ def recipe_values(
     required = {field.name for field in dataclasses.fields(schema) if field.metadata.get(REQUIRED)}
     given = {key: value for key, value in values.items() if value is not None or key not in required}
     own = set(overrides or {})
-    return {key: _coerce(value, hints[key], key if key in own else source + key) for key, value in given.items()}
+    coerced = {key: _coerce(value, hints[key], key if key in own else source + key) for key, value in given.items()}
+    for key in own & set(loaded):
+        if isinstance(loaded[key], dict) and isinstance(coerced.get(key), dict):
+            coerced[key] = {**loaded[key], **coerced[key]}
+    return coerced
 
 
 def check_seed(seed: int, bits: int = 62) -> None:

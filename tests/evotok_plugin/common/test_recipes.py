@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from evotok_plugin.common.recipes import add_arguments, check_seed, load_recipe, save_resolved
+from evotok_plugin.common.recipes import add_arguments, check_seed, find_recipe, load_recipe, save_resolved
 from evotok_plugin.errors import UserError
+from evotok_plugin.training.config import TokenizerTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,19 @@ def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_pa
     assert load_recipe(recipe, Schema, {"sizes": "{width: 3}"}).sizes == {"width": 3}
     save_resolved(Schema(steps=3), tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
+
+
+def test_a_mapping_replaces_only_the_keys_that_it_contains(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("sizes: {width: 3, height: 4}\n")
+    assert load_recipe(recipe, Schema, {"sizes": "{width: 5, depth: 1}"}).sizes == {"width": 5, "height": 4, "depth": 1}
+    assert load_recipe(recipe, Schema, {"sizes": "{}"}).sizes == {"width": 3, "height": 4}
+    config = load_recipe(
+        find_recipe("photos", "evotok_plugin"),
+        TokenizerTrainingConfig,
+        {"data": ["photos"], "output_dir": "out", "model": "{quantizer: fsq}"},
+    )
+    assert config.model["quantizer"] == "fsq" and config.model["image_size"] == 64
 
 
 @pytest.mark.parametrize(
