@@ -1,7 +1,7 @@
 """Compare several positions per step of the language model (`speculate`) with one.
 
     python scripts/benchmark/speculation.py --threads 1 --json speculation.json
-    python scripts/benchmark/speculation.py --windows 4 --prompts_per_skill 1 --rounds 1
+    python scripts/benchmark/speculation.py --prompts_per_skill 0 --backbones small --head tiny
 
 The first table is of the included model, one image at a time: steps of the language model per image, without that of
 the prompt, and time relative to drawing with one position per step, prompts included, in rounds that alternate. Codes
@@ -173,15 +173,20 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a number is too small.
     """
-    for name in ("prompts_per_skill", "rounds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    for name, least in (("prompts_per_skill", 0), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if min(options.windows) < 2:
         raise UserError(f"--windows: expected numbers from 2 on, got {min(options.windows)}; 1 is always measured")
     if options.threads:
         torch.set_num_threads(options.threads)
-    found, count = compare(options)
-    tables = {"speculation": comparison_table(found, count)}
+    if not options.prompts_per_skill and not options.backbones:
+        raise UserError("--prompts_per_skill 0 and --backbones without a name leave nothing to measure")
+    found: list[Comparison] = []
+    tables, count = dict[str, Table](), 0
+    if options.prompts_per_skill:
+        found, count = compare(options)
+        tables["speculation"] = comparison_table(found, count)
     if options.backbones:
         costs = {name: step_seconds(name, options) for name in options.backbones}
         tables["speculation-cost"] = cost_table(costs)
@@ -195,7 +200,7 @@ def main() -> int:
     """Parse the flags and measure."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--windows", type=int, nargs="+", default=[2, 3, 4, 8], help="numbers of positions per step")
-    parser.add_argument("--prompts_per_skill", type=int, default=5, help="images per skill of the included model")
+    parser.add_argument("--prompts_per_skill", type=int, default=5, help="images per skill; 0: no first table")
     parser.add_argument("--backbones", nargs="*", default=["0.5b"], choices=list(BACKBONES), help="random LLMs")
     parser.add_argument("--head", default="paper", choices=list(HEADS), help="image head of the random LLMs")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the minimum time counts")
