@@ -51,6 +51,8 @@ class SamplingOptions:
 
     def at_level(self, level: int) -> "SamplingOptions":
         """Return the options of one level, each a single number."""
+        if not any(isinstance(value, tuple) for value in vars(self).values()):
+            return self
         return SamplingOptions(*(v[level] if isinstance(v, tuple) else v for v in vars(self).values()))
 
     def check_levels(self, num_levels: int) -> None:

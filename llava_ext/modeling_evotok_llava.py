@@ -23,7 +23,12 @@ from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead
 from llava_ext.folding import FoldedSequence, count_learned
-from llava_ext.generation import ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin
+from llava_ext.generation import (
+    ImageGenerationMixin,
+    InterleavedGenerationMixin,
+    ManyAnswersMixin,
+    TextGenerationMixin,
+)
 from llava_ext.generation.saved_settings import restore_settings, settings_to_save
 from llava_ext.model_outputs import EvoTokLlavaOutput
 from llava_ext.modeling_base import EvoTokLlavaModel
@@ -32,7 +37,12 @@ __all__ = ["EvoTokLlavaForConditionalGeneration", "EvoTokLlavaModel", "EvoTokLla
 
 
 class EvoTokLlavaForConditionalGeneration(
-    EvoTokLlavaModel, ImageGenerationMixin, InterleavedGenerationMixin, TextGenerationMixin, GenerationMixin
+    EvoTokLlavaModel,
+    ImageGenerationMixin,
+    InterleavedGenerationMixin,
+    ManyAnswersMixin,
+    TextGenerationMixin,
+    GenerationMixin,
 ):
     """A causal LM that reads images through an EvoTok tokenizer and draws them through an image head."""
 

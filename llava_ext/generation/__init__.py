@@ -1,9 +1,18 @@
 """Answers: text, images drawn through the image head, and both in one document."""
 
 from llava_ext.generation.answer_options import AnswerOptions
-from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
+from llava_ext.generation.events import (
+    CandidateDrawn,
+    Event,
+    Finished,
+    ImageDrawn,
+    ImagePreview,
+    ImageStarted,
+    TextDelta,
+)
 from llava_ext.generation.images import ImageGenerationMixin
 from llava_ext.generation.interleaved import InterleavedGenerationMixin
+from llava_ext.generation.many_answers import AnswerRequest, ManyAnswersMixin
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.reading_score import PromptReader, ReadingJudge, ReadingScores
 from llava_ext.generation.selection import Candidate, Choice
@@ -12,7 +21,9 @@ from llava_ext.generation.text import TextGenerationMixin
 
 __all__ = [
     "AnswerOptions",
+    "AnswerRequest",
     "Candidate",
+    "CandidateDrawn",
     "Choice",
     "DrawingOptions",
     "Event",
@@ -22,6 +33,7 @@ __all__ = [
     "ImagePreview",
     "ImageStarted",
     "InterleavedGenerationMixin",
+    "ManyAnswersMixin",
     "PromptReader",
     "ReadingJudge",
     "ReadingScores",

@@ -2,7 +2,8 @@
 
 Every step of the language model advances all rows, whether a row writes text or draws. A row that draws has an
 unconditional partner row, which has seen only its negative prompt, from the first step with guidance to the last one.
-An answer depends only on its own conversation, options and seed, not on the other rows.
+An answer that is one image takes the steps of `generate_images`: its prompt is run with `<|image_start|>`, and it ends
+with its last codes. An answer depends only on its own conversation, options and seed, not on the other rows.
 
 B rows, P partners, G = B + P, N positions, L levels, D width of the language model.
 """
@@ -17,7 +18,15 @@ from transformers.generation import LogitsProcessorList
 from evotok_plugin.sampling import sample, uniform_noise
 from llava_ext.generation.answer_options import AnswerOptions
 from llava_ext.generation.answer_settings import TextSettings, process_logits
-from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted, TextDelta
+from llava_ext.generation.events import (
+    CandidateDrawn,
+    Event,
+    Finished,
+    ImageDrawn,
+    ImagePreview,
+    ImageStarted,
+    TextDelta,
+)
 from llava_ext.generation.head_steps import stepper_for
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions
@@ -48,7 +57,8 @@ class _Answer:
     num_images: int = 0
     image_noise: Tensor | None = None  # (steps, codes per step) of the image being drawn
     drawn: list[Tensor] = field(default_factory=list)  # codes (1, l) of its steps
-    unguided: list[Tensor] = field(default_factory=list)  # inputs (1, D) of its steps before those with guidance
+    guided: range = range(0)  # its steps with guidance
+    unguided: list[Tensor] = field(default_factory=list)  # inputs (1, D) after its steps before those with guidance
     must_close: bool = False  # the image is complete, <|image_end|> comes next
     done: bool = False
 
@@ -91,6 +101,11 @@ class Answers:
         """Steps of an image with its delimiters."""
         return self._stepper.steps_per_image + 2
 
+    @property
+    def _steps_after_start(self) -> int:
+        """Steps of an image with its last delimiter."""
+        return self._image_steps - 1
+
     # Rows ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -108,7 +123,7 @@ class Answers:
         Raises:
             UserError: a conversation leaves no room for an answer; nothing has changed then.
         """
-        keys = prompt_keys(self._model, inputs)
+        keys = [(key, own.image_first) for key, own in zip(prompt_keys(self._model, inputs), options, strict=True)]
         known = {key: self._prompts.get(key) for key in keys}
         after = {key: steps for key, steps in known.items() if steps is not None}
         new_rows = [keys.index(key) for key in known if key not in after]
@@ -116,14 +131,19 @@ class Answers:
         lengths = {key: steps.taken for key, steps in after.items()}
         if new_rows:
             embeddings, mask = self._model.embed_prompt(**self._model.select_rows(inputs, new_rows))  # left padding
+            embeddings, mask = self._append_starts(embeddings, mask, [options[row].image_first for row in new_rows])
             lengths |= dict(zip((keys[row] for row in new_rows), mask.sum(dim=1).tolist(), strict=True))
         for key, own in zip(keys, options, strict=True):
-            check_room(self._model.config.text_config, lengths[key] + (self._image_steps if own.image_first else 1))
+            check_room(
+                self._model.config.text_config, lengths[key] + (self._steps_after_start if own.image_first else 1)
+            )
         prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         new: list[_Answer] = []
         for own, seed, prompt, key in zip(options, seeds, prompts, keys, strict=True):
             number, row = self._num_admitted + len(new), self.num_active + len(new)
-            noise, processors = torch.Generator().manual_seed(seed), self._settings.processors(self._model, len(prompt))
+            noise, processors = torch.Generator().manual_seed(seed), LogitsProcessorList()
+            if not own.image_first:
+                processors = self._settings.processors(self._model, len(prompt))
             room = self._room_for(own, lengths[key])
             new.append(_Answer(number, row, own, seed, noise, prompt, room, processors))
         for text in dict.fromkeys(row.options.drawing.negative_prompt for row in new if row.may_be_guided):
@@ -139,8 +159,21 @@ class Answers:
         self._rows += new
         return [row.number for row in new]
 
+    def _append_starts(self, embeddings: Tensor, mask: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Append `<|image_start|>` to the embeddings (B, T, D) of the wanted rows; the other rows get padding."""
+        if not any(wanted):
+            return embeddings, mask
+        start = self._embed(self._processor.image_start_id).to(embeddings.dtype).expand(len(wanted), 1, -1)
+        appended, padded = torch.cat([embeddings, start], 1), torch.cat([torch.zeros_like(start), embeddings], 1)
+        ones = mask.new_ones(len(wanted), 1)
+        chosen = torch.tensor(wanted, device=mask.device)[:, None]
+        mask = torch.where(chosen, torch.cat([mask, ones], 1), torch.cat([torch.zeros_like(ones), mask], 1))
+        return torch.where(chosen[..., None], appended, padded), mask
+
     def _room_for(self, options: AnswerOptions, prompt_length: int) -> int:
         """The steps of the longest answer."""
+        if options.image_first:
+            return self._steps_after_start
         assert options.max_new_tokens is not None
         wanted = options.max_new_tokens + options.max_images * self._image_steps
         return wanted if self._limit is None else min(wanted, self._limit - prompt_length)
@@ -186,12 +219,12 @@ class Answers:
             self._drop_done()
 
     def _run_negative_prompt(self, text: str | None) -> Steps:
-        """Run a single row through a negative prompt, up to where an image would start."""
+        """Run a single row through a negative prompt and `<|image_start|>`."""
         key = ("negative", text)
         if (steps := self._prompts.get(key)) is None:
             prompt = self._processor.drawing_prompts([text]).to(self._device)
-            ids, mask = prompt["input_ids"][:, :-1], prompt["attention_mask"][:, :-1]
-            check_room(self._model.config.text_config, ids.shape[1] + self._image_steps)
+            ids, mask = prompt["input_ids"], prompt["attention_mask"]
+            check_room(self._model.config.text_config, ids.shape[1] + self._steps_after_start)
             embeddings = self._model.get_input_embeddings()(ids)
             steps = Steps(self._model.language_model, embeddings, mask, ids.shape[1])
             self._prompts.put(key, steps)
@@ -214,15 +247,18 @@ class Answers:
         # The next input of each row, (1, D); None for rows that are done.
         next_inputs: list[Tensor | None] = [None] * len(self._rows)
         yield from self._write_text(next_inputs)
-        yield from self._draw(next_inputs)
+        # An image that has just started waits: the language model has not read its <|image_start|> yet.
+        drawing = [row for row in self._rows if row.in_image and next_inputs[row.row] is None]
+        self._add_partners(drawing)
+        yield from self._draw(drawing, next_inputs)
         if not self.num_active:
             self._drop_done()
             return
-        self._update_partners()
+        self._drop_partners()
         assert self._steps is not None
         inputs = [self._filler if one is None else one for one in next_inputs]
         for row in self._rows:
-            if row.in_image and row.may_be_guided and len(row.drawn) < self._guided_steps(row).start:
+            if row.in_image and 0 < len(row.drawn) <= row.guided.start:
                 row.unguided.append(inputs[row.row])
         self._steps.step(torch.cat([*inputs, *(inputs[row.row] for row in self._partnered)]))
         for row in self._rows:
@@ -230,37 +266,37 @@ class Answers:
         if 2 * self.num_active <= len(self._rows):  # not for every row: each time, the whole cache is copied
             self._drop_done()
 
-    def _guided_steps(self, row: _Answer) -> range:
-        return self._stepper.guided_steps(row.options.drawing)
-
-    def _update_partners(self) -> None:
-        """Drop the partners that are not read any more, and add those that the next codes of a row are drawn with."""
-        assert self._steps is not None
-        needed = [
-            row
-            for row in self._rows
-            if row.in_image and row.may_be_guided and len(row.drawn) in self._guided_steps(row)
-        ]
-        kept = [row for row in self._partnered if row in needed]
-        if len(kept) < len(self._partnered):
-            self._keep(self._rows, kept)
+    def _add_partners(self, drawing: Sequence[_Answer]) -> None:
+        """Add the partners that the next codes of these rows are the first to be drawn with."""
         groups: dict[tuple[str | None, int], list[_Answer]] = {}
-        for row in needed:
-            if row not in kept:
+        for row in drawing:
+            if row.guided and len(row.drawn) == row.guided.start:
                 groups.setdefault((row.options.drawing.negative_prompt, len(row.unguided)), []).append(row)
         for (text, count), together in groups.items():
             partners = Steps.joined([self._run_negative_prompt(text)] * len(together), count)
             if count:
                 partners.run(torch.stack([torch.cat(row.unguided) for row in together]))
+            assert self._steps is not None
             self._steps.add_rows(partners)
             self._partnered += together
             for row in together:
                 row.unguided = []
 
+    def _drop_partners(self) -> None:
+        """Drop the partners that no further codes are drawn with."""
+        kept = [row for row in self._partnered if row.in_image and len(row.drawn) in row.guided]
+        if len(kept) < len(self._partnered):
+            self._keep(self._rows, kept)
+
     # Text ----------------------------------------------------------------------------------------------------
 
     def _write_text(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
         """Choose the next token of every row that writes text."""
+        for row in self._rows:
+            if row.options.image_first and not row.ids and not row.done:  # its prompt ends with <|image_start|>
+                row.ids.append(self._processor.image_start_id)
+                yield ImageStarted(row.number, row.num_images)
+                self._start_image(row)
         rows = [row for row in self._rows if not row.done and not row.in_image]
         if not rows:
             return
@@ -270,7 +306,7 @@ class Answers:
             next_inputs[row.row] = self._embed(token)
             if row.must_close:
                 row.must_close = False
-                if row.options.image_first or row.room <= 0:
+                if row.room <= 0:
                     yield from self._finish(row)
             elif token == self._processor.image_start_id:
                 yield from self._emit_text(row, last=True)
@@ -292,29 +328,33 @@ class Answers:
 
     def _choose(self, rows: list[_Answer]) -> list[int]:
         """Choose the next token of each row."""
+        noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows])  # also of rows that do not choose
+        tokens = [self._processor.image_end_id] * len(rows)
+        free = [index for index, row in enumerate(rows) if not row.must_close]
+        if not free:
+            return tokens
+        logits = self._logits([rows[index] for index in free])
+        for sampling in dict.fromkeys(rows[index].options.text for index in free):
+            assert sampling is not None
+            same = [place for place, index in enumerate(free) if rows[index].options.text == sampling]
+            own = noise[[free[place] for place in same]]
+            for place, token in zip(same, sample(logits[same], sampling, own).tolist(), strict=True):
+                tokens[free[place]] = token
+        return tokens
+
+    def _logits(self, rows: list[_Answer]) -> Tensor:
+        """The logits (rows, V) of the next tokens, -inf where a token cannot be written."""
         assert self._steps is not None
-        hidden = self._steps.hidden[[row.row for row in rows]]
-        logits = self._model.lm_head(hidden).float()
+        logits = self._model.lm_head(self._steps.hidden[[row.row for row in rows]]).float()
         for index, row in enumerate(rows):
             if len(row.processors):
                 ids = torch.cat([row.prompt, row.prompt.new_tensor(row.ids)])
                 logits[index] = process_logits(row.processors, ids, logits[index : index + 1])[0]
         logits[:, self._never_written] = -torch.inf
-        forced: dict[int, int] = {}
         for index, row in enumerate(rows):
-            if row.must_close:
-                forced[index] = self._processor.image_end_id
-            elif row.options.image_first and not row.ids:
-                forced[index] = self._processor.image_start_id
-            elif row.num_images >= row.options.max_images or row.room < self._image_steps:
+            if row.num_images >= row.options.max_images or row.room < self._image_steps:
                 logits[index, self._processor.image_start_id] = -torch.inf
-        noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows])
-        for sampling in dict.fromkeys(row.options.text for row in rows):
-            assert sampling is not None
-            same = [index for index, row in enumerate(rows) if row.options.text == sampling]
-            for index, token in zip(same, sample(logits[same], sampling, noise[same]).tolist(), strict=True):
-                forced.setdefault(index, token)
-        return [forced[index] for index in range(len(rows))]
+        return logits
 
     def _emit_text(self, row: _Answer, last: bool) -> Iterator[Event]:
         """Emit the new text; an incomplete character waits for its remaining bytes unless this is the `last` call."""
@@ -335,18 +375,19 @@ class Answers:
     def _start_image(self, row: _Answer) -> None:
         seed, stepper = row.seed + row.num_images, self._stepper
         row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._device)
+        row.guided = stepper.guided_steps(row.options.drawing) if row.may_be_guided else range(0)
         row.drawn, row.unguided, row.words, row.shown = [], [], [], ""
 
-    def _draw(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
+    def _draw(self, rows: Sequence[_Answer], next_inputs: list[Tensor | None]) -> Iterator[Event]:
         """Run one step of every image; rows are computed together if their settings, levels and guidance are equal,
         whatever their positions are."""
-        # An image that has just started waits: the language model has not read its <|image_start|> yet.
-        rows = [row for row in self._rows if row.in_image and next_inputs[row.row] is None]
-        groups: dict[tuple[int, DrawingOptions, tuple[float, ...]], list[tuple[_Answer, int]]] = {}
+        at_step: dict[tuple[int, DrawingOptions], list[_Answer]] = {}
         for row in rows:  # before any of them is advanced: each row draws once in this call
-            step, drawing = len(row.drawn), row.options.drawing
+            at_step.setdefault((len(row.drawn), row.options.drawing), []).append(row)
+        groups: dict[tuple[int, DrawingOptions, tuple[float, ...]], list[tuple[_Answer, int]]] = {}
+        for (step, drawing), same in at_step.items():
             key = (step % self._stepper.steps_per_position, drawing, tuple(self._stepper.scales_at(step, drawing)))
-            groups.setdefault(key, []).append((row, step))
+            groups.setdefault(key, []).extend((row, step) for row in same)
         for (kind, drawing, scales), together in groups.items():
             assert self._steps is not None
             numbers = [row.row for row, _ in together]
@@ -358,22 +399,39 @@ class Answers:
             for index, (row, _) in enumerate(together):
                 row.drawn.append(codes[index : index + 1])
                 next_inputs[row.row] = embeddings[index : index + 1]
-                yield from self._after_step(row)
+        yield from self._show(rows)
 
-    def _after_step(self, row: _Answer) -> Iterator[Event]:
-        """Emit a preview if one is due, and the image when it is complete."""
-        vision, tower, every = self._model.config.vision_config, self._model.vision_tower, row.options.preview_every
-        drawn, partial_position = divmod(len(row.drawn), self._stepper.steps_per_position)
-        complete = drawn == vision.num_positions
-        if partial_position or not (complete or every and drawn % every == 0):
-            return
-        codes = torch.cat(row.drawn, dim=1).unflatten(1, (-1, vision.pixel_depth))  # (1, p, L)
-        if not complete:
-            image = preview(tower, self._processor, codes)[0]
-            yield ImagePreview(row.number, row.num_images, image, drawn, vision.num_positions)
-            return
-        image = self._processor.image_processor.to_pil(tower.decode_pixels(codes))[0]
-        row.ids += self._processor.vocabulary.to_ids(codes[0]).flatten().tolist()
-        row.image_noise, row.must_close = None, True
-        yield ImageDrawn(row.number, row.num_images, image, codes[0])
-        row.num_images += 1
+    def _show(self, rows: Sequence[_Answer]) -> Iterator[Event]:
+        """Emit the previews that are due after a step, and the complete images; those of the same step are decoded
+        together."""
+        num_positions, due = self._stepper.num_positions, dict[int, list[_Answer]]()
+        for row in rows:
+            drawn, partial_position = divmod(len(row.drawn), self._stepper.steps_per_position)
+            every = row.options.preview_every
+            if not partial_position and (drawn == num_positions or every and drawn % every == 0):
+                due.setdefault(drawn, []).append(row)
+        for drawn, together in due.items():
+            codes = torch.cat([torch.cat(row.drawn, dim=1) for row in together]).unflatten(1, (drawn, -1))
+            if drawn == num_positions:
+                yield from self._end_images(together, codes)
+                continue
+            for row, image in zip(together, preview(self._model.vision_tower, self._processor, codes), strict=True):
+                yield ImagePreview(row.number, row.num_images, image, drawn, num_positions)
+
+    def _end_images(self, rows: Sequence[_Answer], codes: Tensor) -> Iterator[Event]:
+        """Emit the complete images of rows with their codes (rows, N, L); candidates are not decoded."""
+        shown = [index for index, row in enumerate(rows) if row.options.best_of == 1]
+        pixels = self._model.vision_tower.decode_pixels(codes[shown]) if shown else None
+        images = iter([] if pixels is None else self._processor.image_processor.to_pil(pixels))
+        ids = self._processor.vocabulary.to_ids(codes).flatten(1).tolist()
+        for row, own, own_ids in zip(rows, codes, ids, strict=True):
+            row.ids += own_ids
+            row.image_noise, row.must_close = None, not row.options.image_first
+            if row.options.best_of == 1:
+                yield ImageDrawn(row.number, row.num_images, next(images), own)
+            else:
+                yield CandidateDrawn(row.number, own)
+            row.num_images += 1
+            if row.options.image_first:
+                row.ids.append(self._processor.image_end_id)
+                yield from self._finish(row)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evotok_plugin.errors import UserError
-from llava_ext.generation.events import Event, Finished, ImageDrawn, ImagePreview, ImageStarted
+from llava_ext.generation.events import CandidateDrawn, Event, Finished, ImageDrawn, ImagePreview, ImageStarted
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.selection import candidate_seed, candidates_for, make_selector
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
@@ -36,7 +36,7 @@ def best_answers(
         seeds: of the conversations; candidate 0 has this seed, further ones that of `candidate_seed`.
         best_of: above 1, each answer must be one image.
         prompts: for `best_of` above 1, what the image of each conversation should show: candidates are scored for it.
-        lock: held while the model scores candidates.
+        lock: held while the model scores candidates and decodes the best ones.
 
     Raises:
         UserError: a prompt is missing or empty.
@@ -51,15 +51,15 @@ def best_answers(
             f"got prompts={prompts!r:.200}"
         )
     selector = make_selector(model, processor, best_of, judge=None)
-    drawn: dict[tuple[int, int], ImageDrawn] = {}
+    drawn: dict[tuple[int, int], Tensor] = {}
     ids: dict[tuple[int, int], Tensor] = {}
     for first in range(0, best_of, _CANDIDATES_PER_BATCH):
         numbers = range(first, min(first + _CANDIDATES_PER_BATCH, best_of))
         row_seeds = [candidate_seed(seed, number) for seed in seeds for number in numbers]
         for event in run(len(numbers), row_seeds):
             row, place = divmod(event.row, len(numbers))
-            if isinstance(event, ImageDrawn):
-                drawn[row, numbers[place]] = event
+            if isinstance(event, CandidateDrawn):
+                drawn[row, numbers[place]] = event.codes
             elif isinstance(event, Finished):
                 ids[row, numbers[place]] = event.ids
             elif isinstance(event, ImagePreview) and place == 0:
@@ -67,10 +67,11 @@ def best_answers(
             elif isinstance(event, ImageStarted) and numbers[place] == 0:
                 yield replace(event, row=row)
     candidates = candidates_for(wanted, seeds, best_of)
-    codes = torch.stack([drawn[one.image, one.number].codes for one in candidates])
-    with lock or nullcontext():
+    codes = torch.stack([drawn[one.image, one.number] for one in candidates])
+    with lock or nullcontext(), torch.no_grad():
         choices = selector.add(candidates, codes)
-    for choice in choices:
+        pixels = model.vision_tower.decode_pixels(torch.stack([choice.codes for choice in choices]))
+    for choice, image in zip(choices, processor.image_processor.to_pil(pixels), strict=True):
         best = (choice.candidate.image, choice.candidate.number)
-        yield replace(drawn[best], row=best[0], choice=choice)
+        yield ImageDrawn(best[0], 0, image, choice.codes, choice)
         yield Finished(best[0], ids[best])

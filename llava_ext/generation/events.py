@@ -50,6 +50,15 @@ class ImageDrawn:
 
 
 @dataclass(frozen=True)
+class CandidateDrawn:
+    """A finished candidate for the image of an answer with `best_of`: its codes (N, L). Only the best one of the
+    candidates is decoded, and becomes an `ImageDrawn`."""
+
+    row: int
+    codes: Tensor
+
+
+@dataclass(frozen=True)
 class Finished:
     """The answer in `row` is complete: its new ids (T,), made of text, delimiters and residual tokens, and the number
     of ids of its prompt."""
@@ -59,4 +68,4 @@ class Finished:
     num_prompt_ids: int = 0
 
 
-Event = TextDelta | ImageStarted | ImagePreview | ImageDrawn | Finished
+Event = TextDelta | ImageStarted | ImagePreview | ImageDrawn | CandidateDrawn | Finished

@@ -10,12 +10,9 @@ from typing import Any
 
 from evotok_plugin.errors import UserError
 from llava_ext.generation import AnswerOptions, Event
-from llava_ext.generation.answer_settings import text_settings
-from llava_ext.generation.answers import Answers
+from llava_ext.generation.answer_engine import AnswerEngine, AnswerRow
 from llava_ext.generation.best_answers import best_answers
-from llava_ext.generation.evaluation_view import evaluation_view
-from llava_ext.generation.events import Finished, ImageDrawn, TextDelta
-from llava_ext.generation.thin_view import thin_view
+from llava_ext.generation.events import CandidateDrawn, Finished, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
@@ -118,8 +115,8 @@ class AnswerBatches:
         self._lock = threading.Lock()  # protects `counts.requests` and the two attributes below
         self._waiting: list[_Request] = []
         self._is_working = False
-        self._answers: Answers | None = None  # this and the following are used by the working thread only
-        self._active: dict[int, tuple[_Request, int]] = {}  # requests, and their rows, by numbers of `_answers`
+        self._engine = AnswerEngine(model, processor)  # this and the following are used by the working thread only
+        self._active: dict[AnswerRow, tuple[_Request, int]] = {}  # their requests, and their numbers in these
 
     @property
     def num_waiting(self) -> int:
@@ -208,11 +205,10 @@ class AnswerBatches:
                     return
 
     def _drop_cancelled(self) -> None:
-        for number, (request, _) in list(self._active.items()):
-            if request.is_cancelled:
-                assert self._answers is not None
-                self._answers.drop(number)
-                del self._active[number]
+        if cancelled := [row for row, (request, _) in self._active.items() if request.is_cancelled]:
+            self._engine.drop(cancelled)
+            for row in cancelled:
+                del self._active[row]
 
     def _admit_waiting(self) -> None:
         """Move requests from the queue into the batch, in their order, as far as there are rows."""
@@ -230,21 +226,13 @@ class AnswerBatches:
             self._admit(admitted)
 
     def _admit(self, requests: Sequence[_Request]) -> None:
+        rows = {
+            AnswerRow(request.conversation, request.options, seed): (request, number)
+            for request in requests
+            for number, seed in enumerate(request.seeds)
+        }
         try:
-            settings = text_settings(self._model)
-            if self._answers is None:
-                self._answers = Answers(thin_view(evaluation_view(self._model)), self._processor, settings)
-            rows = [(request, row) for request in requests for row in range(len(request.seeds))]
-            inputs = self._processor.apply_chat_template(
-                [request.conversation for request, _ in rows], add_generation_prompt=True, tokenize=True
-            )
-            inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            options = [
-                request.options.complete(self._model, settings, length)
-                for (request, _), length in zip(rows, lengths, strict=True)
-            ]
-            numbers = self._answers.admit(inputs, options, [request.seeds[row] for request, row in rows])
+            self._engine.admit(list(rows))
         except Exception as error:
             if len(requests) > 1:
                 for request in requests:
@@ -254,7 +242,7 @@ class AnswerBatches:
             return
         for request in requests:
             request.left = len(request.seeds)
-        self._active |= dict(zip(numbers, rows, strict=True))
+        self._active |= rows
 
     def _fail(self, request: _Request, error: Exception) -> None:
         """The thread goes on, and the request raises the error."""
@@ -262,25 +250,22 @@ class AnswerBatches:
         request.events.put(error)
 
     def _step(self) -> None:
-        assert self._answers is not None
         self.counts.steps, self.counts.rows = self.counts.steps + 1, self.counts.rows + len(self._active)
         try:
-            for event in self._answers.step():
-                self._pass_on(event)
+            for row, event in self._engine.step():
+                self._pass_on(row, event)
         except Exception as error:  # of the model itself: all rows are lost
             for request in dict.fromkeys(request for request, _ in self._active.values()):
                 self._fail(request, error)
-            self._active, self._answers = {}, None
+            self._active = {}
 
-    def _pass_on(self, event: Event) -> None:
-        if event.row not in self._active:
-            return  # of an answer that was dropped
-        self.counts.images += isinstance(event, ImageDrawn)
+    def _pass_on(self, row: AnswerRow, event: Event) -> None:
+        self.counts.images += isinstance(event, ImageDrawn | CandidateDrawn)
         self.counts.texts += isinstance(event, TextDelta)
-        request, row = self._active[event.row]
-        request.events.put(replace(event, row=row))
+        request, number = self._active[row]
+        request.events.put(replace(event, row=number))
         if isinstance(event, Finished):
-            del self._active[event.row]
+            del self._active[row]
             request.left -= 1
             if not request.left:
                 request.events.put(None)

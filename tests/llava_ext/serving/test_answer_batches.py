@@ -157,7 +157,8 @@ def test_complete_answers_cost_nothing_and_leave_no_cache(tiny_mllm, monkeypatch
     until(lambda: not batches._is_working)
     longest = len(sizes)
     assert longest > 5 and sizes[0] == 4 and sizes[5:] == [1] * (longest - 5)
-    assert batches._answers._steps is None and not batches._answers._rows
+    answers = batches._engine._answers
+    assert answers._steps is None and not answers._rows
 
 
 def test_a_conversation_without_room_fails_alone(tiny_mllm):
@@ -240,13 +241,15 @@ from types import SimpleNamespace
 from llava_ext.generation import AnswerOptions, TextDelta
 
 class Endless:
+    def admit(self, rows):
+        self.rows = rows
+
     def step(self):
         time.sleep(0.01)
-        yield TextDelta(0, "x")
+        yield self.rows[0], TextDelta(0, "x")
 
 batches = module.AnswerBatches(None, None, 1)
-batches._admit = lambda requests: batches._active.setdefault(0, (requests[0], 0))
-batches._answers = Endless()
+batches._engine = Endless()
 events = batches.stream([], "", AnswerOptions(4), 0)
 next(events)
 sys.exit(3)
