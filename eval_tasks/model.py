@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from eval_tasks.arguments import check_given, check_values, parse_batch_size, parse_model_args, split_lists
+from eval_tasks.drawing import Drawing, without_control_characters
 from eval_tasks.loading import choose_device, choose_dtype, load_checkpoint
 from eval_tasks.registration import GIVEN
 from eval_tasks.requests import (
@@ -27,17 +27,11 @@ from eval_tasks.requests import (
     DocumentOptions,
     ImageOptions,
     Options,
-    PlannedImage,
     ReconstructionOptions,
     Request,
     TextOptions,
     drawn_with,
-    image_seed,
-    images_digest,
-    is_drawn,
-    sample_numbers,
     to_conversation,
-    to_prompt,
 )
 from eval_tasks.response_cache import key_by_weights
 from eval_tasks.tasks.evotok_reconstruction.task import measure
@@ -47,15 +41,11 @@ from evotok_plugin.common.processes import Processes
 from evotok_plugin.common.progress import progress_bar
 from evotok_plugin.errors import UserError
 from llava_ext.generation import DrawingOptions, SelectionOptions
-from llava_ext.generation.events import ImageDrawn, TextDelta
 from llava_ext.generation.options import model_settings
 from llava_ext.model_folder import OpenModel, default_model_folder
-from llava_ext.serving.image_files import write_png
 
 logger = logging.getLogger(__name__)
 _AUTO_BATCH_SIZE = 16
-# A barely trained model generates these; a single one makes upstream's XLSX writers abort the run.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 class EvoTokLmms(lmms):
@@ -78,7 +68,8 @@ class EvoTokLmms(lmms):
             included in the package. The choice is logged.
         device: "cpu", "cuda:0", ...; by default the device that Accelerate selects, as always with several processes.
         dtype: float32, bfloat16 or float16; by default float32 on a CPU, and the checkpoint's dtype on a GPU.
-        batch_size: number of questions or images per batch; "auto" and "auto:N" mean `max_batch_size` (default 16).
+        batch_size: number of questions per batch, and of images, candidates or documents that are generated together;
+            "auto" and "auto:N" mean `max_batch_size` (default 16).
         images_dir: folder for drawn images, `<task>/<document>_<sample>.png`; by default a folder in
             `./outputs/lmms_eval_images` for this model and these settings.
         guidance_scale, guidance_schedule, guidance_interval, guidance_rescale, negative_prompt, temperature, top_k,
@@ -198,20 +189,24 @@ class EvoTokLmms(lmms):
         answers = [""] * len(requests)
         bar: tqdm[Request] = progress_bar(total=len(wanted), desc="EvoTok answers", disable=self.rank != 0)
         with bar:
-            for batch in self._batches(wanted):
-                for request, answer in zip(batch, self._answer(batch, batch[0].options), strict=True):
-                    answers[request.place] = answer
-                bar.update(len(batch))
+            for request, answer in self._answers(wanted):
+                answers[request.place] = answer
+                bar.update()
         return answers
 
-    def _answer(self, batch: Sequence[Request], options: Options) -> list[str]:
-        if isinstance(options, TextOptions):
-            return self._read(batch, options)
-        if isinstance(options, ImageOptions):
-            return self._draw(batch, options)
-        if isinstance(options, DocumentOptions):
-            return self._compose(batch, options)
-        return self._reconstruct(batch)
+    def _answers(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        """Yield each request with its answer: those that draw share one running batch, the others come in batches."""
+        drawn = [request for request in requests if isinstance(request.options, ImageOptions | DocumentOptions)]
+        others = [request for request in requests if isinstance(request.options, TextOptions | ReconstructionOptions)]
+        for batch in self._batches(others):
+            options = batch[0].options
+            texts = self._read(batch, options) if isinstance(options, TextOptions) else self._reconstruct(batch)
+            yield from zip(batch, texts, strict=True)
+        if drawn:
+            drawing = Drawing(
+                self._model, self._processor, self._fingerprint, self.images_dir, self.seed, self.batch_size
+            )
+            yield from drawing.answers(drawn)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("evotok only generates answers; tasks that score given answers are not supported")
@@ -223,13 +218,16 @@ class EvoTokLmms(lmms):
 
     def _parse(self, requests: Sequence[Instance]) -> Iterator[Request]:
         seen: Counter = Counter()
+        known: dict[tuple[str, str], Options] = {}  # most requests of a task have equal options
         for place, request in enumerate(requests):
             if request.metadata.get("__padding_only__"):
                 continue
             context, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
             messages = functools.partial(self._messages, doc_to_messages, task, split, doc_id)
-            options = self._options(gen_kwargs, task)
-            yield Request(place, task, doc_id, seen[task, doc_id], context, messages, options)
+            key = (task, repr(gen_kwargs))
+            if key not in known:
+                known[key] = self._options(gen_kwargs, task)
+            yield Request(place, task, doc_id, seen[task, doc_id], context, messages, known[key])
             seen[task, doc_id] += 1
 
     def _messages(self, doc_to_messages: Callable[[Any], Any], task: str, split: str, doc_id: int) -> ChatMessages:
@@ -264,11 +262,8 @@ class EvoTokLmms(lmms):
         for options in dict.fromkeys(request.options for request in requests):
             group = [request for request in requests if request.options == options]
             group.sort(key=lambda request: -len(request.context))
-            num_drawn = options.best_of if isinstance(options, ImageOptions | DocumentOptions) else 1
-            num_drawn *= options.num_images if isinstance(options, ImageOptions) else 1
-            size = max(1, self.batch_size // num_drawn)
-            for start in range(0, len(group), size):
-                yield group[start : start + size]
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     # Text ----------------------------------------------------------------------------------------------------
 
@@ -276,7 +271,7 @@ class EvoTokLmms(lmms):
         inputs = self._inputs([to_conversation(request) for request in batch])
         ids = self._model.generate(**inputs, **options.generate_kwargs())
         texts = self._processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_CONTROL_CHARACTERS.sub("", options.cut(text)).strip() for text in texts]
+        return [without_control_characters(options.cut(text)) for text in texts]
 
     def _inputs(self, conversations: list[list[dict]]) -> BatchFeature:
         return self._processor.apply_chat_template(
@@ -289,87 +284,9 @@ class EvoTokLmms(lmms):
             padding_side="left",
         ).to(device=self.device, dtype=self._model.dtype)
 
-    # Text and images -----------------------------------------------------------------------------------------
-
-    def _compose(self, batch: Sequence[Request], options: DocumentOptions) -> list[str]:
-        """Answer with text and images; an edited image of an interrupted run is reused."""
-        conversations = [to_conversation(request) for request in batch]
-        planned = [
-            self._plan_answer(request, conversation, options)
-            for request, conversation in zip(batch, conversations, strict=True)
-        ]
-        new = [row for row, image in enumerate(planned) if not options.image_first or not is_drawn(image)]
-        texts, paths = [""] * len(batch), [[planned[row].path] if row not in new else [] for row in range(len(batch))]
-        if new:
-            events = self._model.stream(
-                dict(self._inputs([conversations[row] for row in new])),
-                self._processor,
-                options.answer_options(),
-                seed=[planned[row].seed for row in new],
-                prompts=[planned[row].prompt for row in new] if options.best_of > 1 else None,
-            )
-            for event in events:
-                if isinstance(event, TextDelta):
-                    texts[new[event.row]] += event.text
-                elif isinstance(event, ImageDrawn):
-                    row = new[event.row]
-                    path = planned[row].path
-                    if not options.image_first:
-                        path = path.with_stem(f"{path.stem}_{event.index}")
-                    write_png(event.image, path, planned[row].chunks)
-                    paths[row].append(path)
-        return [
-            json.dumps({"text": _CONTROL_CHARACTERS.sub("", text).strip(), "images": [str(path) for path in drawn]})
-            for text, drawn in zip(texts, paths, strict=True)
-        ]
-
-    def _plan_answer(self, request: Request, conversation: list[dict], options: DocumentOptions) -> PlannedImage:
-        """The first image of an answer; its file also records the images that the model has read."""
-        parts = [part for message in conversation for part in message["content"]]
-        prompt = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        chunks = {"read": images_digest([part["image"] for part in parts if part["type"] == "image"])}
-        return self._planned(request, request.repeat, prompt, {**options.settings(), **chunks})
-
     # Reconstruction ------------------------------------------------------------------------------------------
 
     def _reconstruct(self, batch: Sequence[Request]) -> list[str]:
         tower, processor = self._model.vision_tower, self._processor.image_processor
         processes = Processes(self.rank, self.world_size, self.device)
         return [measure(tower, processor, self.images_dir / request.task, processes) for request in batch]
-
-    # Images --------------------------------------------------------------------------------------------------
-
-    def _draw(self, batch: Sequence[Request], options: ImageOptions) -> list[str]:
-        """Draw the images that do not exist yet; those of an interrupted run are reused."""
-        settings = options.settings()
-        planned = [
-            [self._plan(request, sample, settings) for sample in sample_numbers(request, options.num_images)]
-            for request in batch
-        ]
-        missing = [image for images in planned for image in images if not is_drawn(image)]
-        if missing:
-            drawn = self._model.generate_images(
-                [image.prompt for image in missing],
-                processor=self._processor,
-                num_images=1,
-                seed=[image.seed for image in missing],
-                batch_size=self.batch_size,
-                **options.drawing.settings(),
-                best_of=options.best_of,
-            )
-            for image, picture in zip(missing, drawn, strict=True):
-                write_png(picture, image.path, image.chunks)
-        return [json.dumps({"text": "", "images": [str(image.path) for image in images]}) for images in planned]
-
-    def _plan(self, request: Request, sample: int, settings: dict[str, Any]) -> PlannedImage:
-        return self._planned(request, sample, to_prompt(request), settings)
-
-    def _planned(self, request: Request, sample: int, prompt: str, settings: dict[str, Any]) -> PlannedImage:
-        seed = image_seed(self.seed, request.task, request.doc_id, sample)
-        chunks = {
-            "prompt": prompt,
-            "seed": str(seed),
-            "model": self._fingerprint,
-            "settings": json.dumps(settings, sort_keys=True),
-        }
-        return PlannedImage(self.images_dir / request.task / f"{request.doc_id:05d}_{sample}.png", prompt, seed, chunks)

@@ -84,6 +84,10 @@ class ImageOptions:
         num_images, best_of = (int(known.pop(name, getattr(cls, name))) for name in ("num_images", "best_of"))
         return cls(drawing=DrawingOptions(**known).completed(), num_images=num_images, best_of=best_of)
 
+    def answer_options(self) -> AnswerOptions:
+        """The options of the answer that is one of the images."""
+        return AnswerOptions(max_images=1, image_first=True, drawing=self.drawing, best_of=self.best_of)
+
     def settings(self) -> dict[str, Any]:
         """The settings that an image depends on besides its prompt and seed, as its PNG file records them."""
         return drawn_with(self.drawing.settings(), self.best_of)
@@ -120,7 +124,7 @@ class DocumentOptions:
         return cls(drawing=drawing, image_first=image_first, best_of=best_of if image_first else 1, **counts)
 
     def answer_options(self) -> AnswerOptions:
-        """The options of `model.stream`."""
+        """The options of the answer."""
         return AnswerOptions(
             self.max_new_tokens,
             1 if self.image_first else self.max_images,

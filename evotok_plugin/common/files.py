@@ -133,7 +133,12 @@ def temporary_path(path: str | Path) -> Path:
 
 
 def write_whole(
-    path: str | Path, write: Callable[[Path], object], sync: bool = False, advice: str = _ADVICE, shared: bool = False
+    path: str | Path,
+    write: Callable[[Path], object],
+    sync: bool = False,
+    advice: str = _ADVICE,
+    shared: bool = False,
+    tidy: bool = True,
 ) -> None:
     """Replace a file atomically: `write` gets a temporary path next to it, which is then renamed.
 
@@ -148,6 +153,8 @@ def write_whole(
         shared: whether several processes, possibly on several machines, may write the file at the same time. Each then
             has its own temporary file, and the last one to rename it wins. After a kill, the next one on the same
             machine to write `path` deletes the temporary file.
+        tidy: False leaves the temporary files of killed processes, for which the whole folder is read; see
+            `remove_all_abandoned`, which many files of one folder need only once.
 
     Raises:
         UserError: the file system refuses; the message names the file.
@@ -156,7 +163,7 @@ def write_whole(
     temporary = own_temporary_path(path) if shared else temporary_path(path)
     with writing(path, advice, temporary):
         try:
-            if shared:
+            if shared and tidy:
                 remove_abandoned(path)
             temporary.unlink(missing_ok=True)  # left by a kill; it may be a hard link to another file
             write(temporary)

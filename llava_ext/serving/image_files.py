@@ -97,14 +97,17 @@ def read_png_text(path: Path) -> dict[str, str] | None:
         return None
 
 
-def write_png(image: Image.Image, path: Path, text: Mapping[str, str]) -> None:
+def write_png(image: Image.Image, path: Path, text: Mapping[str, str], tidy: bool = True) -> None:
     """Write a PNG file with text chunks atomically.
+
+    Args:
+        tidy: as in `write_whole`.
 
     Raises:
         UserError: the file cannot be written.
     """
     make_folder(path.parent)
-    write_whole(path, lambda part: _save_png(image, part, text), shared=True)
+    write_whole(path, lambda part: _save_png(image, part, text), shared=True, tidy=tidy)
 
 
 def _save_png(image: Image.Image, path: Path, text: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from eval_tasks import registration
+from llava_ext.generation import Finished, ImageDrawn
 
 
 class FakeProcessor:
@@ -59,11 +60,16 @@ class FakeModel(nn.Module):
         codes = torch.tensor([[ord(c) for c in text] + [0] * (width - len(text)) for text in texts])
         return torch.cat([input_ids, codes.long()], dim=1)
 
-    def generate_images(self, prompt, processor, num_images, seed, **kwargs) -> list[Image.Image]:
-        assert processor is self.processor and len(seed) == len(prompt) * num_images
-        self.draw_kwargs.append({"prompt": prompt, "num_images": num_images, "seed": seed, **kwargs})
-        rows = [text for text in prompt for _ in range(num_images)]
-        return [self.drawer(text, number) for text, number in zip(rows, seed, strict=True)]
+    def answer_all(self, requests, processor, max_rows):
+        assert processor is self.processor
+        self.max_rows = max_rows
+        for request in requests:
+            ((message,), options) = request.conversation, request.options
+            assert options.image_first and message["content"] == [{"type": "text", "text": request.prompt}]
+            call = {"prompt": request.prompt, "seed": request.seed, "best_of": options.best_of}
+            self.draw_kwargs.append({**call, **options.drawing.settings()})
+            yield request, ImageDrawn(0, 0, self.drawer(request.prompt, request.seed), None)
+            yield request, Finished(0, None)
 
 
 def blank(prompt: str, seed: int) -> Image.Image:

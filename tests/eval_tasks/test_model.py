@@ -30,8 +30,8 @@ def test_one_list_of_reading_and_drawing_requests(make_lm, instance, tmp_path):
         assert drawn == {"text": "", "images": [str(path) for path in expected]}
         assert all(path.is_file() for path in expected)
     assert lm._processor.batch_sizes == [4, 3]
-    assert [len(call["prompt"]) for call in lm._model.draw_kwargs] == [4, 4, 4, 2]  # two images per request
-    assert lm._model.draw_kwargs[0]["guidance_scale"] == 3.0 and lm._model.draw_kwargs[0]["batch_size"] == 4
+    assert len(lm._model.draw_kwargs) == 14  # two images per request
+    assert lm._model.draw_kwargs[0]["guidance_scale"] == 3.0 and lm._model.max_rows == 4
 
 
 def test_images_depend_only_on_task_document_sample_and_seed(make_lm, instance):
@@ -56,7 +56,7 @@ def test_a_resumed_run_draws_only_missing_images(make_lm, instance, tmp_path):
         lm = make_lm(drawer=seeded, **kwargs)
         answers = lm.generate_until([instance(lm, "draw", n, text, DRAW) for n, text in enumerate(texts)])
         assert all(len(json.loads(answer)["images"]) == 2 for answer in answers)
-        return sorted(prompt for call in lm._model.draw_kwargs for prompt in call["prompt"])
+        return sorted(call["prompt"] for call in lm._model.draw_kwargs)
 
     assert drawn_prompts() == ["a", "a", "b", "b", "c", "c"]
     before = (tmp_path / "images/draw/00000_1.png").read_bytes()
@@ -78,7 +78,7 @@ def test_repeated_requests_are_further_samples(make_lm, instance):
         "_2.png",
         "_3.png",
     ]
-    assert len({seed for call in lm._model.draw_kwargs for seed in call["seed"]}) == 4
+    assert len({call["seed"] for call in lm._model.draw_kwargs}) == 4
 
 
 def test_padding_clones_draw_nothing(make_lm, instance, tmp_path):
@@ -107,8 +107,8 @@ def test_only_known_generation_kwargs_reach_the_model(make_lm, instance):
     assert greedy[0] == {"max_new_tokens": 5, "num_beams": 1, "do_sample": False}
     assert greedy[1]["do_sample"] and greedy[1]["temperature"] == 0.7
     assert greedy[1]["repetition_penalty"] == 1.0  # overrides the model's own
-    assert [call["guidance_scale"] for call in drawn] == [5, 2.0]
-    assert [call["temperature"] for call in drawn] == [0.5, 0.5]
+    assert [call["guidance_scale"] for call in drawn] == [5, 5, 2.0, 2.0]
+    assert {call["temperature"] for call in drawn} == {0.5}
 
 
 def test_images_are_drawn_with_the_models_own_settings(lmms_eval_tasks, instance, tiny_mllm, tmp_path, monkeypatch):
@@ -214,14 +214,14 @@ def test_candidates_are_drawn_and_recorded(make_lm, instance, tmp_path):
         requests = [instance(lm, "a", number, "a ring", {**DRAW, **gen_kwargs}) for number in range(3)]
         answers = [json.loads(answer) for answer in lm.generate_until(requests)]
         texts = [Image.open(path).text for answer in answers for path in answer["images"]]
-        calls = [(len(call["prompt"]), call["best_of"]) for call in lm._model.draw_kwargs]
-        return calls, {json.loads(text["settings"]).get("best_of") for text in texts}
+        calls = lm._model.draw_kwargs
+        return [call["best_of"] for call in calls], {json.loads(text["settings"]).get("best_of") for text in texts}
 
-    assert drawn({}) == ([(6, 1)], {None})
+    assert drawn({}) == ([1] * 6, {None})
     assert drawn({}, best_of=1) == ([], {None})  # the same images, which exist
-    assert drawn({}, best_of=2.0) == ([(4, 2), (2, 2)], {2})
+    assert drawn({}, best_of=2.0) == ([2] * 6, {2})
     assert drawn({}, best_of=2) == ([], {2})
-    assert drawn({"best_of": 3}, best_of=2) == ([(2, 3), (2, 3), (2, 3)], {3})
+    assert drawn({"best_of": 3}, best_of=2) == ([3] * 6, {3})
     with pytest.raises(ValueError, match="--model_args: best_of must be from 1 to 1024, got 0"):
         make_lm(best_of=0)
     with pytest.raises(ValueError, match="a: generation_kwargs: best_of must be a whole number, got 1.5"):
