@@ -36,7 +36,6 @@ class AnswerRequest:
 class ManyAnswersMixin(ModelInterface):
     """`answer_all` of the model class."""
 
-    @torch.no_grad()
     def answer_all(
         self, requests: Iterable[AnswerRequest], processor: EvoTokLlavaProcessor, max_rows: int
     ) -> Iterator[tuple[AnswerRequest, Event]]:
@@ -120,8 +119,10 @@ class _Candidates:
         elif isinstance(event, Finished):
             self._requests[request].ends[row] = event
 
-    def selected(self) -> Iterator[tuple[AnswerRequest, Event]]:
-        """Yield the best image and the end of every request whose candidates are all drawn."""
+    @torch.no_grad()
+    def selected(self) -> list[tuple[AnswerRequest, Event]]:
+        """The best image and the end of every request whose candidates are all drawn."""
+        events: list[tuple[AnswerRequest, Event]] = []
         complete = [request for request, drawn in self._requests.items() if len(drawn.ends) == len(drawn.rows)]
         for best_of in dict.fromkeys(request.options.best_of for request in complete):
             same = [request for request in complete if request.options.best_of == best_of]
@@ -135,5 +136,5 @@ class _Candidates:
             images = self._processor.image_processor.to_pil(pixels)
             for request, drawn, choice, image in zip(same, found, choices, images, strict=True):
                 row = drawn.rows[choice.candidate.number]
-                yield request, ImageDrawn(0, 0, image, choice.codes, choice)
-                yield request, drawn.ends[row]
+                events += [(request, ImageDrawn(0, 0, image, choice.codes, choice)), (request, drawn.ends[row])]
+        return events

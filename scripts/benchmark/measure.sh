@@ -23,7 +23,9 @@ benchmarks() { # calls step NAME SCRIPT FLAGS... for each; NAME.json is the resu
     step tokenizer_step_paper tokenizer_step --recipes paper paper_384 --batch_size 1 --steps 1 --set bf16=false
     step train_throughput train_throughput --threads 1 --clock cpu
     step serving serving --seconds 8
-    step speculation speculation --threads 1 --rounds 2
+    step evaluation_time evaluation_time --threads 1
+    step speculation speculation --threads 1 --windows 2 4 8 --rounds 2 --backbones
+    step speculation_cost speculation --threads 1 --windows 2 4 8 --prompts_per_skill 0 --rounds 1
     for steps in 3 12; do
         step "memory_$steps" memory --steps "$steps"
     done

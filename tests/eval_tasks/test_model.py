@@ -1,12 +1,15 @@
 """The adapter: dispatch, batches, seeds, files, options, padding, errors."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from evotok_plugin.common import temporary_names
+from evotok_plugin.common.temporary_names import own_temporary_path
 from evotok_plugin.errors import UserError
 
 DRAW = {"modality": "image", "num_images": 2, "until": []}
@@ -66,6 +69,49 @@ def test_a_resumed_run_draws_only_missing_images(make_lm, instance, tmp_path):
     assert (tmp_path / "images/draw/00000_1.png").read_bytes() == before
     for changed in ({"fingerprint": "trained on"}, {"seed": 1}, {"guidance_scale": 2.0}, {"negative_prompt": "x"}):
         assert len(drawn_prompts(**changed)) == 6 and drawn_prompts(**changed) == []
+
+
+def test_images_are_complete_files_when_the_answers_are_returned(make_lm, instance, tmp_path, monkeypatch):
+    from eval_tasks import drawing
+
+    write = drawing.write_png
+    monkeypatch.setattr(drawing, "write_png", lambda *a, **kw: time.sleep(0.01) or write(*a, **kw))
+    lm = make_lm(drawer=seeded)
+    folder = tmp_path / "images/draw"
+    folder.mkdir(parents=True)
+    abandoned = [folder / name for name in (own_temporary_path(folder / "00000_0.png").name, ".00009_0.png.part")]
+    monkeypatch.setattr(temporary_names, "_is_running", lambda pid: False)
+    for path in abandoned:
+        path.touch()
+    answers = lm.generate_until([instance(lm, "draw", n, f"draw {n}", DRAW) for n in range(5)])
+    paths = [path for answer in answers for path in json.loads(answer)["images"]]
+    assert all(Image.open(path).text["prompt"].startswith("draw") for path in paths)
+    assert [path.exists() for path in abandoned] == [False, True]  # the second is not a name of ours
+
+
+def test_images_that_were_drawn_before_an_error_are_kept(make_lm, instance, tmp_path):
+    def fails(prompt, seed):
+        if prompt == "broken":
+            raise RuntimeError("out of memory")
+        return seeded(prompt, seed)
+
+    lm = make_lm(drawer=fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lm.generate_until([instance(lm, "draw", n, text, DRAW) for n, text in enumerate(("fine!!", "broken"))])
+    assert sorted(path.name for path in (tmp_path / "images/draw").iterdir()) == ["00000_0.png", "00000_1.png"]
+
+
+def test_a_file_that_cannot_be_written_ends_the_run(make_lm, instance, tmp_path):
+    (tmp_path / "images/draw/00001_0.png").mkdir(parents=True)
+    lm = make_lm(drawer=seeded)
+    with pytest.raises(UserError, match="00001_0.png cannot be written"):
+        lm.generate_until([instance(lm, "draw", n, "x", DRAW) for n in range(3)])
+
+
+def test_an_empty_prompt_is_not_drawn(make_lm, instance):
+    lm = make_lm(drawer=seeded)
+    with pytest.raises(UserError, match="draw, document 0: the prompt is empty"):
+        lm.generate_until([instance(lm, "draw", 0, " ", DRAW)])
 
 
 def test_repeated_requests_are_further_samples(make_lm, instance):

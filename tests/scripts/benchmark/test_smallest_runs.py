@@ -13,6 +13,10 @@ SMALLEST = {
     "dialogues": ("--dialogues 4", ["dialogues"]),
     "diversity": ("--skills colors --prompts 1 --images 4", ["diversity-prompts", "diversity"]),
     "encoding": ("--sizes tiny --num_images 6 --batch_size 2 --rounds 1 --workers 1", ["encoding", "encoding-parts"]),
+    "evaluation_time": (
+        "--prompts 2 --batch_size 3 --best_of 2 --rounds 1 --clock cpu",
+        ["evaluation-time", "evaluation-run"],
+    ),
     "generation": ("--head tiny --backbone tiny --batch 1 --positions 2 --rounds 1 --threads 1", ["drawing"]),
     "guidance": ("--num_prompts 1 -n 1", ["guidance"]),
     "guidance_cost": ("--models tiny included --batch 1 --rounds 1 --threads 1", ["guidance-cost"]),

@@ -1,0 +1,214 @@
+"""Measure where the time of an lmms-eval drawing task goes: the share of the model, and of everything around it.
+
+    python scripts/benchmark/evaluation_time.py --json evaluation_time.json
+    python scripts/benchmark/evaluation_time.py --clock cpu            # on a busy machine
+
+lmms-eval runs the task `geneval_scenes` on the included model, in this process and without a network. The first table
+splits the time of `generate_until`, which draws all images, writes their files and returns their paths. In the model
+are the forward of the language model, the image head with its sampling and the embedding of its codes, the pixel
+decoder, and with `--best_of` the reading of the candidates. Files are written in another thread, beside the model: by
+wall time only waiting for it counts, and by CPU time its work. The second table splits the whole run. Shown is the
+round with the shortest `generate_until`.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from measuring import CLOCKS
+from report import Table, add_json_option, machine, write_report
+
+from evotok_plugin import EvoTokModel
+from evotok_plugin.common import command_line
+from evotok_plugin.common.command_parser import CommandParser
+from evotok_plugin.errors import UserError
+from llava_ext.generation.head_steps import DepthHeadStepper, FlatHeadStepper
+from llava_ext.generation.reading_score import PromptReader
+from llava_ext.generation.steps import Steps
+from llava_ext.model_folder import default_model_folder
+from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
+
+TASK = "geneval_scenes"
+IN_MODEL = ("language model", "image head", "pixel decoder", "reading")
+AROUND = ("prompts", "existing images", "rows of the batch", "files")
+
+
+class Parts:
+    """Seconds by name, of calls in the main thread; a call within another one counts only for itself."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, dict[str, float]()
+        self._inner: list[float] = []  # of the calls in progress: seconds of the calls within
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that adds the time of a call to `name`."""
+
+        def run(*args: Any, **keywords: Any) -> Any:
+            started = self.clock()
+            self._inner.append(0.0)
+            try:
+                return call(*args, **keywords)
+            finally:
+                spent = self.clock() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += spent
+
+        return run
+
+
+@contextlib.contextmanager
+def timing(parts: Parts, language_model: type) -> Iterator[None]:
+    """Time the parts of `generate_until`."""
+    from eval_tasks import drawing
+    from eval_tasks.drawing import ImageWriter
+    from eval_tasks.model import EvoTokLmms
+
+    places: list[tuple[Any, str, str]] = [
+        (EvoTokLmms, "generate_until", "other"),
+        (language_model, "forward", "language model"),
+        *(
+            (stepper, name, "image head")
+            for stepper in (DepthHeadStepper, FlatHeadStepper)
+            for name in ("draw", "embed")
+        ),
+        (EvoTokModel, "decode_pixels", "pixel decoder"),
+        (PromptReader, "scores", "reading"),
+        (EvoTokLlavaProcessor, "apply_chat_template", "prompts"),
+        (drawing, "to_prompt", "prompts"),
+        (drawing.Drawing, "_exists", "existing images"),
+        *((Steps, name, "rows of the batch") for name in ("split", "select", "resize", "add_rows")),
+        *((ImageWriter, name, "files") for name in ("write", "__exit__")),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(mock.patch.object(owner, name, parts.timed(part, getattr(owner, name))))
+        joined = parts.timed("rows of the batch", Steps.joined)
+        stack.enter_context(mock.patch.object(Steps, "joined", joined))
+        yield
+
+
+def evaluate(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+    """Run the task once; returns the seconds of the parts of drawing and of the run, and the score."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    import eval_tasks
+    from eval_tasks.model import EvoTokLmms
+
+    whole: dict[str, float] = {}
+    main_thread = Parts(time.thread_time if options.clock == "cpu" else clock)
+    generate_until = EvoTokLmms.generate_until
+
+    def drawing(lm: EvoTokLmms, requests: list) -> list[str]:
+        started = clock()
+        whole["starting"] = started - begun
+        answers = generate_until(lm, requests)
+        whole["drawing"] = clock() - started
+        return answers
+
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        begun = clock()
+        settings = {"batch_size": options.batch_size, "best_of": options.best_of, "images_dir": f"{place}/images"}
+        lm = EvoTokLmms(str(options.model or default_model_folder()), device="cpu", **settings)
+        tasks = TaskManager(
+            include_path=str(Path(eval_tasks.__file__).parent / "tasks"), include_defaults=False, model_name="evotok"
+        )
+        command = argparse.Namespace(output_path=f"{place}/out", process_with_media=False, reasoning_tags=None)
+        with (
+            mock.patch.object(EvoTokLmms, "generate_until", drawing),
+            timing(main_thread, type(lm._model.language_model)),
+        ):
+            results = simple_evaluate(
+                model=lm, tasks=[TASK], limit=options.prompts, task_manager=tasks, cli_args=command, bootstrap_iters=0
+            )
+        whole["scoring"] = clock() - begun - whole["starting"] - whole["drawing"]
+        images = len(list(Path(place, "images").rglob("*.png")))
+    parts = main_thread.seconds
+    if options.clock == "cpu":  # the work of the thread that writes files
+        parts["files"] = parts.get("files", 0.0) + whole["drawing"] - sum(parts.values())
+    score = results["results"][TASK]["overall,none"]
+    return {"parts": parts, "whole": whole, "images": images, "score": score, "share": share(parts)}
+
+
+def share(parts: dict[str, float]) -> float:
+    """The share of the model in the time of drawing."""
+    return sum(parts.get(name, 0.0) for name in IN_MODEL) / sum(parts.values())
+
+
+def parts_table(result: dict[str, Any]) -> Table:
+    """Milliseconds per image and shares of the parts of drawing."""
+    parts, images = result["parts"], result["images"]
+    total = sum(parts.values())
+    rows = [("in the model", sum(parts.get(name, 0.0) for name in IN_MODEL))]
+    rows += [(f"- {name}", parts[name]) for name in IN_MODEL if name in parts]
+    rows += [(name, parts.get(name, 0.0)) for name in (*AROUND, "other")]
+    rows.append(("all of `generate_until`", total))
+    cells = [[name, f"{1000 * spent / images:.2f}", f"{spent / total:.1%}"] for name, spent in rows]
+    return Table(["part of drawing", "ms per image", "share"], cells)
+
+
+def run_table(result: dict[str, Any], importing: float) -> Table:
+    """Seconds of the whole run."""
+    whole = result["whole"]
+    names = {"starting": "opening the model and the task", "drawing": "drawing", "scoring": "judging and reporting"}
+    rows = [["importing the libraries", f"{importing:.1f}"], *([names[one], f"{whole[one]:.1f}"] for one in names)]
+    return Table([f"part of the run, {result['images']} images", "s"], rows)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print the tables.
+
+    Raises:
+        UserError: a number is too small.
+    """
+    for name in ("prompts", "batch_size", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = CLOCKS[options.clock]
+    started = clock()
+    from eval_tasks import registration
+
+    registration.register()
+    import lmms_eval.evaluator  # noqa: F401  (its time is measured)
+
+    import eval_tasks.model  # noqa: F401
+
+    importing = clock() - started
+    results = [evaluate(options, clock) for _ in range(options.rounds)]
+    best = min(results, key=lambda one: one["whole"]["drawing"])
+    tables = {"evaluation-time": parts_table(best), "evaluation-run": run_table(best, importing)}
+    print("\n\n".join(table.markdown() for table in tables.values()))
+    on = machine(clock=options.clock, packages=("torch", "lmms_eval"))
+    shown = ", ".join(f"{one['share']:.1%}" for one in results)
+    print(f"\n{', '.join(f'{key} {value}' for key, value in on.items())}")
+    print(f"share of the model in each round: {shown}; score {best['score']:.3f}")
+    write_report(options.json, __file__, tables, on, {"results": results})
+
+
+def main() -> int:
+    """Parse the flags and measure."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of the task, four images each")
+    parser.add_argument("--batch_size", type=int, default=16, help="images drawn together")
+    parser.add_argument("--best_of", type=int, help="candidates per image (default: the model's setting)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of the task; the best one counts")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU time, on a busy machine")
+    add_json_option(parser)
+    return command_line.run(parser, work=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
