@@ -30,6 +30,7 @@ from evotok_plugin import EvoTokModel
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.errors import UserError
+from llava_ext.generation.fused_model import FusedModel
 from llava_ext.generation.head_steps import DepthHeadStepper, FlatHeadStepper
 from llava_ext.generation.reading_score import PromptReader
 from llava_ext.generation.steps import Steps
@@ -75,6 +76,7 @@ def timing(parts: Parts, language_model: type) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (EvoTokLmms, "generate_until", "other"),
         (language_model, "forward", "language model"),
+        (FusedModel, "forward", "language model"),
         *(
             (stepper, name, "image head")
             for stepper in (DepthHeadStepper, FlatHeadStepper)
