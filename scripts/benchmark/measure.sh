@@ -16,6 +16,7 @@ benchmarks() { # calls step NAME SCRIPT FLAGS... for each; NAME.json is the resu
         step "linear_layers_$threads" linear_layers --threads "$threads"
         step "guidance_cost_$threads" guidance_cost --models included --threads "$threads"
     done
+    step guidance_cost_paper guidance_cost --models paper --rounds 1 --threads 2
     step encoding encoding --sizes tiny photos "${photos[@]}"
     step encoding_base encoding --sizes base "${photos[@]}"
     step tokenizer_step tokenizer_step --recipes tiny photos
