@@ -28,6 +28,7 @@ _NOUNS = {
 }  # fmt: skip
 _METAVARS = {int: "N", float: "NUMBER", dict: "MAPPING"}
 
+MERGED = "merged"  # key in the metadata of a mapping: keys that the overrides leave out keep the recipe's values
 REQUIRED = "required"  # key in the metadata of a field that a recipe or a flag must set; the program checks that
 
 
@@ -109,7 +110,7 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
 def load_recipe(path_or_name: str | Path | None, schema: type[T], overrides: dict[str, Any] | None = None) -> T:
     """Build `schema` from a YAML recipe (a file, or the name of a recipe of the package); `overrides` take precedence.
 
-    Of a mapping, such as `model`, only the keys that the overrides contain are replaced.
+    Of a mapping with `MERGED`, such as a tokenizer's `model`, only the keys that the overrides contain are replaced.
 
     Raises:
         UserError: the recipe does not exist or is not a YAML mapping, a key is unknown, or a value has a wrong type.
@@ -206,7 +207,8 @@ def recipe_values(
     given = {key: value for key, value in values.items() if value is not None or key not in required}
     own = set(overrides or {})
     coerced = {key: _coerce(value, hints[key], key if key in own else source + key) for key, value in given.items()}
-    for key in own & set(loaded):
+    merged = {field.name for field in dataclasses.fields(schema) if field.metadata.get(MERGED)}
+    for key in own & set(loaded) & merged:
         if isinstance(loaded[key], dict) and isinstance(coerced.get(key), dict):
             coerced[key] = {**loaded[key], **coerced[key]}
     return coerced

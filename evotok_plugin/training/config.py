@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from evotok_plugin.common.recipes import LARGEST_COUNT, check_seed
+from evotok_plugin.common.recipes import LARGEST_COUNT, MERGED, check_seed
 from evotok_plugin.errors import UserError
 from evotok_plugin.teachers.layers import TeacherLayers
 
@@ -32,7 +32,10 @@ class TokenizerTrainingConfig:
         ),
     )
     preset: str = field(default="paper", metadata=_help("model sizes: tiny, base, paper or paper_384"))
-    model: dict = field(default_factory=dict, metadata=_help("fields of EvoTokConfig that differ from the preset"))
+    model: dict = field(
+        default_factory=dict,
+        metadata={**_help("fields of EvoTokConfig that differ from the preset"), MERGED: True},
+    )
     teacher: str | None = field(
         default=None,
         metadata=_help(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from evotok_plugin.common.recipes import add_arguments, check_seed, find_recipe, load_recipe, save_resolved
+from evotok_plugin.common.recipes import MERGED, add_arguments, check_seed, find_recipe, load_recipe, save_resolved
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
@@ -17,7 +17,8 @@ class Schema:
     steps: int | None = None
     flag: bool = False
     paths: list[str] = field(default_factory=list)
-    sizes: dict = field(default_factory=dict)
+    sizes: dict = field(default_factory=dict, metadata={MERGED: True})
+    rewards: dict = field(default_factory=dict)
 
 
 BOMB = "b0: &b0 [x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 10)}]\n" for n in range(1, 9))
@@ -67,10 +68,12 @@ def test_flags_override_the_recipe_and_values_get_the_types_of_the_schema(tmp_pa
     assert load_recipe(tmp_path / "resolved.yaml", Schema) == Schema(steps=3)
 
 
-def test_a_mapping_replaces_only_the_keys_that_it_contains(tmp_path):
+def test_a_merged_mapping_replaces_only_the_keys_that_it_contains(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("sizes: {width: 3, height: 4}\n")
-    assert load_recipe(recipe, Schema, {"sizes": "{width: 5, depth: 1}"}).sizes == {"width": 5, "height": 4, "depth": 1}
+    recipe.write_text("sizes: {width: 3, height: 4}\nrewards: {color: 1}\n")
+    given = {"sizes": "{width: 5, depth: 1}", "rewards": "{shape: 1}"}
+    loaded = load_recipe(recipe, Schema, given)
+    assert loaded.sizes == {"width": 5, "height": 4, "depth": 1} and loaded.rewards == {"shape": 1}
     assert load_recipe(recipe, Schema, {"sizes": "{}"}).sizes == {"width": 3, "height": 4}
     config = load_recipe(
         find_recipe("photos", "evotok_plugin"),
