@@ -9,7 +9,7 @@ from typing import Any
 from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import examples_of
-from evotok_plugin.common.recipes import add_arguments, recipe_help, recipe_values
+from evotok_plugin.common.recipes import add_arguments, parse_mapping, recipe_help, recipe_values
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
@@ -41,6 +41,8 @@ def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]
         UserError: the recipe does not exist, or a setting is unknown or has a wrong type.
     """
     values = recipe_values(recipe, TokenizerTrainingConfig, given)
+    if given.get("init_from") and given.get("model") is not None:
+        values["model"] = parse_mapping(given["model"])  # sizes of the recipe are replaced by those of the folder
     for flag, is_off, names in (
         ("init_from", bool(values.get("init_from")), ("preset", "model")),
         ("val_data", bool(values.get("val_data")), ("val_fraction",)),

@@ -592,6 +592,8 @@ def test_settings_that_cannot_work_are_rejected(scene_folder, tmp_path, options,
 
 def test_flags_drop_settings_of_a_recipe_that_have_no_effect_with_them():
     assert "val_fraction" not in training_values("photos", {"val_data": ["images"]})
+    assert training_values("photos", {"init_from": "x", "model": "{pixel_depth: 2}"})["model"] == {"pixel_depth": 2}
+    assert training_values("photos", {"model": "{pixel_depth: 2}"})["model"]["image_size"] == 64
     assert "teacher" not in training_values("paper", {"semantic_weight": "0"})
     both = training_values("photos", {"val_data": ["images"], "val_fraction": "0.2"})
     with pytest.raises(UserError, match="val_fraction 0.2 has no effect with val_data"):
