@@ -90,7 +90,7 @@ def cell(table: Table, row: str, column: str) -> str:
     """The cell in the row that begins with `row`.
 
     Raises:
-        UserError: there is no such row or column, or more than one.
+        UserError: the table does not have exactly one such row and one such column.
     """
     rows = [one for one in table.rows if one[0] == row] or [one for one in table.rows if one[0].startswith(row)]
     if len(rows) != 1 or list(table.header).count(column) != 1:

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "simvq, rotation": {"quantizer": "simvq", "quantizer_gradient": "rotation"},
     "fsq": {"quantizer": "fsq"},
 }
+_METRICS = ("psnr", "ssim")
 _SCENE_SIZE, _NUM_SCENES = 48, (600, 300)  # images to train and to evaluate on
 
 
@@ -93,11 +94,12 @@ def measured(options: argparse.Namespace, variant: str, seed: int) -> dict[str, 
             "-o", str(table.parent),
         )  # fmt: skip
     if not metrics.is_file():
-        run("evaluate", str(options.eval), "--model", str(folder), "--metrics", "psnr", "ssim", "-o", str(metrics))
+        run("evaluate", str(options.eval), "--model", str(folder), "--metrics", *_METRICS, "-o", str(metrics))
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     depths = {name: [float(row[name]) for row in rows] for name in rows[0]}
-    return {**known, "bits": bits_of(settings), "depths": depths, "metrics": json.loads(metrics.read_text())}
+    found = json.loads(metrics.read_text())
+    return {**known, "bits": bits_of(settings), "depths": depths, "metrics": {name: found[name] for name in _METRICS}}
 
 
 def _cpu_seconds() -> float:

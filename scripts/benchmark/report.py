@@ -63,8 +63,17 @@ def command_line(script: str | Path) -> str:
         if word == "--json":
             next(given, None)
         elif not word.startswith("--json="):
-            words.append(_ABSOLUTE.sub(lambda path: Path(path[0]).name, word))
+            words.append(without_absolute_paths(word))
     return shlex.join(words)
+
+
+def without_absolute_paths(content: Any) -> Any:
+    """The last part of every text that is an absolute path, in mappings and lists; other content stays as it is."""
+    if isinstance(content, Mapping):
+        return {key: without_absolute_paths(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_absolute_paths(one) for one in content]
+    return _ABSOLUTE.sub(lambda path: Path(path[0]).name, content) if isinstance(content, str) else content
 
 
 def write_report(
@@ -80,13 +89,18 @@ def write_report(
         script: file of the benchmark, in a folder in `scripts`.
         tables: by the name that stands in the documentation's markers.
         on: see `machine`.
-        figures: further content.
+        figures: further content; of absolute paths in it only the last part is kept.
     """
     if path is None:
         return
     shown = {
         name: {"header": list(one.header), "rows": [list(row) for row in one.rows]} for name, one in tables.items()
     }
-    content = {"command": command_line(script), "machine": dict(on), **(figures or {}), "tables": shown}
+    content = {
+        "command": command_line(script),
+        "machine": dict(on),
+        **without_absolute_paths(figures or {}),
+        "tables": shown,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

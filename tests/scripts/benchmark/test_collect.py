@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 import runpy
 import shlex
 import sys
@@ -145,6 +146,7 @@ def test_stored_results_belong_to_a_script_with_these_flags(file, monkeypatch):
     if script.startswith("scripts/gpu"):
         pytest.importorskip("triton")
     assert not any(word.startswith("/") or ":/" in word for word in flags)
+    assert not re.search(r'"(/|[^"]*:/(?!/))', file.read_text())
     parse = argparse.ArgumentParser.parse_known_args
 
     def parse_only(parser, *arguments, **options):
@@ -165,3 +167,11 @@ def test_absolute_paths_and_the_result_file_are_left_out_of_the_command(modules,
     command = modules("report").command_line("/somewhere/scripts/benchmark/x.py")
     flags = "--images photos --teacher timm:net:w.safetensors --from=b --at http://host/x"
     assert command == f"python scripts/benchmark/x.py {flags} --rounds 2"
+
+
+def test_absolute_paths_are_left_out_of_the_figures(modules, tmp_path):
+    report = modules("report")
+    figures = {"results": [{"model": "/a/b/model", "rate": 1.5, "shown": ("8 / 9 us", "timm:net:/a/w")}]}
+    report.write_report(tmp_path / "out.json", tmp_path / "a/b/x.py", {}, {}, figures)
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert found == [{"model": "model", "rate": 1.5, "shown": ["8 / 9 us", "timm:net:w"]}]
