@@ -15,6 +15,8 @@ that are not negative are such integers; usually all maxima that matter belong t
 V vectors, C dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def can_use_bfloat16(like: Tensor) -> bool:
         like.device.type == "cpu"
         and like.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
+        and getattr(torch.backends.mkldnn, "enabled", True)
         and any(getattr(torch.cpu, name, bool)() for name in names)
     )
 
@@ -61,11 +64,14 @@ class HalfMaxima:
         self, size: int, dim: int, num_groups: int, group_size: int, padded: int, groups_at_once: int, num_vectors: int
     ) -> None:
         self._group_size, self._at_once, self._size = group_size, groups_at_once, size
-        self._codes = torch.zeros(num_groups * group_size, dim + _BIASES, dtype=torch.bfloat16)
+        # On the CPU even if PyTorch's default device is another one.
+        half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu"}
+        integers: dict[str, Any] = {"dtype": torch.int16, "device": "cpu"}
+        self._codes = torch.zeros(num_groups * group_size, dim + _BIASES, **half)
         self._codes[size:, dim] = -torch.inf
-        self._scores = torch.empty(groups_at_once * group_size * num_vectors, dtype=torch.bfloat16)
-        self._largest = torch.full((padded, num_vectors), LOWEST, dtype=torch.int16)
-        self._smallest = torch.full((padded, num_vectors), -1, dtype=torch.int16)  # of the missing groups: LOWEST
+        self._scores = torch.empty(groups_at_once * group_size * num_vectors, **half)
+        self._largest = torch.full((padded, num_vectors), LOWEST, **integers)
+        self._smallest = torch.full((padded, num_vectors), -1, **integers)  # of the missing groups: LOWEST
         self.signed = False
         self._error = _ROUNDED_TWICE * (dim + 2 * _BIASES + 4) * _UNIT_ROUNDOFF
 
@@ -99,7 +105,7 @@ class HalfMaxima:
             The keys (padded, V) of the largest scores of every group, and the slack (V,) of every vector.
         """
         num_vectors, dim = vectors.shape
-        columns = torch.ones(dim + _BIASES, num_vectors, dtype=torch.bfloat16)
+        columns = self._codes.new_ones(dim + _BIASES, num_vectors)
         columns[:dim] = vectors.T
         lost, squares = self._squares(vectors)
         slack = lost / (2 * self._of_vectors) + squares * (self._of_codes / 2 + self._error / (2 * self._balance))

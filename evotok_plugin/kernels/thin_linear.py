@@ -11,6 +11,7 @@ R rows.
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,28 +66,32 @@ class PackedWeights:
 
 
 class KeptWeights:
-    """Packed weights for later answers, by the first weight, as long as that exists."""
+    """Packed weights for later answers, by the first weight, as long as that exists; for several threads."""
 
     def __init__(self) -> None:
-        self._kept = WeakIdKeyDictionary()
+        self._kept, self._lock = WeakIdKeyDictionary(), threading.Lock()
 
     def find(self, weights: Sequence[Tensor]) -> PackedWeights | None:
         """Return what was packed from these weights if they are unchanged."""
-        found = self._kept.get(weights[0])
+        with self._lock:
+            found = self._kept.get(weights[0])
         if found is None or found.belongs_to(weights):
             return found
-        del self._kept[weights[0]]
+        with self._lock:
+            self._kept.pop(weights[0], None)
         return None
 
     def put(self, weights: Sequence[Tensor], packed: PackedWeights) -> None:
         """Keep packed weights if all that are kept take at most a quarter of the memory that would be available."""
-        taken = sum(one.packed.nbytes for one in self._kept.values()) + _num_bytes(weights)
-        if taken <= _KEPT_SHARE * (available_memory() + taken):
-            self._kept[weights[0]] = packed
+        with self._lock:
+            taken = sum(one.packed.nbytes for one in self._kept.values()) + _num_bytes(weights)
+            if taken <= _KEPT_SHARE * (available_memory() + taken):
+                self._kept[weights[0]] = packed
 
     def clear(self) -> None:
         """Free all that no layer is using."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
 
 single_weights, joined_weights = KeptWeights(), KeptWeights()
@@ -230,7 +235,7 @@ def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def states(weights: Sequence[Tensor]) -> State:
-    """What changes when a weight gets other memory, or is written to by PyTorch's in-place operations."""
+    """The addresses and version counters of weights: they show new memory, and PyTorch's in-place operations."""
     return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
@@ -241,7 +246,7 @@ def _probe(weight: Tensor) -> Tensor:
 
 @functools.cache
 def _vector(size: int) -> Tensor:
-    return torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.5
+    return torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") + 0.5
 
 
 def _num_bytes(weights: Sequence[Tensor]) -> int:

@@ -28,7 +28,7 @@ MAX_STEPS = 8  # tokens of a row in one step; longer ones are prompts, which tra
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What all layers of a step of t <= `MAX_STEPS` tokens in each row share.
+    """The inputs that are the same for all layers in a step of t <= `MAX_STEPS` tokens per row.
 
     Attributes:
         cos, sin: rotary embeddings (G or 1, t, d); the first half of `sin` is negated.
@@ -122,7 +122,7 @@ class FusedLayer(nn.Module):
 
 @dataclass(frozen=True)
 class _StepModules:
-    """What a step of a layer uses, without the search for attributes that a module's own take.
+    """The modules and sizes that a step of a layer uses; looking them up in the layer takes longer.
 
     Attributes:
         hooks: of all modules that a step does not call.
@@ -195,7 +195,7 @@ def rms_normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 @functools.cache
 def _constant(value: float) -> Tensor:
-    return torch.tensor([value])
+    return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

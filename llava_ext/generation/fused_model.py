@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from llava_ext.generation.cache import SlotCache, SlotLayer
 from llava_ext.generation.fused_layers import (
+    MAX_STEPS,
     NORMS,
     FusedLayer,
     StepInputs,
@@ -54,7 +55,7 @@ class FusedModel(nn.Module):
     ) -> BaseModelOutputWithPast:
         if past_key_values is not None and self._is_plain(past_key_values, use_cache, kwargs):
             hidden = inputs_embeds
-            if hidden is None and input_ids is not None:
+            if hidden is None and input_ids is not None and input_ids.shape[1] <= MAX_STEPS:
                 hidden = cast(Any, self.embed_tokens)(input_ids)
             taken = past_key_values.get_seq_length()
             if hidden is not None and self._can_step(hidden, attention_mask, taken):
@@ -97,9 +98,10 @@ class FusedModel(nn.Module):
     ) -> BaseModelOutputWithPast:
         num_steps = hidden.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(taken, taken + num_steps)[None]
+            position_ids = torch.arange(taken, taken + num_steps, device=hidden.device)[None]
         cos, sin = self._rotary_embeddings(hidden, position_ids)
-        inputs = StepInputs(cos, sin, _added_mask(mask, num_steps, taken, self._fused_layers[0].group), cache)
+        added = _added_mask(mask, num_steps, taken, self._fused_layers[0].group)
+        inputs = StepInputs(cos, sin, added, cache)
         x = hidden
         for layer in self._fused_layers:
             x = layer.step(x, inputs)
@@ -114,7 +116,7 @@ class FusedModel(nn.Module):
             return cos, negated_half(sin)
         needed = int(position_ids.max()) + 1
         if self._rotary is None or needed > len(self._rotary[0]):
-            positions = torch.arange(max(_FIRST_POSITIONS, 2 * needed))
+            positions = torch.arange(max(_FIRST_POSITIONS, 2 * needed), device=hidden.device)
             cos, sin = rotary(hidden, positions[None])
             self.__dict__["_rotary"] = (cos[0], negated_half(sin[0]))
         assert self._rotary is not None
@@ -138,9 +140,10 @@ def _added_mask(mask: Tensor | None, num_steps: int, taken: int, group: int) -> 
     if mask is None and num_steps == 1:
         return None
     size = taken + num_steps
-    causal = torch.ones(num_steps, size, dtype=torch.bool).tril(taken)
+    causal = torch.ones(num_steps, size, dtype=torch.bool, device="cpu").tril(taken)
     allowed = causal[None] if mask is None else causal & mask[:, None].bool()  # (G or 1, t, S)
-    added = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min / 2)
+    added = torch.zeros_like(allowed, dtype=torch.float32)
+    added.masked_fill_(~allowed, torch.finfo(torch.float32).min / 2)
     return added[:, None].repeat(1, 1, group, 1)
 
 

@@ -141,6 +141,14 @@ def test_maxima_in_bfloat16_reach_the_bound_of_every_nearer_code(scales):
     assert not (maxima[:63] >= HalfMaxima.bounds((every + 0.1 * spread).float())).all(), "a bound above the scores"
 
 
+def test_codes_do_not_depend_on_the_default_device(search_path):
+    torch.manual_seed(9)
+    z, codebooks = torch.randn(60, 8), torch.randn(2, 300, 8)
+    with torch.device("meta"):
+        codes = code_search.residual_codes(z, codebooks)
+    assert_codes_are_exact(codes, z, codebooks)
+
+
 def test_duplicate_codes_are_handled(search_path):
     torch.manual_seed(5)
     z, codes = torch.randn(40, 8), torch.randn(9, 8)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -243,6 +244,29 @@ def test_packed_weights_are_not_kept_if_they_take_much_of_the_memory(monkeypatch
     monkeypatch.setattr(kernels, "available_memory", lambda: 0)
     used_often(ThinLinear.of(large()), x)
     assert not kernels.single_weights._kept
+
+
+@torch.no_grad()
+def test_threads_can_keep_and_find_packed_weights_at_the_same_time():
+    kept, errors = kernels.KeptWeights(), []
+    weights = [nn.Parameter(torch.randn(8, 16)) for _ in range(200)]
+
+    def work(part):
+        try:
+            for weight in part:
+                kept.put([weight], kernels.PackedWeights.of([weight]))
+                assert kept.find([weight]) is not None
+                weight.data.add_(1)
+                assert kept.find([weight]) is None
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(weights[start::4],)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and not kept._kept
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import (
 
 from evotok_plugin.kernels import thin_linear as kernels
 from evotok_plugin.kernels.thin_linear import MAX_ROWS, PACK_AFTER, JoinedLinear
+from llava_ext.generation import fused_layers
 from llava_ext.generation.cache import SlotCache
 from llava_ext.generation.fused_layers import MAX_STEPS, FusedLayer, can_be_fused
 from llava_ext.generation.thin_view import thin_view
@@ -153,6 +154,18 @@ def test_a_row_without_any_allowed_slot_does_not_become_nan():
     expected = model(**inputs, past_key_values=DynamicCache(config=model.config)).last_hidden_state
     assert hidden.isfinite().all()
     torch.testing.assert_close(hidden[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_steps_do_not_depend_on_the_default_device():
+    model = made(BACKBONES["qwen2"])
+    view, x, mask = thin_view(model), torch.randn(2, 3, 48), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    expected = model(inputs_embeds=x, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True)
+    fused_layers._constant.cache_clear()
+    with torch.device("meta"):
+        found = view(inputs_embeds=x, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True)
+    states = (run.last_hidden_state[mask.bool()] for run in (found, expected))
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
