@@ -40,7 +40,8 @@ class AnswerEngine:
     """Answers rows step by step; not thread-safe.
 
     An answer depends only on its own conversation, options and seed, whatever the other rows are. The model's own
-    settings are read when the first rows join; use a new engine after they have changed.
+    settings of drawing are read whenever rows join an engine without active rows, those of text when the first rows
+    join: use a new engine after these have changed.
 
     Args:
         model: may be in training mode; the answers are those of evaluation mode.
@@ -66,6 +67,8 @@ class AnswerEngine:
                 rows has joined then.
         """
         settings = self._settings_for(rows)
+        if not self._active:
+            self._complete_options.clear()
         if self._answers is None:
             self._answers = Answers(thin_view(evaluation_view(self._model)), self._processor, settings)
         conversations = {id(row.conversation): row.conversation for row in rows}

@@ -55,6 +55,15 @@ def together(work, arguments):
     return found
 
 
+def test_changed_settings_of_drawing_apply_to_the_next_answer(tiny_mllm, monkeypatch):
+    model, processor = tiny_mllm
+    batches = AnswerBatches(model, processor, max_rows=4)
+    before = ask(model, processor, batches, "a ring", IMAGE, 3)
+    monkeypatch.setattr(model.generation_config, "image_generation", {"temperature": 0.0}, raising=False)
+    after = ask(model, processor, batches, "a ring", IMAGE, 3)
+    assert after == ask(model, processor, None, "a ring", IMAGE, 3) != before
+
+
 @pytest.fixture
 def sizes(monkeypatch):
     """The number of active rows in every step."""
