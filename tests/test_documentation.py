@@ -112,8 +112,8 @@ def examples():
 
 
 @pytest.mark.parametrize("page", examples(), ids=lambda page: page.name)
-def test_python_examples_run(page, workplace, monkeypatch, request):
-    """The blocks of a page run one after another, as a reader types them."""
+def test_python_examples_run(page, workplace, monkeypatch, request, capsys):
+    """The blocks of a page run one after another, as a reader types them; they print the text that the page shows."""
     monkeypatch.chdir(workplace)
     if page.name == "train_tokenizer.md":
         assert tokenizer_cli.main(["encode", "imagenet/train", "-o", "codes", "--model", "outputs/evotok"]) == 0
@@ -124,6 +124,8 @@ def test_python_examples_run(page, workplace, monkeypatch, request):
     for block in blocks(page, "python"):
         if not any(needed in block for needed in NEEDS_OTHERS):
             exec(compile(block.replace("8000", port), str(page), "exec"), names)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in blocks(page, "text"))
 
 
 def test_the_llava_of_the_example_is_loaded_again(workplace, monkeypatch):

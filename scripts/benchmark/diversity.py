@@ -143,14 +143,15 @@ def run(options: argparse.Namespace) -> None:
         ratios[record["tag"]].append(pair)
         rows.append([*cells, f"{ours.plain:.2f}", f"{theirs.plain:.2f}", f"{pair[0]:.3f}", f"{pair[1]:.3f}"])
     header = ["skill", "prompt", "usable", "bits drawn", "bits corpus", "ratio", "corrected"]
-    tables = {"diversity-prompts": Table(header, rows)}
+    print(Table(header, rows).markdown(), end="\n\n")
+    tables = {}
     means = [(skill, np.mean(pairs, axis=0), len(pairs)) for skill, pairs in ratios.items() if pairs]
     if means:
         overall = np.mean([mean for _, mean, _ in means], axis=0)
         summary = [*means, ("mean of skills", overall, sum(count for *_, count in means))]
         table = [[name, str(count), f"{plain:.3f}", f"{corrected:.3f}"] for name, (plain, corrected), count in summary]
         tables["diversity"] = Table(["skill", "prompts", "ratio", "corrected"], table)
-    show(options, __file__, opened, tables)
+    show(options, __file__, opened, tables, {"prompts": [dict(zip(header, row, strict=True)) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Scenes in drawn images, and options, shared by the benchmarks of the embedded model in this folder."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from PIL import Image
@@ -41,8 +43,14 @@ def detected_scene(image: Image.Image) -> Scene | None:
     return Scene(tuple(objects)) if objects else None
 
 
-def show(options: argparse.Namespace, script: str, opened: OpenModel, tables: dict[str, Table]) -> None:
-    """Print tables, and write them to the file of --json."""
+def show(
+    options: argparse.Namespace,
+    script: str,
+    opened: OpenModel,
+    tables: dict[str, Table],
+    figures: Mapping[str, Any] | None = None,
+) -> None:
+    """Print tables, and write them to the file of --json, with further figures."""
     print("\n\n".join(table.markdown() for table in tables.values()))
     on = machine(opened.model.device, ("torch", "transformers"), seed=str(options.seed), model=opened.fingerprint[:12])
-    write_report(options.json, script, tables, on)
+    write_report(options.json, script, tables, on, figures)

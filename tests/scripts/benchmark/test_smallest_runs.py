@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parents[3] / "scripts" / "benchmark"
 SMALLEST = {
     "best_of": ("--prompts_per_skill 1", ["best-of"]),
     "dialogues": ("--dialogues 4", ["dialogues"]),
-    "diversity": ("--skills colors --prompts 1 --images 4", ["diversity-prompts", "diversity"]),
+    "diversity": ("--skills colors --prompts 1 --images 4", ["diversity"]),
     "encoding": ("--sizes tiny --num_images 6 --batch_size 2 --rounds 1 --workers 1", ["encoding", "encoding-parts"]),
     "evaluation_time": (
         "--prompts 2 --batch_size 3 --best_of 2 --rounds 1 --clock cpu",
@@ -26,6 +26,7 @@ SMALLEST = {
         "--images 1 2 --positions 16 --levels 2 --codebook_size 2048 --dim 8 --rounds 1 --peer_rounds 0",
         ["quantizer"],
     ),
+    "scene_tasks": ("--limit 4", ["scene-tasks"]),
     "serving": ("--clients 1 --seconds 4 --rounds 1", ["serving"]),
     "text": ("--models included --batch 1 --tokens 20 --rounds 1 --threads 1", ["text"]),
     "speculation": (
