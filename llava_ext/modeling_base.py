@@ -228,12 +228,13 @@ class EvoTokLlavaModel(PreTrainedModel):
         latents = self.vision_tower.codes_to_latents(codes[None])[0]
         return self.write_projector(latents.to(self.write_projector.linear_1.weight.dtype), positions)
 
-    def _embed_tokens(self, ids: Tensor) -> Tensor:
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """The embeddings (B, T, D) of ids of text (B, T)."""
         embeddings = self.get_input_embeddings()(ids)
         return embeddings if self.new_token_rows is None else self.new_token_rows.put_into(embeddings, ids)
 
     def _embed(self, folded: FoldedSequence, pixel_values: Tensor | None, image_codes: Tensor | None) -> Embedded:
-        embeddings = self._embed_tokens(folded.input_ids.masked_fill(folded.written, 0))
+        embeddings = self.embed_ids(folded.input_ids.masked_fill(folded.written, 0))
         vision = self.config.vision_config
         # In training, parts that a batch does not use still run, times zero, in their usual order: every rank then
         # gathers the same weights and reduces the same gradients in the same order, whatever its batch contains.
@@ -262,7 +263,7 @@ class EvoTokLlavaModel(PreTrainedModel):
     def placeholders_in(self, embeddings: Tensor) -> Tensor:
         """Where embeddings (B, S, D) are that of the image placeholder: (B, S), bool."""
         token = torch.tensor([[self.config.image_token_id]], device=embeddings.device)
-        return (embeddings == self._embed_tokens(token).to(embeddings.dtype)).all(dim=-1)
+        return (embeddings == self.embed_ids(token).to(embeddings.dtype)).all(dim=-1)
 
     def embed_prompt(
         self,

@@ -146,12 +146,13 @@ class EvoTokLlavaForConditionalGeneration(
         )
         hidden = run.outputs.last_hidden_state
         assert hidden is not None
-        logits = None if skip_logits else self._text_logits(hidden, logits_to_keep)
+        logits = None if skip_logits else self.text_logits(hidden, logits_to_keep)
         if labels is None:
             return EvoTokLlavaOutput(logits=logits, **run.outputs)
         return EvoTokLlavaOutput(logits=logits, **self._losses(hidden, run.folded, num_items_in_batch), **run.outputs)
 
-    def _text_logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    def text_logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """The logits of text (B, t, V) after the hidden states (B, T, D); `logits_to_keep` as in `forward`."""
         kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         logits = self.lm_head(kept)
         return logits if self.new_token_rows is None else self.new_token_rows.replaced_rows().put_into(logits, kept)

@@ -1,16 +1,17 @@
 """Linear layers over few rows on a CPU.
 
-PyTorch computes such products with MKL, which for 2 to 64 rows reads a large weight at a fraction of the memory's rate
-(on an AMD EPYC; `scripts/benchmark/linear_layers.py` measures it). oneDNN, which PyTorch also includes, is faster, and
-faster still if it has a copy of the weight in its own layout: a packed weight. Packing takes as long as about 16
-products, so only a layer that is used again and again packs its weight. Packed weights are kept for later answers of
-the same model while they take little of the memory.
+PyTorch computes such products with MKL. On an AMD EPYC it reads a large weight at a fraction of the memory's rate for 2
+to 64 rows, on an Intel Xeon for 4 to 64 (`scripts/benchmark/linear_layers.py` measures it). oneDNN, which PyTorch also
+includes, is faster, and faster still if it has a copy of the weight in its own layout: a packed weight. Packing takes
+as long as about 16 products, so only a layer that is used again and again packs its weight. Packed weights are kept for
+later answers of the same model while they take little of the memory.
 
 R rows.
 """
 
 import copy
 import functools
+import platform
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-MIN_ELEMENTS = 2**18  # of a weight; below, calling oneDNN takes longer than it saves
+
+def _is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU is one of Intel's, for which MKL has its fastest kernels."""
+    try:
+        return "GenuineIntel" in cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where oneDNN is faster than PyTorch's linear layers in float32: by the elements of a weight, and by rows."""
+
+    min_elements: int
+    min_rows: int
+
+
+_OTHERS, _INTEL_WITH_MKL = Limits(2**18, 1), Limits(1_000_000, 4)
+LIMITS = _INTEL_WITH_MKL if torch.backends.mkl.is_available() and _is_intel() else _OTHERS
+JOINED_ELEMENTS = 2**18  # of all weights that are joined without packing; more would take memory and save little time
 MAX_ROWS = 128  # the largest number that was measured
 PACK_AFTER = 16  # products
 _PACKED_ROWS = 4  # oneDNN reads a packed weight faster for 4 rows than for 1 or 2: missing rows are zeros
@@ -120,7 +140,7 @@ class ThinLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // self.in_features
         if (
-            not 0 < num_rows <= MAX_ROWS
+            not min_rows(self.weight.dtype) <= num_rows <= MAX_ROWS
             or x.dtype != self.weight.dtype
             or x.device.type != "cpu"
             or torch.is_grad_enabled()
@@ -155,11 +175,15 @@ class ThinLinear(nn.Linear):
 class JoinedLinear:
     """Several linear layers with the same input, computed as one product of few rows; for inference.
 
-    Small layers are joined at the first call, large ones when their weights are packed.
+    Small layers are joined at the first call, large ones when their weights are packed. Layers between the two limits,
+    and large ones for so few rows that oneDNN is not faster, are called one after the other.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers, self._num_products = layers, 0
+        num_elements = sum(layer.weight.numel() for layer in layers)
+        self._is_large = num_elements >= LIMITS.min_elements
+        self._can_join = self._is_large or num_elements < JOINED_ELEMENTS
         self._parameters = [layer._parameters for layer in layers]  # faster to search than the layers' attributes
         self._weight: Tensor | None = None  # joined, and packed if it is large
         self._bias: Tensor | None = None
@@ -168,28 +192,34 @@ class JoinedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs for x (R, D), one after the other: (R, sum of the widths)."""
+        if not self._can_join or (self._is_large and len(x) < min_rows(x.dtype)):
+            return self._separate(x)
         self._num_products += 1
         state = states([value for one in self._parameters for value in one.values() if value is not None])
         if state != self._joined_from:
             self._join(state)
         if self._weight is None:
-            return torch.cat([layer(x) for layer in self._layers], dim=-1)
+            return self._separate(x)
         if self._is_packed:
             return _packed_product(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
+
+    def _separate(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self._layers], dim=-1)
 
     def _join(self, state: State) -> None:
         if self._joined_from is not None:  # a parameter has changed since
             self._num_products, self._weight, self._joined_from = 1, None, None
         weights = [one.weight for one in self._layers]
-        is_large = sum(one.numel() for one in weights) >= MIN_ELEMENTS
-        found = joined_weights.find(weights) if is_large and self._num_products == 1 else None
-        if found is None and is_large and self._num_products <= PACK_AFTER // 2:  # before the layers pack their own
+        found = joined_weights.find(weights) if self._is_large and self._num_products == 1 else None
+        if (
+            found is None and self._is_large and self._num_products <= PACK_AFTER // 2
+        ):  # before the layers pack their own
             return
         self._joined_from = state
         if found is None and not _has_room(2 * _num_bytes(weights)):
             return
-        self._is_packed = is_large and _has_kernels(weights[0].dtype)
+        self._is_packed = self._is_large and _has_kernels(weights[0].dtype)
         if not self._is_packed:
             self._weight = torch.cat([one.detach() for one in weights])
         else:
@@ -210,7 +240,12 @@ def can_be_thin(layer: nn.Module) -> bool:
     weight = layer.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
-    return weight.numel() >= MIN_ELEMENTS and _has_kernels(weight.dtype)
+    return weight.numel() >= LIMITS.min_elements and _has_kernels(weight.dtype)
+
+
+def min_rows(dtype: torch.dtype) -> int:
+    """The number of rows from which oneDNN is faster for a weight of at least `LIMITS.min_elements`."""
+    return LIMITS.min_rows if dtype == torch.float32 else 1
 
 
 def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -218,12 +253,12 @@ def thin_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     Calls the layer itself if gradients are enabled or oneDNN has no advantage (`can_be_thin`).
     """
-    if type(layer) is nn.Linear and layer.weight.numel() < MIN_ELEMENTS:
+    if type(layer) is nn.Linear and layer.weight.numel() < LIMITS.min_elements:
         return layer(x)  # the most frequent case first: a small layer takes no longer than the other questions
     num_rows = x.numel() // max(1, x.shape[-1])
     if (
         torch.is_grad_enabled()
-        or not 0 < num_rows <= MAX_ROWS
+        or not min_rows(x.dtype) <= num_rows <= MAX_ROWS
         or not can_be_thin(layer)
         or torch.is_autocast_enabled("cpu")
     ):

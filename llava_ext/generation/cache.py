@@ -90,6 +90,15 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, num_slots: int) -> None:
         super().__init__(layers=[SlotLayer(num_slots) for _ in range(num_layers)])
 
+    @classmethod
+    def of(cls, cache: Cache, num_free: int) -> "SlotCache":
+        """Copy the keys and values of transformers' `DynamicCache`, and make room for `num_free` further slots."""
+        layers = [cast(Any, layer) for layer in cache.layers]
+        made = cls(len(layers), layers[0].keys.shape[2] + num_free)
+        for mine, theirs in zip(made.slot_layers, layers, strict=True):
+            mine.update(theirs.keys, theirs.values)
+        return made
+
     @property
     def slot_layers(self) -> list[SlotLayer]:
         return cast(list[SlotLayer], self.layers)  # `Cache` declares a union of transformers' layer types
@@ -111,6 +120,12 @@ class SlotCache(Cache):
         """Free the last `count` filled slots of every layer."""
         for layer in self.slot_layers:
             layer.drop_last(count)
+
+    def make_room(self) -> None:
+        """Have at least one free slot; if there is none, twice as many slots."""
+        first = self.slot_layers[0]
+        if first.num_filled == first.num_slots:
+            self.resize(first.num_filled, first.num_filled)
 
     def resize(self, num_filled: int, num_free: int) -> None:
         """Resize every layer, see `SlotLayer.resize`."""

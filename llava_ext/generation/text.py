@@ -13,11 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList
+from transformers.generation import (
+    BaseStreamer,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from evotok_plugin.errors import UserError
 from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.steps import check_room
+from llava_ext.generation.text_steps import SuppressTokens, can_write_text, write_text
 
 _IMAGES = ("pixel_values", "image_codes")
 _LEFT_OVER = ("tokenizer", "assistant_tokenizer")  # arguments of `generate` that it passes on to every model
@@ -183,7 +189,35 @@ class TextGenerationMixin(ModelInterface):
         suppressed = {*(generation_config.suppress_tokens or ()), *self.image_token_ids}
         generation_config.suppress_tokens = sorted(suppressed)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
-        return _Processors(processors)
+        in_place = not generation_config.return_dict_in_generate  # which may include the scores before
+        return _Processors(
+            SuppressTokens(one.suppress_tokens, in_place) if type(one) is SuppressTokensLogitsProcessor else one
+            for one in processors
+        )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy and sampled text: a loop of our own (`write_text`) where it applies, else transformers'."""
+        if can_write_text(self, generation_config, synced_gpus, model_kwargs):
+            run = (self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+            return write_text(*run)
+        return super()._sample(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
 
     @property
     def image_token_ids(self) -> list[int]:
@@ -224,6 +258,8 @@ class TextGenerationMixin(ModelInterface):
             )
             generation_config.max_length -= excess
             max_cache_length -= excess
+        if (given := model_kwargs.get("past_key_values")) is not None:
+            given._is_user_defined = True  # as transformers does since 5.23
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

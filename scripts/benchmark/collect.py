@@ -8,7 +8,8 @@ A table stands between `<!-- benchmark NAME -->` and `<!-- end -->`, with a line
 `<!-- benchmark NAME NAME -->` holds several tables, with one such line if they come from the same runs. A figure in a
 sentence, `<!-- figure NAME | ROW | COLUMN -->0.918<!-- end -->`, is the cell of a table; ROW is its first cell or the
 beginning of it. Its marker does not begin a line, since Markdown would take the line for HTML.
-Several files with the same table (other machines, numbers of threads or rounds) give ranges: "1.2 to 1.4".
+Several files with the same table (other numbers of threads or rounds) give ranges: "1.2 to 1.4". Results of another
+machine have a folder of their own in `results`, and their tables its name: `<!-- benchmark text@FOLDER -->`.
 """
 
 import argparse
@@ -137,8 +138,9 @@ def collect(files: Sequence[Path]) -> dict[str, Collected]:
             machine, command = result["machine"], result["command"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not a result of a benchmark ({error!r}); write it with --json") from error
+        folder = f"@{file.parent.name}" if file.resolve().parent.parent == RESULTS.resolve() else ""
         for name, table in tables.items():
-            one = found.setdefault(name, Collected())
+            one = found.setdefault(name + folder, Collected())
             one.tables.append(table)
             one.machines.append(machine)
             one.commands.append(command)
@@ -171,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a result is damaged, or a table has no place in the documentation.
     """
-    files = options.files or sorted(RESULTS.glob("*.json"))
+    files = options.files or sorted(RESULTS.rglob("*.json"))
     found = collect(files)
     if not (options.write or options.check):
         print("\n\n".join(f"{name}\n\n{block([name], found)}" for name in found), end="")
@@ -194,7 +196,7 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     """Parse the flags and collect."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, help="results (default: scripts/benchmark/results/*.json)")
+    parser.add_argument("files", nargs="*", type=Path, help="results (default: all in scripts/benchmark/results)")
     parser.add_argument("--write", action="store_true", help="replace the tables in the documentation")
     parser.add_argument("--check", action="store_true", help="exit with 1 if the documentation differs")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help="folder with README.md and docs/")

@@ -5,7 +5,7 @@
 
 Each shape has as many layers as fit into 200 MB (at most 24), called in turn, so that weights come from memory as they
 do in a model. Rounds alternate, and the minimum counts. Layers below the size limit of `can_be_thin` show why there is
-one. With one thread times are CPU times, else wall-clock times.
+one; for fewer rows than `min_rows` ours is PyTorch's layer. With one thread times are CPU times, else wall-clock times.
 """
 
 import sys
@@ -16,7 +16,7 @@ from report import Table, add_json_option, machine, write_report
 from torch import nn
 
 from evotok_plugin.common.command_parser import CommandParser
-from evotok_plugin.kernels.thin_linear import MIN_ELEMENTS, PACK_AFTER, ThinLinear
+from evotok_plugin.kernels.thin_linear import LIMITS, PACK_AFTER, ThinLinear
 
 # Inputs x outputs: of the included model, SmolLM2-135M, Qwen2.5-0.5B, and the paper's image head with its classifier.
 SHAPES = (
@@ -49,7 +49,7 @@ def measure(shape: str, num_rows: list[int], dtype: torch.dtype, rounds: int) ->
         rate = layers[0].weight.nbytes / best["ours"] / 1000
         best = {name: round(value, 2) for name, value in best.items()}
         found.append({"rows": rows, "microseconds": best, "gigabytes_per_second": round(rate, 1)})
-    return {"shape": shape, "is_thin": wide * narrow >= MIN_ELEMENTS, "equal": equal, "results": found}
+    return {"shape": shape, "is_thin": wide * narrow >= LIMITS.min_elements, "equal": equal, "results": found}
 
 
 def table(results: list[dict]) -> Table:

@@ -13,6 +13,7 @@ from evotok_plugin.kernels.thin_linear import (
     MAX_ROWS,
     PACK_AFTER,
     JoinedLinear,
+    Limits,
     ThinLinear,
     available_memory,
     can_be_thin,
@@ -21,6 +22,13 @@ from evotok_plugin.kernels.thin_linear import (
 
 pytestmark = pytest.mark.skipif(not kernels._has_kernels(torch.float32), reason="this PyTorch has no oneDNN")
 SHAPES = [(1, 700), (2, 700), (3, 700), (5, 1, 700), (2, 3, 700), (128, 700)]
+
+
+@pytest.fixture(autouse=True, params=[Limits(2**18, 1), Limits(2**18, 4)], ids=["any rows", "from 4 rows"])
+def limits(request, monkeypatch):
+    """Those of both kinds of CPU."""
+    monkeypatch.setattr(kernels, "LIMITS", request.param)
+    return request.param
 
 
 def large(bias=True):
@@ -116,6 +124,40 @@ def test_many_rows_and_none_are_computed_by_the_layer():
     for rows in (0, MAX_ROWS + 1):
         x = torch.randn(rows, 700)
         assert torch.equal(ThinLinear.of(layer)(x), layer(x)) and torch.equal(thin_linear(layer, x), layer(x))
+
+
+@torch.no_grad()
+def test_fewer_rows_than_the_limit_are_computed_by_the_layers(packings, monkeypatch):
+    monkeypatch.setattr(kernels, "LIMITS", Limits(2**18, 4))
+    layer, other = large(), large()
+    thin, joined, few = ThinLinear.of(layer), JoinedLinear([layer, other]), torch.randn(3, 700)
+    both = torch.cat([layer(few), other(few)], dim=-1)
+    for _ in range(PACK_AFTER + 1):
+        assert torch.equal(thin(few), layer(few)) and torch.equal(thin_linear(layer, few), layer(few))
+        assert torch.equal(joined(few), both)
+    assert not packings
+    used_often(thin, torch.randn(4, 700))
+    used_often(joined, torch.randn(4, 700))
+    assert packings == [700 * 400, 2 * 700 * 400]
+    assert torch.equal(thin(few), layer(few)) and torch.equal(joined(few), both)
+
+
+@torch.no_grad()
+def test_layers_between_the_limits_are_not_joined(monkeypatch):
+    monkeypatch.setattr(kernels, "LIMITS", Limits(1_000_000, 4))
+    layers, x = [large(), nn.Linear(700, 100)], torch.randn(8, 700)
+    joined = JoinedLinear(layers)
+    assert torch.equal(joined(x), torch.cat([one(x) for one in layers], dim=-1)) and joined._weight is None
+
+
+def test_the_cpu_is_recognized(tmp_path, monkeypatch):
+    for vendor, expected in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        file = tmp_path / vendor
+        file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: é\n", encoding="utf-8")
+        assert kernels._is_intel(file) == expected
+    for name, expected in (("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True), ("arm", False)):
+        monkeypatch.setattr("platform.processor", lambda name=name: name)
+        assert kernels._is_intel(tmp_path / "missing") == expected
 
 
 @torch.no_grad()

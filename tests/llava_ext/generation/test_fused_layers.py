@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from evotok_plugin.kernels import thin_linear as kernels
-from evotok_plugin.kernels.thin_linear import MAX_ROWS, PACK_AFTER, JoinedLinear
+from evotok_plugin.kernels.thin_linear import MAX_ROWS, PACK_AFTER, JoinedLinear, Limits
 from llava_ext.generation import fused_layers
 from llava_ext.generation.cache import SlotCache
 from llava_ext.generation.fused_layers import MAX_STEPS, FusedLayer, can_be_fused
@@ -205,7 +205,7 @@ def test_other_layers_are_left_alone(monkeypatch):
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False)])
 def test_joined_layers_equal_the_single_ones(monkeypatch, is_large, biases):
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 1 if is_large else 2**40)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(1 if is_large else 2**40, 1))
     layers = [nn.Linear(20, 30, bias=biases[0]), nn.Linear(20, 50, bias=biases[1])]
     joined = JoinedLinear(layers)
     for rows in (1, 2, 5):

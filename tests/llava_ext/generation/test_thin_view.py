@@ -8,7 +8,7 @@ from torch import nn
 
 from evotok_plugin import SamplingOptions
 from evotok_plugin.kernels import thin_linear as kernels
-from evotok_plugin.kernels.thin_linear import ThinLinear
+from evotok_plugin.kernels.thin_linear import Limits, ThinLinear
 from llava_ext.generation import DrawingOptions
 from llava_ext.generation.thin_view import thin_view
 
@@ -19,7 +19,7 @@ PROMPTS = ["a photo of a ring", "a photo of a red circle above a blue square"]
 @pytest.fixture
 def thin_everywhere(monkeypatch):
     """Make every plain layer thin, whatever its size, and pack after two products; returns the layers that packed."""
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(1, 1))
     monkeypatch.setattr(kernels, "PACK_AFTER", 2)
     packed, compute = [], ThinLinear.forward
 
@@ -40,7 +40,7 @@ def test_drawings_are_the_same(any_mllm, thin_everywhere, monkeypatch, options, 
         options = DrawingOptions(options.guidance_scale, sampling=SamplingOptions(temperature=0))
     *_, codes = model.draw_codes(PROMPTS, processor, [1, 2], options)
     assert thin_everywhere
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 2**60)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(2**60, 1))
     *_, expected = model.draw_codes(PROMPTS, processor, [1, 2], options)
     assert torch.equal(codes, expected)
 
@@ -56,7 +56,7 @@ def test_texts_are_the_same(tiny_mllm, thin_everywhere, monkeypatch, settings):
 
     ids = texts()
     assert thin_everywhere
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 2**60)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(2**60, 1))
     assert torch.equal(ids, texts())
 
 
@@ -65,7 +65,7 @@ def test_answers_are_the_same(tiny_mllm, thin_everywhere, monkeypatch):
     inputs = processor.user_turns(PROMPTS)
     ids = model.generate(**inputs, modalities="auto", processor=processor, max_new_tokens=8)
     assert thin_everywhere
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 2**60)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(2**60, 1))
     assert torch.equal(ids, model.generate(**inputs, modalities="auto", processor=processor, max_new_tokens=8))
 
 
@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was(tiny_mllm, thin_everywhere, tmp_path):
 
 def test_the_view_shares_the_parameters_and_what_does_not_gain(tiny_mllm, monkeypatch):
     model, _ = tiny_mllm
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(1, 1))
     view = thin_view(model)
     assert view is not model and view.training == model.training
     assert isinstance(view.language_model.layers[0].mlp.up_proj, ThinLinear)
@@ -95,7 +95,7 @@ def test_the_view_shares_the_parameters_and_what_does_not_gain(tiny_mllm, monkey
 
 
 def test_parts_that_another_library_has_bound_are_shared(monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(1, 1))
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     model[0].forward = model[0].forward
     view = thin_view(model)
@@ -110,7 +110,7 @@ def test_adapters_work_and_can_be_merged(tiny_mllm, thin_everywhere, monkeypatch
     greedy = DrawingOptions(1.0, sampling=SamplingOptions(temperature=0))
     *_, codes = wrapped.base_model.model.draw_codes(PROMPTS, processor, [1, 2], greedy)
     assert thin_everywhere
-    monkeypatch.setattr(kernels, "MIN_ELEMENTS", 2**60)
+    monkeypatch.setattr(kernels, "LIMITS", Limits(2**60, 1))
     *_, expected = wrapped.base_model.model.draw_codes(PROMPTS, processor, [1, 2], greedy)
     assert torch.equal(codes, expected)
     *_, merged = wrapped.merge_and_unload().draw_codes(PROMPTS, processor, [1, 2], greedy)

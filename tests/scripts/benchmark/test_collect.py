@@ -14,7 +14,7 @@ import pytest
 from evotok_plugin.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
-STORED = sorted((ROOT / "scripts/benchmark/results").glob("*.json"))
+STORED = sorted((ROOT / "scripts/benchmark/results").rglob("*.json"))
 MACHINE = {"device": "Some CPU", "threads": "1", "clock": "cpu", "torch": "2.14.1"}
 
 
@@ -130,6 +130,19 @@ def test_a_table_without_a_place_is_an_error(modules, tmp_path, monkeypatch, pag
     file = write(tmp_path / "1.json", [["eval", "6 ms"]])
     assert run(modules("collect"), monkeypatch, tmp_path, file, "--write") == 2
     assert "no page has the markers" in capsys.readouterr().err
+
+
+def test_results_of_another_machine_have_tables_of_their_own(modules, pages, monkeypatch, tmp_path):
+    collect, results = modules("collect"), tmp_path / "results"
+    (results / "other").mkdir(parents=True)
+    write(results / "1.json", [["eval", "6 ms"]])
+    write(results / "other" / "1.json", [["eval", "9 ms"]])
+    monkeypatch.setattr(collect, "RESULTS", results)
+    figure = "takes <!-- figure search@other | eval | 1 image -->?<!-- end -->"
+    pages.write_text(f"{pages.read_text()}\n<!-- benchmark search@other -->\n<!-- end -->\n\nIt {figure}.\n")
+    assert run(collect, monkeypatch, tmp_path, "--write") == 0
+    before, after = pages.read_text().split("<!-- benchmark search@other -->")
+    assert "6 ms" in before and "9 ms" not in before and "6 ms" not in after and after.count("9 ms") == 2
 
 
 def test_the_documentation_shows_the_stored_results(modules, monkeypatch):
