@@ -67,7 +67,7 @@ class ImageWriter:
         if path.parent not in self._folders:
             self._folders.add(path.parent)
             remove_all_abandoned(path.parent)
-        self._waiting.append(self._thread.submit(write_png, image, path, chunks, tidy=False))
+        self._waiting.append(self._thread.submit(write_png, image, path, chunks, tidy=False, compress_level=1))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown()

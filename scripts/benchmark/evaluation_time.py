@@ -3,16 +3,18 @@
     python scripts/benchmark/evaluation_time.py --json evaluation_time.json
     python scripts/benchmark/evaluation_time.py --clock cpu            # on a busy machine
 
-lmms-eval runs the task `geneval_scenes` on the included model, in this process and without a network. The first table
-splits the time of `generate_until`, which draws all images, writes their files and returns their paths. In the model
-are the forward of the language model, the image head with its sampling and the embedding of its codes, the pixel
-decoder, and with `--best_of` the reading of the candidates. Files are written in another thread, beside the model: by
-wall time only waiting for it counts, and by CPU time its work. The second table splits the whole run. Shown is the
-round with the shortest `generate_until`.
+lmms-eval runs the task `geneval_scenes` in this process and without a network: on the included model, and on the same
+model with random weights in the shape of a larger LLM, whose drawings are wrong but take the time of such a model. The
+first table splits the time of `generate_until`, which draws all images, writes their files and returns their paths. In
+the model are the forward of the language model, the image head with its sampling and the embedding of its codes, the
+pixel decoder, and with `--best_of` the reading of the candidates. Files are written in another thread, beside the
+model: by wall time only waiting for it counts, and by CPU time its work. The second table splits the whole run on the
+first model. Shown is the round with the shortest `generate_until`.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import sys
 import tempfile
@@ -25,20 +27,24 @@ from unittest import mock
 import torch
 from measuring import CLOCKS
 from report import Table, add_json_option, machine, write_report
+from text import SHAPES
+from transformers import AutoConfig
 
 from evotok_plugin import EvoTokModel
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.errors import UserError
+from llava_ext import EvoTokLlavaForConditionalGeneration
 from llava_ext.generation.fused_model import FusedModel
 from llava_ext.generation.head_steps import DepthHeadStepper, FlatHeadStepper
 from llava_ext.generation.reading_score import PromptReader
 from llava_ext.generation.steps import Steps
-from llava_ext.model_folder import default_model_folder
+from llava_ext.model_folder import INCLUDED_MODEL, default_model_folder, open_model
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
 TASK = "geneval_scenes"
 IN_MODEL = ("language model", "image head", "pixel decoder", "reading")
+_ALL = "all of `generate_until`"
 AROUND = ("prompts", "existing images", "rows of the batch", "files")
 
 
@@ -98,8 +104,22 @@ def timing(parts: Parts, language_model: type) -> Iterator[None]:
         yield
 
 
-def evaluate(options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
-    """Run the task once; returns the seconds of the parts of drawing and of the run, and the score."""
+def save_with_llm(folder: Path, name: str, to: Path) -> None:
+    """Save the model of a folder with random weights in the shape of another LLM, and its tokenizer's weights."""
+    opened = open_model(str(folder), "cpu")
+    config = copy.deepcopy(opened.model.config)
+    of_text = config.text_config
+    kept = {key: getattr(of_text, key) for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config.text_config = AutoConfig.for_model(**SHAPES[name] | kept)
+    torch.manual_seed(0)
+    model = EvoTokLlavaForConditionalGeneration(config)
+    model.vision_tower.load_state_dict(opened.model.vision_tower.state_dict())
+    model.save_pretrained(to)
+    opened.processor.save_pretrained(to)
+
+
+def evaluate(folder: Path, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+    """Run the task once on the model of a folder; returns the seconds of all parts, and the score."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -120,7 +140,7 @@ def evaluate(options: argparse.Namespace, clock: Callable[[], float]) -> dict[st
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         begun = clock()
         settings = {"batch_size": options.batch_size, "best_of": options.best_of, "images_dir": f"{place}/images"}
-        lm = EvoTokLmms(str(options.model or default_model_folder()), device="cpu", **settings)
+        lm = EvoTokLmms(str(folder), device="cpu", **settings)
         tasks = TaskManager(
             include_path=str(Path(eval_tasks.__file__).parent / "tasks"), include_defaults=False, model_name="evotok"
         )
@@ -146,16 +166,19 @@ def share(parts: dict[str, float]) -> float:
     return sum(parts.get(name, 0.0) for name in IN_MODEL) / sum(parts.values())
 
 
-def parts_table(result: dict[str, Any]) -> Table:
-    """Milliseconds per image and shares of the parts of drawing."""
-    parts, images = result["parts"], result["images"]
-    total = sum(parts.values())
-    rows = [("in the model", sum(parts.get(name, 0.0) for name in IN_MODEL))]
-    rows += [(f"- {name}", parts[name]) for name in IN_MODEL if name in parts]
-    rows += [(name, parts.get(name, 0.0)) for name in (*AROUND, "other")]
-    rows.append(("all of `generate_until`", total))
-    cells = [[name, f"{1000 * spent / images:.2f}", f"{spent / total:.1%}"] for name, spent in rows]
-    return Table(["part of drawing", "ms per image", "share"], cells)
+def parts_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Milliseconds per image of the parts of drawing, and their shares, by the model."""
+    some = next(iter(results.values()))["parts"]
+    names = ["in the model", *(f"- {name}" for name in IN_MODEL if name in some), *AROUND, "other", _ALL]
+    cells = [[name] for name in names]
+    for result in results.values():
+        parts, images = result["parts"], result["images"]
+        sums = {"in the model": sum(parts.get(name, 0.0) for name in IN_MODEL), _ALL: sum(parts.values())}
+        for row, name in zip(cells, names, strict=True):
+            spent = sums.get(name, parts.get(name.removeprefix("- "), 0.0))
+            row += [f"{1000 * spent / images:.2f}", f"{spent / sums[_ALL]:.1%}"]
+    columns = [(f"{model}, ms per image", f"{model}, share") for model in results]
+    return Table(["part of drawing", *(one for pair in columns for one in pair)], cells)
 
 
 def run_table(result: dict[str, Any], importing: float) -> Table:
@@ -187,14 +210,22 @@ def run(options: argparse.Namespace) -> None:
     import eval_tasks.model  # noqa: F401
 
     importing = clock() - started
-    results = [evaluate(options, clock) for _ in range(options.rounds)]
-    best = min(results, key=lambda one: one["whole"]["drawing"])
-    tables = {"evaluation-time": parts_table(best), "evaluation-run": run_table(best, importing)}
+    folder, results, best = Path(options.model or default_model_folder()), {}, {}
+    first = "included" if folder == INCLUDED_MODEL else folder.name
+    with tempfile.TemporaryDirectory() as place:
+        folders = {first: folder} | {name: Path(place, name) for name in options.llms}
+        for name in options.llms:
+            save_with_llm(folder, name, folders[name])
+        for name, own in folders.items():
+            results[name] = [evaluate(own, options, clock) for _ in range(options.rounds)]
+            best[name] = min(results[name], key=lambda one: one["whole"]["drawing"])
+    tables = {"evaluation-time": parts_table(best), "evaluation-run": run_table(best[first], importing)}
     print("\n\n".join(table.markdown() for table in tables.values()))
     on = machine(clock=options.clock, packages=("torch", "lmms_eval"))
-    shown = ", ".join(f"{one['share']:.1%}" for one in results)
     print(f"\n{', '.join(f'{key} {value}' for key, value in on.items())}")
-    print(f"share of the model in each round: {shown}; score {best['score']:.3f}")
+    for name, runs in results.items():
+        shown = ", ".join(f"{one['share']:.1%}" for one in runs)
+        print(f"{name}: share in each round: {shown}; score {best[name]['score']:.3f}")
     write_report(options.json, __file__, tables, on, {"results": results})
 
 
@@ -202,6 +233,9 @@ def main() -> int:
     """Parse the flags and measure."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="model folder (default: the newest in outputs/, or the included model)")
+    parser.add_argument(
+        "--llms", nargs="*", default=["SmolLM2-135M"], choices=list(SHAPES), help="shapes of the LLMs of further models"
+    )
     parser.add_argument("--prompts", type=int, default=64, help="prompts of the task, four images each")
     parser.add_argument("--batch_size", type=int, default=16, help="images drawn together")
     parser.add_argument("--best_of", type=int, help="candidates per image (default: the model's setting)")

@@ -14,7 +14,7 @@ SMALLEST = {
     "diversity": ("--skills colors --prompts 1 --images 4", ["diversity"]),
     "encoding": ("--sizes tiny --num_images 6 --batch_size 2 --rounds 1 --workers 1", ["encoding", "encoding-parts"]),
     "evaluation_time": (
-        "--prompts 2 --batch_size 3 --best_of 2 --rounds 1 --clock cpu",
+        "--llms --prompts 2 --batch_size 3 --best_of 2 --rounds 1 --clock cpu",
         ["evaluation-time", "evaluation-run"],
     ),
     "generation": ("--head tiny --backbone tiny --batch 1 --positions 2 --rounds 1 --threads 1", ["drawing"]),
@@ -127,6 +127,22 @@ def test_the_share_of_right_drafts_solves_the_geometric_sum(monkeypatch, positio
     monkeypatch.syspath_prepend(str(FOLDER))
     needed_share = runpy.run_path(str(FOLDER / "speculation.py"))["needed_share"]
     assert needed_share(positions, window) == (None if share is None else pytest.approx(share))
+
+
+def test_a_model_in_the_shape_of_another_llm_draws(monkeypatch, tmp_path):
+    from llava_ext.model_folder import INCLUDED_MODEL, open_model
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    found = runpy.run_path(str(FOLDER / "evaluation_time.py"))
+    small = {"model_type": "llama", "vocab_size": 9, "hidden_size": 48, "intermediate_size": 64}
+    found["SHAPES"]["small"] = small | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    found["save_with_llm"](INCLUDED_MODEL, "small", tmp_path)
+    model, included = open_model(str(tmp_path), "cpu"), open_model(str(INCLUDED_MODEL), "cpu")
+    assert len(model.model.language_model.layers) == 3 and model.model.config.text_config.hidden_size == 48
+    weights = model.model.vision_tower.state_dict()
+    assert all(value.equal(weights[name]) for name, value in included.model.vision_tower.state_dict().items())
+    *_, codes = model.model.draw_codes(["a photo of a ring"], model.processor, [1])
+    assert codes.shape[0] == 1
 
 
 def test_other_losses_fail_the_benchmark_of_training(main, monkeypatch):
