@@ -161,9 +161,10 @@ class _GroupedSearch:
     def __init__(self, like: Tensor, size: int, dim: int) -> None:
         self.size, self.num_groups = size, -(-size // _GROUP)
         num_scores, num_vectors = _DEVICE_SCORES, _DEVICE_VECTORS
+        in_half = like.shape[0] >= _BFLOAT16_VECTORS and can_use_bfloat16(like)
         if like.device.type == "cpu":
             threads = min(torch.get_num_threads(), 8)
-            num_scores, num_vectors = _CPU_SCORES * threads, _CPU_VECTORS * threads
+            num_scores, num_vectors = _CPU_SCORES * threads, _CPU_VECTORS * (1 if in_half else threads)
         self.num_vectors = max(min(num_vectors, like.shape[0]), 1)
         self.groups_at_once = min(max(num_scores // (self.num_vectors * _GROUP), 1), self.num_groups)
         self.together = min(_GROUPS_TOGETHER, self.num_groups)
@@ -176,7 +177,7 @@ class _GroupedSearch:
         self.blocks: list[_Block] = []
         self.error = (dim + 4) * _UNIT_ROUNDOFF  # of a product of dim + 1 terms from rounded vectors and half norms
         self.half: HalfMaxima | None = None
-        if like.shape[0] >= _BFLOAT16_VECTORS and can_use_bfloat16(like):
+        if in_half:
             self.half = HalfMaxima(
                 size, dim, self.num_groups, _GROUP, padded, 2 * self.groups_at_once, self.num_vectors
             )
@@ -190,10 +191,10 @@ class _GroupedSearch:
         self.codebook = codebook
         self.vector_slack = self.error / (2 * balance)  # times |x|^2
         self.reduced = codebook.new_full((dim,), (self.error * (balance + 2) - 1) / 2)
-        self.in_half = self.half is not None and self.half.fits(vectors, codebook)
+        self.in_half = self.half is not None and self.half.start(vectors, codebook)
         if self.half is not None and self.in_half:
-            self.half.start(vectors, codebook)
-            self._copy_codes()
+            self.codes[: self.size, :dim] = codebook
+            torch.mul(self.half.squares, self.reduced[0], out=self.codes[: self.size, dim])
         elif not self.blocks:
             self._allocate(like=codebook)
         parts = vectors.split(self.num_vectors)
@@ -205,16 +206,6 @@ class _GroupedSearch:
         self.maxima = like.new_full((self.padded, self.num_vectors), -torch.inf)
         self.scores = like.new_empty(self.groups_at_once * _GROUP * self.num_vectors)
         self.blocks = self._cut_blocks(self.num_vectors)
-
-    def _copy_codes(self) -> None:
-        """Copy all codes of a level and compute their biases."""
-        dim = self.codebook.shape[1]
-        for codes, own in zip(
-            self.codebook.split(len(self.squares)), self.codes[: self.size].split(len(self.squares)), strict=True
-        ):
-            own[:, :dim] = codes
-            squares = torch.mul(codes, codes, out=self.squares[: len(codes)])
-            torch.mv(squares, self.reduced, out=own[:, dim])
 
     def _cut_blocks(self, num_vectors: int) -> list[_Block]:
         """Views of all blocks of codes, for `num_vectors` vectors; cut once for all levels to save time."""

@@ -15,6 +15,7 @@ that are not negative are such integers; usually all maxima that matter belong t
 V vectors, C dimensions.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ _BIASES = 2  # additional coordinates: the bias, and what its rounding has left
 _ROUNDED_TWICE = 1.02  # (1 + 2**-8)**2, rounded up: |x'| <= (1 + 2**-8) |x|
 _RAISED = 1.00001  # above the rounding errors of the sums over the dimensions
 _UNIT_ROUNDOFF = 2.0**-24
-_TINY = 1e-25  # above the absolute error of products that the CPU flushes to zero, for vectors in the range of `fits`
+_TINY = 1e-25  # above the absolute error of products that the CPU flushes to zero, for vectors in `_RANGE`
 _RANGE = (1e-12, 1e12)  # of mean squares
+_CODES_AT_ONCE = 4096  # prepared together, in the cache
 LOWEST = -(2**15)  # below the keys of all numbers
 
 
@@ -47,10 +49,22 @@ def keys(scores: Tensor) -> Tensor:
     return torch.where(bits >= 0, bits, bits ^ 0x7FFF)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Views of the memory for a block of codes and the vectors of a product."""
+
+    codes: Tensor  # (codes, C + biases)
+    scores: Tensor  # (codes, V)
+    groups: Tensor  # the bits of the scores, (groups, codes per group, V)
+    largest: Tensor  # (groups, V)
+    smallest: Tensor  # (groups, V)
+
+
 class HalfMaxima:
     """The maxima in bfloat16, and their work memory.
 
     Attributes:
+        squares: of the codes of this level, summed over their coordinates, (K,).
         signed: whether keys below 0 are right, which takes another pass over the scores. At first they are not, and
             valid only as "some number below 0".
 
@@ -64,6 +78,7 @@ class HalfMaxima:
         self, size: int, dim: int, num_groups: int, group_size: int, padded: int, groups_at_once: int, num_vectors: int
     ) -> None:
         self._group_size, self._at_once, self._size = group_size, groups_at_once, size
+        self._blocks: list[_Block] = []
         # On the CPU even if PyTorch's default device is another one.
         half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu"}
         integers: dict[str, Any] = {"dtype": torch.int16, "device": "cpu"}
@@ -72,31 +87,42 @@ class HalfMaxima:
         self._scores = torch.empty(groups_at_once * group_size * num_vectors, **half)
         self._largest = torch.full((padded, num_vectors), LOWEST, **integers)
         self._smallest = torch.full((padded, num_vectors), -1, **integers)  # of the missing groups: LOWEST
+        self._work = torch.empty(min(size, _CODES_AT_ONCE), dim, dtype=torch.float32, device="cpu")
+        self._lost = torch.empty(size, dtype=torch.float32, device="cpu")
+        self.squares = torch.empty_like(self._lost)
         self.signed = False
         self._error = _ROUNDED_TWICE * (dim + 2 * _BIASES + 4) * _UNIT_ROUNDOFF
 
-    def fits(self, vectors: Tensor, codebook: Tensor) -> bool:
-        """Whether the numbers are far from the limits of the format; NaN does not fit."""
-        return all(_RANGE[0] < float(one.square().mean()) < _RANGE[1] for one in (vectors, codebook))
+    def start(self, vectors: Tensor, codebook: Tensor) -> bool:
+        """Prepare a level: the vectors (M, C) of all blocks, and its codes (K, C).
 
-    def start(self, vectors: Tensor, codebook: Tensor) -> None:
-        """Prepare a level: the vectors (M, C) of all blocks, and its codes (K, C)."""
+        Returns:
+            Whether the numbers are far from the limits of the format; NaN is not. If they are not, compute in float32.
+        """
         dim = codebook.shape[1]
-        work = self._codes[: self._size, :dim].copy_(codebook).float()  # rounded
-        lost = work.sub_(codebook).square_().sum(dim=1)
-        squares = torch.mul(codebook, codebook, out=work).sum(dim=1)
+        lost, squares = self._lost, self.squares
+        for first in range(0, self._size, _CODES_AT_ONCE):
+            part = slice(first, first + _CODES_AT_ONCE)
+            codes, rounded = codebook[part], self._codes[: self._size, :dim][part]
+            work = self._work[: len(codes)]
+            work.copy_(rounded.copy_(codes)).sub_(codes).square_()
+            torch.sum(work, dim=1, out=lost[part])
+            torch.sum(torch.mul(codes, codes, out=work), dim=1, out=squares[part])
         vector_lost, vector_squares = self._squares(vectors)
         vector_mean, mean = float(vector_squares.mean()), float(squares.mean())
+        if not all(_RANGE[0] < one / dim < _RANGE[1] for one in (vector_mean, mean)):
+            return False
         # Any positive numbers are valid; these make the parts of vectors and codes equal in the mean.
         self._balance = (vector_mean / mean) ** 0.5
         self._of_vectors = max(float(vector_lost.mean()) / mean, 2.0**-24 * vector_mean / mean) ** 0.5
         self._of_codes = max(float(lost.mean()) / vector_mean, 2.0**-24 * mean / vector_mean) ** 0.5
         raised = squares * ((self._error * (self._balance + 2) - 1) / 2 + _RAISED * self._of_vectors / 2)
-        raised = raised.add_(lost, alpha=_RAISED / (2 * self._of_codes))
+        raised.add_(lost, alpha=_RAISED / (2 * self._of_codes))
         bias = self._codes[: self._size, dim]
         bias.copy_(raised)
         left = (raised - bias.float()).bfloat16()
         self._codes[: self._size, dim + 1] = torch.nextafter(left, left.new_tensor(torch.inf))
+        return True
 
     def of_block(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the maxima for a block of float64 vectors (V, C).
@@ -112,20 +138,30 @@ class HalfMaxima:
         return self._maxima(columns), slack + _TINY
 
     def _maxima(self, columns: Tensor) -> Tensor:
-        num_vectors, step = columns.shape[1], self._at_once * self._group_size
-        for number, codes in enumerate(self._codes.split(step)):
-            scores = self._scores[: len(codes) * num_vectors].view(len(codes), num_vectors)
-            torch.mm(codes, columns, out=scores)
-            groups = scores.view(torch.int16).view(-1, self._group_size, num_vectors)
-            part = slice(number * self._at_once, number * self._at_once + len(groups))
-            torch.amax(groups, dim=1, out=self._largest[part, :num_vectors])
+        num_vectors = columns.shape[1]
+        if not self._blocks or self._blocks[0].scores.shape[1] != num_vectors:
+            self._blocks = self._cut_blocks(num_vectors)
+        for block in self._blocks:
+            torch.mm(block.codes, columns, out=block.scores)
+            torch.amax(block.groups, dim=1, out=block.largest)
             if self.signed:
-                torch.amin(groups, dim=1, out=self._smallest[part, :num_vectors])
+                torch.amin(block.groups, dim=1, out=block.smallest)
         largest = self._largest[:, :num_vectors]
         if self.signed:
             # If a group has only negative numbers, the largest has the smallest bits.
             return torch.where(largest >= 0, largest, self._smallest[:, :num_vectors] ^ 0x7FFF)
         return largest
+
+    def _cut_blocks(self, num_vectors: int) -> list[_Block]:
+        """Views of all blocks of codes, cut once for all levels: it takes as long as a part of the products."""
+        blocks = []
+        for number, codes in enumerate(self._codes.split(self._at_once * self._group_size)):
+            scores = self._scores[: len(codes) * num_vectors].view(len(codes), num_vectors)
+            groups = scores.view(torch.int16).view(-1, self._group_size, num_vectors)
+            part = slice(number * self._at_once, number * self._at_once + len(groups))
+            largest, smallest = self._largest[part, :num_vectors], self._smallest[part, :num_vectors]
+            blocks.append(_Block(codes, scores, groups, largest, smallest))
+        return blocks
 
     @staticmethod
     def bounds(least: Tensor) -> Tensor:
