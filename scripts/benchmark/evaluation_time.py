@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measuring import CLOCKS
+from measuring import CLOCKS, Parts
 from report import Table, add_json_option, machine, write_report
 from text import SHAPES
 from transformers import AutoConfig
@@ -46,30 +46,6 @@ TASK = "geneval_scenes"
 IN_MODEL = ("language model", "image head", "pixel decoder", "reading")
 _ALL = "all of `generate_until`"
 AROUND = ("prompts", "existing images", "rows of the batch", "files")
-
-
-class Parts:
-    """Seconds by name, of calls in the main thread; a call within another one counts only for itself."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.seconds = clock, dict[str, float]()
-        self._inner: list[float] = []  # of the calls in progress: seconds of the calls within
-
-    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that adds the time of a call to `name`."""
-
-        def run(*args: Any, **keywords: Any) -> Any:
-            started = self.clock()
-            self._inner.append(0.0)
-            try:
-                return call(*args, **keywords)
-            finally:
-                spent = self.clock() - started
-                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
-                if self._inner:
-                    self._inner[-1] += spent
-
-        return run
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ benchmarks() { # calls step NAME SCRIPT FLAGS... for each; NAME.json is the resu
     step tokenizer_step_base tokenizer_step --recipes base --batch_size 2 --steps 2 --set bf16=false
     step tokenizer_step_paper tokenizer_step --recipes paper paper_384 --batch_size 1 --steps 1 --set bf16=false
     step train_throughput train_throughput --threads 1 --clock cpu
+    step finetuning finetuning --threads 1 --clock cpu
     step scene_tasks scene_tasks
     for script in dialogues out_of_domain diversity; do
         step "$script" "$script" --model llava_ext/pretrained/scenes --threads 1

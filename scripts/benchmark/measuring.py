@@ -1,13 +1,40 @@
 """Measurement of time and memory, shared by the benchmarks in this folder."""
 
+import functools
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Parts:
+    """Seconds by name, of calls in the main thread; a call within another one counts only for itself."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.seconds = clock, dict[str, float]()
+        self._inner: list[float] = []  # of the calls in progress: seconds of the calls within
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that adds the time of a call to `name`."""
+
+        @functools.wraps(call)
+        def run(*args: Any, **keywords: Any) -> Any:
+            started = self.clock()
+            self._inner.append(0.0)
+            try:
+                return call(*args, **keywords)
+            finally:
+                spent = self.clock() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += spent
+
+        return run
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,6 +17,10 @@ SMALLEST = {
         "--llms --prompts 2 --batch_size 3 --best_of 2 --rounds 1 --clock cpu",
         ["evaluation-time", "evaluation-run"],
     ),
+    "finetuning": (
+        "--scenes 27 --steps 1 --rounds 1 --threads 1 --clock cpu",
+        ["finetuning", "finetuning-parts"],
+    ),
     "generation": ("--head tiny --backbone tiny --batch 1 --positions 2 --rounds 1 --threads 1", ["drawing"]),
     "guidance": ("--num_prompts 1 -n 1", ["guidance"]),
     "guidance_cost": ("--models tiny included --batch 1 --rounds 1 --threads 1", ["guidance-cost"]),
@@ -155,6 +159,24 @@ def test_other_losses_fail_the_benchmark_of_training(main, monkeypatch):
     assert same_losses(losses, 1e-4) and not same_losses(losses, 1e-5)
     losses["ours"]["image_loss"] = float("nan")
     assert not same_losses(losses, 1e-4)
+
+
+def test_other_losses_fail_the_benchmark_of_finetuning(main, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = runpy.run_path(str(FOLDER / "finetuning.py"))
+
+    def same(**padded):
+        packed = {"text_loss": 2.0, "image_loss": 0.0, "num_text_tokens": 7.0}
+        return script["same_step"](script["differences"]({"first_step": packed}, {"first_step": packed | padded}))
+
+    assert same() and same(text_loss=2.00001)
+    assert not same(text_loss=2.0001) and not same(image_loss=0.1) and not same(num_text_tokens=8.0)
+    assert not same(image_loss=float("nan"))
+
+
+def test_a_failed_training_run_is_an_error_of_the_benchmark(main, capsys):
+    assert main("finetuning", "--scenes 9 --steps 1 --model nowhere".split()) == 2
+    assert "model folder 'nowhere' does not exist" in capsys.readouterr().err
 
 
 def test_other_codes_fail_the_benchmark_of_encoding(main, monkeypatch, capsys):
