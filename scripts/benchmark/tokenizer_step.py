@@ -24,6 +24,7 @@ from report import Table, add_json_option, machine, three_digits, write_report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.recipes import recipe_values
 from evotok_plugin.configuration_evotok import EvoTokConfig
@@ -65,6 +66,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
 
 def measure(recipe: str, options: argparse.Namespace, overrides: dict) -> dict:
     """Measure one recipe in this process."""
+    keep_freed_memory()  # as `evotok train` does
     clock = CLOCKS[options.clock]
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)

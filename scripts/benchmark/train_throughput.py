@@ -36,6 +36,7 @@ from report import Table, add_json_option, machine, write_report
 from torch import Tensor
 
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
+from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
 from evotok_plugin.data.images import open_picture
@@ -400,6 +401,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
+    keep_freed_memory()  # as the training stages do
     options.model = SIZES[options.sizes]
     if options.codebook_size:
         options.model = dataclasses.replace(options.model, codebook_size=options.codebook_size)

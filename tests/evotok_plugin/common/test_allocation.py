@@ -12,7 +12,7 @@ from evotok_plugin.common.allocation import keep_freed_memory
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(77)
 def step():
-    parts = [np.ones(1 << 20) for _ in range(4)]  # 8 MiB each
+    parts = [np.ones(1 << 20) for _ in range(4)] + [np.ones(1 << 23)]  # 8 MiB each, and 64 MiB
     del parts
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
