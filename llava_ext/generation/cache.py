@@ -91,12 +91,14 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(num_slots) for _ in range(num_layers)])
 
     @classmethod
-    def of(cls, cache: Cache, num_free: int) -> "SlotCache":
-        """Copy the keys and values of transformers' `DynamicCache`, and make room for `num_free` further slots."""
+    def take_over(cls, cache: Cache, num_free: int) -> "SlotCache":
+        """Move the keys and values of transformers' `DynamicCache`, which is empty afterwards, layer by layer, and make
+        room for `num_free` further slots."""
         layers = [cast(Any, layer) for layer in cache.layers]
         made = cls(len(layers), layers[0].keys.shape[2] + num_free)
         for mine, theirs in zip(made.slot_layers, layers, strict=True):
             mine.update(theirs.keys, theirs.values)
+            theirs.keys, theirs.values, theirs.is_initialized = None, None, False
         return made
 
     @property

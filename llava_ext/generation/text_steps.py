@@ -91,9 +91,9 @@ def write_text(
     whole: Any = model  # mypy does not know it as a module
     prepared = whole.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs)
     outputs = whole(**prepared, return_dict=True)
-    cache = SlotCache.of(outputs.past_key_values, _FIRST_SLOTS)
+    cache = SlotCache.take_over(outputs.past_key_values, _FIRST_SLOTS)
     mask, logits = prepared.get("attention_mask"), outputs.logits[:, -1].to(torch.float32, copy=True)
-    del outputs, inputs, prepared["past_key_values"]
+    del outputs  # with the logits of the prompt
     position_ids = prepared.get("position_ids")
     if position_ids is None:
         steps = torch.ones_like(input_ids) if mask is None else mask
