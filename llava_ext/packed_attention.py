@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from llava_ext.folding import FoldedSequence
 
 SDPA_BY_SEGMENT = "sdpa_by_segment"
+SDPA = ("sdpa", SDPA_BY_SEGMENT)  # without segments, the second is the first
 
 Segment = tuple[int, int, int]  # row, first step, end
 
@@ -40,7 +41,7 @@ def separate_samples(backbone: PreTrainedModel, folded: FoldedSequence) -> tuple
         bounds = torch.cat([bounds, bounds.new_tensor([folded.starts.shape[1]])]).to(torch.int32)
         both = {"cu_seq_lens": bounds, "max_length": int(bounds.diff().max())}
         keywords = {f"{name}_{side}": value for name, value in both.items() for side in ("q", "k")}
-    elif implementation in ("sdpa", SDPA_BY_SEGMENT) and _is_causal_throughout(backbone.config):
+    elif implementation in SDPA and _is_causal_throughout(backbone.config):
         if implementation != SDPA_BY_SEGMENT:
             backbone.set_attn_implementation(SDPA_BY_SEGMENT)
         keywords = {"segments": find_segments(folded.starts)}

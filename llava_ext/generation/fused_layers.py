@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
 from evotok_plugin.kernels.thin_linear import MAX_ROWS, JoinedLinear
+from llava_ext.packed_attention import SDPA
 
 MAX_STEPS = 8  # tokens of a row in one step; longer ones are prompts, which transformers computes as well
 
@@ -225,7 +226,7 @@ def can_be_fused(layer: nn.Module) -> bool:
     config = cast(Any, attention).config
     plain = [*projections, cast(Any, attention).o_proj, cast(Any, mlp).down_proj]
     return (
-        config._attn_implementation == "sdpa"
+        config._attn_implementation in SDPA
         and config.hidden_act == "silu"
         and getattr(attention, "sliding_window", None) is None
         and type(norm_1) in NORMS

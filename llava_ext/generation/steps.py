@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from evotok_plugin.errors import UserError
 from llava_ext.configuration_evotok_llava import max_positions_of
 from llava_ext.generation.cache import SlotCache
+from llava_ext.packed_attention import SDPA
 
 
 class Steps:
@@ -233,7 +234,7 @@ def can_use_fixed_steps(language_model: PreTrainedModel) -> bool:
         return False
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
-    return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
+    return set(kinds) == {"full_attention"} and config._attn_implementation in SDPA
 
 
 def check_room(config: PreTrainedConfig, num_steps: int) -> None:

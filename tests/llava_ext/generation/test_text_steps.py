@@ -11,6 +11,7 @@ from transformers.generation import LogitsProcessor, StopStringCriteria, Suppres
 from evotok_plugin.errors import UserError
 from llava_ext.generation import text, text_steps
 from llava_ext.generation.text_steps import SuppressTokens
+from llava_ext.packed_attention import SDPA_BY_SEGMENT
 
 PROMPTS = ["a photo of a ring", "describe", "a photo of a red circle above a blue square"]
 
@@ -74,6 +75,17 @@ def test_images_in_the_prompt(tiny_mllm, calls, monkeypatch, rng):
     ours = model.generate(**inputs, max_new_tokens=12)
     assert calls == [2]
     assert torch.equal(ours, theirs(monkeypatch, lambda: model.generate(**inputs, max_new_tokens=12)))
+
+
+def test_a_model_that_has_seen_packed_rows_writes_the_same(tiny_mllm, calls):
+    model, processor = copy.deepcopy(tiny_mllm[0]), tiny_mllm[1]
+    inputs = processor.user_turns(PROMPTS)
+    expected = model.generate(**inputs, max_new_tokens=8)
+    with torch.no_grad():
+        model(inputs["input_ids"], segment_ids=inputs["attention_mask"])  # replaces the attention for good
+    assert model.language_model.config._attn_implementation == SDPA_BY_SEGMENT
+    calls.clear()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8), expected) and calls == [3]
 
 
 def test_stop_strings_and_criteria(tiny_mllm, calls, monkeypatch):
