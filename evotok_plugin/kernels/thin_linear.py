@@ -28,7 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 def _is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU is one of Intel's, for which MKL has its fastest kernels."""
     try:
-        return "GenuineIntel" in cpuinfo.read_text(encoding="ascii", errors="replace")
+        with cpuinfo.open(encoding="ascii", errors="replace") as file:
+            return "GenuineIntel" in file.read(256)  # of the first core: on a large machine all take a while
     except OSError:  # not Linux
         return "GenuineIntel" in platform.processor()
 
@@ -212,10 +213,8 @@ class JoinedLinear:
             self._num_products, self._weight, self._joined_from = 1, None, None
         weights = [one.weight for one in self._layers]
         found = joined_weights.find(weights) if self._is_large and self._num_products == 1 else None
-        if (
-            found is None and self._is_large and self._num_products <= PACK_AFTER // 2
-        ):  # before the layers pack their own
-            return
+        if found is None and self._is_large and self._num_products <= PACK_AFTER // 2:
+            return  # it packs before the layers pack their own
         self._joined_from = state
         if found is None and not _has_room(2 * _num_bytes(weights)):
             return

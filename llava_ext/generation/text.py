@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import Cache
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
@@ -258,8 +259,8 @@ class TextGenerationMixin(ModelInterface):
             )
             generation_config.max_length -= excess
             max_cache_length -= excess
-        if (given := model_kwargs.get("past_key_values")) is not None:
-            given._is_user_defined = True  # as transformers does since 5.23
+        if isinstance(given := model_kwargs.get("past_key_values"), Cache):
+            cast(Any, given)._is_user_defined = True  # as transformers does since 5.23
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

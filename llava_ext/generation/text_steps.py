@@ -59,7 +59,6 @@ def can_write_text(
         and config.prefill_chunk_size is None
         and not getattr(config, "is_assistant", False)
         and bool(inputs.get("use_cache"))
-        and cache is not None
         and type(cache) is DynamicCache
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and not getattr(cache, "_is_user_defined", False)  # a cache of the caller must be filled

@@ -11,6 +11,8 @@ from llava_ext.generation import DrawingOptions
 from llava_ext.generation.head_steps import ImageHeadStepper
 from llava_ext.generation.options import SCHEDULES
 from llava_ext.generation.prompt_cache import PromptCache
+from llava_ext.generation.steps import Steps
+from llava_ext.packed_attention import SDPA_BY_SEGMENT
 
 PROMPTS = ["a photo of a ring", "a photo of a red circle above a blue square"]
 
@@ -266,6 +268,17 @@ def test_fixed_steps_draw_the_same(tiny_mllm, options):
     model, processor = tiny_mllm
     expected = drawn(model, processor, PROMPTS, [1, 2], options)
     assert torch.equal(drawn(model, processor, PROMPTS, [1, 2], options, use_graphs=True), expected)
+
+
+@torch.no_grad()
+def test_fixed_steps_of_a_model_that_has_seen_packed_rows_draw_the_same(tiny_mllm, monkeypatch):
+    model, processor = copy.deepcopy(tiny_mllm[0]), tiny_mllm[1]
+    expected = drawn(model, processor, PROMPTS, [1, 2], FIXED["guided"])
+    inputs, made, to_fixed = processor.user_turns(PROMPTS), [], Steps.to_fixed
+    model(inputs["input_ids"], segment_ids=inputs["attention_mask"])
+    assert model.language_model.config._attn_implementation == SDPA_BY_SEGMENT
+    monkeypatch.setattr(Steps, "to_fixed", lambda steps: made.append(1) or to_fixed(steps))
+    assert torch.equal(drawn(model, processor, PROMPTS, [1, 2], FIXED["guided"], use_graphs=True), expected) and made
 
 
 @pytest.mark.gpu

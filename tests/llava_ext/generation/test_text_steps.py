@@ -163,6 +163,8 @@ def test_a_cache_of_the_caller_is_filled(tiny_mllm, calls):
     calls.clear()
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, past_key_values=cache), expected)
     assert not calls and cache.get_seq_length() == expected.shape[1] - 1
+    with pytest.raises(ValueError, match="tuple of `past_key_values`"):  # transformers' own error
+        model.generate(**inputs, past_key_values=((torch.zeros(1, 1, 1, 16),) * 2,) * 2)
 
 
 def test_models_with_hooks_run_in_transformers(tiny_mllm, calls):
