@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import embedded_tasks
 import torch
 from measuring import CLOCKS, Parts
 from report import Table, add_json_option, machine, write_report
@@ -96,10 +97,6 @@ def save_with_llm(folder: Path, name: str, to: Path) -> None:
 
 def evaluate(folder: Path, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """Run the task once on the model of a folder; returns the seconds of all parts, and the score."""
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    import eval_tasks
     from eval_tasks.model import EvoTokLmms
 
     whole: dict[str, float] = {}
@@ -117,23 +114,17 @@ def evaluate(folder: Path, options: argparse.Namespace, clock: Callable[[], floa
         begun = clock()
         settings = {"batch_size": options.batch_size, "best_of": options.best_of, "images_dir": f"{place}/images"}
         lm = EvoTokLmms(str(folder), device="cpu", **settings)
-        tasks = TaskManager(
-            include_path=str(Path(eval_tasks.__file__).parent / "tasks"), include_defaults=False, model_name="evotok"
-        )
-        command = argparse.Namespace(output_path=f"{place}/out", process_with_media=False, reasoning_tags=None)
         with (
             mock.patch.object(EvoTokLmms, "generate_until", drawing),
             timing(main_thread, type(lm._model.language_model)),
         ):
-            results = simple_evaluate(
-                model=lm, tasks=[TASK], limit=options.prompts, task_manager=tasks, cli_args=command, bootstrap_iters=0
-            )
+            results = embedded_tasks.evaluate(lm, [TASK], options.prompts, Path(place, "out"))
         whole["scoring"] = clock() - begun - whole["starting"] - whole["drawing"]
         images = len(list(Path(place, "images").rglob("*.png")))
     parts = main_thread.seconds
     if options.clock == "cpu":  # the work of the thread that writes files
         parts["files"] = parts.get("files", 0.0) + whole["drawing"] - sum(parts.values())
-    score = results["results"][TASK]["overall,none"]
+    score = results[TASK]["overall,none"]
     return {"parts": parts, "whole": whole, "images": images, "score": score, "share": share(parts)}
 
 

@@ -8,16 +8,14 @@ lmms-eval runs both tasks in this process and without a network. For comparison,
 """
 
 import argparse
-import contextlib
-import io
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from embedded_tasks import evaluate
 from report import Table, add_json_option, machine, write_report
 
-import eval_tasks
 from evotok_plugin.common import command_line
 from evotok_plugin.common.command_parser import CommandParser
 from evotok_plugin.common.recipes import check_seed
@@ -43,9 +41,6 @@ def scores(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, flo
     from eval_tasks import registration
 
     registration.register()
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
     from eval_tasks.model import EvoTokLmms
 
     lm = EvoTokLmms(
@@ -55,15 +50,7 @@ def scores(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, flo
         seed=options.seed,
         images_dir=str(folder / "images"),
     )
-    tasks = TaskManager(
-        include_path=str(Path(eval_tasks.__file__).parent / "tasks"), include_defaults=False, model_name="evotok"
-    )
-    command = argparse.Namespace(output_path=str(folder / "out"), process_with_media=False, reasoning_tags=None)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = simple_evaluate(
-            model=lm, tasks=[*TASKS], limit=options.limit, task_manager=tasks, cli_args=command, bootstrap_iters=0
-        )
-    results = found["results"]
+    results = evaluate(lm, [*TASKS], options.limit, folder / "out")
     return {
         task: {name: results[task][f"{name},none"] for name in ("overall", *parts) if f"{name},none" in results[task]}
         for task, parts in TASKS.items()
