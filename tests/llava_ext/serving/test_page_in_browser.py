@@ -97,6 +97,16 @@ def say(page, text):
     page.press("#message textarea", "Enter")
 
 
+def enter(page, label, value):
+    """Fill a field until it keeps the value: gradio sets the initial value of a field in a panel after it is shown."""
+    field, deadline = page.get_by_label(label, exact=True), time.monotonic() + 60
+    while field.input_value() != value:
+        assert time.monotonic() < deadline, f"the field {label!r} does not keep {value!r}"
+        field.fill(value)
+        field.press("Tab")
+        page.wait_for_timeout(1000)
+
+
 def loaded(page, images, count=1):
     """Wait until `count` images are loaded."""
     page.wait_for_function(
@@ -127,16 +137,16 @@ def test_an_image_is_rebuilt_level_by_level(page, picture):
 
 def test_errors_are_shown_and_the_page_keeps_working(page, tmp_path):
     page.get_by_role("button", name="Guidance").click()
-    page.get_by_label("Guidance scale").fill("0.5")
+    enter(page, "Guidance scale", "0.5")
     say(page, "a <b>bold</b> ring")
     error = page.locator("[data-testid=toast-body]", has_text="guidance_scale must be at least 1")
     error.wait_for()
     assert page.locator("#message textarea").input_value() == "a <b>bold</b> ring"  # the message is kept
-    page.get_by_label("Guidance scale").fill("2")
-    page.get_by_label("Seed", exact=True).fill("-5")
+    enter(page, "Guidance scale", "2")
+    enter(page, "Seed", "-5")
     say(page, "a ring")
     page.locator("[data-testid=toast-body]", has_text="the seed must be between 0").wait_for()
-    page.get_by_label("Seed", exact=True).fill("0")
+    enter(page, "Seed", "0")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     attach(page, "#message", tmp_path / "broken.png")
     say(page, "What is it?")
@@ -169,8 +179,7 @@ def test_several_images_are_uploaded_and_drawn_at_once(page, picture, tmp_path):
     Image.new("RGB", (40, 40), "red").save(other)
     attach(page, "#message", picture, other)
     page.get_by_label("an image", exact=True).check()
-    page.get_by_label("number input for Drawings").fill("3")
-    page.get_by_label("number input for Drawings").press("Tab")
+    enter(page, "number input for Drawings", "3")
     say(page, "Draw them again.")
     loaded(page, "#conversation .user img", count=2)
     loaded(page, "#conversation .bot img", count=3)
