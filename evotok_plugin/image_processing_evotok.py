@@ -134,8 +134,8 @@ class EvoTokImageProcessor(BaseImageProcessor):
     @staticmethod
     def to_pil(pixels: Tensor) -> list[Image.Image]:
         """Convert pixels (B, 3, H, W), clamped to [-1, 1], to PIL images."""
-        values = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).cpu().numpy()]
+        values = pixels.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+        return [Image.fromarray(image) for image in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def _check_fixed(key: str, value: object) -> None:

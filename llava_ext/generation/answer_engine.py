@@ -82,9 +82,7 @@ class AnswerEngine:
         options = [
             self._complete(row.options, settings, lengths[place]) for row, place in zip(rows, own_places, strict=True)
         ]
-        if len(conversations) < len(rows):
-            inputs = self._model.select_rows(inputs, own_places)
-        numbers = self._answers.admit(inputs, options, [row.seed for row in rows])
+        numbers = self._answers.admit(inputs, options, [row.seed for row in rows], own_places)
         self._active |= dict(zip(numbers, rows, strict=True))
 
     def _settings_for(self, rows: Sequence[AnswerRow]) -> TextSettings:

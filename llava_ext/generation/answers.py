@@ -32,6 +32,7 @@ from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import DrawingOptions
 from llava_ext.generation.previews import preview
 from llava_ext.generation.prompt_cache import PromptCache, prompt_keys
+from llava_ext.generation.row_tensors import RowInputs, append_to_rows, codes_of_rows
 from llava_ext.generation.steps import Steps, check_room
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
 
@@ -47,7 +48,7 @@ class _Answer:
     options: AnswerOptions  # complete
     seed: int
     noise: torch.Generator
-    prompt: Tensor  # ids (T,)
+    prompt: tuple[int, ...]  # ids
     room: int  # steps that it can still take
     processors: LogitsProcessorList
     ids: list[int] = field(default_factory=list)
@@ -55,8 +56,8 @@ class _Answer:
     words: list[int] = field(default_factory=list)  # text ids since the last image
     shown: str = ""  # the part of their text that was emitted
     num_images: int = 0
-    image_noise: Tensor | None = None  # (steps, codes per step) of the image being drawn
-    drawn: list[Tensor] = field(default_factory=list)  # codes (1, l) of its steps
+    image_noise: Sequence[Tensor] | None = None  # (codes per step) for each step of the image being drawn
+    drawn: list[tuple[Tensor, int]] = field(default_factory=list)  # of its steps, as in `codes_of_rows`
     guided: range = range(0)  # its steps with guidance
     unguided: list[Tensor] = field(default_factory=list)  # inputs (1, D) after its steps before those with guidance
     must_close: bool = False  # the image is complete, <|image_end|> comes next
@@ -89,7 +90,7 @@ class Answers:
         start = processor.image_start_id
         never = [token for token in model.image_token_ids if token != start]
         self._never_written = torch.tensor(never, device=self._device)
-        self._filler = self._embed(processor.image_end_id)  # input of rows that are done
+        self._filler = self._embed([processor.image_end_id])  # input of rows that are done
 
     @property
     def num_active(self) -> int:
@@ -109,38 +110,49 @@ class Answers:
     # Rows ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def admit(self, inputs: dict[str, Tensor], options: Sequence[AnswerOptions], seeds: Sequence[int]) -> list[int]:
+    def admit(
+        self,
+        inputs: dict[str, Tensor],
+        options: Sequence[AnswerOptions],
+        seeds: Sequence[int],
+        conversations: Sequence[int] | None = None,
+    ) -> list[int]:
         """Run conversations through the model, and answer them from the next step on.
 
         Args:
-            inputs: result of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)`, B rows.
-            options: complete, one per row.
-            seeds: one per row.
+            inputs: result of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)`.
+            options: complete, one per answer.
+            seeds: one per answer.
+            conversations: for each answer the row of `inputs` that it answers; by default one answer per row.
 
         Returns:
-            the number of every row in the events, counted from 0 over all conversations that were admitted.
+            the number of every answer in the events, counted from 0 over all that were admitted.
 
         Raises:
             UserError: a conversation leaves no room for an answer; nothing has changed then.
         """
-        keys = [(key, own.image_first) for key, own in zip(prompt_keys(self._model, inputs), options, strict=True)]
+        num_rows = len(inputs["input_ids"])
+        places = range(num_rows) if conversations is None else conversations
+        prompts = prompt_keys(self._model, inputs)
+        keys = [(prompts[place], own.image_first) for place, own in zip(places, options, strict=True)]
         known = {key: self._prompts.get(key) for key in keys}
         after = {key: steps for key, steps in known.items() if steps is not None}
-        new_rows = [keys.index(key) for key in known if key not in after]
+        new_keys = [key for key in known if key not in after]
         embeddings = mask = None
         lengths = {key: steps.taken for key, steps in after.items()}
-        if new_rows:
-            embeddings, mask = self._model.embed_prompt(**self._model.select_rows(inputs, new_rows))  # left padding
-            embeddings, mask = self._append_starts(embeddings, mask, [options[row].image_first for row in new_rows])
-            lengths |= dict(zip((keys[row] for row in new_rows), mask.sum(dim=1).tolist(), strict=True))
-        for key, own in zip(keys, options, strict=True):
-            check_room(
-                self._model.config.text_config, lengths[key] + (self._steps_after_start if own.image_first else 1)
-            )
-        prompts = [row[real.bool()] for row, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-        new: list[_Answer] = []
-        for own, seed, prompt, key in zip(options, seeds, prompts, keys, strict=True):
-            number, row = self._num_admitted + len(new), self.num_active + len(new)
+        if new_keys:
+            rows = [places[keys.index(key)] for key in new_keys]
+            all_rows = rows == list(range(num_rows))
+            new_inputs = inputs if all_rows else self._model.select_rows(inputs, rows)
+            embeddings, mask = self._model.embed_prompt(**new_inputs)  # left padding
+            start = self._embed([self._processor.image_start_id])
+            embeddings, mask = append_to_rows(embeddings, mask, start, [image_first for _, image_first in new_keys])
+            lengths |= dict(zip(new_keys, mask.sum(dim=1).tolist(), strict=True))
+        for key in known:
+            check_room(self._model.config.text_config, lengths[key] + (self._steps_after_start if key[1] else 1))
+        new, num_active = list[_Answer](), self.num_active
+        for own, seed, key in zip(options, seeds, keys, strict=True):
+            number, row, prompt = self._num_admitted + len(new), num_active + len(new), key[0].ids
             noise, processors = torch.Generator().manual_seed(seed), LogitsProcessorList()
             if not own.image_first:
                 processors = self._settings.processors(self._model, len(prompt))
@@ -150,25 +162,14 @@ class Answers:
             self._run_negative_prompt(text)  # an error now, and not when the image starts
         if embeddings is not None and mask is not None:
             together = Steps(self._model.language_model, embeddings, mask, mask.shape[1])
-            for row, steps in zip(new_rows, together.split(), strict=True):
-                after[keys[row]] = steps
-                self._prompts.put(keys[row], steps)
+            for key, steps in zip(new_keys, together.split(), strict=True):
+                after[key] = steps
+                self._prompts.put(key, steps)
         self._drop_done()
         self._join([after[key] for key in keys], new)
         self._num_admitted += len(new)
         self._rows += new
         return [row.number for row in new]
-
-    def _append_starts(self, embeddings: Tensor, mask: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Append `<|image_start|>` to the embeddings (B, T, D) of the wanted rows; the other rows get padding."""
-        if not any(wanted):
-            return embeddings, mask
-        start = self._embed(self._processor.image_start_id).to(embeddings.dtype).expand(len(wanted), 1, -1)
-        appended, padded = torch.cat([embeddings, start], 1), torch.cat([torch.zeros_like(start), embeddings], 1)
-        ones = mask.new_ones(len(wanted), 1)
-        chosen = torch.tensor(wanted, device=mask.device)[:, None]
-        mask = torch.where(chosen, torch.cat([mask, ones], 1), torch.cat([torch.zeros_like(ones), mask], 1))
-        return torch.where(chosen[..., None], appended, padded), mask
 
     def _room_for(self, options: AnswerOptions, prompt_length: int) -> int:
         """The steps of the longest answer."""
@@ -230,8 +231,8 @@ class Answers:
             self._prompts.put(key, steps)
         return steps
 
-    def _embed(self, token: int) -> Tensor:
-        return self._model.get_input_embeddings()(torch.tensor([token], device=self._device))
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        return self._model.get_input_embeddings()(torch.tensor(tokens, device=self._device))
 
     # The loop ------------------------------------------------------------------------------------------------
 
@@ -244,11 +245,10 @@ class Answers:
     @torch.no_grad()
     def step(self) -> Iterator[Event]:
         """Advance all answers by one step, and yield its events as they occur; all of them must be read."""
-        # The next input of each row, (1, D); None for rows that are done.
-        next_inputs: list[Tensor | None] = [None] * len(self._rows)
+        next_inputs = RowInputs(len(self._rows), self._filler)
         yield from self._write_text(next_inputs)
         # An image that has just started waits: the language model has not read its <|image_start|> yet.
-        drawing = [row for row in self._rows if row.in_image and next_inputs[row.row] is None]
+        drawing = [row for row in self._rows if row.in_image and row.row not in next_inputs]
         self._add_partners(drawing)
         yield from self._draw(drawing, next_inputs)
         if not self.num_active:
@@ -256,11 +256,11 @@ class Answers:
             return
         self._drop_partners()
         assert self._steps is not None
-        inputs = [self._filler if one is None else one for one in next_inputs]
+        inputs = next_inputs.joined([row.row for row in self._partnered])
         for row in self._rows:
             if row.in_image and 0 < len(row.drawn) <= row.guided.start:
-                row.unguided.append(inputs[row.row])
-        self._steps.step(torch.cat([*inputs, *(inputs[row.row] for row in self._partnered)]))
+                row.unguided.append(inputs[row.row : row.row + 1])
+        self._steps.step(inputs)
         for row in self._rows:
             row.room -= 1
         if 2 * self.num_active <= len(self._rows):  # not for every row: each time, the whole cache is copied
@@ -290,7 +290,7 @@ class Answers:
 
     # Text ----------------------------------------------------------------------------------------------------
 
-    def _write_text(self, next_inputs: list[Tensor | None]) -> Iterator[Event]:
+    def _write_text(self, next_inputs: RowInputs) -> Iterator[Event]:
         """Choose the next token of every row that writes text."""
         for row in self._rows:
             if row.options.image_first and not row.ids and not row.done:  # its prompt ends with <|image_start|>
@@ -301,9 +301,9 @@ class Answers:
         if not rows:
             return
         tokens = self._choose(rows)
+        next_inputs.set([row.row for row in rows], self._embed(tokens))
         for row, token in zip(rows, tokens, strict=True):
             row.ids.append(token)
-            next_inputs[row.row] = self._embed(token)
             if row.must_close:
                 row.must_close = False
                 if row.room <= 0:
@@ -348,7 +348,7 @@ class Answers:
         logits = self._model.lm_head(self._steps.hidden[[row.row for row in rows]]).float()
         for index, row in enumerate(rows):
             if len(row.processors):
-                ids = torch.cat([row.prompt, row.prompt.new_tensor(row.ids)])
+                ids = torch.tensor([*row.prompt, *row.ids], device=self._device)
                 logits[index] = process_logits(row.processors, ids, logits[index : index + 1])[0]
         logits[:, self._never_written] = -torch.inf
         for index, row in enumerate(rows):
@@ -373,32 +373,33 @@ class Answers:
     # Images --------------------------------------------------------------------------------------------------
 
     def _start_image(self, row: _Answer) -> None:
-        seed, stepper = row.seed + row.num_images, self._stepper
-        row.image_noise = uniform_noise(seed, stepper.steps_per_image, stepper.codes_per_step).to(self._device)
+        stepper = self._stepper
+        noise = uniform_noise(row.seed + row.num_images, stepper.steps_per_image, stepper.codes_per_step)
+        row.image_noise = noise.to(self._device).unbind()
         row.guided = stepper.guided_steps(row.options.drawing) if row.may_be_guided else range(0)
         row.drawn, row.unguided, row.words, row.shown = [], [], [], ""
 
-    def _draw(self, rows: Sequence[_Answer], next_inputs: list[Tensor | None]) -> Iterator[Event]:
+    def _draw(self, rows: Sequence[_Answer], next_inputs: RowInputs) -> Iterator[Event]:
         """Run one step of every image; rows are computed together if their settings, levels and guidance are equal,
         whatever their positions are."""
-        at_step: dict[tuple[int, DrawingOptions], list[_Answer]] = {}
+        at_step: dict[tuple[int, int], list[_Answer]] = {}
         for row in rows:  # before any of them is advanced: each row draws once in this call
-            at_step.setdefault((len(row.drawn), row.options.drawing), []).append(row)
-        groups: dict[tuple[int, DrawingOptions, tuple[float, ...]], list[tuple[_Answer, int]]] = {}
-        for (step, drawing), same in at_step.items():
+            at_step.setdefault((len(row.drawn), id(row.options.drawing)), []).append(row)
+        groups: dict[tuple[int, DrawingOptions, tuple[float, ...]], list[_Answer]] = {}
+        for (step, _), same in at_step.items():
+            drawing = same[0].options.drawing
             key = (step % self._stepper.steps_per_position, drawing, tuple(self._stepper.scales_at(step, drawing)))
-            groups.setdefault(key, []).extend((row, step) for row in same)
+            groups.setdefault(key, []).extend(same)
         for (kind, drawing, scales), together in groups.items():
             assert self._steps is not None
-            numbers = [row.row for row, _ in together]
-            partners = [self._partner_of(row) for row, _ in together] if any(scale != 1 for scale in scales) else []
-            noise = torch.stack([row.image_noise[step] for row, step in together if row.image_noise is not None])
+            numbers = [row.row for row in together]
+            partners = [self._partner_of(row) for row in together] if any(scale != 1 for scale in scales) else []
+            noise = torch.stack([row.image_noise[len(row.drawn)] for row in together if row.image_noise is not None])
             codes = self._stepper.draw(self._steps.hidden[numbers + partners], kind, noise, drawing, scales)
-            positions = torch.tensor([step // self._stepper.steps_per_position for _, step in together])
-            embeddings = self._stepper.embed(codes, kind, positions.to(codes.device))
-            for index, (row, _) in enumerate(together):
-                row.drawn.append(codes[index : index + 1])
-                next_inputs[row.row] = embeddings[index : index + 1]
+            positions = torch.tensor([len(row.drawn) // self._stepper.steps_per_position for row in together])
+            next_inputs.set(numbers, self._stepper.embed(codes, kind, positions.to(codes.device)))
+            for place, row in enumerate(together):
+                row.drawn.append((codes, place))
         yield from self._show(rows)
 
     def _show(self, rows: Sequence[_Answer]) -> Iterator[Event]:
@@ -411,7 +412,7 @@ class Answers:
             if not partial_position and (drawn == num_positions or every and drawn % every == 0):
                 due.setdefault(drawn, []).append(row)
         for drawn, together in due.items():
-            codes = torch.cat([torch.cat(row.drawn, dim=1) for row in together]).unflatten(1, (drawn, -1))
+            codes = codes_of_rows([row.drawn for row in together]).unflatten(1, (drawn, -1))
             if drawn == num_positions:
                 yield from self._end_images(together, codes)
                 continue

@@ -11,11 +11,22 @@ G rows, S slots, h heads, d their width.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+_Part = TypeVar("_Part")
+
+
+def runs_of_same(parts: Sequence[_Part]) -> list[tuple[slice, _Part]]:
+    """The runs of the same object in `parts`, each with the slice of its places."""
+    runs: list[tuple[slice, _Part]] = []
+    for place, part in enumerate(parts):
+        first = runs.pop()[0].start if runs and runs[-1][1] is part else place
+        runs.append((slice(first, place + 1), part))
+    return runs
 
 
 class SlotLayer(CacheLayerMixin):
@@ -138,14 +149,15 @@ class SlotCache(Cache):
     def joined(cls, parts: "Sequence[SlotCache]", num_filled: int, num_free: int) -> "SlotCache":
         """Join caches of one row each, aligned to the last filled slot; `num_filled` is at least that of each part."""
         made = cls(len(parts[0].layers), num_filled + num_free)
+        runs = runs_of_same(parts)
         for number, layer in enumerate(made.slot_layers):
-            sources = [part.slot_layers[number] for part in parts]
-            like = sources[0].keys
+            like = parts[0].slot_layers[number].keys
             layer.lazy_initialization(*2 * (like.new_empty(len(parts), like.shape[1], 0, like.shape[3]),))
-            for row, source in enumerate(sources):
+            for rows, part in runs:
+                source = part.slot_layers[number]
                 start = num_filled - source.num_filled
-                layer.keys[row, :, start:num_filled] = source.keys[0, :, : source.num_filled]
-                layer.values[row, :, start:num_filled] = source.values[0, :, : source.num_filled]
+                layer.keys[rows, :, start:num_filled] = source.keys[:1, :, : source.num_filled]
+                layer.values[rows, :, start:num_filled] = source.values[:1, :, : source.num_filled]
             layer.num_filled = num_filled
         return made
 

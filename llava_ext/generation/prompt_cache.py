@@ -3,6 +3,8 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
+from itertools import compress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,18 +53,31 @@ class PromptCache:
             self.num_bytes -= dropped.num_bytes
 
 
-def prompt_keys(model: ModelInterface, inputs: dict[str, Tensor]) -> list[Hashable]:
-    """Return a key per row of inputs: equal for rows with the same ids and the same images.
+class PromptKey(NamedTuple):
+    """What the language model has read of a prompt: equal for the same ids and the same images.
+
+    Attributes:
+        ids: without padding.
+        images: for each kind of image its name, shape and digest.
+    """
+
+    ids: tuple[int, ...]
+    images: tuple[tuple[str, tuple[int, ...], bytes], ...]
+
+
+def prompt_keys(model: ModelInterface, inputs: dict[str, Tensor]) -> list[PromptKey]:
+    """Return the key of each row of inputs.
 
     Raises:
         UserError: the number of images does not match the placeholders.
     """
     images = model.images_of_rows(inputs)
-    keys: list[Hashable] = []
-    for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+    keys: list[PromptKey] = []
+    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+    for row, (ids, mask) in enumerate(rows):
         own = {name: of_rows[row] for name, of_rows in images.items()}
         digests = tuple((name, tuple(value.shape), _digest(value)) for name, value in own.items() if len(value))
-        keys.append((tuple(ids[mask.bool()].tolist()), digests))
+        keys.append(PromptKey(tuple(compress(ids, mask)), digests))
     return keys
 
 

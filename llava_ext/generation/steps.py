@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from evotok_plugin.errors import UserError
 from llava_ext.configuration_evotok_llava import max_positions_of
-from llava_ext.generation.cache import SlotCache
+from llava_ext.generation.cache import SlotCache, runs_of_same
 from llava_ext.packed_attention import SDPA
 
 
@@ -55,8 +55,8 @@ class Steps:
         made._language_model, made.taken = first._language_model, max(part.taken for part in parts)
         made._cache = SlotCache.joined([part._cache for part in parts], made.taken, num_free)
         made._mask = first._mask.new_zeros(len(parts), made.taken + num_free)
-        for row, part in enumerate(parts):
-            made._mask[row, made.taken - part.taken : made.taken] = True
+        for rows, part in runs_of_same(parts):
+            made._mask[rows, made.taken - part.taken : made.taken] = True
         made.hidden = torch.cat([part.hidden for part in parts])
         made._next_position_ids = torch.cat([part._next_position_ids for part in parts])
         return made

@@ -6,10 +6,10 @@
 lmms-eval runs the task `geneval_scenes` in this process and without a network: on the included model, and on the same
 model with random weights in the shape of a larger LLM, whose drawings are wrong but take the time of such a model. The
 first table splits the time of `generate_until`, which draws all images, writes their files and returns their paths. In
-the model are the forward of the language model, the image head with its sampling and the embedding of its codes, the
-pixel decoder, and with `--best_of` the reading of the candidates. Files are written in another thread, beside the
-model: by wall time only waiting for it counts, and by CPU time its work. The second table splits the whole run on the
-first model. Shown is the round with the shortest `generate_until`.
+the model are the language model with the embedding of prompts, the image head with its sampling and the embedding of
+its codes, the pixel decoder, and with `--best_of` the reading of the candidates. Files are written in another thread,
+beside the model: by wall time only waiting for it counts, and by CPU time its work. The second table splits the whole
+run on the first model. Shown is the round with the shortest `generate_until`.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def timing(parts: Parts, language_model: type) -> Iterator[None]:
         (EvoTokLmms, "generate_until", "other"),
         (language_model, "forward", "language model"),
         (FusedModel, "forward", "language model"),
+        (EvoTokLlavaForConditionalGeneration, "embed_prompt", "language model"),
         *(
             (stepper, name, "image head")
             for stepper in (DepthHeadStepper, FlatHeadStepper)
