@@ -19,7 +19,7 @@ import openai
 
 from llava_ext.model_folder import OpenModel
 from llava_ext.serving.api.requests import ApiLimits
-from llava_ext.serving.api.server import make_server
+from llava_ext.serving.api.server import listen, make_server
 from llava_ext.serving.uploads import UploadLimits
 
 TIMEOUT_S = 600  # only ends a test that hangs
@@ -38,7 +38,7 @@ def until(condition):
 def start(model, processor, limits=LIMITS, token=None):
     """Start a server in a thread; returns it, its port and its batches."""
     server = make_server(OpenModel(model, processor, "tiny", "fingerprint"), limits, "127.0.0.1", 0, token)
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True).start()
     until(lambda: server.started)
     return server, listening.getsockname()[1], server.config.app.app.state.api.batches
@@ -82,6 +82,13 @@ def post(port, path, body, headers=()):
     connection.request("POST", path, encoded, {"content-type": "application/json", **dict(headers)})
     response = connection.getresponse()
     return response.status, json.loads(response.read())
+
+
+def test_small_packets_are_sent_at_once():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_model_is_listed(client):
