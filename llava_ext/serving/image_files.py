@@ -104,8 +104,7 @@ def write_png(
 
     Args:
         tidy: as in `write_whole`.
-        compress_level: of zlib; 1 takes a third of the time of 6 and makes files about a fifth larger. Other threads
-            wait meanwhile.
+        compress_level: of zlib; 1 takes a third of the time of 6 and makes files about a fifth larger.
 
     Raises:
         UserError: the file cannot be written.
