@@ -23,13 +23,12 @@ from eval_tasks.requests import (
     to_conversation,
     to_prompt,
 )
-from evotok_plugin.common.temporary_names import remove_all_abandoned
 from evotok_plugin.errors import UserError
 from llava_ext.generation import AnswerOptions, AnswerRequest
 from llava_ext.generation.events import Finished, ImageDrawn, TextDelta
 from llava_ext.modeling_evotok_llava import EvoTokLlavaForConditionalGeneration
 from llava_ext.processing_evotok_llava import EvoTokLlavaProcessor
-from llava_ext.serving.image_files import write_png
+from llava_ext.serving.image_files import prepare_folder, write_png
 
 _MOST_WAITING = 64  # images that wait to be written
 # A barely trained model generates these; a single one makes upstream's XLSX writers abort the run.
@@ -60,14 +59,14 @@ class ImageWriter:
         """Write a file with text chunks, as `write_png` does.
 
         Raises:
-            UserError: an earlier file cannot be written.
+            UserError: an earlier file cannot be written, or this file's folder cannot be created.
         """
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= _MOST_WAITING):
             self._waiting.pop(0).result()
         if path.parent not in self._folders:
             self._folders.add(path.parent)
-            remove_all_abandoned(path.parent)
-        self._waiting.append(self._thread.submit(write_png, image, path, chunks, tidy=False, compress_level=1))
+            prepare_folder(path.parent)
+        self._waiting.append(self._thread.submit(write_png, image, path, chunks, prepared=True, compress_level=1))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown()

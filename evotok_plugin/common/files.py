@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,9 +42,11 @@ def _umask() -> int:
 
 def apply_umask(*paths: str | Path) -> None:
     """Set the mode of files to that of the umask; libraries that write through a private temporary file leave 0600."""
-    mode = 0o666 & ~_umask()
-    for path in paths:
-        os.chmod(path, mode)
+    private = [path for path in paths if stat.S_IMODE(os.stat(path).st_mode) == 0o600]
+    if private:
+        mode = 0o666 & ~_umask()
+        for path in private:
+            os.chmod(path, mode)
 
 
 def apply_umask_to_weights(folder: str | Path) -> None:
