@@ -29,7 +29,7 @@ EXAMPLES = examples_of(
 def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
     from evotok_plugin.commands.options import shared_options
 
-    import_module(f"evotok_plugin.commands.{name.replace('-', '_')}").add(subparsers, shared_options())
+    import_module(f"evotok_plugin.commands.flags.{name.replace('-', '_')}").add(subparsers, shared_options())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def _add(subparsers: "argparse._SubParsersAction", name: str) -> None:
         return stages.add(subparsers, name)
     from llava_ext.commands.options import shared_options
 
-    import_module(f"llava_ext.commands.{name.replace('-', '_')}").add(subparsers, shared_options())
+    import_module(f"llava_ext.commands.flags.{name.replace('-', '_')}").add(subparsers, shared_options())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

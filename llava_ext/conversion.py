@@ -8,7 +8,7 @@ embeddings, which research projectors do not have; they are set to zero.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from evotok_plugin.model_folder import model_type_of, open_config
 from llava_ext.assembly import assemble
 from llava_ext.backbone import open_backbone_config
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
+from llava_ext.conversion_options import HeadOptions
 from llava_ext.projector import Projector
 
 _HEAD_RENAMES = (
@@ -130,21 +131,6 @@ def convert_projector(weights: Mapping[str, Tensor]) -> ConvertedProjector:
 
 
 # A complete model --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """Sizes of the depth transformer; None takes the size from the file, or the default if there is no file."""
-
-    head_hidden_size: int | None = field(
-        default=None, metadata={"help": "width of the depth transformer (default: from the file)"}
-    )
-    head_num_layers: int | None = field(
-        default=None, metadata={"help": "blocks of the depth transformer (default: from the file)"}
-    )
-    head_num_heads: int | None = field(
-        default=None, metadata={"help": "attention heads of the depth transformer (default: of 64 dimensions each)"}
-    )
 
 
 @dataclass(frozen=True)

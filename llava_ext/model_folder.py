@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from evotok_plugin import EvoTokImageProcessor, EvoTokModel
+from evotok_plugin.common.digests import sha256_of_file
 from evotok_plugin.common.foreign_files import reading
 from evotok_plugin.common.processes import resolve_device
 from evotok_plugin.common.weight_checks import load_strictly
-from evotok_plugin.common.weight_files import folder_fingerprint, named_weights, sha256_of_file
+from evotok_plugin.common.weight_files import folder_fingerprint, named_weights
 from evotok_plugin.errors import UserError
 from evotok_plugin.model_folder import (
     CONFIG,

@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor
 from eval_tasks.judging.answers import open_image
 from eval_tasks.requests import Request, TextOptions, to_conversation
 from evotok_plugin import EvoTokModel
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.code_cache import EncodingOptions, encode_images
 from evotok_plugin.data.sources import FileSource
 from evotok_plugin.data.stream import TrainingStream
 from evotok_plugin.evaluation.evaluate import evaluate

@@ -18,11 +18,10 @@ from eval_tasks.commands.report import show
 from eval_tasks.reporting.results import read_results_file, require_figures
 from eval_tasks.reporting.runs import make_run, read_run
 from evotok_plugin.common.command_parser import examples_of
+from evotok_plugin.common.digests import sha256_of_file
 from evotok_plugin.common.files import check_output_folder, user_path, write_json, writing
 from evotok_plugin.common.foreign_files import read_json
 from evotok_plugin.common.progress import progress_environment
-from evotok_plugin.common.run_lock import only_run
-from evotok_plugin.common.weight_files import sha256_of_file
 from evotok_plugin.errors import UserError
 
 SCENE_TASKS = ("mmbench_scenes", "geneval_scenes", "evotok_reconstruction")
@@ -63,6 +62,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, report, and list the failed tasks; returns 1 if there are any."""
+    from evotok_plugin.common.run_lock import only_run  # a slow import, which flags do not need
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same line and exit code as after Ctrl-C
     evaluation = open_evaluation(arguments)
     with only_run(evaluation.output):

@@ -4,23 +4,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from evotok_plugin.commands.options import SharedOptions
-from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, check_output_folder, write_whole
-from evotok_plugin.common.recipes import add_arguments, load_recipe
+from evotok_plugin.common.recipes import load_recipe
+from evotok_plugin.conversion.options import TokenizerOptions
 from evotok_plugin.conversion.research_file import read_checkpoint
-from evotok_plugin.conversion.tokenizer import TokenizerOptions, convert_checkpoint
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("convert", epilog=examples_of("evotok convert evotok_tokenizer.pt outputs/evotok"))
-    parser.add_argument("checkpoint", help="pickled checkpoint; no code in it is run")
-    parser.add_argument(
-        "output",
-        help="new folder for the model; NAME.safetensors: only rewrite the weights, of any network, as safetensors",
-    )
-    add_arguments(parser, TokenizerOptions)
-    parser.set_defaults(run=run)
+from evotok_plugin.conversion.tokenizer import convert_checkpoint
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,7 @@
 import argparse
 import logging
 
-from evotok_plugin.commands.options import SharedOptions, at_size
-from evotok_plugin.common.command_parser import examples_of
+from evotok_plugin.commands.options import at_size
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.processes import Processes
 from evotok_plugin.data.bad_samples import shorten
@@ -12,31 +11,6 @@ from evotok_plugin.data.code_cache import CodeCache, EncodingOptions, encode_ima
 from evotok_plugin.data.sources import ImageSource, open_sources
 from evotok_plugin.errors import UserError
 from evotok_plugin.tokenizer_folder import open_tokenizer
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser(
-        "encode",
-        parents=[shared.model, shared.counting, shared.sizing],
-        epilog=examples_of(
-            "evotok encode photos -o codes                  # rerun it to resume, or to add new images",
-            "evotok encode photos -o codes --verify",
-            "evotok encode hf:NAME data/*.tar --model outputs/evotok",
-        ),
-    )
-    defaults = EncodingOptions()
-    parser.add_argument("source", nargs="*", help="images, folders, tar shards, parquet or hf:NAME")
-    parser.add_argument("-o", "--output", default="codes", help="folder of the cache")
-    parser.add_argument("--shard_size", type=int, default=defaults.shard_size, help="images per file")
-    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images per batch")
-    parser.add_argument("--num_workers", type=int, default=defaults.num_workers, help="processes that decode images")
-    parser.add_argument("--retry_broken", action="store_true", help="also retry unreadable images that are unchanged")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="recompute all checksums, and compare the images of the source with those that were encoded",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,13 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
-from evotok_plugin.modeling_evotok import EvoTokModel
+
+if TYPE_CHECKING:
+    from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+    from evotok_plugin.modeling_evotok import EvoTokModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def shared_options() -> SharedOptions:
     return SharedOptions(model, counting, sizing)
 
 
-def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | None) -> EvoTokImageProcessor:
+def at_size(processor: "EvoTokImageProcessor", model: "EvoTokModel", size: int | None) -> "EvoTokImageProcessor":
     """The processor for images of `size` x `size` pixels; None returns `processor` itself.
 
     Raises:
@@ -42,4 +45,6 @@ def at_size(processor: EvoTokImageProcessor, model: EvoTokModel, size: int | Non
     patch = model.config.patch_size
     if size < patch or size % patch:
         raise UserError(f"--size must be a multiple of the patch size {patch}, got {size}")
+    from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
+
     return EvoTokImageProcessor(size=size)

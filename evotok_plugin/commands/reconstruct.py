@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from evotok_plugin.commands.options import SharedOptions, at_size
-from evotok_plugin.common.command_parser import examples_of
+from evotok_plugin.commands.options import at_size
 from evotok_plugin.common.files import check_output_file, writing
 from evotok_plugin.common.pictures import image_grid, picture_suffixes, save_picture
 from evotok_plugin.common.progress import progress_bar
@@ -19,18 +18,6 @@ from evotok_plugin.tokenizer_folder import open_tokenizer
 
 _COLUMNS = 12
 _BATCH_SIZE = 32
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser(
-        "reconstruct",
-        parents=[shared.model, shared.sizing],
-        epilog=examples_of("evotok reconstruct photos", "evotok reconstruct photo.png --depth 1 -o first_level.png"),
-    )
-    parser.add_argument("source", nargs="+", help="images, folders, tar shards, parquet or hf:NAME")
-    parser.add_argument("-o", "--output", default="reconstruction.png", help="picture to write")
-    parser.add_argument("--depth", type=int, help="number of levels to sum (default: the model's pixel_depth)")
-    parser.set_defaults(run=run)
 
 
 @torch.inference_mode()

@@ -6,30 +6,12 @@ import logging
 import os
 from typing import Any
 
-from evotok_plugin.commands.options import SharedOptions
 from evotok_plugin.common.allocation import keep_freed_memory
-from evotok_plugin.common.command_parser import examples_of
-from evotok_plugin.common.recipes import add_arguments, parse_mapping, recipe_help, recipe_values
+from evotok_plugin.common.recipes import parse_mapping, recipe_values
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.config import TokenizerTrainingConfig
 
 logger = logging.getLogger(__name__)
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser(
-        "train",
-        epilog=examples_of(
-            "evotok train --recipe photos --data photos --output_dir outputs/evotok",
-            "torchrun --standalone --nproc_per_node 8 -m evotok_plugin.cli train --recipe paper "
-            "--data imagenet/train --teacher siglip2 --output_dir outputs/evotok",
-            text="A recipe overrides the defaults, and flags override the recipe. Interruptible: rerun the same "
-            "command to resume.",
-        ),
-    )
-    parser.add_argument("--recipe", help=recipe_help("evotok_plugin"))
-    add_arguments(parser, TokenizerTrainingConfig)
-    parser.set_defaults(run=run)
 
 
 def training_values(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:

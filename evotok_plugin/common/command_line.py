@@ -114,13 +114,21 @@ def parser_of(
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, text in commands.items():
         if name == named:
-            _quiet_libraries(needs_torchvision)  # before the command imports them
             add(subparsers, name)
             command = subparsers.choices[name]
             command.description = " ".join(filter(None, [f"{text[0].upper()}{text[1:]}.", command.description]))
         else:
             subparsers.add_parser(name, help=text)
     return parser
+
+
+def deferred(module: str) -> Work:
+    """The function `run` of a module, which is imported when it is called: flags are parsed without it."""
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        return import_module(module).run(arguments)
+
+    return run
 
 
 def add_from(package: str) -> Callable[["argparse._SubParsersAction", str], None]:

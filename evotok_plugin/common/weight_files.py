@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evotok_plugin.common import foreign_files
+from evotok_plugin.common.digests import sha256_of_file
 from evotok_plugin.common.foreign_files import describe_error, open_regular
 from evotok_plugin.errors import UserError
 
@@ -147,13 +148,3 @@ def folder_fingerprint(folder: str | Path, without: Collection[str] = ()) -> str
         raise UserError(f"{str(folder)!r} cannot be read: {describe_error(error)}") from error
     lines = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,10 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from evotok_plugin.common.folders import check_new_folder, write_whole_folder
 from evotok_plugin.configuration_evotok import EvoTokConfig
 from evotok_plugin.conversion.accounting import Shapes, Source, conventional_heads, convert_weights, rename
+from evotok_plugin.conversion.options import TokenizerOptions
 from evotok_plugin.conversion.research_file import looks_like_adapters, read_checkpoint
 from evotok_plugin.errors import UserError
 from evotok_plugin.image_processing_evotok import EvoTokImageProcessor
@@ -57,27 +57,6 @@ _RENAMES = {
         (r"\.mlp\.2\.", ".mlp.fc2."),
     ),
 }
-
-
-def _option(text: str, default: int | None = None) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """Sizes that cannot be inferred from the shapes of a tokenizer checkpoint; None applies the convention."""
-
-    encoder_num_layers: int | None = _option("SigLIP layers to run (default: all in the file but the last)")
-    encoder_num_heads: int | None = _option(
-        "attention heads of SigLIP (default: of 64 dimensions each; 16 heads for width 1152)"
-    )
-    semantic_num_heads: int | None = _option(
-        "attention heads of the semantic decoder (default: 12 if its inner width is 12 * (width // 12), otherwise of "
-        "64 dimensions each)"
-    )
-    pixel_depth: int = _option("levels summed for pixels (default: 4)", 4)
-    semantic_depth: int | None = _option("levels summed for features (default: all)")
-    decoder_norm_groups: int = _option("groups of the pixel decoder's GroupNorm (default: 32)", 32)
 
 
 def _tower_prefix(weights: Iterable[str]) -> str:

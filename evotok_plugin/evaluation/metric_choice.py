@@ -5,14 +5,13 @@ from collections.abc import Collection, Sequence
 
 from evotok_plugin.data.sources import ImageSource
 from evotok_plugin.errors import UserError
-from evotok_plugin.evaluation.options import EvaluationOptions
+from evotok_plugin.evaluation.options import METRICS, EvaluationOptions
 from evotok_plugin.metrics import probes
 from evotok_plugin.metrics.zero_shot import unnamed
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("psnr", "ssim", "usage", "cosine", "probes", "zero_shot", "rfid", "lpips")
 PIXEL_METRICS = ("psnr", "ssim", "rfid", "lpips")  # those that compare images only
 _DOWNLOADED = ("rfid", "lpips")  # measured only on request because their weights have to be downloaded
 _SEMANTIC = ("cosine", "probes", "zero_shot")

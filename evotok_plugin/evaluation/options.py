@@ -4,11 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evotok_plugin.errors import UserError
 from evotok_plugin.evaluation.report import GRID_COLUMNS
-from evotok_plugin.metrics.zero_shot import ZeroShotClassifier
-from evotok_plugin.teacher import Teacher
+
+if TYPE_CHECKING:  # slow imports, which the flags of `evotok evaluate` do not need
+    from evotok_plugin.metrics.zero_shot import ZeroShotClassifier
+    from evotok_plugin.teacher import Teacher
+
+METRICS = ("psnr", "ssim", "usage", "cosine", "probes", "zero_shot", "rfid", "lpips")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,8 @@ class EvaluationOptions:
     """
 
     metrics: Sequence[str] | None = None
-    teacher: Teacher | None = None
-    classifier: ZeroShotClassifier | None = None
+    teacher: "Teacher | None" = None
+    classifier: "ZeroShotClassifier | None" = None
     class_names: Mapping[str, str] = field(default_factory=dict)
     inception_weights: str | Path | None = None
     stats_cache: Path | None = None

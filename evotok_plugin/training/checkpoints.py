@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, optim
 
+from evotok_plugin.common.digests import sha256_of_file
 from evotok_plugin.common.files import write_whole, writing
 from evotok_plugin.common.foreign_files import describe_error, open_regular, reading
 from evotok_plugin.common.owned_folder import OwnedFolder, files_of
-from evotok_plugin.common.weight_files import sha256_of_file
 from evotok_plugin.errors import UserError
 from evotok_plugin.training.resume import RECIPE, read_recipe
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_folder
 from evotok_plugin.common.folders import write_whole_folder
 from evotok_plugin.common.interruption import Stopped, forget_stop
@@ -20,7 +19,7 @@ from evotok_plugin.common.pictures import enlarged
 from evotok_plugin.data.files import local_path
 from evotok_plugin.data.images import FORMATS, IMAGE_SUFFIXES
 from evotok_plugin.errors import UserError
-from llava_ext.commands.options import SharedOptions, drawing_options, open_selected_model
+from llava_ext.commands.options import drawing_options, open_selected_model
 from llava_ext.generation import AnswerOptions, Event, ImageDrawn, ImageStarted, SelectionOptions, TextDelta
 from llava_ext.generation.selection import READING
 from llava_ext.model_folder import OpenModel
@@ -42,29 +41,6 @@ _IMAGE = re.compile(
     rf"""(?P<bare>(?:\\\ |[^\s"'])+(?:{_SUFFIX}))(?=[\s,;:!?.)]|$)""",
     re.IGNORECASE,
 )
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser(
-        "chat",
-        parents=[shared.model, shared.drawing],
-        epilog=examples_of(
-            "evotok-llava chat                              # a conversation; /help lists its commands",
-            'evotok-llava chat --image photo.png "How many objects are there?"',
-            "evotok-llava chat --model outputs/finetune --best_of 4 -o drawn",
-        ),
-    )
-    parser.add_argument("question", nargs="?", help="a single question; without it, an interactive chat starts")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="image file; can be given several times"
-    )
-    parser.add_argument("--max_new_tokens", type=int, help="text tokens per answer (default: the model's, or 256)")
-    parser.add_argument("--max_images", type=int, default=4, help="images per answer")
-    parser.add_argument(
-        "--best_of", type=int, default=1, metavar="N", help="candidates of /draw, of which the best one is kept"
-    )
-    parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for drawn images")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,36 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evotok_plugin.common.command_parser import examples_of
 from evotok_plugin.common.files import check_output_file, write_whole
 from evotok_plugin.data.bad_samples import shorten
 from evotok_plugin.errors import UserError
-from llava_ext.commands.options import SharedOptions
 from llava_ext.data.descriptions import check_share, drawing_of, is_chosen
 from llava_ext.data.json_records import JsonRecords
 from llava_ext.data.record_scan import NUM_EXAMPLES
 from llava_ext.data.record_sources import open_records
 from llava_ext.data.records import RowOptions, description_in
 
-_EXAMPLE = "evotok-llava data draw llava_v1_5_mix665k.json -o mix665k_draw.json"
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
-
-
-def add(commands: argparse._SubParsersAction, shared: SharedOptions) -> None:
-    parser = commands.add_parser("data", epilog=examples_of(_EXAMPLE))
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    draw = actions.add_parser(
-        "draw",
-        help="add a sample that draws the image to every conversation that only describes it",
-        description="Copy records and add a sample that draws the image to every conversation that only describes it. "
-        "The rule is that of the training setting draw_share, which does the same without a new file.",
-        epilog=examples_of(_EXAMPLE, f"{_EXAMPLE} --share 0.5 --only"),
-    )
-    draw.add_argument("file", metavar="IN", help="LLaVA's records: .json, .jsonl, or a pattern")
-    draw.add_argument("-o", "--output", type=Path, required=True, help="new .json or .jsonl file")
-    draw.add_argument("--share", type=float, default=1.0, help="share of the descriptions to draw, 0 to 1")
-    draw.add_argument("--only", action="store_true", help="write only the drawing samples")
-    draw.set_defaults(run=run)
 
 
 @dataclass

@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import torch
-
-from evotok_plugin.common.processes import resolve_device
 from llava_ext.generation.options import SCHEDULES, DrawingOptions
-from llava_ext.model_folder import OpenModel, default_model_folder, open_model
+
+if TYPE_CHECKING:
+    from llava_ext.model_folder import OpenModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 _OF_THE_MODEL = " (default: the model's)"
@@ -102,12 +102,17 @@ def drawing_options(arguments: argparse.Namespace) -> DrawingOptions:
     return DrawingOptions(**{field.name: getattr(arguments, field.name, None) for field in fields(DrawingOptions)})
 
 
-def open_selected_model(arguments: argparse.Namespace) -> OpenModel:
+def open_selected_model(arguments: argparse.Namespace) -> "OpenModel":
     """Open the model that --model selects on --device with the weights of --dtype, and report its folder on stderr.
 
     Raises:
         UserError: the model does not exist or cannot be read, or the device is not available.
     """
+    import torch  # slow imports, which flags do not need
+
+    from evotok_plugin.common.processes import resolve_device
+    from llava_ext.model_folder import default_model_folder, open_model
+
     folder = arguments.model or default_model_folder()
     print(f"model: {folder}", file=sys.stderr)
     device = resolve_device(arguments.device)

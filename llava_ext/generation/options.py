@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from evotok_plugin.errors import UserError
-from evotok_plugin.sampling import SamplingOptions
-from llava_ext.generation.model_interface import ModelInterface
+from evotok_plugin.sampling_options import SamplingOptions
+
+if TYPE_CHECKING:  # command lines are parsed with these options, without the model's libraries
+    from transformers import GenerationConfig
+
+    from llava_ext.generation.model_interface import ModelInterface
 
 _LARGEST_SCALE = 1000  # far above useful values, far below overflow
 SCHEDULES = ("constant", "linear", "cosine")
@@ -115,7 +117,7 @@ class DrawingOptions:
             negative_prompt=self.negative_prompt or "", sampling=replace(sampling, **self._given), **guidance
         )
 
-    def for_model(self, model: ModelInterface) -> "DrawingOptions":
+    def for_model(self, model: "ModelInterface") -> "DrawingOptions":
         """Fill every setting that is None from the model's `generation_config`.
 
         Warns about given settings of guidance where its scale is 1.
@@ -221,7 +223,7 @@ def read_settings(values: Any) -> DrawingOptions:
         raise UserError(f"{IMAGE_GENERATION}: {error}") from None
 
 
-def model_settings(config: GenerationConfig | None) -> DrawingOptions:
+def model_settings(config: "GenerationConfig | None") -> DrawingOptions:
     """Return the complete settings in a model's generation config; the library's if it has none.
 
     Raises:
@@ -237,7 +239,7 @@ def to_entry(options: DrawingOptions) -> dict[str, Any]:
     return {name: list(v) if isinstance(v := settings[name], tuple) else v for name in MODEL_SETTINGS}
 
 
-def store_settings(config: GenerationConfig, options: DrawingOptions | None = None) -> None:
+def store_settings(config: "GenerationConfig", options: DrawingOptions | None = None) -> None:
     """Store complete settings in a generation config; `options` override the ones it has.
 
     Raises:

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from evotok_plugin.errors import UserError
-from llava_ext.generation.model_interface import ModelInterface
 from llava_ext.generation.options import checked_entry
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from llava_ext.generation.model_interface import ModelInterface
 
 IMAGE_SELECTION = "image_selection"  # the entry of generation_config.json that holds a model's settings
 MOST_CANDIDATES = 1024
@@ -39,7 +41,7 @@ class SelectionOptions:
         if self.instruction is not None and not (isinstance(self.instruction, str) and self.instruction.strip()):
             raise UserError(f"instruction: expected a text that is not empty, got {self.instruction!r}")
 
-    def for_model(self, model: ModelInterface) -> "CompleteSelection":
+    def for_model(self, model: "ModelInterface") -> "CompleteSelection":
         """Fill every setting that is None from the model's `generation_config`, then from the library's defaults.
 
         Raises:
@@ -77,7 +79,7 @@ def read_selection(values: Any) -> SelectionOptions:
         raise UserError(f"{IMAGE_SELECTION}: {error}") from None
 
 
-def _stored(config: GenerationConfig | None) -> SelectionOptions:
+def _stored(config: "GenerationConfig | None") -> SelectionOptions:
     """Return the settings that a generation config has; all None if it has no entry."""
     values = getattr(config, IMAGE_SELECTION, None)
     return SelectionOptions() if values is None else read_selection(values)

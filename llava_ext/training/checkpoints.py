@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evotok_plugin.common.digests import sha256_of_file
 from evotok_plugin.common.files import flush, write_json, write_whole, writing
 from evotok_plugin.common.foreign_files import readable_json
 from evotok_plugin.common.owned_folder import OwnedFolder, delete_files, files_of
 from evotok_plugin.common.processes import Processes
-from evotok_plugin.common.weight_files import read_json, sha256_of_file
+from evotok_plugin.common.weight_files import read_json
 from evotok_plugin.errors import UserError
 from llava_ext.new_tokens import ROWS_FILE
 

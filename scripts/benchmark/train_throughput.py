@@ -38,7 +38,7 @@ from torch import Tensor
 from evotok_plugin import EvoTokConfig, EvoTokImageProcessor
 from evotok_plugin.common.allocation import keep_freed_memory
 from evotok_plugin.common.command_parser import CommandParser
-from evotok_plugin.data.code_cache.encode import EncodingOptions, encode_images
+from evotok_plugin.data.code_cache import EncodingOptions, encode_images
 from evotok_plugin.data.images import open_picture
 from evotok_plugin.data.sources import FileSource
 from llava_ext import EvoTokLlavaConfig, EvoTokLlavaForConditionalGeneration, EvoTokLlavaProcessor

@@ -7,7 +7,6 @@ moment, resumed with another number of processes, or rerun after its source has 
 import logging
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from evotok_plugin.data.code_cache.ledger import Ledger
 from evotok_plugin.data.code_cache.lock import only_run
 from evotok_plugin.data.code_cache.shards import CacheFacts
 from evotok_plugin.data.code_cache.writer import ShardWriter
+from evotok_plugin.data.encoding_options import EncodingOptions
 from evotok_plugin.data.keys import DigestIndex, key_digests
 from evotok_plugin.data.sources import ImageSource, stamps_of
 from evotok_plugin.errors import UserError
@@ -33,36 +33,6 @@ from evotok_plugin.image_processing_evotok import EvoTokImageProcessor, to_pixel
 from evotok_plugin.modeling_evotok import EvoTokModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingOptions:
-    """Options of encoding.
-
-    Attributes:
-        shard_size: images per shard; a killed process loses its unfinished shard.
-        batch_size: images encoded at once.
-        num_workers: processes that decode images while others are encoded; 0 alternates in one process.
-        max_bad_fraction: share of broken images that is tolerated.
-        retry_broken: whether to retry images that earlier runs could not read.
-
-    Raises:
-        UserError: a number is out of range.
-    """
-
-    shard_size: int = 4096
-    batch_size: int = 64
-    num_workers: int = 2
-    max_bad_fraction: float = 0.001
-    retry_broken: bool = False
-    show_progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("shard_size", 1), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction must be between 0 and 1, got {self.max_bad_fraction}")
 
 
 @stop_on_signals()

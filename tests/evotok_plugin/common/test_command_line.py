@@ -132,13 +132,31 @@ def test_ctrl_c_and_user_errors_are_handled_alike_by_all_programs(module, monkey
 
 @pytest.mark.parametrize(("module", "expected"), [("llava_ext", False), ("eval_tasks", True)])
 def test_only_the_judge_uses_image_processors_based_on_torchvision(module, expected):
-    names = {"llava_ext": "draw", "eval_tasks": "judge"}
+    given = {"llava_ext": ["draw", ""], "eval_tasks": ["judge", "absent"]}  # both end with an error of the user
     code = (
-        f"import contextlib, io\nfrom {module} import cli\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        f"    cli.main([{names[module]!r}, '--help'])\n"
+        f"from {module} import cli\nassert cli.main({given[module]!r}) == 2\n"
         "from transformers.utils import is_torchvision_available; print(is_torchvision_available())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     installed = importlib.util.find_spec("torchvision") is not None
     assert done.stdout.strip() == str(expected and installed)
+
+
+SLOW = ("numpy", "torch", "transformers")
+
+
+@pytest.mark.parametrize("module", ["evotok_plugin", "llava_ext", "eval_tasks"])
+def test_flags_are_parsed_without_slow_imports(module):
+    cli = importlib.import_module(f"{module}.cli")
+    stages = getattr(cli, "STAGES", {})  # their flags are those of transformers' TrainingArguments
+    code = (
+        f"import contextlib, io, sys\nfrom {module} import cli\n"
+        f"for name in {[name for name in cli.COMMANDS if name not in stages]!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:\n"
+        "        cli.main([name, '--help'])\n"
+        "    assert 'usage: ' in shown.getvalue(), name\n"
+        f"    print(name, [one for one in {SLOW!r} if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines and all(line.endswith(" []") for line in lines), done.stdout
