@@ -1,4 +1,4 @@
-"""The options of sampling codes, without the libraries that sampling needs: command lines are parsed with them."""
+"""The options of sampling codes, without the libraries of sampling itself, so that flags are parsed quickly."""
 
 import math
 from collections.abc import Sequence

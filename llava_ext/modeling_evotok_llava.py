@@ -23,13 +23,11 @@ from evotok_plugin.losses.cross_entropy import chunked_cross_entropy
 from llava_ext.configuration_evotok_llava import EvoTokLlavaConfig
 from llava_ext.flat_head import FlatHead
 from llava_ext.folding import FoldedSequence, count_learned
-from llava_ext.generation import (
-    ImageGenerationMixin,
-    InterleavedGenerationMixin,
-    ManyAnswersMixin,
-    TextGenerationMixin,
-)
+from llava_ext.generation.images import ImageGenerationMixin
+from llava_ext.generation.interleaved import InterleavedGenerationMixin
+from llava_ext.generation.many_answers import ManyAnswersMixin
 from llava_ext.generation.saved_settings import restore_settings, settings_to_save
+from llava_ext.generation.text import TextGenerationMixin
 from llava_ext.model_outputs import EvoTokLlavaOutput
 from llava_ext.modeling_base import EvoTokLlavaModel
 

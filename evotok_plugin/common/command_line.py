@@ -80,7 +80,7 @@ def run_command(
     """
 
     def make_parser() -> argparse.ArgumentParser:
-        return parser_of(prog, description, commands, add, _arguments(argv), needs_torchvision, epilog)
+        return parser_of(prog, description, commands, add, _arguments(argv), epilog)
 
     return _run(make_parser, argv, None, stopped, needs_torchvision=needs_torchvision)
 
@@ -104,7 +104,6 @@ def parser_of(
     commands: Mapping[str, str],
     add: Callable[["argparse._SubParsersAction", str], object],
     argv: Sequence[str],
-    needs_torchvision: bool = False,
     epilog: str = "",
 ) -> argparse.ArgumentParser:
     """The parser of a program of several commands; only the command that `argv` names has its flags."""

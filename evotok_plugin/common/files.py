@@ -41,7 +41,10 @@ def _umask() -> int:
 
 
 def apply_umask(*paths: str | Path) -> None:
-    """Set the mode of files to that of the umask; libraries that write through a private temporary file leave 0600."""
+    """Give files of mode 0600 the mode that the umask allows.
+
+    Libraries that write through a private temporary file leave that mode.
+    """
     private = [path for path in paths if stat.S_IMODE(os.stat(path).st_mode) == 0o600]
     if private:
         mode = 0o666 & ~_umask()

@@ -100,6 +100,7 @@ def _origin(module: str, name: str) -> tuple[str, str]:
     """The module that defines a name, and the name there; the name is empty if it is itself a module."""
     if _source_file(f"{module}.{name}") is not None:
         return f"{module}.{name}", ""
-    if "." in module:
+    spec = find_spec(module)
+    if spec is None or spec.submodule_search_locations is None:
         return module, name
     return getattr(import_module(module), name).__module__, name  # packages import their public names on first use

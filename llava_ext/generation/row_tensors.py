@@ -1,6 +1,7 @@
-"""Tensors of some rows of a batch at a time: inputs of the language model put together, and codes of steps taken apart.
+"""Assemble the inputs of the language model from parts of a batch, and collect the codes of rows over their steps.
 
-G rows of a batch, R rows of a part, T steps of a prompt, D width of the language model, l codes per step.
+G rows of a batch with their partners, R rows of a part, T steps of a prompt, D width of the language model, l codes per
+step.
 """
 
 from collections.abc import Sequence

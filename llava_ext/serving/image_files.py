@@ -104,7 +104,7 @@ def write_png(
     """Write a PNG file with text chunks atomically.
 
     Args:
-        prepared: whether `prepare_folder` has been called for the file's folder, as is faster for many files.
+        prepared: whether `prepare_folder` has been called for the file's folder, which is faster for many files.
         compress_level: of zlib; 1 takes a third of the time of 6 and makes files about a fifth larger.
 
     Raises:

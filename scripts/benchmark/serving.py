@@ -5,7 +5,7 @@
 The server runs in a process of its own on this machine, and the clients in this one, each with one open connection.
 Every request draws one image (or answers a question about one). The clients send plain HTTP: 16 of OpenAI's would take
 half of a core, which the server then lacks. The phases are repeated in turn, and the median of each is shown. One of
-the images is compared with that which the model draws without a server.
+the images is compared with the one that the model draws without a server.
 """
 
 import argparse
