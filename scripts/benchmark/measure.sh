@@ -29,6 +29,7 @@ benchmarks() { # calls step NAME SCRIPT FLAGS... for each; NAME.json is the resu
         step "$script" "$script" --model llava_ext/pretrained/scenes --threads 1
     done
     step serving serving --seconds 8
+    step start_up start_up
     step evaluation_time evaluation_time --threads 1
     step speculation speculation --threads 1 --windows 2 4 8 --rounds 2 --backbones
     step speculation_cost speculation --threads 1 --windows 2 4 8 --prompts_per_skill 0 --rounds 1
