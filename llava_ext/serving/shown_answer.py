@@ -1,5 +1,6 @@
 """An answer in progress as the messages of the page show it."""
 
+import html
 import os
 import secrets
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class ShownAnswer:
             if not parts or "text" not in parts[-1]:
                 parts += text_parts(event.text)
             else:
-                parts[-1] = {"type": "text", "text": parts[-1]["text"] + event.text}
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + _as_html(event.text)}
         elif isinstance(event, ImageStarted):
             self.drawing.add(event.row)
             parts.append({"type": "text", "text": "drawing ..."})
@@ -67,7 +68,12 @@ class ShownAnswer:
 
 def text_parts(text: str) -> list[dict[str, Any]]:
     """The parts of a message that has this text; none if it is empty."""
-    return [{"type": "text", "text": text}] if text else []
+    return [{"type": "text", "text": _as_html(text)}] if text else []
+
+
+def _as_html(text: str) -> str:
+    """Escape a text, which the page renders as HTML even without Markdown: `<image>` would be invisible."""
+    return html.escape(text, quote=False)
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:

@@ -117,8 +117,9 @@ def loaded(page, images, count=1):
 
 def test_an_upload_is_read_and_an_image_drawn(page, picture):
     attach(page, "#message", picture)
-    say(page, "What is in the image?")
+    say(page, "What is in the <image> & <b>below</b>?")
     loaded(page, "#conversation .user img")
+    page.locator("#conversation .user", has_text="What is in the <image> & <b>below</b>?").wait_for()
     page.wait_for_selector("#conversation .bot")
     page.get_by_label("an image", exact=True).check()
     say(page, "a photo of a ring")

@@ -58,3 +58,9 @@ def test_an_answer_without_anything_says_so(answer):
     assert answer.content == [{"type": "text", "text": "(no answer)"}]
     answer.add(TextDelta(0, "!"))
     assert answer.content == [{"type": "text", "text": "(no answer)!"}]
+
+
+def test_text_is_escaped_because_the_page_renders_html(answer):
+    answer.add(TextDelta(0, "1 < 2 & <im"))
+    answer.add(TextDelta(0, "age>"))
+    assert answer.content == [{"type": "text", "text": "1 &lt; 2 &amp; &lt;image&gt;"}]
