@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """Sizes of the depth transformer; None takes the size from the file, or the default if there is no file."""
+    """Sizes of the depth transformer. None means the size in the file, or the default if there is no file."""
 
     head_hidden_size: int | None = field(
         default=None, metadata={"help": "width of the depth transformer (default: from the file)"}

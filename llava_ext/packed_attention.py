@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from llava_ext.folding import FoldedSequence
 
 SDPA_BY_SEGMENT = "sdpa_by_segment"
-SDPA = ("sdpa", SDPA_BY_SEGMENT)  # without segments, the second is the first
+SDPA = ("sdpa", SDPA_BY_SEGMENT)  # without segments, the second computes the same as the first
 
 Segment = tuple[int, int, int]  # row, first step, end
 

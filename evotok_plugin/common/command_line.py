@@ -122,7 +122,7 @@ def parser_of(
 
 
 def deferred(module: str) -> Work:
-    """The function `run` of a module, which is imported when it is called: flags are parsed without it."""
+    """A function that calls `run` of a module. The module is imported only then, so flags are parsed without it."""
 
     def run(arguments: argparse.Namespace) -> int | None:
         return import_module(module).run(arguments)

@@ -54,7 +54,7 @@ class PromptCache:
 
 
 class PromptKey(NamedTuple):
-    """What the language model has read of a prompt: equal for the same ids and the same images.
+    """Identifies what the language model reads of a prompt: prompts with the same ids and images have equal keys.
 
     Attributes:
         ids: without padding.

@@ -7,9 +7,9 @@ lmms-eval runs the task `geneval_scenes` in this process and without a network: 
 model with random weights in the shape of a larger LLM, whose drawings are wrong but take the time of such a model. The
 first table splits the time of `generate_until`, which draws all images, writes their files and returns their paths. In
 the model are the language model with the embedding of prompts, the image head with its sampling and the embedding of
-its codes, the pixel decoder, and with `--best_of` the reading of the candidates. Files are written in another thread,
-beside the model: by wall time only waiting for it counts, and by CPU time its work. The second table splits the whole
-run on the first model. Shown is the round with the shortest `generate_until`.
+its codes, the pixel decoder, and with `--best_of` the reading of the candidates. Files are written in another thread
+while the model runs: by wall time only waiting for it counts, and by CPU time its work. The second table splits the
+whole run on the first model. Shown is the round with the shortest `generate_until`.
 """
 
 import argparse

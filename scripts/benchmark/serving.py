@@ -3,9 +3,9 @@
     python scripts/benchmark/serving.py --clients 1 4 16 --seconds 20 --json serving.json
 
 The server runs in a process of its own on this machine, and the clients in this one, each with one open connection.
-Every request draws one image (or answers a question about one). The clients send plain HTTP: 16 of OpenAI's would take
-half of a core, which the server then lacks. The phases are repeated in turn, and the median of each is shown. One of
-the images is compared with the one that the model draws without a server.
+Every request draws one image (or answers a question about one). The clients send plain HTTP, because OpenAI's client
+needs CPU time that the server would lack on a machine with few cores. The phases are repeated in turn, and the median
+of each is shown. One of the images is compared with the one that the model draws without a server.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -103,11 +104,9 @@ def load(address: str, work: Callable[[Client, int], bytes], num_clients: int, s
             latencies.append(now - started)
             number += num_clients
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(num_clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(num_clients) as pool:
+        for _ in pool.map(ask, range(num_clients)):  # raises the error of a request
+            pass
     return latencies
 
 
